@@ -1,0 +1,426 @@
+"""Turn one event into one checked line and back; the same for snapshots and the two state files.
+
+A line is one JSON object and one newline::
+
+    {"v":1,"seq":…,"ts":…,"type":…,"sid":…,"actor":{…},"data":{…},"synced":…,"prev":"…","crc":"…"}
+
+and is valid if and only if
+
+- it ends with the trailer ``,"prev":"<64 hex>","crc":"<8 hex>"}`` (92 bytes, always last),
+- `crc` is the CRC-32 of every byte before ``,"crc"``, and
+- it parses into the fields above, of the right shapes.
+
+`prev` is the SHA-256 of the line before it, so order, omission and substitution show. The bytes
+written are the canonical bytes: nothing is serialised again to be hashed or compared. Control
+bytes are escaped by JSON, so a byte below 0x20 inside a line proves damage. No I/O happens here,
+and this is the only module that knows orjson.
+"""
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NoReturn, TypeVar, cast
+
+import orjson
+
+from crewlog import layout
+from crewlog.errors import FormatTooNew
+from crewlog.events import OWN_TYPES, JsonObject, JsonValue, Line, Record
+
+_PREV_KEY: Final = b',"prev":"'
+_CRC_KEY: Final = b'","crc":"'
+_PREV_AT: Final = -(len(_PREV_KEY) + 64 + len(_CRC_KEY) + 8 + 2)
+_CRC_AT: Final = -(len(_CRC_KEY) - 1 + 8 + 2)
+_STRICT: Final = (
+    orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
+)
+
+
+T = TypeVar("T")
+
+
+class LineError(ValueError):
+    """The bytes are not a valid line; the message is the reason, fit for a finding."""
+
+
+class DocumentError(ValueError):
+    """The bytes are not a valid document of the store; the message is the reason."""
+
+
+# -- payloads -------------------------------------------------------------------------------
+
+
+def check_json(  # noqa: C901, PLR0912 (one branch a kind of value)
+    value: object, *, name: str, depth: int = layout.PAYLOAD_DEPTH_MAX
+) -> None:
+    """Refuse what JSON cannot carry unchanged, before anything is written.
+
+    Raises TypeError for a value of another type or a key that is not a string, ValueError for
+    NaN, infinities, integers beyond 64 bits, lone surrogates and nesting deeper than 32.
+    (orjson would turn NaN into null without a word.)
+    """
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        _check_text(value, name)
+    elif isinstance(value, int):
+        if not -layout.INT64_MAX - 1 <= value <= layout.INT64_MAX:
+            _refuse(name, f"{value} does not fit in 64 bits")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            _refuse(name, f"{value} is not a JSON number")
+    elif depth == 0:
+        _refuse(name, f"it is nested deeper than {layout.PAYLOAD_DEPTH_MAX}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                message = f"{name}: the key {key!r} is not a string"
+                raise TypeError(message)
+            _check_text(key, name)
+            check_json(inner, name=f"{name}.{key}", depth=depth - 1)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_json(inner, name=name, depth=depth - 1)
+    else:
+        message = f"{name}: {type(value).__name__} is not a JSON value"
+        raise TypeError(message)
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        _refuse(name, "it holds a lone surrogate; escape the bytes first")
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    message = f"{name}: {why}"
+    raise ValueError(message)
+
+
+def dump(value: object) -> bytes:
+    """Serialise JSON compactly; the value was checked or is the library's own."""
+    return orjson.dumps(value, option=_STRICT)
+
+
+def load_object(data: bytes) -> JsonObject:
+    """Parse one JSON object or raise DocumentError."""
+    try:
+        value: object = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise DocumentError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DocumentError("not a JSON object")
+    return cast("JsonObject", value)
+
+
+# -- lines ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An event that is checked and encoded, but has no seq yet.
+
+    `body` is its part of the line; `data` is parsed from those very bytes, so that the writer
+    folds exactly what every reader will.
+    """
+
+    type: str
+    sid: str
+    data: JsonObject
+    body: bytes = field(repr=False)
+
+
+def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]) -> Draft:
+    """Encode the part of a line that needs no lock; `actor` is JSON already."""
+    payload = dump(data)
+    body = b'"type":"%b","sid":%b,"actor":%b,"data":%b' % (
+        event_type.encode(),
+        dump(sid),
+        actor,
+        payload,
+    )
+    if len(body) > layout.LINE_BYTES_MAX:
+        message = (
+            f"the event of worker {sid!r} takes {len(body)} bytes; "
+            f"a line holds at most {layout.LINE_BYTES_MAX}"
+        )
+        raise ValueError(message)
+    return Draft(event_type, sid, load_object(payload), body)
+
+
+def line(
+    part: Draft, *, seq: int, ts: str, synced: int, prev: bytes, batch: tuple[int, int] | None
+) -> bytes:
+    """Finish a line, newline included; `prev` is the digest of the line before it."""
+    place = b"" if batch is None else b',"b":[%d,%d]' % batch
+    checked = b'{"v":1,"seq":%d,"ts":"%b",%b%b,"synced":%d,"prev":"%b"' % (
+        seq,
+        ts.encode(),
+        part.body,
+        place,
+        synced,
+        prev.hex().encode(),
+    )
+    return b'%b,"crc":"%08x"}\n' % (checked, zlib.crc32(checked))
+
+
+def digest(raw: bytes) -> bytes:
+    """Hash a line without its newline, or store.json as a whole: the next line's `prev`."""
+    return hashlib.sha256(raw).digest()
+
+
+def parse(raw: bytes) -> Line:
+    """Check and parse one line, given without its newline.
+
+    Raises LineError with the first reason, or FormatTooNew where the line is whole but written
+    by a newer crewlog.
+    """
+    if len(raw) > layout.LINE_BYTES_CEILING:
+        raise LineError("longer than a line may be")
+    if raw[_PREV_AT : _PREV_AT + 9] != _PREV_KEY or raw[_CRC_AT - 1 : -10] != _CRC_KEY:
+        raise LineError("NUL bytes" if b"\0" in raw else "no trailer")
+    if raw[-10:] != b'%08x"}' % zlib.crc32(raw[:_CRC_AT]):
+        raise LineError("crc differs")
+    try:
+        value: object = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise LineError(f"not JSON: {error}") from error
+    return _checked_shape(value)
+
+
+def _checked_shape(value: object) -> Line:
+    if not isinstance(value, dict):
+        raise LineError("not an object")
+    parsed = cast("Line", value)
+    try:
+        if parsed["v"] != layout.LINE_VERSION:
+            raise FormatTooNew("a line of the log", why=f"it has version {parsed['v']!r}")
+        kind = parsed["type"]
+        whole = (
+            type(parsed["seq"]) is int
+            and type(parsed["synced"]) is int
+            and isinstance(kind, str)
+            and isinstance(parsed["sid"], str)
+            and isinstance(parsed["ts"], str)
+            and isinstance(parsed["actor"], dict)
+            and isinstance(parsed["data"], dict)
+            and isinstance(parsed["prev"], str)
+        )
+    except KeyError as error:
+        raise LineError(f"field {error} is missing") from error
+    if not whole or ("b" in parsed and not _is_place(parsed["b"])):
+        raise LineError("a field has the wrong shape")
+    if kind[:1] == "_" and kind not in OWN_TYPES and kind[:2] != "_x":
+        raise FormatTooNew("a line of the log", why=f"its type is {kind!r}")
+    return parsed
+
+
+def _is_place(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004 (index and count)
+        return False
+    index, count = cast("list[object]", value)
+    return type(index) is int and type(count) is int and 0 <= index < count
+
+
+# -- the two state files --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AppendState:
+    """How far lines have been written: position, boot and head hash after the last line."""
+
+    boot: bytes
+    segment: int
+    end: int
+    seq: int
+    hash: bytes
+    sealed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DurableHead:
+    """How far lines are durable. `generation` counts syncs; `errno` is set once poisoned."""
+
+    generation: int
+    boot: bytes
+    segment: int
+    end: int
+    seq: int
+    oldest: int
+    poisoned: bool
+    errno: int
+
+
+_APPEND_STATE: Final = struct.Struct("<8s16sQQQ32sB7x")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQBxxxi")
+_CRC: Final = struct.Struct("<I")
+_APPEND_MAGIC: Final = b"crewlogA"
+_HEAD_MAGIC: Final = b"crewlogD"
+APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
+DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
+
+
+def encode_append_state(state: AppendState) -> bytes:
+    """Write append.state: one fixed-size struct and its CRC-32."""
+    body = _APPEND_STATE.pack(
+        _APPEND_MAGIC, state.boot, state.segment, state.end, state.seq, state.hash, state.sealed
+    )
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode_append_state(data: bytes) -> AppendState | None:
+    """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
+    body = _checked_struct(data, _APPEND_STATE)
+    if body is None:
+        return None
+    magic, boot, segment, end, seq, head, sealed = _APPEND_STATE.unpack(body)
+    if magic != _APPEND_MAGIC:
+        return None
+    return AppendState(boot, segment, end, seq, head, bool(sealed))
+
+
+def encode_durable_head(head: DurableHead) -> bytes:
+    """Write head/durable: one fixed-size struct and its CRC-32."""
+    body = _DURABLE_HEAD.pack(
+        _HEAD_MAGIC,
+        head.generation,
+        head.boot,
+        head.segment,
+        head.end,
+        head.seq,
+        head.oldest,
+        head.poisoned,
+        head.errno,
+    )
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode_durable_head(data: bytes) -> DurableHead | None:
+    """Read head/durable; None means absent, torn or damaged."""
+    body = _checked_struct(data, _DURABLE_HEAD)
+    if body is None:
+        return None
+    magic, generation, boot, segment, end, seq, oldest, poisoned, errno = _DURABLE_HEAD.unpack(body)
+    if magic != _HEAD_MAGIC:
+        return None
+    return DurableHead(generation, boot, segment, end, seq, oldest, bool(poisoned), errno)
+
+
+def _checked_struct(data: bytes, shape: struct.Struct) -> bytes | None:
+    if len(data) != shape.size + _CRC.size:
+        return None
+    body = data[: shape.size]
+    return body if data[shape.size :] == _CRC.pack(zlib.crc32(body)) else None
+
+
+# -- snapshots ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The fold of every event up to `last_seq`; `sha256` covers its bytes (b"" before encoding)."""
+
+    store: str
+    last_seq: int
+    last_hash: str
+    written_at: str
+    sessions: Sequence[Record]
+    ended: Sequence[Record]
+    totals: Mapping[str, int]
+    sha256: str = ""
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """Write registry.json: one JSON object, one worker a line, its own SHA-256 last.
+
+    The hash covers every byte before ``,"sha256"``.
+    """
+    head = dump(
+        {
+            "format": layout.FORMAT,
+            "store": snapshot.store,
+            "last_seq": snapshot.last_seq,
+            "last_hash": snapshot.last_hash,
+            "written_at": snapshot.written_at,
+            "totals": dict(sorted(snapshot.totals.items())),
+        }
+    )
+    checked = b'%b,"sessions":[\n%b\n],"ended":[\n%b\n]' % (
+        head[:-1],
+        _rows(snapshot.sessions),
+        _rows(snapshot.ended),
+    )
+    return b'%b,"sha256":"%b"}\n' % (checked, hashlib.sha256(checked).hexdigest().encode())
+
+
+def _rows(records: Iterable[Record]) -> bytes:
+    return b",\n".join(dump(record) for record in records)
+
+
+def decode_snapshot(data: bytes) -> Snapshot:
+    """Check and parse a snapshot.
+
+    Raises DocumentError with the reason, or FormatTooNew for a format this version does not know.
+    """
+    checked, key, tail = data.rpartition(b',"sha256":"')
+    if not key or len(tail) != 64 + 3 or tail[64:] != b'"}\n':
+        raise DocumentError("it does not end with its sha256")
+    sha256 = hashlib.sha256(checked).hexdigest()
+    if tail[:64] != sha256.encode():
+        raise DocumentError("its sha256 differs")
+    found = load_object(data)
+    if found.get("format") != layout.FORMAT:
+        raise FormatTooNew(layout.SNAPSHOT, why=f"it has format {found.get('format')!r}")
+    return Snapshot(
+        store=_field(found, "store", str),
+        last_seq=_field(found, "last_seq", int),
+        last_hash=_field(found, "last_hash", str),
+        written_at=_field(found, "written_at", str),
+        sessions=_records(found, "sessions"),
+        ended=_records(found, "ended"),
+        totals=cast("dict[str, int]", _field(found, "totals", dict)),
+        sha256=sha256,
+    )
+
+
+def _field(found: JsonObject, name: str, kind: type[T]) -> T:
+    value = found.get(name)
+    if not isinstance(value, kind):
+        raise DocumentError(f"field {name!r} is missing or has the wrong shape")
+    return value
+
+
+_RECORD_SHAPE: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "sid": str,
+    "pid": int,
+    "sock": str,
+    "version": str,
+    "created_at": str,
+    "state": str,
+    "labels": dict,
+    "meta": dict,
+    "rev": int,
+    "updated_at": str,
+    "registered_seq": int,
+    "generation": int,
+    "identity": (dict, type(None)),
+    "owner": (dict, type(None)),
+    "exit": (dict, type(None)),
+}
+
+
+def _records(found: JsonObject, name: str) -> list[Record]:
+    rows: list[object] = _field(found, name, list)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise DocumentError(f"an entry of {name!r} is not an object")
+        for key, kind in _RECORD_SHAPE.items():
+            if not isinstance(row.get(key), kind):
+                raise DocumentError(f"an entry of {name!r} has no proper {key!r}")
+    return cast("list[Record]", rows)

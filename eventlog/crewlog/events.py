@@ -1,0 +1,313 @@
+"""Define the facts: lines, records, identities, workers, events and what a watcher yields.
+
+JSON shapes are `TypedDict`s, because the log, the snapshot and the fold work on plain JSON
+objects; what users hold are frozen dataclasses built from them.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Literal, NotRequired, TypeAlias, TypedDict
+
+JsonValue: TypeAlias = (
+    "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+)
+JsonObject: TypeAlias = dict[str, JsonValue]
+
+REGISTERED = "worker.registered"
+READY = "worker.ready"
+UPDATED = "worker.updated"
+DRAINING = "worker.draining"
+STOP_REQUESTED = "worker.stop_requested"
+EXITED = "worker.exited"
+LOST = "worker.lost"
+RELEASED = "worker.released"
+PRUNED = "worker.pruned"
+
+# The store's own types; a reader skips an unknown `_x…` and refuses any other unknown `_…`.
+SEGMENT = "_segment"
+SEAL = "_seal"
+SNAPSHOT = "_snapshot"
+RECOVERED = "_recovered"
+OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, "_gap", "_repaired", "_archive_dropped"})
+
+
+class WorkerState(StrEnum):
+    """State of a worker; the last four are final."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    FAILED = "failed"
+    LOST = "lost"
+    RELEASED = "released"
+
+
+FINAL = frozenset({WorkerState.EXITED, WorkerState.FAILED, WorkerState.LOST, WorkerState.RELEASED})
+LIVING = frozenset(WorkerState) - FINAL
+
+
+class IdentityRecord(TypedDict):
+    """Identity of a process as JSON; see `Identity`."""
+
+    pid: int
+    pidfd_id: int | None
+    start_ticks: int | None
+    boot_id: str
+    pid_ns: str | None
+    host_id: str
+    uid: int | None
+
+
+class ExitRecord(TypedDict):
+    """How a worker ended, as JSON; see `Exit`."""
+
+    code: int | None
+    signal: int | None
+    source: str
+    expected: bool
+    cause: str | None
+
+
+class Record(TypedDict):
+    """One worker in the state and in the snapshot; the first five fields are the old format's."""
+
+    sid: str
+    pid: int
+    sock: str
+    version: str
+    created_at: str
+    state: str
+    labels: dict[str, str]
+    meta: JsonObject
+    rev: int
+    updated_at: str
+    registered_seq: int
+    generation: int
+    identity: IdentityRecord | None
+    owner: IdentityRecord | None
+    exit: ExitRecord | None
+
+
+class Line(TypedDict):
+    """One line of the log, parsed."""
+
+    v: int
+    seq: int
+    ts: str
+    type: str
+    sid: str
+    actor: JsonObject
+    data: JsonObject
+    b: NotRequired[list[int]]
+    synced: int
+    prev: str
+    crc: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Tell one process from every other that ever bore its pid.
+
+    `pidfd_id` is the inode of a pidfd (unique for the life of a boot on Linux ≥ 6.9),
+    `start_ticks` the start time in clock ticks since boot, `boot_id` the scope of both, `pid_ns`
+    the scope of the pid, `host_id` a keyed hash of the machine id.
+    """
+
+    pid: int
+    pidfd_id: int | None
+    start_ticks: int | None
+    boot_id: str
+    pid_ns: str | None
+    host_id: str
+    uid: int | None
+
+    def __str__(self) -> str:
+        """Write the text form `pid:pidfd_id`, which kill(1) of util-linux reads too."""
+        return f"{self.pid}:{self.pidfd_id}" if self.pidfd_id is not None else str(self.pid)
+
+    def as_json(self) -> JsonObject:
+        """Return it as JSON."""
+        return {
+            "pid": self.pid,
+            "pidfd_id": self.pidfd_id,
+            "start_ticks": self.start_ticks,
+            "boot_id": self.boot_id,
+            "pid_ns": self.pid_ns,
+            "host_id": self.host_id,
+            "uid": self.uid,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """How a worker ended: at most one of `code` and `signal`; `source` says who saw it.
+
+    `source` is wait, pidfd, zombie, self or import, or collect and owner where only the end is
+    known; `cause` is the liveness cause of a loss or the reason of a release.
+    """
+
+    code: int | None
+    signal: int | None
+    source: str
+    expected: bool
+    cause: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC."""
+
+    sid: str
+    pid: int
+    sock: str
+    version: str
+    created_at: datetime
+    state: WorkerState
+    labels: Mapping[str, str]
+    meta: Mapping[str, JsonValue]
+    rev: int
+    identity: Identity | None
+    owner: Identity | None
+    exit: Exit | None
+    updated_at: datetime
+    generation: int
+
+    @property
+    def final(self) -> bool:
+        """Say whether the worker has ended as far as the registry knows."""
+        return self.state in FINAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One event of the log; `raw` is its line as it stands on disk, without the newline."""
+
+    seq: int
+    ts: datetime
+    type: str
+    sid: str
+    actor: JsonObject
+    data: JsonObject
+    raw: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """The state at one seq: every worker that is not pruned, in order of registration."""
+
+    seq: int
+    workers: Mapping[str, Worker]
+
+    def get(self, sid: str) -> Worker | None:
+        """Return the worker of that sid, None if there is none."""
+        return self.workers.get(sid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A watcher's item: one durable event."""
+
+    kind: Literal["change"] = "change"
+    event: Event
+
+    @property
+    def seq(self) -> int:
+        """Return the event's seq, the position after this item."""
+        return self.event.seq
+
+    @property
+    def type(self) -> str:
+        """Return the event's type."""
+        return self.event.type
+
+    @property
+    def sid(self) -> str:
+        """Return the sid of the worker that the event is about."""
+        return self.event.sid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synced:
+    """A watcher's item: everything up to `seq` was delivered; `state` where it began with one."""
+
+    kind: Literal["synced"] = "synced"
+    seq: int
+    state: State | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset:
+    """A watcher's item: the events `lost` (first, last) cannot be delivered; go on from `state`."""
+
+    kind: Literal["reset"] = "reset"
+    seq: int
+    reason: Literal["compacted", "replaced"]
+    lost: tuple[int, int] | None
+    state: State
+
+
+Item: TypeAlias = Change | Synced | Reset
+
+
+def utc(text: str) -> datetime:
+    """Parse a time as the log writes it, RFC 3339 with `Z`; a ValueError names what is not one."""
+    when = datetime.fromisoformat(text)
+    if when.utcoffset() != timedelta(0):
+        message = f"not a UTC time: {text!r}"
+        raise ValueError(message)
+    return when.astimezone(UTC)
+
+
+def timestamp(when: datetime) -> str:
+    """Write an aware time as the log does: UTC, microseconds, `Z`."""
+    return when.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+
+
+def identity_of(record: IdentityRecord | None) -> Identity | None:
+    """Build the identity from its JSON."""
+    return None if record is None else Identity(**record)
+
+
+def worker_of(record: Record) -> Worker:
+    """Build the frozen worker from its record; later changes of the record do not reach it."""
+    ended = record["exit"]
+    meta = record["meta"]
+    return Worker(
+        sid=record["sid"],
+        pid=record["pid"],
+        sock=record["sock"],
+        version=record["version"],
+        created_at=utc(record["created_at"]),
+        state=WorkerState(record["state"]),
+        labels=dict(record["labels"]),
+        meta=copy.deepcopy(meta) if meta else {},
+        rev=record["rev"],
+        identity=identity_of(record["identity"]),
+        owner=identity_of(record["owner"]),
+        exit=None if ended is None else Exit(**ended),
+        updated_at=utc(record["updated_at"]),
+        generation=record["generation"],
+    )
+
+
+def event_of(line: Line, raw: bytes) -> Event:
+    """Build the frozen event from a parsed line and its bytes."""
+    return Event(
+        seq=line["seq"],
+        ts=utc(line["ts"]),
+        type=line["type"],
+        sid=line["sid"],
+        actor=line["actor"],
+        data=line["data"],
+        raw=raw,
+    )
+
+
+def state_of(seq: int, records: Iterable[Record]) -> State:
+    """Build the frozen state from the fold's records."""
+    return State(seq=seq, workers={r["sid"]: worker_of(r) for r in records})

@@ -1,0 +1,105 @@
+"""Give every file, mode, version and limit of a store its one name.
+
+A store is a directory::
+
+    DIR/                     0700
+      store.json             the store's identity; its existence means "initialised"
+      locks/append           flock: who may write lines
+      locks/sync.0 .1        flock: who runs the current fdatasync
+      locks/compact          flock: who compacts or collects
+      append.state           how far lines have been written (a cache, never the truth)
+      head/durable           how far lines are durable (what readers watch)
+      log/<first seq>.jsonl  segments; the last one is active, the others end with a seal
+      registry.json          the snapshot; registry.prev.json is the one before it
+      archive/               sealed segments, compressed: the audit history
+      cursors/ quarantine/   positions of subscribers; bytes taken out of the log
+
+Every loop, wait and allocation of the library is bounded by a number in this file.
+"""
+
+import re
+from typing import Final
+
+# -- versions -------------------------------------------------------------------------------
+FORMAT: Final = 1
+LINE_VERSION: Final = 1
+
+# -- names ----------------------------------------------------------------------------------
+STORE: Final = "store.json"
+SNAPSHOT: Final = "registry.json"
+SNAPSHOT_PREV: Final = "registry.prev.json"
+APPEND_STATE: Final = "append.state"
+POISON: Final = "POISON.json"
+LOCKS: Final = "locks"
+HEAD: Final = "head"
+LOG: Final = "log"
+ARCHIVE: Final = "archive"
+CURSORS: Final = "cursors"
+QUARANTINE: Final = "quarantine"
+DIRECTORIES: Final = (LOCKS, HEAD, LOG, ARCHIVE, CURSORS, QUARANTINE)
+
+HEAD_DURABLE: Final = "durable"
+LOCK_APPEND: Final = "append"
+LOCK_SYNC: Final = ("sync.0", "sync.1")
+LOCK_COMPACT: Final = "compact"
+LOCK_NAMES: Final = (LOCK_APPEND, *LOCK_SYNC, LOCK_COMPACT)
+
+SEGMENT_SUFFIX: Final = ".jsonl"
+ARCHIVE_SUFFIX: Final = ".jsonl.gz"
+SEGMENT_DIGITS: Final = 20
+# A temporary file carries the pid of its writer: the next holder of the lock sweeps it.
+TEMPORARY_PREFIX: Final = ".tmp-"
+
+# -- modes ----------------------------------------------------------------------------------
+DIRECTORY_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+
+# -- limits ---------------------------------------------------------------------------------
+LINE_BYTES_MAX: Final = 64 * 1024
+LINE_BYTES_CEILING: Final = 1024 * 1024
+SEGMENT_BYTES_MAX: Final = 8 * 1024 * 1024
+BATCH_EVENTS_MAX: Final = 10_000
+BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
+SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
+STATE_BYTES_MAX: Final = 4096
+PAYLOAD_DEPTH_MAX: Final = 32
+READ_BYTES: Final = 256 * 1024
+WRITE_BYTES_MAX: Final = 16 * 1024 * 1024
+LABELS_MAX: Final = 64
+TEXT_CHARS_MAX: Final = 4096
+SOCK_CHARS_MAX: Final = 4096
+INT64_MAX: Final = 2**63 - 1
+PID_MAX: Final = 2**31 - 1
+
+# -- waits ----------------------------------------------------------------------------------
+LOCK_WAIT_S: Final = 5.0
+LOCK_POLL_MIN_S: Final = 0.000_02
+LOCK_POLL_MAX_S: Final = 0.002
+SYNC_GATHER_MAX_S: Final = 0.000_3
+SYNC_GATHER_SHARE: Final = 0.15
+SAFETY_LOOK_S: Final = 1.0
+POLL_S: Final = 0.05
+TORN_READ_TRIES: Final = 1000
+SEGMENT_OPEN_TRIES: Final = 8
+
+SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
+
+
+def segment_name(first_seq: int) -> str:
+    """Name the segment whose header line carries `first_seq`."""
+    return f"{first_seq:0{SEGMENT_DIGITS}d}{SEGMENT_SUFFIX}"
+
+
+def archive_name(first_seq: int) -> str:
+    """Name the archived form of that segment."""
+    return f"{first_seq:0{SEGMENT_DIGITS}d}{ARCHIVE_SUFFIX}"
+
+
+def first_seq_of(name: str) -> int | None:
+    """Read the first seq out of a segment's or an archived segment's name, None for other names."""
+    digits, dot, rest = name.partition(".")
+    if dot + rest not in (SEGMENT_SUFFIX, ARCHIVE_SUFFIX):
+        return None
+    if len(digits) != SEGMENT_DIGITS or not digits.isascii() or not digits.isdigit():
+        return None
+    return int(digits)
