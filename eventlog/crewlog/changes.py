@@ -1,0 +1,357 @@
+"""Turn a caller's wish into a step: arguments checked, JSON encoded, rules left for the lock.
+
+A step looks at the state under the lock and returns the draft to write, or None where nothing is
+to be changed; it may run more than once. Bad arguments raise ValueError or TypeError here, before
+anything is written.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from crewlog import codec, events, fold, identity, layout
+from crewlog.codec import Draft
+from crewlog.errors import StaleRevision
+from crewlog.events import Identity, JsonObject, JsonValue, Line, Record
+from crewlog.store import Decide, Written
+
+Step: TypeAlias = Callable[[Written], Draft | None]
+
+
+# -- arguments ------------------------------------------------------------------------------
+
+
+def check_sid(sid: object) -> str:
+    """Return `sid` if it can name a worker."""
+    text = _text(sid, name="sid")
+    if layout.SID.fullmatch(text) is None:
+        message = (
+            f"sid {text!r} cannot name a worker: 1 to 128 letters, digits or ._:@+- , "
+            "the first a letter or digit"
+        )
+        raise ValueError(message)
+    return text
+
+
+def _text(value: object, *, name: str, limit: int = layout.TEXT_CHARS_MAX) -> str:
+    if not isinstance(value, str):
+        message = f"{name} must be a string, not {type(value).__name__}"
+        raise TypeError(message)
+    codec.check_json(value, name=name)
+    if len(value) > limit:
+        message = f"{name} has {len(value)} characters; at most {limit} are kept"
+        raise ValueError(message)
+    return str(value)
+
+
+def check_reason(reason: object) -> str:
+    """Return a reason that says something."""
+    text = _text(reason, name="reason")
+    if not text.strip():
+        message = "reason must say why"
+        raise ValueError(message)
+    return text
+
+
+def _mapping(value: object, *, name: str) -> dict[str, JsonValue]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        message = f"{name} must be a mapping, not {type(value).__name__}"
+        raise TypeError(message)
+    codec.check_json(value, name=name)
+    return dict(value)
+
+
+def _labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
+    labels = _mapping(value, name="labels")
+    if len(labels) > layout.LABELS_MAX:
+        message = f"{len(labels)} labels; at most {layout.LABELS_MAX} are kept"
+        raise ValueError(message)
+    for key, text in labels.items():
+        if not (isinstance(text, str) or (text is None and removing)):
+            message = f"label {key!r} must be a string, not {type(text).__name__}"
+            raise TypeError(message)
+    return labels
+
+
+def _sock(value: object) -> str:
+    text = _text(value, name="sock", limit=layout.SOCK_CHARS_MAX)
+    if "\0" in text:
+        message = "sock holds a NUL"
+        raise ValueError(message)
+    return text
+
+
+def check_expect(expect: object) -> int | None:
+    """Return a revision to compare with, None for none."""
+    if expect is None or (type(expect) is int and expect >= 0):
+        return expect
+    message = f"expect must be the rev that was read, not {expect!r}"
+    raise TypeError(message)
+
+
+def _small(value: object, *, name: str, low: int) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int:
+        message = f"{name} must be an integer, not {type(value).__name__}"
+        raise TypeError(message)
+    if not low <= value <= layout.PID_MAX:
+        message = f"{name} {value} is out of range"
+        raise ValueError(message)
+    return value
+
+
+# -- steps ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Author:
+    """Who asks: the actor as JSON bytes, encoded once."""
+
+    actor: bytes
+
+
+def registered(
+    author: Author,
+    sid: str,
+    *,
+    pid: int | None,
+    sock: str,
+    version: str,
+    labels: Mapping[str, str] | None,
+    meta: Mapping[str, JsonValue] | None,
+    ready: bool,
+    owner: int | None,
+) -> Step:
+    """Register a running process, None: this one, under a sid that nobody living holds.
+
+    *Raises* ProcessNotFound if it, or the owner, has ended.
+    """
+    who = identity.capture(pid)
+    data: JsonObject = {
+        "pid": who.pid,
+        "state": (events.WorkerState.READY if ready else events.WorkerState.STARTING).value,
+        "sock": _sock(sock),
+        "version": _text(version, name="version"),
+        "labels": _labels(labels, removing=False),
+        "meta": _mapping(meta, name="meta"),
+        "identity": who.as_json(),
+        "owner": None if owner is None else identity.capture(owner).as_json(),
+    }
+    return _plain(author, events.REGISTERED, check_sid(sid), data, expect=None)
+
+
+def imported(
+    author: Author,
+    sid: str,
+    *,
+    pid: int,
+    who: Identity | None,
+    sock: str,
+    version: str,
+    created_at: str | None,
+) -> Step:
+    """Register a worker as an older registry knew it; `who` is None if its process is gone."""
+    data: JsonObject = {
+        "pid": pid,
+        "state": events.WorkerState.READY.value,
+        "sock": _sock(sock),
+        "version": _text(version, name="version"),
+        "labels": {},
+        "meta": {},
+        "identity": None if who is None else who.as_json(),
+        "owner": None,
+    }
+    if created_at is not None:
+        data["created_at"] = created_at
+    return _plain(author, events.REGISTERED, check_sid(sid), data, expect=None)
+
+
+_BY_STATE = {
+    None: events.UPDATED,
+    "ready": events.READY,
+    "draining": events.DRAINING,
+    "stopping": events.STOP_REQUESTED,
+}
+
+
+def updated(
+    author: Author,
+    sid: str,
+    *,
+    state: str | None,
+    sock: str | None,
+    version: str | None,
+    labels: Mapping[str, str | None] | None,
+    meta: Mapping[str, JsonValue] | None,
+    reason: str | None,
+    expect: int | None,
+) -> Step:
+    """Move a worker on, or patch it; what would change nothing is not written.
+
+    Labels and meta are merged key by key; None removes a key.
+    """
+    if state not in _BY_STATE:
+        message = (
+            f"state {state!r} cannot be set: ready, draining or stopping (ends: exited, remove)"
+        )
+        raise ValueError(message)
+    data: JsonObject = {}
+    if sock is not None:
+        data["sock"] = _sock(sock)
+    if version is not None:
+        data["version"] = _text(version, name="version")
+    if labels is not None:
+        data["labels"] = _labels(labels, removing=True)
+    if meta is not None:
+        data["meta"] = _mapping(meta, name="meta")
+    if data and state in {"draining", "stopping"}:
+        message = f"state {state!r} takes no patch beside it; update twice, or in a batch"
+        raise ValueError(message)
+    if not data and state is None:
+        message = "nothing to update was given"
+        raise ValueError(message)
+    if reason is not None:
+        data["reason"] = check_reason(reason)
+    return _plain(author, _BY_STATE[state], check_sid(sid), data, expect=check_expect(expect))
+
+
+def exited(
+    author: Author,
+    sid: str,
+    *,
+    code: int | None,
+    signal: int | None,
+    source: str,
+    expect: int | None,
+    evidence: JsonObject | None = None,
+) -> Step:
+    """Record the end of a worker, with its exit code or the signal that ended it."""
+    if code is not None and signal is not None:
+        message = "a process ends with a code or by a signal, not both"
+        raise ValueError(message)
+    sid, expect = check_sid(sid), check_expect(expect)
+    data: JsonObject = {
+        "code": _small(code, name="code", low=-(2**31)),
+        "signal": _small(signal, name="signal", low=1),
+        "source": _text(source, name="source"),
+    }
+    if evidence is not None:
+        data["evidence"] = evidence
+
+    def step(written: Written) -> Draft | None:
+        record = written.get(sid)
+        _check(record, sid, expect)
+        if fold.is_repeat(events.EXITED, record, data):
+            return None
+        fold.refuse(events.EXITED, sid, record)
+        assert record is not None  # refuse() would have raised
+        expected = fold.expects_end(record)
+        return codec.draft(events.EXITED, sid, author.actor, {**data, "expected": expected})
+
+    return step
+
+
+def lost(author: Author, sid: str, *, cause: str, evidence: JsonObject, expect: int | None) -> Step:
+    """Record that a worker is proven dead and nobody knows how it ended."""
+    data: JsonObject = {"cause": cause, "evidence": evidence}
+    return _plain(author, events.LOST, sid, data, expect=expect)
+
+
+def released(author: Author, sid: str, *, reason: str, expect: int | None) -> Step:
+    """Take a worker out of the registry by decision: handed off, or assumed dead by a person."""
+    data: JsonObject = {"reason": check_reason(reason)}
+    return _plain(author, events.RELEASED, check_sid(sid), data, expect=check_expect(expect))
+
+
+def pruned(author: Author, sid: str, *, expect: int) -> Step:
+    """Drop an ended worker from the state; its history stays."""
+    return _plain(author, events.PRUNED, sid, {}, expect=expect)
+
+
+def _plain(author: Author, kind: str, sid: str, data: JsonObject, *, expect: int | None) -> Step:
+    part = codec.draft(kind, sid, author.actor, data)
+
+    def step(written: Written) -> Draft | None:
+        record = written.get(sid)
+        _check(record, sid, expect)
+        if fold.is_repeat(kind, record, part.data):
+            return None
+        fold.refuse(kind, sid, record)
+        return part
+
+    return step
+
+
+def _check(record: Record | None, sid: str, expect: int | None) -> None:
+    actual = None if record is None else record["rev"]
+    if expect is not None and actual != expect:
+        raise StaleRevision(sid, expected=expect, actual=actual)
+
+
+# -- many steps as one ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """The state as it will be after the drafts decided so far."""
+
+    written: Written
+    seq: int
+    records: dict[str, Record | None] = field(default_factory=dict)
+
+    def get(self, sid: str) -> Record | None:
+        return self.records[sid] if sid in self.records else self.written.get(sid)
+
+    def take(self, part: Draft) -> None:
+        self.seq += 1
+        line: Line = {
+            "v": layout.LINE_VERSION,
+            "seq": self.seq,
+            "ts": "",
+            "type": part.type,
+            "sid": part.sid,
+            "actor": {},
+            "data": part.data,
+            "synced": 0,
+            "prev": "",
+            "crc": "",
+        }
+        self.records[part.sid] = fold.after(line, self.get(part.sid))
+
+
+def together(steps: Sequence[Step]) -> Decide:
+    """Decide all steps on top of each other: all of them are written, or none."""
+    if len(steps) == 1:
+        only = steps[0]
+        return lambda written: _present([only(written)])
+
+    def decide(written: Written) -> list[Draft]:
+        ahead = _Ahead(written, written.seq)
+        drafts: list[Draft] = []
+        for step in steps:
+            part = step(ahead)
+            if part is not None:
+                ahead.take(part)
+                drafts.append(part)
+        return drafts
+
+    return decide
+
+
+def _present(drafts: Iterable[Draft | None]) -> list[Draft]:
+    return [part for part in drafts if part is not None]
+
+
+def check_wait(wait_s: float) -> float:
+    """Return a wait in seconds that can be waited."""
+    if not isinstance(wait_s, int | float) or isinstance(wait_s, bool):
+        message = f"a wait must be a number of seconds, not {type(wait_s).__name__}"
+        raise TypeError(message)
+    if not math.isfinite(wait_s) or wait_s < 0:
+        message = f"{wait_s} s cannot be waited"
+        raise ValueError(message)
+    return float(wait_s)

@@ -1,0 +1,209 @@
+"""Open a store's directory once and for all; find it, check it, know its identity."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from crewlog import codec, disk, layout
+from crewlog.disk import Disk
+from crewlog.errors import FormatTooNew, NotAStore, StoreMissing, Unsupported
+
+ENVIRONMENT: Final = "CREWLOG_DIR"
+FORCE_NETWORK: Final = "CREWLOG_FORCE_NETWORK_FS"
+
+
+def locate(where: str | os.PathLike[str] | None = None) -> Path:
+    """Return the directory that `where` means, absolute.
+
+    None: `CREWLOG_DIR`, else `$XDG_STATE_HOME/crewlog` if that is absolute, else
+    `~/.local/state/crewlog`. Raises ValueError for a URL of another kind than file://.
+    """
+    named = os.fspath(where) if where is not None else os.environ.get(ENVIRONMENT, "")
+    if where is not None and not named:
+        message = "an empty path names no registry"
+        raise ValueError(message)
+    if not named:
+        state = os.environ.get("XDG_STATE_HOME", "")
+        home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+        return home / "crewlog"
+    if "://" in named:
+        parts = urlsplit(named)
+        if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
+            message = f"{named!r} is not a place for a registry: give a directory or file:///path"
+            raise ValueError(message)
+        named = unquote(parts.path)
+    if "\0" in named:
+        message = f"{named!r} is not a path: it holds a NUL"
+        raise ValueError(message)
+    return Path(named).expanduser().absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """An open store: descriptors of its directories, and who it is.
+
+    `digest` is the SHA-256 of store.json, the `prev` of the first line.
+    """
+
+    path: Path
+    root: int
+    inside: Mapping[str, int] = field(repr=False)
+    store: str
+    digest: bytes
+    disk: Disk
+    local: bool
+
+    def __getitem__(self, name: str) -> int:
+        """Return the descriptor of one of the store's own directories."""
+        return self.inside[name]
+
+    def where(self, *names: str) -> str:
+        """Return the full name of a file of the store, for messages."""
+        return str(self.path.joinpath(*names))
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for fd in (*self.inside.values(), self.root):
+            os.close(fd)
+
+    def lock_path(self, name: str) -> str:
+        """Return the full name of a lock file, for messages."""
+        return self.where(layout.LOCKS, name)
+
+
+def open_existing(path: Path, *, via: Disk | None = None) -> Directory:
+    """Open the store at `path`; this creates and changes nothing.
+
+    *Raises* StoreMissing if there is none; NotAStore, FormatTooNew, UnsafePermissions or
+    Unsupported if it must not be used.
+    """
+    real = path.resolve()
+    with disk.failures("cannot open the registry", where=str(path)):
+        try:
+            root = disk.open_directory(str(real), where=str(path))
+        except FileNotFoundError as error:
+            raise StoreMissing(str(path), why="there is no such directory") from error
+        except NotADirectoryError as error:
+            raise NotAStore(
+                "not a registry", where=str(path), why="it is not a directory", remedy="Check --dir"
+            ) from error
+        opened = {"": root}
+        try:
+            disk.check_ancestors(real)
+            digest, store = _identity(root, path)
+            for name in layout.DIRECTORIES:
+                opened[name] = disk.open_directory(name, at=root, where=str(path / name))
+            local = _require_local(root, path)
+        except FileNotFoundError as error:
+            _close(opened)
+            raise NotAStore(
+                "not a whole registry",
+                where=str(path),
+                why=f"{error.filename} is missing",
+                remedy="Restore it from a backup",
+            ) from error
+        except BaseException:
+            _close(opened)
+            raise
+    del opened[""]
+    return Directory(path, root, opened, store, digest, via or Disk(), local)
+
+
+def _close(opened: Mapping[str, int]) -> None:
+    for fd in opened.values():
+        os.close(fd)
+
+
+def _identity(root: int, path: Path) -> tuple[bytes, str]:
+    where = str(path / layout.STORE)
+    try:
+        data = disk.read_all(layout.STORE, at=root, where=where, limit=layout.STATE_BYTES_MAX)
+    except FileNotFoundError as error:
+        require_newborn(root, path)
+        raise StoreMissing(str(path)) from error
+    try:
+        found = codec.load_object(data)
+    except codec.DocumentError as error:
+        raise _broken(where, str(error)) from error
+    if found.get("format") != layout.FORMAT:
+        raise FormatTooNew(where, why=f"it has format {found.get('format')!r}")
+    if found.get("incompat"):
+        raise FormatTooNew(where, why=f"it needs {found['incompat']!r}")
+    store = found.get("store")
+    if not isinstance(store, str) or not store:
+        raise _broken(where, "it names no store")
+    return codec.digest(data), store
+
+
+def _broken(where: str, why: str) -> NotAStore:
+    return NotAStore(
+        "not a registry", where=where, why=why, remedy="Restore this file from a backup"
+    )
+
+
+def require_newborn(root: int, path: Path) -> None:
+    """Refuse a directory that holds anything but what an interrupted creation leaves."""
+    known = {*layout.DIRECTORIES, layout.APPEND_STATE}
+    found = [n for n in disk.names(root) if not n.startswith(layout.TEMPORARY_PREFIX)]
+    if layout.STORE in found:  # another process was faster
+        return
+    strangers = [name for name in found if name not in known]
+    for name in layout.DIRECTORIES:
+        if name in found:
+            fd = disk.open_directory(name, at=root, where=str(path / name))
+            inside = disk.names(fd)
+            os.close(fd)
+            if name == layout.LOG:
+                newborn = {layout.segment_name(1)}
+            elif name == layout.HEAD:
+                newborn = {layout.HEAD_DURABLE}
+            else:
+                newborn = set(layout.LOCK_NAMES) if name == layout.LOCKS else set()
+            strangers += [
+                f"{name}/{n}"
+                for n in inside
+                if n not in newborn and not n.startswith(layout.TEMPORARY_PREFIX)
+            ]
+    if layout.SNAPSHOT in strangers:
+        remedy = (
+            f"To take over an older registry: crewlog --dir NEW import {path}/{layout.SNAPSHOT}"
+        )
+    else:
+        remedy = "Choose an empty or a new directory"
+    if strangers:
+        raise NotAStore(
+            "not a registry",
+            where=str(path),
+            why=f"there is no {layout.STORE}, but {', '.join(strangers[:3])}",
+            remedy=remedy,
+        )
+
+
+def _require_local(root: int, path: Path) -> bool:
+    if not disk.is_network_file_system(root):
+        return True
+    if os.environ.get(FORCE_NETWORK) != "1":
+        raise Unsupported(
+            "not on a network file system",
+            where=str(path),
+            why="locks, appends and wake-ups do not hold there",
+            remedy=f"Use a local directory, or set {FORCE_NETWORK}=1 at your own risk",
+        )
+    return False
+
+
+def new_identity(now: str) -> bytes:
+    """Return the bytes of a new store.json."""
+    return codec.dump(
+        {
+            "format": layout.FORMAT,
+            "store": str(uuid.uuid4()),
+            "incompat": [],
+            "compat": [],
+            "created": now,
+        }
+    )

@@ -1,0 +1,476 @@
+"""Offer what users hold: a registry of workers, its changes, its reading and its history."""
+
+import os
+import pwd
+import sys
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
+
+from crewlog import (
+    changes,
+    codec,
+    create,
+    directory,
+    events,
+    identity,
+    layout,
+    liveness,
+    notify,
+    snapshot,
+    watch,
+)
+from crewlog.batch import Batch
+from crewlog.changes import Author, Step
+from crewlog.errors import RegistryClosed, StaleRevision, StoreMissing, WorkerExists, WorkerNotFound
+from crewlog.events import (
+    FINAL,
+    Event,
+    JsonObject,
+    JsonValue,
+    Record,
+    State,
+    Worker,
+    event_of,
+    state_of,
+    worker_of,
+)
+from crewlog.liveness import Liveness
+from crewlog.log import Log
+from crewlog.store import Appended
+from crewlog.watch import Watch
+
+Where: TypeAlias = str | os.PathLike[str] | None
+Via: TypeAlias = Literal["api", "cli", "gc"]
+_TRIES = 8  # a sid whose dead holder is replaced under us again and again
+
+
+class Registry:
+    """The workers of one store: change them durably, read them without a lock, see their history.
+
+    *Guarantee*: a method that changes something returns once the event is durable; reading shows
+    only durable events and writes nothing. Threads may share a registry; a forked child may go on
+    using it. Use after `close` raises RegistryClosed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lock_timeout_s: float = layout.LOCK_WAIT_S,
+        actor: str | None = None,
+        via: Via = "api",
+    ) -> None:
+        """Use `crewlog.open`, which finds the path."""
+        self.path = path
+        self._wait_s = changes.check_wait(lock_timeout_s)
+        self._name = None if actor is None else changes.check_reason(actor)
+        self._via: Via = via
+        self._authors: dict[tuple[int, Via], Author] = {}
+        self._opening = threading.Lock()
+        self._log: Log | None = None
+        self._closed = False
+
+    # -- life -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give every resource back; idempotent."""
+        self._closed = True
+        with self._opening:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    @property
+    def exists(self) -> bool:
+        """Say whether there is a store at `path`; reading creates none."""
+        return self._existing() is not None
+
+    def log(self) -> Log:
+        """Return the store's log, for the compactor. *Raises* StoreMissing if there is none."""
+        log = self._existing()
+        if log is None:
+            raise StoreMissing(str(self.path))
+        return log
+
+    def _existing(self) -> Log | None:
+        if self._closed:
+            raise RegistryClosed(str(self.path))
+        if self._log is None:
+            with self._opening:
+                if self._log is None:
+                    try:
+                        found = directory.open_existing(self.path)
+                    except StoreMissing:
+                        return None
+                    self._log = Log(found, wait_s=self._wait_s)
+        return self._log
+
+    def _created(self) -> Log:
+        log = self._existing()
+        if log is not None:
+            return log
+        with self._opening:
+            if self._log is None:
+                made = create.open_or_create(self.path, wait_s=self._wait_s)
+                self._log = Log(made, wait_s=self._wait_s)
+            return self._log
+
+    def author(self, via: Via | None = None) -> Author:
+        """Return who we are in this process, encoded; `via` says through what it acts."""
+        key = (os.getpid(), via or self._via)
+        if key not in self._authors:
+            actor: JsonObject = {
+                "pid": key[0],
+                "uid": os.geteuid(),
+                "user": _user(),
+                "program": _printable(Path(sys.argv[0] if sys.argv else "").name) or "python",
+                "via": key[1],
+                "host": os.uname().nodename,
+            }
+            if self._name is not None:
+                actor["name"] = self._name
+            self._authors[key] = Author(actor=codec.dump(actor))
+        return self._authors[key]
+
+    # -- change -----------------------------------------------------------------------------
+
+    def register(
+        self,
+        sid: str,
+        *,
+        pid: int | None = None,
+        sock: str = "",
+        version: str = "",
+        labels: Mapping[str, str] | None = None,
+        meta: Mapping[str, JsonValue] | None = None,
+        ready: bool = False,
+        owner: int | None = None,
+    ) -> Worker:
+        """Register a running process, by default this one, and return it as a worker.
+
+        A sid whose recorded holder is proven dead is taken over, and the loss recorded with it.
+        *Args*: `owner` is the pid of the process that answers for the worker. *Raises*
+        WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError and
+        TypeError for bad arguments.
+        """
+        step = changes.registered(
+            self.author(),
+            sid,
+            pid=pid,
+            sock=sock,
+            version=version,
+            labels=labels,
+            meta=meta,
+            ready=ready,
+            owner=owner,
+        )
+        burial: list[Step] = []
+        for _ in range(_TRIES):
+            try:
+                return self._worker(self._append([*burial, step]), sid)
+            except WorkerExists:
+                burial = self._burial(sid)
+                if not burial:
+                    raise
+            except StaleRevision:  # the holder changed between the probe and the append
+                burial = []
+        return self._worker(self._append([step]), sid)
+
+    def _burial(self, sid: str) -> list[Step]:
+        """Return the step that records the death of a sid's holder; none if it is not proven."""
+        worker = self.get(sid)
+        if worker is None or worker.final:
+            return []
+        found = self.judge([worker])[0]
+        return [death(self.author(), worker, found)] if found.dead else []
+
+    def update(
+        self,
+        sid: str,
+        *,
+        state: str | None = None,
+        sock: str | None = None,
+        version: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        meta: Mapping[str, JsonValue] | None = None,
+        reason: str | None = None,
+        expect: int | None = None,
+    ) -> Worker:
+        """Move a worker to ready, draining or stopping, or patch it, and return it.
+
+        Labels and meta are merged key by key, None removes one. What would change nothing is not
+        written. *Args*: `expect` is the rev that the caller read. *Raises* WorkerNotFound,
+        InvalidTransition, StaleRevision; ValueError and TypeError for bad arguments.
+        """
+        step = changes.updated(
+            self.author(),
+            sid,
+            state=state,
+            sock=sock,
+            version=version,
+            labels=labels,
+            meta=meta,
+            reason=reason,
+            expect=expect,
+        )
+        return self._worker(self._append([step]), sid)
+
+    def exited(
+        self,
+        sid: str,
+        *,
+        code: int | None = None,
+        signal: int | None = None,
+        source: str = "self",
+        expect: int | None = None,
+    ) -> Event:
+        """Record that a worker ended, and return the event.
+
+        The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
+        not 0 or a signal ended it. *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
+        """
+        step = changes.exited(
+            self.author(), sid, code=code, signal=signal, source=source, expect=expect
+        )
+        return self._event(self._append([step]), sid)
+
+    def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
+        """Take a worker out of the registry and return the event; its process is left alone.
+
+        *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
+        """
+        step = changes.released(self.author(), sid, reason=reason, expect=expect)
+        return self._event(self._append([step]), sid)
+
+    def batch(self) -> Batch:
+        """Collect changes in a `with` block; all of them become durable at its end, or none."""
+        return Batch(self.author(), self.commit)
+
+    def _append(self, steps: list[Step]) -> Appended:
+        return self._created().append(changes.together(steps))
+
+    def commit(self, steps: list[Step]) -> Appended:
+        """Write steps as one unit, for the compactor; durable on return."""
+        return self._append(steps)
+
+    def _worker(self, appended: Appended, sid: str) -> Worker:
+        record = appended.records.get(sid)
+        if record is not None:
+            return worker_of(record)
+        worker = self.get(sid)  # nothing needed to be written
+        if worker is None:
+            raise WorkerNotFound(sid)
+        return worker
+
+    def _event(self, appended: Appended, sid: str) -> Event:
+        if appended.lines:
+            raw = appended.lines[-1]
+            return event_of(codec.parse(raw), raw)
+        worker = self.get(sid)  # it had been recorded before: return that event
+        if worker is None:
+            raise WorkerNotFound(sid)
+        return next(self.history(after=worker.rev - 1))
+
+    # -- read -------------------------------------------------------------------------------
+
+    def get(self, sid: str) -> Worker | None:
+        """Return one worker, final ones included; None if the registry holds none of that sid."""
+        log = self._existing()
+        if log is None:
+            return None
+        with log.frozen() as state:
+            record = state.get(sid)
+        return None if record is None else worker_of(record)
+
+    def workers(self, *, all: bool = False) -> list[Worker]:  # noqa: A002 (the promised name)
+        """Return the workers that are not final, in order of registration; with `all` every one."""
+        return [worker_of(record) for record in self._records(final=all)]
+
+    def _records(self, *, final: bool) -> list[Record]:
+        log = self._existing()
+        if log is None:
+            return []
+        with log.frozen() as state:
+            return [r for r in state.records.values() if final or r["state"] not in FINAL]
+
+    def state(self) -> State:
+        """Return every worker that is not pruned, and the seq that this is the state of."""
+        log = self._existing()
+        if log is None:
+            return State(seq=0, workers={})
+        with log.frozen() as state:
+            copied = state.copy()
+        return state_of(copied.seq, copied.records.values())
+
+    def totals(self) -> Mapping[str, int]:
+        """Return how many events of each type there ever were."""
+        log = self._existing()
+        if log is None:
+            return {}
+        with log.frozen() as state:
+            return dict(state.totals)
+
+    def compacted(self) -> tuple[int, datetime] | None:
+        """Return what seq registry.json covers and when it was written, None before the first."""
+        log = self._existing()
+        found = None if log is None else snapshot.load(log.directory).snapshot
+        return None if found is None else (found.last_seq, events.utc(found.written_at))
+
+    @property
+    def last_seq(self) -> int:
+        """Return the seq of the last durable event, 0 where there is no store."""
+        log = self._existing()
+        return 0 if log is None else log.last_seq()
+
+    def liveness(self, sid: str) -> Liveness:
+        """Judge whether one worker lives, now. *Raises* WorkerNotFound."""
+        worker = self.get(sid)
+        if worker is None:
+            raise WorkerNotFound(sid)
+        return self.judge([worker])[0]
+
+    def judge(self, workers: Collection[Worker]) -> list[Liveness]:
+        """Judge many workers, now, in their order; no lock is held and nothing is written."""
+        log = self._existing()
+        local = log is None or log.directory.local
+        witness = identity.witness(local_file_system=local)
+        found: list[Liveness] = []
+        for worker in workers:
+            seen = (
+                liveness.Evidence()
+                if worker.final
+                else witness.look(worker.identity, last_event_at=worker.updated_at)
+            )
+            found.append(liveness.judge(worker.identity, seen, final=worker.final))
+        return found
+
+    def history(
+        self,
+        *,
+        sid: str | None = None,
+        types: Collection[str] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: int | None = None,
+    ) -> Iterator[Event]:
+        """Yield the events that match, oldest first, through log and archive.
+
+        The store's own events are left out unless `types` names them. *Args*: `since` and `until`
+        are aware times, the first included, the last not; `after` is a seq.
+        *Raises* DataDamaged where the history is.
+        """
+        wanted = watch.filter_of(None if sid is None else [sid], types)
+        first = _moment(since, name="since")
+        last = _moment(until, name="until")
+        log = self._existing()
+        if log is None:
+            return
+        start = log.first_seq() - 1 if after is None else after
+        for line, raw in log.read(start):
+            if wanted.wants(line) and (first is None or line["ts"] >= first):
+                if last is not None and line["ts"] >= last:
+                    continue  # times may step back: the next one may match again
+                yield event_of(line, raw)
+
+    def watch(
+        self,
+        *,
+        after: watch.After = None,
+        sids: Collection[str] | None = None,
+        types: Collection[str] | None = None,
+    ) -> Watch:
+        """Deliver events as they become durable.
+
+        *Args*: `after` None begins with the state of now, carried by the first Synced; an int with
+        the events after that seq; "now" with those to come; "oldest" with all that is kept.
+        *Guarantee*: in order, each once, none before it is durable, none left out but as a Reset
+        says. *Raises* StoreMissing if there is no store yet.
+        """
+        if not (after is None or after in {"now", "oldest"} or (type(after) is int and after >= 0)):
+            message = f"after must be a seq, 'now', 'oldest' or None, not {after!r}"
+            raise ValueError(message)
+        log = self.log()
+        waker = notify.waker(self.path / layout.HEAD)
+        try:
+            return Watch(
+                log,
+                after=after,
+                wanted=watch.filter_of(sids, types),
+                waker=waker,
+                state=self.state,
+            )
+        except BaseException:
+            waker.close()
+            raise
+
+
+def open(  # noqa: A001 (crewlog.open is the promised name)
+    where: Where = None, *, lock_timeout_s: float = layout.LOCK_WAIT_S, actor: str | None = None
+) -> Registry:
+    """Open the registry at `where`: a directory, a file:// URL, or None for the default place.
+
+    Nothing is created before the first change. *Args*: `lock_timeout_s` is how long a change waits
+    for other writers, in seconds; `actor` names who acts, for the history.
+    """
+    return Registry(directory.locate(where), lock_timeout_s=lock_timeout_s, actor=actor)
+
+
+def is_exit(found: Liveness) -> bool:
+    """Say whether the evidence tells how the process ended."""
+    return found.evidence.exit_code is not None or found.evidence.exit_signal is not None
+
+
+def death(author: Author, worker: Worker, found: Liveness) -> Step:
+    """Return the step that records a proven death, if the worker is still as it was judged."""
+    seen = found.evidence
+    if is_exit(found):
+        return changes.exited(
+            author,
+            worker.sid,
+            code=seen.exit_code,
+            signal=seen.exit_signal,
+            source="zombie",
+            expect=worker.rev,
+            evidence=seen.seen(),
+        )
+    return changes.lost(
+        author, worker.sid, cause=found.cause, evidence=seen.seen(), expect=worker.rev
+    )
+
+
+def _user() -> str:
+    uid = os.geteuid()
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # containers run under uids without a name
+        return str(uid)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _moment(when: datetime | None, *, name: str) -> str | None:
+    if when is None:
+        return None
+    if when.tzinfo is None:
+        message = f"{name} must be an aware time: give it a time zone"
+        raise ValueError(message)
+    return events.timestamp(when)

@@ -1,0 +1,394 @@
+"""Read the log: list segments, walk their lines, scan a tail; and put a new segment in place.
+
+A position is (segment, offset, seq): the segment by its first seq, the offset in bytes after the
+last line read there, the seq of that line. Segments move from log/ to archive/ when a compaction
+no longer needs them; a reader follows them there.
+"""
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from crewlog import codec, disk, events, layout
+from crewlog.codec import LineError
+from crewlog.directory import Directory
+from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing
+from crewlog.events import JsonObject, Line
+from crewlog.recovery import Found
+
+STORE_ACTOR: Final = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place between two lines: everything up to `seq` was read."""
+
+    segment: int
+    offset: int
+    seq: int
+
+
+# -- finding --------------------------------------------------------------------------------
+
+
+def active_and_sealed(directory: Directory) -> list[int]:
+    """List the segments in log/ by first seq; the last one is active."""
+    found = (layout.first_seq_of(name) for name in disk.names(directory[layout.LOG]))
+    return [first for first in found if first is not None]
+
+
+def archived(directory: Directory) -> list[int]:
+    """List the archived segments by first seq."""
+    found = (layout.first_seq_of(name) for name in disk.names(directory[layout.ARCHIVE]))
+    return [first for first in found if first is not None]
+
+
+def all_of(directory: Directory) -> list[int]:
+    """List every segment, archived or not, by first seq."""
+    # log/ last: a segment that moves meanwhile is then seen at least once
+    before = set(archived(directory))
+    return sorted(before | set(active_and_sealed(directory)) | set(archived(directory)))
+
+
+class Source:
+    """The bytes of one segment, from log/ or, uncompressed in memory, from archive/."""
+
+    __slots__ = ("_data", "_fd", "first", "name")
+
+    def __init__(self, first: int, name: str, *, fd: int = -1, data: bytes = b"") -> None:
+        """Wrap an open descriptor or bytes in memory."""
+        self.first = first
+        self.name = name
+        self._fd = fd
+        self._data = data
+
+    @property
+    def archived(self) -> bool:
+        """Say whether it came from archive/."""
+        return self._fd < 0
+
+    @property
+    def fd(self) -> int:
+        """Return the descriptor, -1 for an archived segment."""
+        return self._fd
+
+    def size(self) -> int:
+        """Return how many bytes it has at this moment."""
+        return len(self._data) if self.archived else os.fstat(self._fd).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read up to `size` bytes at `offset`."""
+        if self.archived:
+            return self._data[offset : offset + size]
+        return disk.read_at(self._fd, offset, size)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def open_segment(directory: Directory, first: int) -> Source:
+    """Open a segment wherever it is now.
+
+    *Raises* SegmentMissing if it is nowhere, ArchiveDamaged if its archive cannot be read.
+    """
+    for _ in range(layout.SEGMENT_OPEN_TRIES):
+        name = layout.segment_name(first)
+        where = directory.where(layout.LOG, name)
+        with disk.failures("cannot read the log", where=where):
+            try:
+                fd = disk.open_file(name, at=directory[layout.LOG], where=where)
+            except FileNotFoundError:
+                pass  # archived meanwhile, or missing
+            else:
+                return Source(first, name, fd=fd)
+            try:
+                return Source(first, layout.archive_name(first), data=_unpack(directory, first))
+            except FileNotFoundError:
+                continue  # a reader may meet the moment between two directory reads
+    raise SegmentMissing(
+        directory.where(layout.LOG), first=first, last=_before_next(directory, first)
+    )
+
+
+def open_active(directory: Directory, first: int) -> Source:
+    """Open a segment for appending. *Raises* LogRegressed if it is gone."""
+    name = layout.segment_name(first)
+    where = directory.where(layout.LOG, name)
+    try:
+        fd = disk.open_file(name, at=directory[layout.LOG], where=where, change=True, append=True)
+    except FileNotFoundError as error:
+        raise LogRegressed(where, why="the state files name this segment") from error
+    try:
+        if os.fstat(fd).st_nlink > 1:  # its temporary name, if the rotator died; else a stranger's
+            sweep(directory, directory[layout.LOG])
+            disk.require_one_name(fd, where=where)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Source(first, name, fd=fd)
+
+
+def _before_next(directory: Directory, first: int) -> int:
+    later = [other for other in all_of(directory) if other > first]
+    return later[0] - 1 if later else first
+
+
+def _unpack(directory: Directory, first: int) -> bytes:
+    name = layout.archive_name(first)
+    packed = disk.read_all(
+        name,
+        at=directory[layout.ARCHIVE],
+        where=directory.where(layout.ARCHIVE, name),
+        limit=layout.SNAPSHOT_BYTES_MAX,
+    )
+    try:
+        return gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ArchiveDamaged(name, offset=0, seq=first, reason=f"not gzip: {error}") from error
+
+
+# -- walking --------------------------------------------------------------------------------
+
+
+def walk(
+    source: Source, start: Position, *, end: int | None = None
+) -> Iterator[tuple[Line, bytes, int]]:
+    """Yield (line, raw, offset after it) from a position up to `end` bytes, or to the end.
+
+    Every line is checked by itself and for its seq. *Raises* LogCorrupt or ArchiveDamaged at the
+    first that fails: the caller has proof that these bytes were durable.
+    """
+    offset, seq = start.offset, start.seq
+    rest = b""
+    stop = source.size() if end is None else end
+    while offset + len(rest) < stop:
+        at = offset + len(rest)
+        chunk = source.read(at, min(layout.READ_BYTES, stop - at))
+        if not chunk:
+            raise _damaged(source, offset, seq + 1, "the file ends early")
+        *whole, rest = (rest + chunk).split(b"\n")
+        if len(rest) > layout.LINE_BYTES_CEILING:
+            raise _damaged(source, offset, seq + 1, "no newline where one must be")
+        for raw in whole:
+            try:
+                line = codec.parse(raw)
+            except LineError as error:
+                raise _damaged(source, offset, seq + 1, str(error)) from error
+            if line["seq"] != seq + 1:
+                raise _damaged(source, offset, seq + 1, f"seq is {line['seq']}")
+            offset += len(raw) + 1
+            seq += 1
+            yield line, raw, offset
+    if rest:
+        raise _damaged(source, offset, seq + 1, "no newline at the end of a durable line")
+
+
+def _damaged(source: Source, offset: int, seq: int, reason: str) -> LogCorrupt | ArchiveDamaged:
+    if source.archived:
+        return ArchiveDamaged(source.name, offset=offset, seq=seq, reason=reason)
+    return LogCorrupt(
+        source.name, offset=offset, seq=seq, reason=reason, proof="these bytes were durable"
+    )
+
+
+def start_of(first: int) -> Position:
+    """Return the position before a segment's header line."""
+    return Position(first, 0, first - 1)
+
+
+def find(directory: Directory, after: int) -> Position:
+    """Return the start of the segment that holds the line after seq `after`.
+
+    *Raises* SegmentMissing if none does because it is gone.
+    """
+    firsts = all_of(directory)
+    fitting = [first for first in firsts if first <= after + 1]
+    if not fitting:
+        raise SegmentMissing(
+            directory.where(layout.LOG),
+            first=after + 1,
+            last=firsts[0] - 1 if firsts else after + 1,
+        )
+    return start_of(fitting[-1])
+
+
+class Reader:
+    """Read on from a position, through rotations and the archive, one segment open at a time."""
+
+    __slots__ = ("_directory", "_source", "position")
+
+    def __init__(self, directory: Directory, position: Position) -> None:
+        """Begin at `position`."""
+        self._directory = directory
+        self._source: Source | None = None
+        self.position = position
+
+    def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
+        """Yield (line, raw) up to the durable position `stop`; `position` moves along.
+
+        *Raises* LogCorrupt, ArchiveDamaged, SegmentMissing; the position stays before the damage.
+        """
+        while self.position.seq < stop.seq:
+            segment = self.position.segment
+            end = stop.offset if segment == stop.segment else None
+            kind = ""
+            for line, raw, offset in walk(self._open(segment), self.position, end=end):
+                self.position = Position(segment, offset, line["seq"])
+                kind = line["type"]
+                yield line, raw
+            if self.position.seq >= stop.seq:
+                return
+            if kind not in {"", events.SEAL}:
+                raise self._unsealed()
+            self.position = start_of(self.position.seq + 1)
+
+    def _unsealed(self) -> LogCorrupt:
+        return LogCorrupt(
+            layout.segment_name(self.position.segment),
+            offset=self.position.offset,
+            seq=self.position.seq + 1,
+            reason="the segment ends without a seal",
+            proof="a later segment exists",
+        )
+
+    def _open(self, segment: int) -> Source:
+        if self._source is None or self._source.first != segment:
+            self.close()
+            self._source = open_segment(self._directory, segment)
+        return self._source
+
+    def close(self) -> None:
+        """Close the open segment."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+
+# -- scanning a tail ------------------------------------------------------------------------
+
+
+def scan(data: bytes, *, offset: int, seq: int, prev: bytes | None, sealed: bool = False) -> Found:
+    """Check lines one after the other, chain and batches included, and stop at the first failure.
+
+    `data` begins at `offset` of its segment, after the line `seq` with the hash `prev` (None:
+    trust the first line's own).
+    """
+    good = Found(
+        end=offset,
+        size=offset + len(data),
+        seq=seq,
+        hash=prev or b"",
+        sealed=sealed,
+        reason=None,
+        synced=0,
+    )
+    at, end, last, hashed = 0, offset, seq, prev
+    synced, reason = 0, None
+    batch = (0, 0)  # the place that the next line must have in an open batch
+    while at < len(data) and reason is None:
+        newline = data.find(b"\n", at)
+        raw = data[at : newline if newline >= 0 else len(data)]
+        line, reason = _try(raw, last + 1, hashed, batch, whole=newline >= 0, sealed=good.sealed)
+        if line is None:
+            break
+        at, end, last, hashed = newline + 1, end + len(raw) + 1, last + 1, codec.digest(raw)
+        synced = max(synced, line["synced"])
+        index, count = line.get("b", (0, 1))
+        batch = (index + 1, count) if index + 1 < count else (0, 0)
+        if batch == (0, 0):
+            good = Found(
+                end=end,
+                size=good.size,
+                seq=last,
+                hash=hashed,
+                sealed=line["type"] == events.SEAL,
+                reason=None,
+                synced=0,
+            )
+    if reason is None and batch != (0, 0):
+        reason = "the batch is not complete"
+    if reason is not None:
+        synced = max(synced, _witnessed(data[good.end - offset :]))
+    return Found(
+        end=good.end,
+        size=good.size,
+        seq=good.seq,
+        hash=good.hash,
+        sealed=good.sealed,
+        reason=reason,
+        synced=synced,
+    )
+
+
+def _try(
+    raw: bytes, seq: int, prev: bytes | None, batch: tuple[int, int], *, whole: bool, sealed: bool
+) -> tuple[Line | None, str | None]:
+    """Parse a line that must follow; the second value says why it does not."""
+    if not whole:
+        return None, "NUL bytes" if b"\0" in raw else "half a line"
+    try:
+        line = codec.parse(raw)
+    except LineError as error:
+        return None, str(error)
+    if sealed:
+        return None, "a line stands after the seal"
+    if line["seq"] != seq:
+        return None, f"seq is {line['seq']}"
+    if prev is not None and line["prev"] != prev.hex():
+        return None, "prev differs from the hash of the line before"
+    place = tuple(line.get("b", (0, 1)))
+    if (place != batch) if batch != (0, 0) else (place[0] != 0):
+        return None, "it is out of place in its batch"
+    return line, None
+
+
+def _witnessed(data: bytes) -> int:
+    """Return the largest `synced` that any whole line in a damaged tail bears witness to."""
+    synced = 0
+    for raw in data.split(b"\n"):
+        try:
+            synced = max(synced, codec.parse(raw)["synced"])
+        except LineError:  # part of the damage
+            continue
+    return synced
+
+
+# -- the store's own lines ------------------------------------------------------------------
+
+
+def own_line(
+    kind: str, data: JsonObject, *, seq: int, ts: str, synced: int, prev: bytes
+) -> tuple[bytes, Line]:
+    """Write one of the store's own lines, and return it parsed as well."""
+    part = codec.draft(kind, "", STORE_ACTOR, data)
+    raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=None)
+    return raw, codec.parse(raw[:-1])
+
+
+def put(directory: Directory, first: int, header: bytes) -> None:
+    """Put a new segment in place: durable with its header before it gets its name.
+
+    Harmless to repeat after an interruption. Held by the caller: locks/append.
+    """
+    via, at = directory.disk, directory[layout.LOG]
+    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
+    sweep(directory, at)
+    disk.write_new(via, temporary, header, at=at)
+    try:
+        via.link(temporary, layout.segment_name(first), at=at, new_at=at)
+    finally:
+        via.unlink(temporary, at=at)
+    via.sync_directory(at)
+
+
+def sweep(directory: Directory, at: int) -> None:
+    """Remove temporary files; the lock that the caller holds proves that no writer has one open."""
+    for name in disk.names(at):
+        if name.startswith(layout.TEMPORARY_PREFIX):
+            directory.disk.unlink(name, at=at)

@@ -1,0 +1,112 @@
+"""Read, check and atomically replace registry.json.
+
+The snapshot is replaced in this order, so that registry.json exists at every moment and two
+generations can always be rebuilt: temporary file, fsync, read back and check; the current one
+gets the second name registry.prev.json; the temporary takes its place; fsync of the directory.
+That last fsync is the commit point of a compaction.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from crewlog import codec, disk, layout
+from crewlog.codec import DocumentError, Snapshot
+from crewlog.directory import Directory
+from crewlog.errors import LogRegressed, SnapshotCorrupt
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The newest good snapshot (None: there is none), and what was wrong with newer ones."""
+
+    snapshot: Snapshot | None
+    complaints: tuple[SnapshotCorrupt, ...]
+
+
+def read(directory: Directory, name: str) -> Snapshot | None:
+    """Read one snapshot; None if it is absent.
+
+    *Raises* SnapshotCorrupt if it is damaged or another store's; FormatTooNew.
+    """
+    where = directory.where(name)
+    with disk.failures("cannot read the snapshot", where=where):
+        try:
+            data = disk.read_all(
+                name, at=directory.root, where=where, limit=layout.SNAPSHOT_BYTES_MAX
+            )
+        except FileNotFoundError:
+            return None
+    try:
+        found = codec.decode_snapshot(data)
+    except DocumentError as error:
+        raise SnapshotCorrupt(where, why=str(error)) from error
+    if found.store != directory.store:
+        raise SnapshotCorrupt(where, why=f"it belongs to store {found.store}")
+    return found
+
+
+def load(directory: Directory) -> Loaded:
+    """Return the newest good snapshot: the current one, else the one before it.
+
+    A damaged or missing current snapshot is a complaint, never "empty": what it held is in the
+    one before it and in the segments that no compaction has let go of.
+    """
+    complaints: list[SnapshotCorrupt] = []
+    for name in (layout.SNAPSHOT, layout.SNAPSHOT_PREV):
+        try:
+            found = read(directory, name)
+        except SnapshotCorrupt as error:
+            complaints.append(error)
+            continue
+        if found is not None:
+            if name == layout.SNAPSHOT_PREV and not complaints:
+                missing = directory.where(layout.SNAPSHOT)
+                complaints.append(SnapshotCorrupt(missing, why="it is missing"))
+            return Loaded(found, tuple(complaints))
+    return Loaded(None, tuple(complaints))
+
+
+def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
+    """Make `snapshot` the current one; durable and checked on return. Held: locks/compact.
+
+    *Raises* LogRegressed if it is older than the current one, SnapshotCorrupt if it does not read
+    back as written.
+    """
+    via, root = directory.disk, directory.root
+    data = codec.encode_snapshot(snapshot)
+    temporary = f"{layout.TEMPORARY_PREFIX}snapshot-{os.getpid()}"
+    current = load(directory)
+    if current.snapshot is not None and current.snapshot.last_seq > snapshot.last_seq:
+        raise LogRegressed(
+            directory.where(layout.LOG),
+            why=f"it ends at seq {snapshot.last_seq}, the snapshot at {current.snapshot.last_seq}",
+        )
+    disk.write_new(via, temporary, data, at=root)
+    written = read(directory, temporary)
+    if written is None or written.last_hash != snapshot.last_hash:
+        raise SnapshotCorrupt(directory.where(temporary), why="it does not read back as written")
+    if current.complaints:
+        _set_aside(directory, written.sha256)
+    elif current.snapshot is not None:
+        _keep_previous(directory)
+    via.rename(temporary, layout.SNAPSHOT, at=root)
+    via.sync_directory(root)
+    return written
+
+
+def _keep_previous(directory: Directory) -> None:
+    """Give the current snapshot its second name, by way of a temporary one: link never replaces."""
+    via, root = directory.disk, directory.root
+    temporary = f"{layout.TEMPORARY_PREFIX}previous-{os.getpid()}"
+    via.link(layout.SNAPSHOT, temporary, at=root, new_at=root)
+    via.rename(temporary, layout.SNAPSHOT_PREV, at=root)
+
+
+def _set_aside(directory: Directory, mark: str) -> None:
+    """Keep a damaged snapshot in quarantine, under a name that its replacement gives it."""
+    via, aside = directory.disk, directory[layout.QUARANTINE]
+    name = f"{layout.SNAPSHOT}.before-{mark[:16]}"
+    with contextlib.suppress(FileNotFoundError, FileExistsError):  # missing, or set aside before
+        via.link(layout.SNAPSHOT, name, at=directory.root, new_at=aside)
+    via.sync_directory(aside)

@@ -1,0 +1,190 @@
+"""Mend the end of the log so that appending can go on: adopt, quarantine, cut, rebuild.
+
+Held throughout by the caller: locks/append. Two occasions:
+
+- `adopt`: a writer of this boot died between its write and its append.state. Whole lines are
+  taken over (their caller never heard: outcome unknown), the rest was never acknowledged.
+- `rebuild`: another boot, or a state file bad or missing. recovery.decide judges the last segment
+  by all the evidence there is; only an unacknowledged tail is ever cut, and kept in quarantine.
+"""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from crewlog import codec, disk, events, layout, recovery, segments
+from crewlog.codec import AppendState, DurableHead
+from crewlog.directory import Directory
+from crewlog.errors import LogCorrupt, LogRegressed, SegmentMissing
+from crewlog.events import JsonObject, Line
+from crewlog.recovery import Action, Found, Known
+from crewlog.segments import Source
+
+
+def adopt(directory: Directory, source: Source, state: AppendState) -> tuple[AppendState, Found]:
+    """Take whole lines beyond the written end into the state; cut what is left."""
+    data = source.read(state.end, source.size() - state.end)
+    found = segments.scan(data, offset=state.end, seq=state.seq, prev=state.hash)
+    if found.reason is not None:
+        quarantine(directory, source, found, data[found.end - state.end :])
+        directory.disk.cut(source.fd, found.end)
+    after = replace(state, end=found.end, seq=found.seq, hash=found.hash, sealed=found.sealed)
+    return after, found
+
+
+def judge(
+    directory: Directory, head: DurableHead | None, *, snapshot_seq: int
+) -> tuple[Source, Found, Action]:
+    """Scan the last segment and decide about its tail; this changes nothing.
+
+    The source is open for changes; the caller closes it. *Raises* LogCorrupt, LogRegressed or
+    SegmentMissing where the evidence says that acknowledged data are damaged or gone.
+    """
+    firsts = segments.active_and_sealed(directory)
+    if not firsts:
+        raise LogRegressed(directory.where(layout.LOG), why="it holds no segment at all")
+    last = firsts[-1]
+    source = segments.open_active(directory, last)
+    try:
+        data = source.read(0, source.size())
+        found = segments.scan(data, offset=0, seq=last - 1, prev=None)
+        known = Known(snapshot_seq=snapshot_seq)
+        if head is not None:
+            known = Known(
+                head_segment=head.segment,
+                head_end=head.end,
+                head_seq=head.seq,
+                snapshot_seq=snapshot_seq,
+            )
+        decision = recovery.decide(last, found, known)
+        if decision.action is Action.CORRUPT:
+            raise LogCorrupt(
+                source.name,
+                offset=found.end,
+                seq=found.seq + 1,
+                reason=found.reason or "the file ends early",
+                proof=decision.proof,
+            )
+        if decision.action is Action.REGRESSED:
+            raise LogRegressed(directory.where(layout.LOG, source.name), why=decision.proof)
+        _check_header(directory, source, data[: data.find(b"\n")], snapshot_seq=snapshot_seq)
+    except BaseException:
+        source.close()
+        raise
+    return source, found, decision.action
+
+
+def _check_header(directory: Directory, source: Source, raw: bytes, *, snapshot_seq: int) -> None:
+    """Hold the header against the store and against the segment that it names before itself."""
+    line = codec.parse(raw)
+    name = source.name
+    previous = line["data"].get("previous")
+    if line["type"] != events.SEGMENT or line["data"].get("store") != directory.store:
+        raise LogCorrupt(
+            name,
+            offset=0,
+            seq=source.first,
+            reason="not a header of this store",
+            proof=f"the store is {directory.store}",
+        )
+    if not isinstance(previous, dict):
+        return
+    first, last, size = previous.get("first"), previous.get("last"), previous.get("size")
+    if not isinstance(first, int) or not isinstance(last, int) or last <= snapshot_seq:
+        return
+    try:
+        before = segments.open_segment(directory, first)
+    except SegmentMissing as error:
+        raise SegmentMissing(directory.where(layout.LOG), first=first, last=last) from error
+    found = before.size()
+    before.close()
+    if found != size:
+        raise LogCorrupt(
+            before.name,
+            offset=min(found, int(size) if isinstance(size, int) else 0),
+            seq=last,
+            reason=f"it has {found} bytes",
+            proof=f"its successor was told {size}",
+        )
+
+
+def rebuild(
+    directory: Directory, head: DurableHead | None, *, boot: bytes, snapshot_seq: int
+) -> tuple[AppendState, DurableHead, Found | None]:
+    """Recover: sync the valid prefix of the last segment and derive both states from it.
+
+    The third value tells what was cut, if anything. Idempotent: interrupted anywhere, the next
+    call finds the same prefix. Held besides: both sync locks, so that no leader publishes.
+    """
+    segments.sweep(directory, directory[layout.LOG])
+    source, found, action = judge(directory, head, snapshot_seq=snapshot_seq)
+    try:
+        if action is Action.CUT:
+            quarantine(directory, source, found, source.read(found.end, found.size - found.end))
+            directory.disk.cut(source.fd, found.end)
+        directory.disk.sync(source.fd)
+    finally:
+        source.close()
+    state = AppendState(boot, source.first, found.end, found.seq, found.hash, found.sealed)
+    fresh = DurableHead(
+        generation=0 if head is None else head.generation + 1,
+        boot=boot,
+        segment=source.first,
+        end=found.end,
+        seq=found.seq,
+        oldest=1 if head is None else head.oldest,
+        poisoned=False,
+        errno=0,
+    )
+    return state, fresh, found if action is Action.CUT else None
+
+
+def quarantine(directory: Directory, source: Source, found: Found, data: bytes) -> None:
+    """Keep bytes that are about to be cut, durable before the cut, with a note beside them."""
+    at = directory[layout.QUARANTINE]
+    taken = set(disk.names(at))
+    stem = f"{source.first:020d}-{found.end}"
+    number = next(n for n in range(len(taken) + 1) if f"{stem}.{n}.bytes" not in taken)
+    note = {
+        "segment": source.name,
+        "offset": found.end,
+        "bytes": len(data),
+        "reason": found.reason,
+        "at": events.timestamp(datetime.now(UTC)),
+    }
+    disk.write_new(directory.disk, f"{stem}.{number}.bytes", data, at=at)
+    note_name = f"{stem}.{number}.json"
+    if note_name not in taken:
+        disk.write_new(directory.disk, note_name, codec.dump(note) + b"\n", at=at)
+    directory.disk.sync_directory(at)
+
+
+def recovered_data(source_first: int, found: Found) -> JsonObject:
+    """Return what the `_recovered` line says about a cut."""
+    return {
+        "segment": source_first,
+        "offset": found.end,
+        "bytes": found.size - found.end,
+        "reason": found.reason,
+    }
+
+
+def header_data(directory: Directory, boot: str, previous: AppendState | None) -> JsonObject:
+    """Return what a segment's header says: whose it is and what stood before it."""
+    return {
+        "store": directory.store,
+        "format": layout.FORMAT,
+        "boot": boot,
+        "previous": None
+        if previous is None
+        else {
+            "first": previous.segment,
+            "last": previous.seq,
+            "size": previous.end,
+            "hash": previous.hash.hex(),
+        },
+    }
+
+
+def is_own(line: Line) -> bool:
+    """Say whether the line is the store's own bookkeeping, not a worker's event."""
+    return line["type"].startswith("_")
