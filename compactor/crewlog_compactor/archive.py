@@ -1,0 +1,49 @@
+"""Move sealed segments into the archive: compressed, checked, durable before the original goes."""
+
+import gzip
+import itertools
+import os
+from typing import Final
+
+from crewlog import disk, layout, segments
+from crewlog.directory import Directory
+from crewlog.errors import ArchiveDamaged
+
+_LEVEL: Final = 6
+
+
+def archive(directory: Directory, *, covered: int) -> list[int]:
+    """Archive every sealed segment whose last seq is at most `covered`; return their first seqs.
+
+    Held: locks/compact. Interrupted anywhere, a segment is in log/, in archive/, or in both with
+    the same content; the next call goes on from there.
+    """
+    firsts = segments.active_and_sealed(directory)
+    moved = []
+    for first, following in itertools.pairwise(firsts):
+        if following - 1 > covered:
+            break
+        _move(directory, first)
+        moved.append(first)
+    return moved
+
+
+def _move(directory: Directory, first: int) -> None:
+    via, log, shelf = directory.disk, directory[layout.LOG], directory[layout.ARCHIVE]
+    source = segments.open_segment(directory, first)
+    try:
+        data = source.read(0, source.size())
+    finally:
+        source.close()
+    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
+    name = layout.archive_name(first)
+    disk.write_new(via, temporary, gzip.compress(data, _LEVEL, mtime=0), at=shelf)
+    where = directory.where(layout.ARCHIVE, temporary)
+    packed = disk.read_all(temporary, at=shelf, where=where, limit=layout.SNAPSHOT_BYTES_MAX)
+    if gzip.decompress(packed) != data:
+        via.unlink(temporary, at=shelf)
+        raise ArchiveDamaged(name, offset=0, seq=first, reason="it does not read back as written")
+    via.rename(temporary, name, at=shelf)
+    via.sync_directory(shelf)  # the archive's name is durable before the segment's goes
+    via.unlink(layout.segment_name(first), at=log)
+    via.sync_directory(log)

@@ -1,0 +1,158 @@
+"""Compact: collect, seal, fold the sealed segments into registry.json, archive what is covered.
+
+Writers never wait for a fold: it reads sealed, immutable segments. The commit point is the
+durable rename in snapshot.replace; killed before it, the old snapshot and every segment that it
+needs are in place, killed after it, the next compaction archives what this one had not.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from crewlog import codec, events, fold, layout, segments, snapshot, tail
+from crewlog.codec import Snapshot
+from crewlog.errors import CollectRefused, HistoryDiverged, LogCorrupt
+from crewlog.fold import Fold, FoldError
+from crewlog.log import Log
+from crewlog.registry import Registry
+from crewlog.segments import Position, Reader
+from crewlog_compactor import archive
+from crewlog_compactor.collect import KEEP, CollectReport, collect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactReport:
+    """What a compaction did.
+
+    `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
+    yet); `archived_segments` counts moves into the archive; `collected` is None without `gc`, and
+    `refused` says why the collection was refused, if it was.
+    """
+
+    folded_events: int
+    snapshot_seq: int
+    archived_segments: int
+    collected: CollectReport | None
+    refused: CollectRefused | None
+
+
+def compact(reg: Registry, *, gc: bool = True, force: bool = False) -> CompactReport:
+    """Collect the dead, fold the log into registry.json, archive what two snapshots cover.
+
+    *Guarantee*: durable on return; safe to kill anywhere; writers go on meanwhile; no history is
+    lost. *Raises* LockBusy at once where another compaction runs, StoreMissing, DataDamaged.
+    """
+    log = reg.log()
+    lock = log.try_compact_lock()
+    try:
+        _sweep(log)
+        collected, refused = _collect(reg, force=force) if gc else (None, None)
+        if _has_events(log):
+            log.rotate()
+        folded, current = _fold(log)
+        if folded:
+            log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
+        moved = _archive(log)
+        return CompactReport(
+            folded_events=folded,
+            snapshot_seq=current.last_seq,
+            archived_segments=moved,
+            collected=collected,
+            refused=refused,
+        )
+    finally:
+        lock.close()
+
+
+def _sweep(log: Log) -> None:
+    """Remove what a killed compaction left; the compact lock proves that no other one runs."""
+    segments.sweep(log.directory, log.directory.root)
+    segments.sweep(log.directory, log.directory[layout.ARCHIVE])
+
+
+def _collect(reg: Registry, *, force: bool) -> tuple[CollectReport | None, CollectRefused | None]:
+    try:
+        return collect(reg, keep=KEEP, force=force), None
+    except CollectRefused as error:  # folding goes on; the caller tells
+        return None, error
+
+
+def _has_events(log: Log) -> bool:
+    """Say whether the active segment holds more than the store's own lines."""
+    head = log.head()
+    reader = Reader(log.directory, segments.start_of(head.segment))
+    try:
+        lines = reader.read(Position(head.segment, head.end, head.seq))
+        return any(not tail.is_own(line) for line, _ in lines)
+    finally:
+        reader.close()
+
+
+def _fold(log: Log) -> tuple[int, Snapshot]:
+    """Fold the sealed segments onto the snapshot and replace it, if there is anything new."""
+    directory = log.directory
+    current = _base(log)
+    active = segments.active_and_sealed(directory)[-1]
+    last = active - 1
+    if last <= current.last_seq:
+        return 0, current
+    state = fold.restored(current.last_seq, current.sessions, current.ended, current.totals)
+    reader = Reader(directory, segments.start_of(current.last_seq + 1))
+    prev = current.last_hash
+    try:
+        for line, raw in reader.read(Position(0, 0, last)):
+            if line["prev"] != prev:
+                raise HistoryDiverged(
+                    directory.where(layout.LOG, layout.segment_name(reader.position.segment)),
+                    seq=line["seq"] - 1,
+                )
+            prev = codec.digest(raw).hex()
+            _apply(state, line, reader, raw)
+    finally:
+        reader.close()
+    fresh = Snapshot(
+        store=directory.store,
+        last_seq=state.seq,
+        last_hash=prev,
+        written_at=events.timestamp(datetime.now(UTC)),
+        sessions=list(state.sessions()),
+        ended=list(state.ended()),
+        totals=state.totals,
+    )
+    return state.seq - current.last_seq, snapshot.replace(directory, fresh)
+
+
+def _apply(state: Fold, line: events.Line, reader: Reader, raw: bytes) -> None:
+    try:
+        state.apply(line)
+    except FoldError as error:
+        raise LogCorrupt(
+            layout.segment_name(reader.position.segment),
+            offset=reader.position.offset - len(raw) - 1,
+            seq=line["seq"],
+            reason=str(error),
+            proof="its crc is right",
+        ) from error
+
+
+def _base(log: Log) -> Snapshot:
+    """Return the newest good snapshot; before the first one, the empty state."""
+    found = snapshot.load(log.directory).snapshot
+    if found is not None:
+        return found
+    return Snapshot(
+        store=log.directory.store,
+        last_seq=0,
+        last_hash=log.directory.digest.hex(),
+        written_at="",
+        sessions=(),
+        ended=(),
+        totals={},
+    )
+
+
+def _archive(log: Log) -> int:
+    """Archive what the previous snapshot covers too, so that two generations can be rebuilt."""
+    previous = snapshot.read(log.directory, layout.SNAPSHOT_PREV)
+    if previous is None:
+        return 0
+    return len(archive.archive(log.directory, covered=previous.last_seq))

@@ -1,0 +1,144 @@
+"""Import the registry.json of the system that this one succeeds: `{"sessions": […]}`.
+
+Its entries carry a pid but no start identity. A process that began after its entry was made is a
+stranger; the entry is then recorded as registered and lost, like one whose process is gone.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from crewlog import changes, codec, identity, layout
+from crewlog.changes import Step
+from crewlog.errors import LegacyCorrupt, ProcessNotFound, StorageFailed, from_oserror
+from crewlog.events import JsonObject, JsonValue, timestamp
+from crewlog.registry import Registry
+
+_SLACK = timedelta(seconds=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """What was imported, by sid: `living` as they are, `lost` as lost; `skipped` says why."""
+
+    living: tuple[str, ...]
+    lost: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    sid: str
+    pid: int
+    sock: str
+    version: str
+    created_at: datetime | None
+
+
+def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport:
+    """Register every worker of an older registry.json, all in one unit; durable on return.
+
+    Of several entries with one sid the first counts, as it did there; sids that the registry
+    holds already are skipped. *Raises* LegacyCorrupt if the file is not such a registry, and then
+    nothing is written; StorageFailed if it cannot be read.
+    """
+    entries = _read(Path(source))
+    living: list[str] = []
+    lost: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    steps: list[Step] = []
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.sid in seen:
+            skipped.append((entry.sid, "an earlier entry has the same sid"))
+        elif reg.get(entry.sid) is not None:
+            skipped.append((entry.sid, "the registry holds this sid already"))
+        else:
+            seen.add(entry.sid)
+            added, alive = _steps(reg, entry)
+            steps += added
+            (living if alive else lost).append(entry.sid)
+    seq = reg.commit(steps).seq if steps else reg.last_seq
+    return ImportReport(living=tuple(living), lost=tuple(lost), skipped=tuple(skipped), seq=seq)
+
+
+def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:
+    author = reg.author()
+    cause = None
+    who = None
+    try:
+        who = identity.capture(entry.pid)
+    except ProcessNotFound:
+        cause = "no_such_process"
+    began = None if who is None else identity.started_at(who)
+    if began is not None and entry.created_at is not None and began > entry.created_at + _SLACK:
+        who, cause = None, "pid_reused"
+    register = changes.imported(
+        author,
+        entry.sid,
+        pid=entry.pid,
+        who=who,
+        sock=entry.sock,
+        version=entry.version,
+        created_at=None if entry.created_at is None else timestamp(entry.created_at),
+    )
+    if cause is None:
+        return [register], True
+    evidence: JsonObject = {"import": "the entry had no start identity"}
+    return [
+        register,
+        changes.lost(author, entry.sid, cause=cause, evidence=evidence, expect=None),
+    ], False
+
+
+def _read(source: Path) -> list[_Entry]:
+    where = str(source)
+    try:
+        if source.stat().st_size > layout.SNAPSHOT_BYTES_MAX:
+            raise StorageFailed("cannot import", where=where, why="it is larger than a registry")
+        data = source.read_bytes()
+    except OSError as error:
+        raise from_oserror(error, "cannot read the older registry", where=where) from error
+    try:
+        found = codec.load_object(data)
+    except codec.DocumentError as error:
+        raise LegacyCorrupt(where, why=str(error)) from error
+    sessions = found.get("sessions")
+    if not isinstance(sessions, list):
+        raise LegacyCorrupt(where, why='it has no list "sessions"')
+    return [_entry(where, number, value) for number, value in enumerate(sessions)]
+
+
+def _entry(where: str, number: int, value: JsonValue) -> _Entry:
+    if not isinstance(value, dict):
+        raise LegacyCorrupt(where, why=f"session {number} is not an object")
+    sid, pid = value.get("sid"), value.get("pid")
+    sock, version = value.get("sock", ""), value.get("version", "")
+    try:
+        return _Entry(
+            sid=changes.check_sid(sid),
+            pid=identity.check_pid(pid),
+            sock=sock if isinstance(sock, str) else "",
+            version=version if isinstance(version, str) else "",
+            created_at=_time(value.get("created_at")),
+        )
+    except (TypeError, ValueError) as error:
+        raise LegacyCorrupt(where, why=f"session {number}: {error}") from error
+
+
+def _time(value: object) -> datetime | None:
+    """Read a time as text or as seconds since the epoch; None where it tells nothing."""
+    if isinstance(value, str):
+        try:
+            when = datetime.fromisoformat(value)
+        except ValueError:
+            if not value.isdigit():
+                return None
+            value = int(value)
+        else:
+            return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+    if isinstance(value, int | float) and 0 < value < 1e11:  # noqa: PLR2004 (the year 5138)
+        return datetime.fromtimestamp(value, UTC)
+    return None

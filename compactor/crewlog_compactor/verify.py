@@ -1,0 +1,371 @@
+"""Verify: read everything, change nothing, report every finding, refold and compare.
+
+Safe beside live writers and a running compaction: snapshots are read before the head and the head
+before the log, and only what the head covers is judged. A finding never stops the reading.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crewlog import (
+    codec,
+    directory,
+    disk,
+    events,
+    fold,
+    identity,
+    layout,
+    recovery,
+    segments,
+    snapshot,
+)
+from crewlog.codec import DurableHead, LineError, Snapshot
+from crewlog.directory import Directory
+from crewlog.errors import CrewlogError, FormatTooNew, StoreMissing
+from crewlog.events import Line, Record
+from crewlog.fold import Fold, FoldError
+from crewlog.states import States
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong, and where: offset in bytes, None where it does not apply."""
+
+    code: str
+    path: str
+    offset: int | None = None
+    seq: int | None = None
+    message: str
+    repairable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a verification read and found."""
+
+    events: int
+    last_seq: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Say whether nothing is wrong."""
+        return not self.findings
+
+
+def verify(where: str | os.PathLike[str] | None = None) -> VerifyReport:
+    """Check a whole store: every line, the chain, the files, and the snapshots against the history.
+
+    *Raises* StoreMissing if there is none; an unreadable file is StorageFailed, never a finding.
+    """
+    path = directory.locate(where)
+    try:
+        opened = directory.open_existing(path)
+    except StoreMissing:
+        raise
+    except CrewlogError as error:
+        if error.exit_code == FormatTooNew.exit_code or error.code == "storage_failed":
+            raise
+        finding = Finding(code=error.code, path=str(path), message=str(error))
+        return VerifyReport(events=0, last_seq=0, findings=(finding,))
+    try:
+        return _Check(opened).run()
+    finally:
+        opened.close()
+
+
+@dataclass(slots=True)
+class _Check:
+    """One verification: the findings so far, and the history as far as it could be followed."""
+
+    directory: Directory
+    findings: list[Finding] = field(default_factory=list)
+    events: int = 0
+    seq: int = 0
+    hash: str = ""
+    hole: bool = False  # damage so far: the fold is no longer the truth
+    state: Fold = field(default_factory=fold.empty)
+    checkpoints: dict[int, tuple[str, dict[str, Record], dict[str, int]] | None] = field(
+        default_factory=dict
+    )
+
+    def run(self) -> VerifyReport:
+        snapshots = list(self._snapshots())
+        head = self._head()
+        self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
+        self.hash = self.directory.digest.hex()
+        firsts = segments.all_of(self.directory)
+        if not firsts:
+            self._report("log_regressed", layout.LOG, "there is no segment at all")
+        end = self._walk_all(firsts, head)
+        for name, found in snapshots:
+            self._compare(name, found)
+        self._files()
+        if head is not None and end < head.seq:
+            self._report(
+                "log_regressed",
+                f"{layout.HEAD}/{layout.HEAD_DURABLE}",
+                f"seq {head.seq} was durable, the log ends at {end}",
+                seq=head.seq,
+            )
+        return VerifyReport(events=self.events, last_seq=end, findings=tuple(self.findings))
+
+    def _report(
+        self,
+        code: str,
+        name: str,
+        message: str,
+        *,
+        offset: int | None = None,
+        seq: int | None = None,
+    ) -> None:
+        self.findings.append(
+            Finding(
+                code=code, path=self.directory.where(name), offset=offset, seq=seq, message=message
+            )
+        )
+
+    # -- snapshots and states ---------------------------------------------------------------
+
+    def _snapshots(self) -> Iterator[tuple[str, Snapshot]]:
+        """Yield the good snapshots, the older first: a compaction may replace them meanwhile."""
+        for name in (layout.SNAPSHOT_PREV, layout.SNAPSHOT):
+            try:
+                found = snapshot.read(self.directory, name)
+            except CrewlogError as error:
+                if error.code != "snapshot_corrupt":
+                    raise
+                self._report(error.code, name, error.why)
+                continue
+            if found is not None:
+                yield name, found
+
+    def _head(self) -> DurableHead | None:
+        states = States(self.directory)
+        name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
+        try:
+            head, written = states.head(), states.append_state()
+        finally:
+            states.close()
+        if head is None:
+            self._report("state_unreadable", name, "it is missing or damaged")
+        elif head.poisoned:
+            self._report("store_poisoned", name, f"a sync failed: {os.strerror(head.errno)}")
+        if written is None:
+            self._report("state_unreadable", layout.APPEND_STATE, "it is missing or damaged")
+        return head
+
+    # -- the log ----------------------------------------------------------------------------
+
+    def _walk_all(self, firsts: list[int], head: DurableHead | None) -> int:
+        """Check every segment up to the durable end; return the last good seq."""
+        last = len(firsts) - 1
+        if head is not None and head.segment in firsts:
+            last = firsts.index(head.segment)
+        for index, first in enumerate(firsts[: last + 1]):
+            if first != self.seq + 1:
+                self._missing(first)
+            active = index == last
+            source = segments.open_segment(self.directory, first)
+            try:
+                data = source.read(0, source.size())
+            finally:
+                source.close()
+            folder = layout.ARCHIVE if source.archived else layout.LOG
+            name = f"{folder}/{source.name}"
+            if active:
+                data = self._durable_part(name, first, data, head)
+            self._walk(name, first, data, active=active)
+        return self.seq
+
+    def _missing(self, first: int) -> None:
+        if first > self.seq + 1:
+            self._report(
+                "segment_missing",
+                f"{layout.LOG}/{layout.segment_name(self.seq + 1)}",
+                f"events {self.seq + 1} to {first - 1} are in no segment",
+                seq=self.seq + 1,
+            )
+        else:
+            self._report(
+                "segment_foreign",
+                f"{layout.LOG}/{layout.segment_name(first)}",
+                f"it begins at seq {first}, but the log went on to {self.seq}",
+                seq=first,
+            )
+        self.seq = first - 1
+        self.hash = ""
+        self.hole = True
+
+    def _durable_part(self, name: str, first: int, data: bytes, head: DurableHead | None) -> bytes:
+        """Return what of the last segment is durable; a tail that recovery will cut is none."""
+        boot = identity.boot_bytes()
+        if head is not None and head.boot == boot and head.segment == first:
+            if len(data) < head.end:
+                self._report(
+                    "log_regressed",
+                    name,
+                    f"it has {len(data)} bytes, {head.end} were durable",
+                    offset=len(data),
+                )
+            return data[: head.end]
+        found = segments.scan(data, offset=0, seq=first - 1, prev=None)
+        known = recovery.Known()
+        if head is not None:
+            known = recovery.Known(head_segment=head.segment, head_end=head.end, head_seq=head.seq)
+        cut = recovery.decide(first, found, known).action is recovery.Action.CUT
+        return data[: found.end] if cut else data
+
+    def _walk(self, name: str, first: int, data: bytes, *, active: bool) -> None:
+        """Check one segment line by line; after a bad line, go on at the next newline."""
+        offset, kind = 0, ""
+        batch = (0, 0)
+        while offset < len(data):
+            newline = data.find(b"\n", offset)
+            raw = data[offset : newline if newline >= 0 else len(data)]
+            try:
+                line = codec.parse(raw)
+                if newline < 0:
+                    raise LineError("half a line")
+            except LineError as error:
+                self._bad_line(name, offset, str(error))
+            else:
+                batch = self._good_line(name, offset, line, raw, batch)
+                kind = line["type"]
+                if offset == 0:
+                    self._header(name, first, line)
+            offset += len(raw) + 1
+        if not active and kind != events.SEAL:
+            self._report(
+                "log_corrupt",
+                name,
+                "the segment ends without a seal",
+                offset=len(data),
+                seq=self.seq,
+            )
+
+    def _bad_line(self, name: str, offset: int, reason: str) -> None:
+        self._report("log_corrupt", name, reason, offset=offset, seq=self.seq + 1)
+        self.seq += 1
+        self.hash = ""
+        self.hole = True
+
+    def _good_line(
+        self, name: str, offset: int, line: Line, raw: bytes, batch: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Check a line against its neighbours and fold it; return its place in the open batch."""
+        if line["seq"] != self.seq + 1:
+            self._report(
+                "log_corrupt",
+                name,
+                f"seq {self.seq + 1} is followed by {line['seq']}",
+                offset=offset,
+                seq=line["seq"],
+            )
+            self.hole = True
+        elif self.hash and line["prev"] != self.hash:
+            self._report(
+                "log_corrupt",
+                name,
+                "prev differs from the hash of the line before",
+                offset=offset,
+                seq=line["seq"],
+            )
+            self.hole = True
+        index, count = line.get("b", (0, 1))
+        if ((index, count) != batch) if batch != (0, 0) else index != 0:
+            self._report("log_corrupt", name, "it is out of place in its batch", offset=offset)
+        self.seq, self.hash = line["seq"], codec.digest(raw).hex()
+        self.events += 1
+        try:
+            self.state.apply(line)
+        except FoldError as error:
+            if not self.hole:  # behind a hole, it tells only of the hole
+                self._report("log_corrupt", name, str(error), offset=offset, seq=line["seq"])
+        if self.seq in self.checkpoints:
+            copied = self.state.copy()
+            self.checkpoints[self.seq] = (self.hash, copied.records, copied.totals)
+        return (index + 1, count) if index + 1 < count else (0, 0)
+
+    def _header(self, name: str, first: int, line: Line) -> None:
+        data = line["data"]
+        if line["type"] != events.SEGMENT:
+            self._report(
+                "log_corrupt", name, "it does not begin with a header", offset=0, seq=first
+            )
+        elif data.get("store") != self.directory.store:
+            self._report("segment_foreign", name, f"it is of store {data.get('store')}", offset=0)
+
+    # -- snapshots against history ----------------------------------------------------------
+
+    def _compare(self, name: str, found: Snapshot) -> None:
+        """Hold a snapshot against the refolded history, where there is a whole one."""
+        there = self.checkpoints.get(found.last_seq)
+        if there is None:
+            if not self.hole:
+                self._report(
+                    "log_regressed",
+                    name,
+                    f"it covers seq {found.last_seq}, the log ends at {self.seq}",
+                )
+            return
+        hash_, records, totals = there
+        if hash_ != found.last_hash:
+            self._report(
+                "history_diverged",
+                name,
+                f"the hash of event {found.last_seq} differs",
+                seq=found.last_seq,
+            )
+        elif not self.hole:
+            kept = {record["sid"]: record for record in (*found.sessions, *found.ended)}
+            if kept != records or dict(found.totals) != totals:
+                wrong = sorted(
+                    sid for sid in {*kept, *records} if kept.get(sid) != records.get(sid)
+                )
+                self._report(
+                    "snapshot_differs",
+                    name,
+                    f"refolding the history gives other workers: {wrong[:5]}",
+                    seq=found.last_seq,
+                )
+
+    # -- files ------------------------------------------------------------------------------
+
+    def _files(self) -> None:
+        """Report files that do not belong here, or that others could read."""
+        known = {
+            layout.STORE,
+            layout.SNAPSHOT,
+            layout.SNAPSHOT_PREV,
+            layout.APPEND_STATE,
+            layout.POISON,
+            *layout.DIRECTORIES,
+        }
+        places = [("", self.directory.root), *((n, self.directory[n]) for n in layout.DIRECTORIES)]
+        for folder, fd in places:
+            for name in disk.names(fd):
+                relative = str(Path(folder) / name)
+                if not folder and name not in known and not _temporary(name):
+                    self._report("stray_file", relative, "this is no file of a store")
+                elif folder in {layout.LOG, layout.ARCHIVE} and layout.first_seq_of(name) is None:
+                    if not _temporary(name):
+                        self._report("stray_file", relative, "this is no segment")
+                elif not folder and name in layout.DIRECTORIES:
+                    continue
+                else:
+                    self._permissions(relative, name, fd)
+
+    def _permissions(self, relative: str, name: str, at: int) -> None:
+        try:
+            os.close(disk.open_file(name, at=at, where=self.directory.where(relative)))
+        except FileNotFoundError:  # moved on meanwhile
+            return
+        except CrewlogError as error:
+            self._report(error.code, relative, error.why)
+
+
+def _temporary(name: str) -> bool:
+    return name.startswith(layout.TEMPORARY_PREFIX)
