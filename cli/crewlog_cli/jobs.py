@@ -1,0 +1,117 @@
+"""Do the work of cron by hand: gc, compact, verify."""
+
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Final
+
+import click
+
+from crewlog_cli import shell, times
+from crewlog_cli.shell import Shell, command
+from crewlog_compactor import CollectReport, collect, compact, verify
+
+_KEEP: Final = "1d"
+
+
+def _span(words: str) -> timedelta:
+    try:
+        return times.duration(words)
+    except times.TimeError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _told(report: CollectReport) -> dict[str, object]:
+    return {
+        "dry_run": report.dry_run,
+        "lost": report.lost,
+        "exited": report.exited,
+        "pruned": report.pruned,
+        "unknown": report.unknown,
+        "conflicts": report.conflicts,
+    }
+
+
+def _print_report(sh: Shell, report: CollectReport) -> None:
+    for name, sids in _told(report).items():
+        if isinstance(sids, tuple):
+            for sid in sids:
+                sh.line(f"{name}  {sid}")
+
+
+@command("gc", examples="crewlog gc --dry-run\ncrewlog gc --keep 12h")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option(
+    "--keep", default=_KEEP, show_default=True, help="Keep ended workers listed this long."
+)
+@click.option("--force", is_flag=True, help="Believe that most workers died at once.")
+def gc(sh: Shell, *, dry_run: bool, keep: str, force: bool) -> None:
+    """Record the death of workers that are proven dead; drop what ended long ago from the list."""
+    reg = sh.existing()
+    report = collect(reg, dry_run=dry_run, keep=_span(keep), force=force)
+    if sh.json:
+        sh.document({"seq": reg.last_seq, **_told(report)})
+    else:
+        _print_report(sh, report)
+
+
+@command(
+    "compact",
+    examples="""crewlog compact
+*/5 * * * * crewlog compact -q      # the cron line""",
+)
+@click.option("--gc/--no-gc", "gc_", default=True, help="Collect the dead first.")
+@click.option("--force", is_flag=True, help="Believe that most workers died at once.")
+def compact_(sh: Shell, *, gc_: bool, force: bool) -> None:
+    """Collect, fold the log into registry.json, and archive: the command for cron.
+
+    Silent with -q unless something is wrong; 75 if another compaction runs.
+    """
+    reg = sh.existing()
+    report = compact(reg, gc=gc_, force=force)
+    if sh.json:
+        sh.document(
+            {
+                "seq": reg.last_seq,
+                "folded_events": report.folded_events,
+                "snapshot_seq": report.snapshot_seq,
+                "archived_segments": report.archived_segments,
+                "collected": None if report.collected is None else _told(report.collected),
+                "refused": None if report.refused is None else str(report.refused),
+            }
+        )
+    elif not sh.quiet:
+        if report.collected is not None:
+            _print_report(sh, report.collected)
+        sh.line(
+            f"folded {report.folded_events} events up to seq {report.snapshot_seq}, "
+            f"archived {report.archived_segments} segments"
+        )
+    if report.refused is not None:
+        shell.fail(sh, report.refused)
+
+
+@command("verify", examples="crewlog verify && echo whole\ncrewlog verify --json | jq .findings")
+def verify_(sh: Shell) -> None:
+    """Read everything, change nothing, report every finding; 1 if there is any."""
+    report = verify(sh.registry().path)
+    if sh.json:
+        sh.document(
+            {
+                "ok": report.ok,
+                "events": report.events,
+                "last_seq": report.last_seq,
+                "findings": [asdict(finding) for finding in report.findings],
+            }
+        )
+    else:
+        for found in report.findings:
+            at = "" if found.offset is None else f" at byte {found.offset}"
+            sh.line(f"{found.code}  {found.path}{at}: {found.message}")
+        sh.note(
+            f"{report.events} events up to seq {report.last_seq}: {len(report.findings)} findings"
+        )
+    if not report.ok:
+        raise SystemExit(shell.EXIT_NO)
+
+
+COMMANDS: Final = {"gc": gc, "compact": compact_, "verify": verify_}

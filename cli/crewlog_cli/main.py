@@ -1,0 +1,119 @@
+"""Run `crewlog`: find the command, and turn every ending into its exit code."""
+
+import importlib
+import sys
+import traceback
+from typing import Final
+
+import click
+
+from crewlog_cli import shell
+from crewlog_cli.shell import Shell
+
+# command -> the module that holds it, loaded when it is called
+_COMMANDS: Final = {
+    "ls": "reading",
+    "show": "reading",
+    "alive": "reading",
+    "history": "reading",
+    "stats": "reading",
+    "path": "reading",
+    "watch": "watching",
+    "register": "changing",
+    "update": "changing",
+    "remove": "changing",
+    "import": "changing",
+    "exec": "starting",
+    "run": "starting",
+    "gc": "jobs",
+    "compact": "jobs",
+    "verify": "jobs",
+    "demo": "demo",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported only when they are called."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"crewlog_cli.{_COMMANDS[name]}")
+        found: object = module.COMMANDS[name]
+        assert isinstance(found, click.Command)
+        return found
+
+
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExamples:\n"
+    "  crewlog run web-1 -- python -m http.server 8000\n"
+    "  crewlog ls\n"
+    "  crewlog history --sid web-1\n"
+    "  crewlog compact -q        # from cron",
+)
+@shell.with_globals
+@click.version_option(shell.VERSION, message="crewlog %(version)s")
+def crewlog(**values: object) -> None:
+    """Remember worker processes: who lives, who ended, and who did it."""
+    shell.take_globals(click.get_current_context().obj, values)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    state = Shell()
+    try:
+        crewlog.main(args=arguments, prog_name="crewlog", obj=state, standalone_mode=False)
+        sys.stdout.flush()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else shell.EXIT_BUG
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        context = error.ctx.command_path if error.ctx is not None else "crewlog"
+        shell.complain(
+            state,
+            code="usage",
+            exit_code=shell.EXIT_USAGE,
+            what=error.format_message(),
+            where="",
+            hint=f"See `{context} --help`",
+        )
+        return shell.EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort):
+        shell.lose_stdout()
+        return shell.EXIT_INTERRUPT
+    except OSError as error:
+        return shell.output_failed(state, error)
+    except Exception as error:  # noqa: BLE001 (the last boundary: no traceback reaches a user)
+        return _bug(state, error)
+    return 0
+
+
+def _bug(state: Shell, error: Exception) -> int:
+    if state.debug:
+        traceback.print_exc()
+    exit_code = getattr(error, "exit_code", shell.EXIT_BUG)
+    shell.complain(
+        state,
+        code="bug",
+        exit_code=shell.EXIT_BUG,
+        what=f"unexpected {type(error).__name__}",
+        where=str(error),
+        hint="This is a fault of crewlog; run again with --debug and report it",
+    )
+    return int(exit_code)
+
+
+def main() -> None:
+    """Be the console script."""
+    code = run()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = shell.output_failed(Shell(), error)
+    raise SystemExit(code)

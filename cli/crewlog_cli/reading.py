@@ -1,0 +1,366 @@
+"""Read: ls, show, alive, history, stats, path. No lock is taken and nothing is written."""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from typing import Final
+
+import click
+
+from crewlog import layout
+from crewlog.errors import WorkerNotFound
+from crewlog.events import FINAL, Event, Worker, WorkerState, timestamp
+from crewlog.liveness import Liveness, Verdict
+from crewlog.registry import Registry
+from crewlog_cli import shell, text, times
+from crewlog_cli.shell import Shell, command
+
+_LAST_EVENTS: Final = 10
+
+
+def moment(words: str | None, sh: Shell) -> datetime | None:
+    """Read a time given on the command line."""
+    if words is None:
+        return None
+    try:
+        found, assumed = times.moment(words, now=datetime.now(UTC))
+    except times.TimeError as error:
+        raise click.UsageError(str(error)) from error
+    if assumed:
+        sh.note(f"note: {assumed}")
+    return found
+
+
+def pairs(rows: Iterable[str]) -> dict[str, str]:
+    """Read labels given as KEY=VALUE."""
+    found: dict[str, str] = {}
+    for row in rows:
+        key, equals, value = row.partition("=")
+        if not key or not equals:
+            message = f"a label is KEY=VALUE, not {row!r}"
+            raise click.UsageError(message)
+        found[key] = value
+    return found
+
+
+def not_found(reg: Registry, sid: str) -> WorkerNotFound:
+    """Return the error of an unknown sid, with the nearest names as the hint."""
+    error = WorkerNotFound(sid)
+    near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
+    if near:
+        error.remedy = f"Did you mean {', '.join(near)}?"
+    return error
+
+
+@command(
+    "ls",
+    examples="""crewlog ls
+crewlog ls --all --state lost
+crewlog ls -l role=web --json | jq -r '.workers[].sid'""",
+)
+@click.option("-a", "--all", "all_", is_flag=True, help="Show the dead and the ended too.")
+@click.option("--state", type=click.Choice([s.value for s in WorkerState]), help="Only this state.")
+@click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Only with this label.")
+@click.option("--no-probe", is_flag=True, help="Do not look at the processes.")
+@click.option("--sids", is_flag=True, help="Print the sids only, one a line.")
+def ls(
+    sh: Shell, *, all_: bool, state: str | None, labels: tuple[str, ...], no_probe: bool, sids: bool
+) -> None:
+    """List the workers that live or cannot be judged; read only, nothing is collected."""
+    reg = sh.existing()
+    wanted = pairs(labels).items()
+    seen = reg.state()
+    final = all_ or (state is not None and WorkerState(state) in FINAL)
+    workers = [
+        worker
+        for worker in seen.workers.values()
+        if (final or not worker.final)
+        and state in {None, worker.state.value}
+        and wanted <= worker.labels.items()
+    ]
+    judged: list[Liveness | None] = [None] * len(workers) if no_probe else [*reg.judge(workers)]
+    shown = [
+        (worker, found)
+        for worker, found in zip(workers, judged, strict=True)
+        if final or found is None or not found.dead
+    ]
+    if sids:
+        for worker, _ in shown:
+            sh.line(worker.sid)
+    elif sh.json:
+        sh.document(
+            {
+                "seq": seen.seq,
+                "at": timestamp(datetime.now(UTC)),
+                "workers": [shell.worker_json(worker, found) for worker, found in shown],
+            }
+        )
+    else:
+        _print_workers(sh, shown)
+        hidden = len(workers) - len(shown)
+        if hidden:
+            sh.note(f"{hidden} dead and not collected yet: crewlog ls --all, crewlog gc")
+
+
+def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]]) -> None:
+    now = datetime.now(UTC)
+    rows = [
+        [
+            worker.sid,
+            str(worker.pid),
+            worker.state.value,
+            "-" if found is None else liveness_text(found),
+            sh.when(worker.created_at),
+            text.duration(now - worker.created_at),
+            worker.version or "-",
+            ",".join(f"{k}={v}" for k, v in worker.labels.items()) or "-",
+        ]
+        for worker, found in shown
+    ]
+    started = f"started ({sh.offset()})"
+    sh.table(["sid", "pid", "state", "liveness", started, "age", "version", "labels"], rows)
+
+
+def liveness_text(found: Liveness) -> str:
+    """Say a verdict, with its cause where it does not go without saying."""
+    if found.alive or found.cause == "recorded":
+        return found.verdict.value
+    return f"{found.verdict.value} ({found.cause})"
+
+
+@command("show", examples="crewlog show web-1\ncrewlog show web-1 --json | jq .worker.exit")
+@click.argument("sid")
+def show(sh: Shell, *, sid: str) -> None:
+    """Show one worker, whether it lives, and its last events."""
+    reg = sh.existing()
+    worker = reg.get(sid)
+    if worker is None:
+        raise not_found(reg, sid)
+    found = reg.judge([worker])[0]
+    last = deque(reg.history(sid=sid), maxlen=_LAST_EVENTS)
+    if sh.json:
+        sh.document(
+            {
+                "worker": shell.worker_json(worker, found),
+                "events": [shell.event_json(event) for event in last],
+            }
+        )
+        return
+    facts = {
+        "sid": worker.sid,
+        "pid": str(worker.identity or worker.pid),
+        "state": worker.state.value,
+        "liveness": f"{found.verdict.value} ({found.cause})",
+        "started": text.exact(worker.created_at, utc=sh.utc),
+        "updated": f"{text.exact(worker.updated_at, utc=sh.utc)}, rev {worker.rev}",
+        "version": worker.version,
+        "sock": worker.sock,
+        "labels": " ".join(f"{k}={v}" for k, v in worker.labels.items()),
+        "ended": _end_text(worker),
+    }
+    for name, value in facts.items():
+        if value:
+            sh.line(f"{name + ':':<10}{value}")
+    sh.line("")
+    print_events(sh, last)
+
+
+def _end_text(worker: Worker) -> str:
+    ended = worker.exit
+    if ended is None:
+        return ""
+    how = [
+        f"code {ended.code}" if ended.code is not None else "",
+        f"signal {ended.signal}" if ended.signal is not None else "",
+        ended.cause or "",
+        "expected" if ended.expected else "",
+    ]
+    return f"{', '.join(part for part in how if part) or 'no status'} (source: {ended.source})"
+
+
+def print_events(sh: Shell, found: Iterable[Event]) -> None:
+    """Print events as a table."""
+    rows = [shell.event_row(sh, event) for event in found]
+    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "by", "data"], rows)
+
+
+@command("alive", examples="crewlog alive web-1 && echo still there")
+@click.argument("sid")
+def alive(sh: Shell, *, sid: str) -> None:
+    """Tell by the exit code whether a worker lives: 0 yes, 1 no or not known."""
+    reg = sh.existing()
+    worker = reg.get(sid)
+    if worker is None:
+        raise not_found(reg, sid)
+    found = reg.judge([worker])[0]
+    if sh.json:
+        sh.document(
+            {
+                "sid": sid,
+                "alive": found.alive,
+                "liveness": found.verdict.value,
+                "cause": found.cause,
+                "evidence": found.evidence.seen(),
+            }
+        )
+    else:
+        sh.line(f"{found.verdict.value} ({found.cause})")
+    if not found.alive:
+        raise SystemExit(shell.EXIT_NO)
+
+
+@command(
+    "history",
+    examples="""crewlog history --sid web-1
+crewlog history --since yesterday --type worker.lost
+crewlog history -n 20 -r""",
+)
+@click.option("--since", metavar="TIME", help="Only events from this time on.")
+@click.option("--until", metavar="TIME", help="Only events before this time.")
+@click.option("--sid", help="Only this worker.")
+@click.option("--type", "types", multiple=True, help="Only this type of event; repeatable.")
+@click.option("--actor", help="Only by this name, user, program, via or pid.")
+@click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
+@click.option("-n", "count", type=click.IntRange(min=1), help="Only the last N of them.")
+@click.option("-r", "--reverse", is_flag=True, help="Newest first.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with the events to come.")
+def history(
+    sh: Shell,
+    *,
+    since: str | None,
+    until: str | None,
+    sid: str | None,
+    types: tuple[str, ...],
+    actor: str | None,
+    after: int | None,
+    count: int | None,
+    reverse: bool,
+    follow: bool,
+) -> None:
+    """Tell what happened, from the log and the archive; says on stderr which period it covers."""
+    if follow and (until is not None or reverse):
+        message = "--follow goes with neither --until nor --reverse"
+        raise click.UsageError(message)
+    reg = sh.existing()
+    last_seq = reg.last_seq
+    found: Iterable[Event] = _by(
+        reg.history(
+            sid=sid,
+            types=types or None,
+            since=moment(since, sh),
+            until=moment(until, sh),
+            after=after,
+        ),
+        actor,
+    )
+    if count is not None:
+        found = deque(found, maxlen=count)
+    if reverse:
+        found = reversed(list(found))
+    if sh.json:
+        for event in found:
+            sh.stream(shell.event_json(event))
+    else:
+        print_events(sh, found)
+    _print_period(sh, reg)
+    if follow:
+        _follow(sh, reg, sid=sid, types=types, actor=actor, after=last_seq)
+
+
+def _by(found: Iterable[Event], actor: str | None) -> Iterator[Event]:
+    keys = ("name", "user", "program", "via", "pid")
+    for event in found:
+        if actor is None or actor in {str(event.actor[k]) for k in keys if k in event.actor}:
+            yield event
+
+
+def _print_period(sh: Shell, reg: Registry) -> None:
+    """Say what the answer can cover at all, so that silence is not mistaken for peace."""
+    oldest = next(reg.history(types=["_segment"]), None)
+    if oldest is not None:
+        kept = "everything since" if oldest.seq == 1 else f"kept from seq {oldest.seq},"
+        began = text.exact(oldest.ts, utc=sh.utc)
+        sh.note(f"history covers {kept} {began}, up to seq {reg.last_seq}")
+
+
+def _follow(
+    sh: Shell,
+    reg: Registry,
+    *,
+    sid: str | None,
+    types: tuple[str, ...],
+    actor: str | None,
+    after: int,
+) -> None:
+    with reg.watch(after=after, sids=None if sid is None else [sid], types=types or None) as items:
+        for item in items:
+            if item.kind != "change" or not any(_by([item.event], actor)):
+                continue
+            if sh.json:
+                sh.stream(shell.event_json(item.event))
+            else:
+                print_line(sh, item.event)
+
+
+def print_line(sh: Shell, event: Event) -> None:
+    """Print one event as a line of a stream, flushed."""
+    sh.line("  ".join(part for part in shell.event_row(sh, event) if part), flush=True)
+
+
+@command("stats", examples="crewlog stats\ncrewlog stats --json | jq .workers")
+def stats(sh: Shell) -> None:
+    """Count workers by state and liveness, events by type, and bytes."""
+    reg = sh.existing()
+    workers = list(reg.state().workers.values())
+    states = Counter(worker.state.value for worker in workers)
+    living = [worker for worker in workers if not worker.final]
+    verdicts = Counter(found.verdict.value for found in reg.judge(living))
+    where = reg.log().directory
+    sizes = {
+        name: sum(entry.stat().st_size for entry in (where.path / name).iterdir())
+        for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE)
+    }
+    compacted = reg.compacted()
+    found = {
+        "last_seq": reg.last_seq,
+        "snapshot_seq": 0 if compacted is None else compacted[0],
+        "compacted_at": None if compacted is None else timestamp(compacted[1]),
+        "workers": {state.value: states.get(state.value, 0) for state in WorkerState},
+        "liveness": {verdict.value: verdicts.get(verdict.value, 0) for verdict in Verdict},
+        "events": dict(sorted(reg.totals().items())),
+        "bytes": sizes,
+    }
+    if sh.json:
+        sh.document(found)
+        return
+    rows = [["last seq", str(found["last_seq"])], ["snapshot seq", str(found["snapshot_seq"])]]
+    if compacted is None:
+        rows.append(["compacted", "never"])
+    else:
+        rows.append(["compacted", text.exact(compacted[1], utc=sh.utc)])
+    rows += [[f"workers {name}", str(count)] for name, count in states.items()]
+    rows += [[f"liveness {name}", str(count)] for name, count in verdicts.items()]
+    rows += [[f"events {name}", str(count)] for name, count in sorted(reg.totals().items())]
+    rows += [[f"bytes {name}", text.size(count)] for name, count in sizes.items()]
+    sh.table(["what", "value"], rows)
+
+
+@command("path", examples='ls -l "$(crewlog path)"')
+def path(sh: Shell) -> None:
+    """Print the registry's directory, whether or not it exists."""
+    reg = sh.registry()
+    if sh.json:
+        sh.document({"path": str(reg.path), "exists": reg.exists})
+    else:
+        click.echo(str(reg.path).encode(errors="surrogateescape"))
+
+
+COMMANDS: Final = {
+    "ls": ls,
+    "show": show,
+    "alive": alive,
+    "history": history,
+    "stats": stats,
+    "path": path,
+}

@@ -1,0 +1,329 @@
+"""Hold what every command shares: global options, output, the registry, and the way out."""
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Concatenate, Final, NoReturn, ParamSpec, TypeVar, cast
+
+import click
+
+import crewlog
+from crewlog import directory
+from crewlog.errors import CrewlogError, StoreMissing
+from crewlog.events import Event, Worker, timestamp
+from crewlog.liveness import Liveness
+from crewlog.registry import Registry
+from crewlog_cli import text
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXIT_NO: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_BUG: Final = 70
+EXIT_IO: Final = 74
+EXIT_TIMEOUT: Final = 124
+EXIT_INTERRUPT: Final = 130
+EXIT_PIPE: Final = 141
+
+
+@dataclass(slots=True)
+class Shell:
+    """What the global options ask for."""
+
+    place: str | None = None
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    utc: bool = False
+    debug: bool = False
+    opened: list[Registry] = field(default_factory=list)
+
+    # -- the registry -----------------------------------------------------------------------
+
+    def registry(self) -> Registry:
+        """Open the registry, which need not exist yet."""
+        try:
+            path = directory.locate(self.place)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        reg = Registry(path, via="cli")
+        self.opened.append(reg)
+        return reg
+
+    def existing(self) -> Registry:
+        """Open a registry that exists. *Raises* StoreMissing (66): reading creates nothing."""
+        reg = self.registry()
+        if not reg.exists:
+            raise StoreMissing(str(reg.path))
+        return reg
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for reg in self.opened:
+            reg.close()
+
+    # -- output -----------------------------------------------------------------------------
+
+    def line(self, words: str, *, flush: bool = False) -> None:
+        """Print one line of data for a person."""
+        sys.stdout.write(text.visible(words) + "\n")
+        if flush:
+            sys.stdout.flush()
+
+    def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+        """Print a table, clipped only on a terminal."""
+        columns = os.get_terminal_size().columns if sys.stdout.isatty() else None
+        for row in text.table(list(header), [list(row) for row in rows], columns=columns):
+            sys.stdout.write(row + "\n")
+
+    def document(self, found: Mapping[str, object]) -> None:
+        """Print one JSON object on one line, ASCII only, with its schema."""
+        sys.stdout.write(json.dumps({"schema": 1, **found}, separators=(",", ":")) + "\n")
+
+    def stream(self, found: Mapping[str, object]) -> None:
+        """Print one JSON object of a stream, flushed."""
+        sys.stdout.write(json.dumps(found, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
+
+    def note(self, words: str) -> None:
+        """Tell a person something that is not data."""
+        if not self.quiet:
+            sys.stderr.write(text.visible(words) + "\n")
+
+    def when(self, moment: datetime) -> str:
+        """Write a time for a table."""
+        return text.moment(moment, utc=self.utc)
+
+    def offset(self) -> str:
+        """Write the offset that the table's times have."""
+        return text.offset(datetime.now(UTC), utc=self.utc)
+
+
+# -- options --------------------------------------------------------------------------------
+
+_GLOBAL: Final = (
+    click.option("-d", "--dir", "place", metavar="PATH", help="The registry's directory."),
+    click.option("--json", "json_", is_flag=True, help="Print JSON instead of text."),
+    click.option("-q", "--quiet", is_flag=True, help="Print no notes; errors stay."),
+    click.option("-v", "--verbose", is_flag=True, help="Print more notes."),
+    click.option("--utc", is_flag=True, help="Show times in UTC instead of local time."),
+    click.option("--debug", is_flag=True, help="Show a traceback with an error."),
+)
+
+
+def take_globals(shell: Shell, values: dict[str, object]) -> None:
+    """Move the global options out of a command's values and into the shell."""
+    place = values.pop("place")
+    if isinstance(place, str):
+        shell.place = place
+    shell.json |= values.pop("json_") is True
+    shell.quiet |= values.pop("quiet") is True
+    shell.verbose |= values.pop("verbose") is True
+    shell.utc |= values.pop("utc") is True
+    shell.debug |= values.pop("debug") is True
+
+
+def with_globals(command: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the global options; they stand before or after the subcommand."""
+    for option in reversed(_GLOBAL):
+        command = option(command)
+    return command
+
+
+def command(
+    name: str, *, examples: str, raw_arguments: bool = False
+) -> Callable[[Callable[Concatenate[Shell, P], None]], click.Command]:
+    """Make a function a command: global options, the shell first, examples in --help."""
+
+    def wrap(function: Callable[Concatenate[Shell, P], None]) -> click.Command:
+        def run(**values: object) -> None:
+            shell = cast("Shell", click.get_current_context().obj)
+            take_globals(shell, values)
+            _listen(shell)
+            try:
+                function(shell, **values)  # type: ignore[arg-type] # click made them of the options
+                sys.stdout.flush()
+            except CrewlogError as error:
+                fail(shell, error)
+            finally:
+                shell.close()
+
+        run.__doc__ = function.__doc__
+        run.__name__ = function.__name__
+        run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+        epilog = "\b\nExamples:\n" + "\n".join(f"  {row}" for row in examples.strip().splitlines())
+        settings: dict[str, object] = {"help_option_names": ["-h", "--help"]}
+        if raw_arguments:
+            settings |= {"allow_interspersed_args": False}
+        return click.command(name, epilog=epilog, context_settings=settings)(with_globals(run))
+
+    return wrap
+
+
+class _Notes(logging.Handler):
+    """Show the library's warnings, and with --verbose all it says, as notes."""
+
+    def __init__(self, shell: Shell) -> None:
+        super().__init__(logging.DEBUG if shell.verbose else logging.WARNING)
+        self._shell = shell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._shell.note(f"crewlog: {record.getMessage()}")
+
+
+def _listen(shell: Shell) -> None:
+    logger = logging.getLogger("crewlog")
+    for handler in [h for h in logger.handlers if isinstance(h, _Notes)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_Notes(shell))
+    logger.setLevel(logging.DEBUG)
+
+
+# -- the way out ----------------------------------------------------------------------------
+
+
+def complain(shell: Shell, *, code: str, exit_code: int, what: str, where: str, hint: str) -> None:
+    """Write an error: three lines for a person, or one JSON object."""
+    if shell.json:
+        message = what + (f": {where}" if where else "")
+        body = {"code": code, "exit": exit_code, "message": message, "hint": hint}
+        sys.stderr.write(json.dumps({"error": body}) + "\n")
+        return
+    for row in (f"crewlog: {what}", f"  {where}", f"  {hint}"):
+        if row.strip():
+            sys.stderr.write(text.visible(row) + "\n")
+
+
+def fail(shell: Shell, error: CrewlogError) -> NoReturn:
+    """End with what the error says: what; where and why; what to do next."""
+    if shell.debug:
+        raise error
+    where = ": ".join(part for part in (error.where, error.why) if part)
+    complain(
+        shell,
+        code=error.code,
+        exit_code=error.exit_code,
+        what=error.what,
+        where=where,
+        hint=error.remedy,
+    )
+    raise SystemExit(error.exit_code)
+
+
+def lose_stdout() -> None:
+    """Keep the interpreter from flushing into a closed or full stdout at its end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+    except OSError:  # no descriptor left, or no stdout at all: there is nothing to lose then
+        return
+
+
+def output_failed(shell: Shell, error: OSError) -> int:
+    """Say that stdout cannot be written; return the exit code."""
+    lose_stdout()
+    if error.errno == errno.EPIPE:
+        return EXIT_PIPE
+    complain(
+        shell,
+        code="output_failed",
+        exit_code=EXIT_IO,
+        what="cannot write the output",
+        where=error.strerror or str(error),
+        hint="Make room or write elsewhere",
+    )
+    return EXIT_IO
+
+
+# -- JSON shapes ----------------------------------------------------------------------------
+
+
+def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
+    """Return a worker as the CLI's JSON shows it."""
+    ended = worker.exit
+    return {
+        "sid": worker.sid,
+        "pid": worker.pid,
+        "sock": worker.sock,
+        "version": worker.version,
+        "created_at": timestamp(worker.created_at),
+        "state": worker.state.value,
+        "liveness": None if found is None else found.verdict.value,
+        "cause": None if found is None else found.cause,
+        "labels": dict(worker.labels),
+        "meta": dict(worker.meta),
+        "rev": worker.rev,
+        "updated_at": timestamp(worker.updated_at),
+        "generation": worker.generation,
+        "identity": None if worker.identity is None else worker.identity.as_json(),
+        "owner": None if worker.owner is None else worker.owner.as_json(),
+        "exit": None
+        if ended is None
+        else {
+            "code": ended.code,
+            "signal": ended.signal,
+            "source": ended.source,
+            "expected": ended.expected,
+            "cause": ended.cause,
+        },
+    }
+
+
+def event_json(event: Event) -> dict[str, object]:
+    """Return an event as the CLI's JSON shows it."""
+    return {
+        "seq": event.seq,
+        "ts": timestamp(event.ts),
+        "type": event.type,
+        "sid": event.sid,
+        "actor": event.actor,
+        "data": event.data,
+    }
+
+
+def event_row(shell: Shell, event: Event) -> list[str]:
+    """Return an event as a table shows it."""
+    return [
+        str(event.seq),
+        shell.when(event.ts),
+        event.type,
+        event.sid,
+        actor_text(event),
+        data_text(event),
+    ]
+
+
+def actor_text(event: Event) -> str:
+    """Name who did it: a given name, else user and program."""
+    actor = event.actor
+    name = actor.get("name")
+    if isinstance(name, str):
+        return name
+    user, program, pid = actor.get("user"), actor.get("program"), actor.get("pid")
+    return f"{user}@{program}[{pid}]" if user is not None else "crewlog"
+
+
+_TELLING: Final = ("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock")
+
+
+def data_text(event: Event) -> str:
+    """Say the telling part of an event's data in a few words."""
+    told = []
+    for key in _TELLING:
+        value = event.data.get(key)
+        if value is None or value in ("", {}):
+            continue
+        if isinstance(value, dict):
+            told += [f"{k}={v}" for k, v in value.items()]
+        else:
+            told.append(f"{key}={value}")
+    return " ".join(told)
+
+
+VERSION: Final = crewlog.__version__
