@@ -147,7 +147,7 @@ def command(
             take_globals(shell, values)
             _listen(shell)
             try:
-                function(shell, **values)  # type: ignore[arg-type] # click made them of the options
+                function(shell, **values)  # type: ignore[call-arg,arg-type] # click made them of the options
                 sys.stdout.flush()
             except CrewlogError as error:
                 fail(shell, error)

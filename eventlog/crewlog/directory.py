@@ -145,42 +145,54 @@ def _broken(where: str, why: str) -> NotAStore:
     )
 
 
+# What an interrupted creation may leave in each directory of the store.
+_NEWBORN: Final = {
+    layout.LOCKS: frozenset(layout.LOCK_NAMES),
+    layout.HEAD: frozenset({layout.HEAD_DURABLE}),
+    layout.LOG: frozenset({layout.segment_name(1)}),
+}
+
+
 def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
+    found = disk.names(root)
     known = {*layout.DIRECTORIES, layout.APPEND_STATE}
-    found = [n for n in disk.names(root) if not n.startswith(layout.TEMPORARY_PREFIX)]
-    if layout.STORE in found:  # another process was faster
-        return
-    strangers = [name for name in found if name not in known]
+    strangers = [name for name in found if name not in known and not _temporary(name)]
     for name in layout.DIRECTORIES:
         if name in found:
-            fd = disk.open_directory(name, at=root, where=str(path / name))
-            inside = disk.names(fd)
-            os.close(fd)
-            if name == layout.LOG:
-                newborn = {layout.segment_name(1)}
-            elif name == layout.HEAD:
-                newborn = {layout.HEAD_DURABLE}
-            else:
-                newborn = set(layout.LOCK_NAMES) if name == layout.LOCKS else set()
-            strangers += [
-                f"{name}/{n}"
-                for n in inside
-                if n not in newborn and not n.startswith(layout.TEMPORARY_PREFIX)
-            ]
+            strangers += _strangers(root, path, name)
+    # Looked for last: another process may have finished its creation since the listing.
+    if not strangers or layout.STORE in disk.names(root):
+        return
+    remedy = "Choose an empty or a new directory"
     if layout.SNAPSHOT in strangers:
-        remedy = (
-            f"To take over an older registry: crewlog --dir NEW import {path}/{layout.SNAPSHOT}"
-        )
-    else:
-        remedy = "Choose an empty or a new directory"
-    if strangers:
-        raise NotAStore(
-            "not a registry",
-            where=str(path),
-            why=f"there is no {layout.STORE}, but {', '.join(strangers[:3])}",
-            remedy=remedy,
-        )
+        remedy = f"To take over an older registry: crewlog --dir NEW import {path}/{layout.SNAPSHOT}"
+    raise NotAStore(
+        "not a registry",
+        where=str(path),
+        why=f"there is no {layout.STORE}, but {', '.join(strangers[:3])}",
+        remedy=remedy,
+    )
+
+
+def _strangers(root: int, path: Path, name: str) -> list[str]:
+    fd = disk.open_directory(name, at=root, where=str(path / name))
+    try:
+        allowed = _NEWBORN.get(name, frozenset())
+        found = [n for n in disk.names(fd) if n not in allowed and not _temporary(n)]
+        first = layout.segment_name(1)
+        if name == layout.LOG and first in disk.names(fd):
+            where = str(path / name / first)
+            data = disk.read_all(first, at=fd, where=where, limit=layout.SNAPSHOT_BYTES_MAX)
+            if data.count(b"\n") > 1:  # more than its header: it was a store once
+                found.append(first)
+    finally:
+        os.close(fd)
+    return [f"{name}/{n}" for n in found]
+
+
+def _temporary(name: str) -> bool:
+    return name.startswith(layout.TEMPORARY_PREFIX)
 
 
 def _require_local(root: int, path: Path) -> bool:

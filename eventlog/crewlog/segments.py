@@ -58,7 +58,7 @@ class Source:
 
     __slots__ = ("_data", "_fd", "first", "name")
 
-    def __init__(self, first: int, name: str, *, fd: int = -1, data: bytes = b"") -> None:
+    def __init__(self, first: int, name: str, *, fd: int = -1, data: bytes | None = None) -> None:
         """Wrap an open descriptor or bytes in memory."""
         self.first = first
         self.name = name
@@ -68,7 +68,7 @@ class Source:
     @property
     def archived(self) -> bool:
         """Say whether it came from archive/."""
-        return self._fd < 0
+        return self._data is not None
 
     @property
     def fd(self) -> int:
@@ -77,13 +77,13 @@ class Source:
 
     def size(self) -> int:
         """Return how many bytes it has at this moment."""
-        return len(self._data) if self.archived else os.fstat(self._fd).st_size
+        return os.fstat(self._fd).st_size if self._data is None else len(self._data)
 
     def read(self, offset: int, size: int) -> bytes:
         """Read up to `size` bytes at `offset`."""
-        if self.archived:
-            return self._data[offset : offset + size]
-        return disk.read_at(self._fd, offset, size)
+        if self._data is None:
+            return disk.read_at(self._fd, offset, size)
+        return self._data[offset : offset + size]
 
     def close(self) -> None:
         """Close the descriptor."""

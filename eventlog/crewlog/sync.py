@@ -155,11 +155,25 @@ class Syncer:
         try:
             if head is not None:
                 self._states.put_head(replace(head, poisoned=True, errno=number))
-            via, root = self._directory.disk, self._directory.root
-            disk.write_new(via, layout.POISON, codec.dump(note) + b"\n", at=root)
-            via.sync_directory(root)
-        except OSError as error:  # the flag or the note may not be storable; either one is enough
-            _logger.critical("cannot record that a sync failed: %s", error)
+        except OSError as error:  # the disk may take nothing any more; the note may still pass
+            _logger.critical("cannot flag the store as poisoned: %s", error)
+        try:
+            self._leave_note(codec.dump(note) + b"\n")
+        except OSError as error:  # the flag stands for this boot; after it, recovery judges anew
+            _logger.critical("cannot make durable that a sync failed: %s", error)
+
+    def _leave_note(self, note: bytes) -> None:
+        """Write POISON.json; it stays in place even where its own sync fails."""
+        via, root = self._directory.disk, self._directory.root
+        if layout.POISON in disk.names(root):
+            return
+        fd = via.create(layout.POISON, at=root, append=True)
+        try:
+            disk.write_all(via, fd, note)
+            via.sync(fd)
+        finally:
+            os.close(fd)
+        via.sync_directory(root)
 
     def poisoned(self, number: int) -> StorePoisoned:
         """Return the error for a writer that finds the store poisoned."""

@@ -1,0 +1,53 @@
+"""Give tests a store of their own, real workers, and nothing of the user's."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from procs import Crew
+
+import crewlog
+from crewlog.registry import Registry
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the user's registry and settings out of every test."""
+    for name in list(os.environ):
+        if name.startswith("CREWLOG_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Name a place where there is no store yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def reg(place: Path) -> Iterator[Registry]:
+    """Open a registry; its store does not exist yet."""
+    with crewlog.open(place) as registry:
+        yield registry
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    """Start real processes, and end them all."""
+    started = Crew()
+    yield started
+    started.end()
+
+
+def pytest_sessionfinish() -> None:
+    """Fail loudly if a test left a zombie behind: later ones would misjudge it."""
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            continue
+    except ChildProcessError:
+        return
+
+

@@ -1,0 +1,161 @@
+"""Collection: one event a death, and nobody is collected who should not be."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from procs import Crew, forked, joined, kill
+
+import crewlog
+from crewlog.errors import CollectRefused, LockBusy
+from crewlog.registry import Registry
+from crewlog_compactor import collect, compact, verify
+from crewlog_compactor import collect as collect_function
+from crewlog_compactor import plan as planning
+
+
+def test_three_collectors_at_once_write_one_event_a_death(place: Path, crew: Crew) -> None:
+    """20 dead workers, 3 collectors that all saw them: 20 events."""
+    with crewlog.open(place) as reg:
+        dead = [crew.sleeper() for _ in range(20)]
+        for number, worker in enumerate(dead):
+            reg.register(f"dead-{number}", pid=worker.pid)
+        for worker in dead:
+            kill(worker)
+    entered, go = os.pipe(), os.pipe()
+
+    def collect_with_the_others() -> None:
+        """Probe, wait until all have probed, then append."""
+        real = planning.make
+
+        def make(*arguments: object, **options: object) -> planning.Plan:
+            found = real(*arguments, **options)  # type: ignore[arg-type]
+            os.write(entered[1], b".")
+            os.read(go[0], 1)
+            return found
+
+        planning.make = make  # type: ignore[assignment]
+        with crewlog.open(place) as mine:
+            report = collect(mine, force=True)
+            assert len(report.lost) + len(report.conflicts) == 20
+
+    pids = [forked(collect_with_the_others) for _ in range(3)]
+    for _ in pids:
+        os.read(entered[0], 1)
+    os.write(go[1], b"...")
+    joined(*pids)
+    with crewlog.open(place) as reg:
+        buried = [event.sid for event in reg.history(types=["worker.lost"])]
+        assert sorted(buried) == sorted(f"dead-{n}" for n in range(20))
+        assert reg.workers() == []
+
+
+def test_worker_registered_again_between_probe_and_append_survives(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event is written only if the worker is still at the rev that was judged."""
+    first, second = crew.sleeper(), crew.sleeper()
+    reg.register("a", pid=first.pid)
+    kill(first)
+    real = planning.make
+
+    def make_and_register(*arguments: object, **options: object) -> planning.Plan:
+        found = real(*arguments, **options)  # type: ignore[arg-type]
+        reg.register("a", pid=second.pid)
+        return found
+
+    monkeypatch.setattr(planning, "make", make_and_register)
+    report = collect_function(reg)
+    assert report.conflicts == ("a",)
+    assert report.lost == ()
+    worker = reg.get("a")
+    assert worker is not None
+    assert (worker.pid, worker.final) == (second.pid, False)
+
+
+def test_dry_run_writes_nothing(reg: Registry, crew: Crew) -> None:
+    """It says what would be done."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    kill(worker)
+    before = reg.last_seq
+    report = collect(reg, dry_run=True)
+    assert report.lost == ("a",)
+    assert report.dry_run
+    assert reg.last_seq == before
+
+
+def test_many_deaths_at_once_are_doubted(reg: Registry, crew: Crew) -> None:
+    """More than half of the living, and more than ten: refused without force."""
+    workers = [crew.sleeper() for _ in range(11)]
+    for number, worker in enumerate(workers):
+        reg.register(f"w-{number}", pid=worker.pid)
+    for worker in workers:
+        kill(worker)
+    with pytest.raises(CollectRefused) as caught:
+        collect(reg)
+    assert (caught.value.deaths, caught.value.living) == (11, 11)
+    report = compact(reg)
+    assert report.refused is not None
+    assert report.snapshot_seq > 0, "folding goes on all the same"
+    assert len(collect(reg, force=True).lost) == 11
+
+
+def test_ended_worker_is_pruned_after_keep_and_its_history_stays(
+    reg: Registry, crew: Crew
+) -> None:
+    """What ended long ago leaves the state, never the history."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    reg.exited("a", code=0)
+    assert collect(reg).pruned == ()
+    assert collect(reg, keep=timedelta(0)).pruned == ("a",)
+    assert reg.get("a") is None
+    assert [e.type for e in reg.history(sid="a")] == [
+        "worker.registered", "worker.exited", "worker.pruned",
+    ]  # fmt: skip
+
+
+def test_two_compactions_exclude_each_other(reg: Registry, place: Path) -> None:
+    """The second one is told at once."""
+    reg.register("a")
+    lock = reg.log().try_compact_lock()
+    with crewlog.open(place) as other, pytest.raises(LockBusy) as caught:
+        compact(other)
+    assert f"pid {os.getpid()}" in caught.value.holder
+    lock.close()
+    compact(reg)
+
+
+def test_compaction_keeps_the_whole_history(reg: Registry, place: Path) -> None:
+    """Through ten compactions every event stays readable, in order, and verify finds nothing."""
+    reg.register("a")
+    for number in range(40):
+        reg.update("a", meta={"number": number})
+        if number % 4 == 3:
+            compact(reg, gc=False)
+    seen = [e.data["meta"] for e in reg.history(types=["worker.updated"])]
+    assert seen == [{"number": n} for n in range(40)]
+    assert len(list((place / "archive").iterdir())) == 9
+    every = [e.seq for e in reg.history(types=_every_type(reg))]
+    assert every == list(range(1, reg.last_seq + 1))
+    assert verify(place).findings == ()
+    with crewlog.open(place) as fresh:
+        assert fresh.workers() == reg.workers()
+
+
+def _every_type(reg: Registry) -> list[str]:
+    return ["_segment", "_seal", "_snapshot", "worker.registered", "worker.updated"]
+
+
+def test_compaction_with_nothing_new_changes_nothing(reg: Registry, place: Path) -> None:
+    """A cron that finds nothing to do leaves the store as it is."""
+    from procs import tree
+
+    reg.register("a")
+    compact(reg, gc=False)
+    before = tree(place)
+    report = compact(reg, gc=False)
+    assert report.folded_events == 0
+    assert tree(place) == before
