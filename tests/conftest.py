@@ -49,5 +49,3 @@ def pytest_sessionfinish() -> None:
             continue
     except ChildProcessError:
         return
-
-

@@ -46,8 +46,9 @@ def _print_report(sh: Shell, report: CollectReport) -> None:
 @click.option("--force", is_flag=True, help="Believe that most workers died at once.")
 def gc(sh: Shell, *, dry_run: bool, keep: str, force: bool) -> None:
     """Record the death of workers that are proven dead; drop what ended long ago from the list."""
+    span = _span(keep)
     reg = sh.existing()
-    report = collect(reg, dry_run=dry_run, keep=_span(keep), force=force)
+    report = collect(reg, dry_run=dry_run, keep=span, force=force)
     if sh.json:
         sh.document({"seq": reg.last_seq, **_told(report)})
     else:

@@ -7,6 +7,7 @@ from typing import Final
 
 import click
 
+from crewlog.errors import CrewlogError
 from crewlog_cli import shell
 from crewlog_cli.shell import Shell
 
@@ -65,10 +66,12 @@ def crewlog(**values: object) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    state = Shell()
+    words = sys.argv[1:] if arguments is None else arguments
+    own = words[: words.index("--")] if "--" in words else words
+    state = Shell(json="--json" in own)  # known even where the rest cannot be parsed
     try:
         crewlog.main(args=arguments, prog_name="crewlog", obj=state, standalone_mode=False)
-        sys.stdout.flush()
+        shell.flush()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else shell.EXIT_BUG
     except click.exceptions.Exit as error:
@@ -87,7 +90,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         shell.lose_stdout()
         return shell.EXIT_INTERRUPT
-    except OSError as error:
+    except shell.OutputFailedError as error:
         return shell.output_failed(state, error)
     except Exception as error:  # noqa: BLE001 (the last boundary: no traceback reaches a user)
         return _bug(state, error)
@@ -97,7 +100,8 @@ def run(arguments: list[str] | None = None) -> int:
 def _bug(state: Shell, error: Exception) -> int:
     if state.debug:
         traceback.print_exc()
-    exit_code = getattr(error, "exit_code", shell.EXIT_BUG)
+    if isinstance(error, CrewlogError):
+        return error.exit_code
     shell.complain(
         state,
         code="bug",
@@ -106,14 +110,14 @@ def _bug(state: Shell, error: Exception) -> int:
         where=str(error),
         hint="This is a fault of crewlog; run again with --debug and report it",
     )
-    return int(exit_code)
+    return shell.EXIT_BUG
 
 
 def main() -> None:
     """Be the console script."""
     code = run()
     try:
-        sys.stdout.flush()
-    except OSError as error:
+        shell.flush()
+    except shell.OutputFailedError as error:
         code = shell.output_failed(Shell(), error)
     raise SystemExit(code)

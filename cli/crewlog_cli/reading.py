@@ -242,14 +242,15 @@ def history(
     if follow and (until is not None or reverse):
         message = "--follow goes with neither --until nor --reverse"
         raise click.UsageError(message)
+    first, last = moment(since, sh), moment(until, sh)
     reg = sh.existing()
     last_seq = reg.last_seq
     found: Iterable[Event] = _by(
         reg.history(
             sid=sid,
             types=types or None,
-            since=moment(since, sh),
-            until=moment(until, sh),
+            since=first,
+            until=last,
             after=after,
         ),
         actor,

@@ -32,6 +32,28 @@ EXIT_INTERRUPT: Final = 130
 EXIT_PIPE: Final = 141
 
 
+class OutputFailedError(OSError):
+    """stdout took no more: its reader is gone, or its disk is full."""
+
+
+def put(row: str, *, flush: bool = False) -> None:
+    """Write one line to stdout."""
+    try:
+        sys.stdout.write(row + "\n")
+        if flush:
+            sys.stdout.flush()
+    except OSError as error:
+        raise OutputFailedError(error.errno, error.strerror) from error
+
+
+def flush() -> None:
+    """Write out what stdout still holds."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputFailedError(error.errno, error.strerror) from error
+
+
 @dataclass(slots=True)
 class Shell:
     """What the global options ask for."""
@@ -72,24 +94,21 @@ class Shell:
 
     def line(self, words: str, *, flush: bool = False) -> None:
         """Print one line of data for a person."""
-        sys.stdout.write(text.visible(words) + "\n")
-        if flush:
-            sys.stdout.flush()
+        put(text.visible(words), flush=flush)
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table, clipped only on a terminal."""
         columns = os.get_terminal_size().columns if sys.stdout.isatty() else None
         for row in text.table(list(header), [list(row) for row in rows], columns=columns):
-            sys.stdout.write(row + "\n")
+            put(row)
 
     def document(self, found: Mapping[str, object]) -> None:
         """Print one JSON object on one line, ASCII only, with its schema."""
-        sys.stdout.write(json.dumps({"schema": 1, **found}, separators=(",", ":")) + "\n")
+        put(json.dumps({"schema": 1, **found}, separators=(",", ":")))
 
     def stream(self, found: Mapping[str, object]) -> None:
         """Print one JSON object of a stream, flushed."""
-        sys.stdout.write(json.dumps(found, separators=(",", ":")) + "\n")
-        sys.stdout.flush()
+        put(json.dumps(found, separators=(",", ":")), flush=True)
 
     def note(self, words: str) -> None:
         """Tell a person something that is not data."""
@@ -137,7 +156,7 @@ def with_globals(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def command(
-    name: str, *, examples: str, raw_arguments: bool = False
+    name: str, *, examples: str
 ) -> Callable[[Callable[Concatenate[Shell, P], None]], click.Command]:
     """Make a function a command: global options, the shell first, examples in --help."""
 
@@ -148,9 +167,14 @@ def command(
             _listen(shell)
             try:
                 function(shell, **values)  # type: ignore[call-arg,arg-type] # click made them of the options
-                sys.stdout.flush()
+                flush()
             except CrewlogError as error:
                 fail(shell, error)
+            except OutputFailedError as error:
+                raise SystemExit(output_failed(shell, error)) from error
+            except KeyboardInterrupt as error:
+                lose_stdout()
+                raise SystemExit(EXIT_INTERRUPT) from error
             finally:
                 shell.close()
 
@@ -159,8 +183,6 @@ def command(
         run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
         epilog = "\b\nExamples:\n" + "\n".join(f"  {row}" for row in examples.strip().splitlines())
         settings: dict[str, object] = {"help_option_names": ["-h", "--help"]}
-        if raw_arguments:
-            settings |= {"allow_interspersed_args": False}
         return click.command(name, epilog=epilog, context_settings=settings)(with_globals(run))
 
     return wrap

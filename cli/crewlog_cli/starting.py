@@ -90,7 +90,7 @@ def _complain(sh: Shell, argv: Sequence[str], code: int) -> None:
     )
 
 
-@command("exec", examples="crewlog exec web-1 -- python -m http.server 8000", raw_arguments=True)
+@command("exec", examples="crewlog exec web-1 -- python -m http.server 8000")
 @_options
 def exec_(
     sh: Shell,
@@ -106,7 +106,7 @@ def exec_(
     wish = _Wish(sock, version, labels, starting)
     with sh.registry() as reg:
         _register(reg, sid, os.getpid(), wish)
-        sys.stdout.flush()
+        shell.flush()
         code = _replace(argv)
         reg.exited(sid, code=code)
     _complain(sh, argv, code)
@@ -117,7 +117,6 @@ def exec_(
     "run",
     examples="""crewlog run web-1 -- python -m http.server 8000
 crewlog run job-7 -l queue=mail -- ./worker --once; echo $?""",
-    raw_arguments=True,
 )
 @_options
 def run(
@@ -160,7 +159,7 @@ def run(
 def _held_child(argv: Sequence[str], mask: set[int | signal.Signals]) -> tuple[int, int]:
     """Fork a child that becomes the program once a byte arrives; at the pipe's end it gives up."""
     held, go = os.pipe()
-    sys.stdout.flush()
+    shell.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:

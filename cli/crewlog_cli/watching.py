@@ -1,7 +1,7 @@
 """Watch: print every change as it becomes durable."""
 
-import sys
 import time
+from datetime import datetime
 from typing import Final
 
 import click
@@ -47,12 +47,15 @@ def watch(
     if sum([after is not None, since is not None, from_start, now]) > 1:
         message = "--after, --since, --from-start and --now exclude each other"
         raise click.UsageError(message)
-    reg = sh.existing()
-    start = _start(sh, reg, after=after, since=since, from_start=from_start, now=now)
     try:
         limit_s = None if timeout is None else times.duration(timeout).total_seconds()
     except times.TimeError as error:
         raise click.UsageError(str(error)) from error
+    first = reading.moment(since, sh)
+    reg = sh.existing()
+    if first is not None:
+        after = _before(reg, first)
+    start: After = "oldest" if from_start else "now" if now else after
     deadline = None if limit_s is None else time.monotonic() + limit_s
     left = count
     with reg.watch(after=start, sids=sids or None, types=types or None) as items:
@@ -68,18 +71,11 @@ def watch(
         raise SystemExit(shell.EXIT_TIMEOUT)
 
 
-def _start(
-    sh: Shell, reg: Registry, *, after: int | None, since: str | None, from_start: bool, now: bool
-) -> After:
-    if after is not None:
-        return after
-    if from_start:
-        return "oldest"
-    if since is not None:
-        last = reg.last_seq
-        first = next(reg.history(since=reading.moment(since, sh)), None)
-        return last if first is None else first.seq - 1
-    return "now" if now else None
+def _before(reg: Registry, first: datetime) -> int:
+    """Return the seq before the first event of that time or later."""
+    last = reg.last_seq
+    found = next(reg.history(since=first), None)
+    return last if found is None else found.seq - 1
 
 
 def _print(sh: Shell, item: Item) -> None:
@@ -109,7 +105,7 @@ def _print(sh: Shell, item: Item) -> None:
                 sh.note(
                     f"-- events {item.lost} are gone ({item.reason}); on from seq {item.seq} --"
                 )
-    sys.stdout.flush()
+    shell.flush()
 
 
 COMMANDS: Final = {"watch": watch}

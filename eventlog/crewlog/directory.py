@@ -166,7 +166,9 @@ def require_newborn(root: int, path: Path) -> None:
         return
     remedy = "Choose an empty or a new directory"
     if layout.SNAPSHOT in strangers:
-        remedy = f"To take over an older registry: crewlog --dir NEW import {path}/{layout.SNAPSHOT}"
+        remedy = (
+            f"To take over an older registry: crewlog --dir NEW import {path}/{layout.SNAPSHOT}"
+        )
     raise NotAStore(
         "not a registry",
         where=str(path),

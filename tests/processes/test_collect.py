@@ -102,9 +102,7 @@ def test_many_deaths_at_once_are_doubted(reg: Registry, crew: Crew) -> None:
     assert len(collect(reg, force=True).lost) == 11
 
 
-def test_ended_worker_is_pruned_after_keep_and_its_history_stays(
-    reg: Registry, crew: Crew
-) -> None:
+def test_ended_worker_is_pruned_after_keep_and_its_history_stays(reg: Registry, crew: Crew) -> None:
     """What ended long ago leaves the state, never the history."""
     worker = crew.sleeper()
     reg.register("a", pid=worker.pid)

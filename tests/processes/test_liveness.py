@@ -225,5 +225,3 @@ def test_without_pidfd_the_start_time_decides(
     assert found.cause == "start_time"
     kill(worker)
     assert reg.liveness("a").cause == "no_such_process" or reg.liveness("a").dead
-
-

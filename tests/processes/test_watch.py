@@ -71,9 +71,7 @@ def test_watcher_sees_every_event_of_four_writers_once_while_compaction_runs(
         out, err = watcher.communicate(timeout=60)
         assert err == ""
         rows = [row.split() for row in out.splitlines()]
-        truth = [
-            [str(e.seq), e.sid, str(_change(e.data))] for e in reg.history()
-        ]
+        truth = [[str(e.seq), e.sid, str(_change(e.data))] for e in reg.history()]
         assert rows == truth
         assert len(rows) == 4 * (changes + 1) + 2
         assert len(list((place / layout.ARCHIVE).iterdir())) > 5

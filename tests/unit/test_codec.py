@@ -13,7 +13,13 @@ PREV = codec.digest(b"before")
 
 def a_line(**changes: object) -> bytes:
     part = codec.draft("worker.lost", "w-1", b'{"pid":1}', {"cause": "x", "n": 1})
-    fields = {"seq": 7, "ts": "2026-11-24T00:00:00.000001Z", "synced": 5, "prev": PREV, "batch": None}
+    fields = {
+        "seq": 7,
+        "ts": "2026-11-24T00:00:00.000001Z",
+        "synced": 5,
+        "prev": PREV,
+        "batch": None,
+    }
     return codec.line(part, **(fields | changes))[:-1]  # type: ignore[arg-type]
 
 
@@ -120,9 +126,21 @@ def test_states_damaged_anywhere_are_unreadable() -> None:
 def test_snapshot_damaged_anywhere_is_refused() -> None:
     """Its sha256 covers every byte."""
     record: events.Record = {
-        "sid": "w", "pid": 1, "sock": "", "version": "", "created_at": "2026-11-24T00:00:00Z",
-        "state": "ready", "labels": {}, "meta": {}, "rev": 2, "updated_at": "2026-11-24T00:00:00Z",
-        "registered_seq": 2, "generation": 1, "identity": None, "owner": None, "exit": None,
+        "sid": "w",
+        "pid": 1,
+        "sock": "",
+        "version": "",
+        "created_at": "2026-11-24T00:00:00Z",
+        "state": "ready",
+        "labels": {},
+        "meta": {},
+        "rev": 2,
+        "updated_at": "2026-11-24T00:00:00Z",
+        "registered_seq": 2,
+        "generation": 1,
+        "identity": None,
+        "owner": None,
+        "exit": None,
     }
     snapshot = codec.Snapshot(
         store="s", last_seq=2, last_hash="h", written_at="t", sessions=[record], ended=[], totals={}

@@ -76,7 +76,9 @@ def test_event_in_every_state_is_allowed_or_refused_as_the_table_says(
         ({}, "exited"),
     ],
 )
-def test_exit_state_is_failed_only_where_known_bad_and_unasked(data: JsonObject, state: str) -> None:
+def test_exit_state_is_failed_only_where_known_bad_and_unasked(
+    data: JsonObject, state: str
+) -> None:
     """An exit is a failure only where it is known to be one."""
     record = fold.after(line(2, events.EXITED, data), record_in("ready"))
     assert record is not None

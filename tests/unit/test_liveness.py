@@ -8,9 +8,7 @@ from crewlog.events import Identity
 from crewlog.liveness import Evidence, Verdict, judge
 
 ALIVE, DEAD, UNKNOWN = Verdict.ALIVE, Verdict.DEAD, Verdict.UNKNOWN
-ME = Identity(
-    pid=7, pidfd_id=70, start_ticks=700, boot_id="b", pid_ns="n:1", host_id="h", uid=1000
-)
+ME = Identity(pid=7, pidfd_id=70, start_ticks=700, boot_id="b", pid_ns="n:1", host_id="h", uid=1000)
 HERE = Evidence(boot_id="b", host_id="h", pid_ns="n:1")
 THERE = replace(HERE, boot_id="other")
 BOX = replace(HERE, pid_ns="m:2")
