@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from procs import Crew
 
 import crewlog
 from crewlog.registry import Registry
+from procs import Crew
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,8 @@ def command(
 
         run.__doc__ = function.__doc__
         run.__name__ = function.__name__
-        run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+        # click keeps the options that decorate a function on the function itself
+        vars(run)["__click_params__"] = getattr(function, "__click_params__", [])
         epilog = "\b\nExamples:\n" + "\n".join(f"  {row}" for row in examples.strip().splitlines())
         settings: dict[str, object] = {"help_option_names": ["-h", "--help"]}
         return click.command(name, epilog=epilog, context_settings=settings)(with_globals(run))

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from crewlog import codec, events, fold, identity, layout
 from crewlog.codec import Draft
 from crewlog.errors import StaleRevision
-from crewlog.events import Identity, JsonObject, JsonValue, Line, Record
+from crewlog.events import Identity, JsonObject, JsonValue, Record
 from crewlog.store import Decide, Written
 
 Step: TypeAlias = Callable[[Written], Draft | None]
@@ -308,18 +308,7 @@ class _Ahead:
 
     def take(self, part: Draft) -> None:
         self.seq += 1
-        line: Line = {
-            "v": layout.LINE_VERSION,
-            "seq": self.seq,
-            "ts": "",
-            "type": part.type,
-            "sid": part.sid,
-            "actor": {},
-            "data": part.data,
-            "synced": 0,
-            "prev": "",
-            "crc": "",
-        }
+        line = codec.as_parsed(part, seq=self.seq, ts="")
         self.records[part.sid] = fold.after(line, self.get(part.sid))
 
 

@@ -170,6 +170,22 @@ def line(
     return b'%b,"crc":"%08x"}\n' % (checked, zlib.crc32(checked))
 
 
+def as_parsed(part: Draft, *, seq: int, ts: str) -> Line:
+    """Return a draft as its line will parse; fields that no fold reads are left empty."""
+    return {
+        "v": layout.LINE_VERSION,
+        "seq": seq,
+        "ts": ts,
+        "type": part.type,
+        "sid": part.sid,
+        "actor": {},
+        "data": part.data,
+        "synced": 0,
+        "prev": "",
+        "crc": "",
+    }
+
+
 def digest(raw: bytes) -> bytes:
     """Hash a line without its newline, or store.json as a whole: the next line's `prev`."""
     return hashlib.sha256(raw).digest()
@@ -257,66 +273,75 @@ class DurableHead:
     errno: int
 
 
-_APPEND_STATE: Final = struct.Struct("<8s16sQQQ32sB7x")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQBxxxi")
+# Each ends with the CRC-32 of what stands before it.
+_APPEND_STATE: Final = struct.Struct("<8s16sQQQ32sB3xI")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQB3xiI")
 _CRC: Final = struct.Struct("<I")
 _APPEND_MAGIC: Final = b"crewlogA"
 _HEAD_MAGIC: Final = b"crewlogD"
-APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
-DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
+APPEND_STATE_BYTES: Final = _APPEND_STATE.size
+DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size
 
 
 def encode_append_state(state: AppendState) -> bytes:
     """Write append.state: one fixed-size struct and its CRC-32."""
-    body = _APPEND_STATE.pack(
-        _APPEND_MAGIC, state.boot, state.segment, state.end, state.seq, state.hash, state.sealed
+    return _with_crc(
+        _APPEND_STATE.pack(
+            _APPEND_MAGIC,
+            state.boot,
+            state.segment,
+            state.end,
+            state.seq,
+            state.hash,
+            state.sealed,
+            0,
+        )
     )
-    return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode_append_state(data: bytes) -> AppendState | None:
     """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
-    body = _checked_struct(data, _APPEND_STATE)
-    if body is None:
+    if len(data) != APPEND_STATE_BYTES:
         return None
-    magic, boot, segment, end, seq, head, sealed = _APPEND_STATE.unpack(body)
-    if magic != _APPEND_MAGIC:
+    magic, boot, segment, end, seq, head, sealed, crc = _APPEND_STATE.unpack(data)
+    if magic != _APPEND_MAGIC or crc != zlib.crc32(data[:-4]):
         return None
     return AppendState(boot, segment, end, seq, head, bool(sealed))
 
 
 def encode_durable_head(head: DurableHead) -> bytes:
     """Write head/durable: one fixed-size struct and its CRC-32."""
-    body = _DURABLE_HEAD.pack(
-        _HEAD_MAGIC,
-        head.generation,
-        head.boot,
-        head.segment,
-        head.end,
-        head.seq,
-        head.oldest,
-        head.poisoned,
-        head.errno,
+    return _with_crc(
+        _DURABLE_HEAD.pack(
+            _HEAD_MAGIC,
+            head.generation,
+            head.boot,
+            head.segment,
+            head.end,
+            head.seq,
+            head.oldest,
+            head.poisoned,
+            head.errno,
+            0,
+        )
     )
-    return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
-    body = _checked_struct(data, _DURABLE_HEAD)
-    if body is None:
+    if len(data) != DURABLE_HEAD_BYTES:
         return None
-    magic, generation, boot, segment, end, seq, oldest, poisoned, errno = _DURABLE_HEAD.unpack(body)
-    if magic != _HEAD_MAGIC:
+    magic, generation, boot, segment, end, seq, oldest, poisoned, errno, crc = _DURABLE_HEAD.unpack(
+        data
+    )
+    if magic != _HEAD_MAGIC or crc != zlib.crc32(data[:-4]):
         return None
     return DurableHead(generation, boot, segment, end, seq, oldest, bool(poisoned), errno)
 
 
-def _checked_struct(data: bytes, shape: struct.Struct) -> bytes | None:
-    if len(data) != shape.size + _CRC.size:
-        return None
-    body = data[: shape.size]
-    return body if data[shape.size :] == _CRC.pack(zlib.crc32(body)) else None
+def _with_crc(data: bytes) -> bytes:
+    body = data[: -_CRC.size]
+    return body + _CRC.pack(zlib.crc32(body))
 
 
 # -- snapshots ------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Final
 
 from crewlog import codec, disk, events, identity, layout, segments, tail
@@ -57,6 +58,7 @@ from crewlog.errors import (
     LogRegressed,
     StorageFull,
     StoreMissing,
+    from_oserror,
 )
 from crewlog.events import JsonObject, Line
 from crewlog.fold import Fold
@@ -78,20 +80,21 @@ class Log:
         """Use an open directory; nothing is read yet."""
         self.directory = directory
         self.recovery_pending = False
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._boot = identity.boot_bytes()
         self._states = States(directory)
-        self._append_lock = self._lock(layout.LOCK_APPEND)
+        self.append_lock = self._lock(layout.LOCK_APPEND)
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
         self._new_mutexes()
         self._active: Source | None = None  # guarded by _mutex
         self._current = Current(directory)
+        self._phase_one = _PhaseOne(self)
         _living.add(self)
 
     def _new_mutexes(self) -> None:
         """Make the mutexes; they are taken in this order."""
-        self._writer = threading.Lock()  # one thread at a time writes
-        self._mutex = threading.RLock()  # the state, and what phase one has open
+        self.writer = threading.Lock()  # one thread at a time writes
+        self.mutex = threading.RLock()  # the state, and what phase one has open
 
     def _lock(self, name: str) -> Lock:
         where = self.directory.lock_path(name)
@@ -109,7 +112,7 @@ class Log:
         if head is not None and head.boot == self._boot:
             self.recovery_pending = False
             return head
-        with self._mutex:
+        with self.mutex:
             self._current.state()
         self.recovery_pending = True
         source, found, _ = tail.judge(self.directory, head, snapshot_seq=self._current.snapshot_seq)
@@ -136,7 +139,7 @@ class Log:
     def state(self) -> Fold:
         """Return the durable state of now; the caller must not change it."""
         head = self.head()  # before the log: else a busy writer looks like a shortened log
-        with self._mutex:
+        with self.mutex:
             tentative = self._current.state()
             if head.seq > tentative.durable.seq:
                 self._current.read_to(Position(head.segment, head.end, head.seq))
@@ -146,7 +149,7 @@ class Log:
     @contextmanager
     def frozen(self) -> Iterator[Fold]:
         """Hold the durable state still while it is copied out."""
-        with self._mutex:
+        with self.mutex:
             yield self.state()
 
     def read(self, after: int) -> Iterator[tuple[Line, bytes]]:
@@ -175,42 +178,27 @@ class Log:
         all kinds of DataDamaged with nothing written; AppendUncertain, and StorageFailed after a
         failed sync, with the outcome "unknown".
         """
-        with self._writing():
+        with self._phase_one:
             state, head = self._ready()
             tentative = self._current.state()
             drafts = decide(tentative)
             raws = self._write(drafts, state, head) if drafts else []
             result = Appended(raws, {d.sid: tentative.get(d.sid) for d in drafts}, tentative.seq)
-        self._sync.make_durable(result.seq)
+        self._sync.make_durable(result.seq, head.generation)
         return result
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
-        with self._writing():
+        with self._phase_one:
             state, head = self._ready()
             state = self._put_own(kind, data, state, head)
         self._sync.make_durable(state.seq)
 
     def rotate(self) -> None:
         """Seal the active segment and begin the next one; durable on return."""
-        with self._writing():
+        with self._phase_one:
             state, head = self._ready()
             self._begin_next(self._seal(state, head))
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold everything that phase one needs; readers of this process wait only for the last."""
-        where = str(self.directory.path)
-        try:
-            with (
-                disk.failures("cannot write to the registry", where=where),
-                self._writer,
-                self._append_lock.held(wait_s=self._wait_s),
-                self._mutex,
-            ):
-                yield
-        except FileNotFoundError as error:
-            raise StoreMissing(where, why=f"{error.filename} was removed") from error
 
     def _ready(self) -> tuple[AppendState, DurableHead]:
         """Bring log and states into the order that an append starts from. Held: append."""
@@ -222,7 +210,7 @@ class Log:
         active = self._open_active(state.segment)
         found = os.fstat(active.fd)
         if found.st_nlink != 1:
-            self._append_lock.require_in_place()
+            self.append_lock.require_in_place()
             raise StoreMissing(
                 self.directory.where(layout.LOG, active.name), why="the active segment was removed"
             )
@@ -278,30 +266,35 @@ class Log:
             raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=place)
             prev = codec.digest(raw[:-1])
             raws.append(raw)
-            lines.append(_as_line(part, seq, ts))
-        after = replace(
-            state, end=state.end + sum(map(len, raws)), seq=seq, hash=prev, sealed=False
+            lines.append(codec.as_parsed(part, seq=seq, ts=ts))
+        data = b"".join(raws)
+        after = AppendState(
+            state.boot, state.segment, state.end + len(data), seq, prev, sealed=False
         )
-        self._put(b"".join(raws), state, after)
+        self._put(data, state, after)
         self._current.advance(lines, Position(after.segment, after.end, after.seq))
         return [raw[:-1] for raw in raws]
 
     def _put(self, data: bytes, state: AppendState, after: AppendState) -> None:
-        """Write bytes and state, or cut the log back to where it was."""
+        """Write bytes and state, or cut the log back to where it was.
+
+        An interrupt (Ctrl-C) is no reason to cut: once append.state is out, a sync leader may have
+        made the lines durable. What it leaves, the next writer adopts.
+        """
         active = self._open_active(state.segment)
         via = self.directory.disk
         try:
             if via.write(active.fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._states.put_append_state(after)
-        except BaseException as error:
+        except OSError as error:
             try:
                 via.cut(active.fd, state.end)
                 self._states.put_append_state(state)
             except OSError as second:
                 self._sync.poison(second.errno or errno.EIO)
                 raise self._sync.poisoned(second.errno or errno.EIO) from error
-            if isinstance(error, OSError) and error.errno in disk.FULL:
+            if error.errno in disk.FULL:
                 where = self.directory.where(layout.LOG, active.name)
                 raise StorageFull(where, why=error.strerror or "no space") from error
             raise
@@ -413,7 +406,7 @@ class Log:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: locks are the parent's, the state may be half moved."""
-        self._append_lock.close()
+        self.append_lock.close()
         self._sync.after_fork()
         self._new_mutexes()
         self._close_segments()
@@ -423,9 +416,9 @@ class Log:
         if self not in _living:
             return
         _living.discard(self)
-        with self._writer, self._mutex:
+        with self.writer, self.mutex:
             self._close_segments()
-            self._append_lock.close()
+            self.append_lock.close()
             self._sync.close()
             self._states.close()
             self.directory.close()
@@ -437,20 +430,48 @@ class Log:
             self._active = None
 
 
-def _as_line(part: Draft, seq: int, ts: str) -> Line:
-    """Return a draft as its line will parse; the fields that the fold does not read are left."""
-    return {
-        "v": layout.LINE_VERSION,
-        "seq": seq,
-        "ts": ts,
-        "type": part.type,
-        "sid": part.sid,
-        "actor": {},
-        "data": part.data,
-        "synced": 0,
-        "prev": "",
-        "crc": "",
-    }
+class _PhaseOne:
+    """Hold everything that phase one needs, and give its failures their types.
+
+    Readers of this process wait for the mutex only, never for another process's lock.
+    """
+
+    __slots__ = ("_log",)
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def __enter__(self) -> None:
+        log = self._log
+        log.writer.acquire()
+        try:
+            log.append_lock.acquire(wait_s=log.wait_s)
+            log.mutex.acquire()
+        except BaseException as error:
+            log.append_lock.release()
+            log.writer.release()
+            self._translate(error)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        log = self._log
+        log.mutex.release()
+        log.append_lock.release()
+        log.writer.release()
+        if error is not None:
+            self._translate(error)
+
+    def _translate(self, error: BaseException) -> None:
+        where = str(self._log.directory.path)
+        if isinstance(error, FileNotFoundError):
+            raise StoreMissing(where, why=f"{error.filename} was removed") from error
+        if isinstance(error, OSError):
+            raise from_oserror(error, "cannot write to the registry", where=where) from error
 
 
 _living: "weakref.WeakSet[Log]" = weakref.WeakSet()

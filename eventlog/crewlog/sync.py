@@ -51,9 +51,11 @@ class Syncer:
         self._sync_s = 0.0  # what a sync takes, on average
         self._shared = False  # the last sync served others too
 
-    def make_durable(self, goal: int) -> None:
+    def make_durable(self, goal: int, generation: int | None = None) -> None:
         """Return once head/durable covers seq `goal`.
 
+        `generation` is that of the last head the caller saw: a guess at whose turn it is, which
+        is checked once the lock is held.
         *Raises* AppendUncertain where that cannot be known: the store is poisoned, or the leader
         does not finish; StorageFailed with the outcome "unknown" where our own sync failed.
         """
@@ -61,16 +63,21 @@ class Syncer:
             deadline = time.monotonic() + self._wait_s
             pause_s = layout.LOCK_POLL_MIN_S
             while True:
-                head = self._head()
-                if head.seq >= goal:
-                    return
-                lock = self._locks[(head.generation + 1) % 2]
+                if generation is None:
+                    head = self._head()
+                    if head.seq >= goal:
+                        return
+                    generation = head.generation
+                lock = self._locks[(generation + 1) % 2]
                 if lock.try_acquire():
                     try:
-                        self._lead(head.generation, goal)
+                        if self._lead(generation, goal):
+                            return
                     finally:
                         lock.release()
+                    generation = None
                     continue
+                generation = None
                 if time.monotonic() > deadline:
                     raise AppendUncertain(
                         lock.where, why=f"the sync leader, {lock.holder()}, does not finish"
@@ -90,11 +97,16 @@ class Syncer:
             )
         return head
 
-    def _lead(self, generation: int, goal: int) -> None:
-        """Sync what is written and publish it, unless another leader did. Held: its lock."""
+    def _lead(self, generation: int, goal: int) -> bool:
+        """Sync what is written and publish it, unless another leader did; say if that covers.
+
+        Held: the lock of this generation's successor.
+        """
         head = self._head()
-        if head.generation != generation or head.seq >= goal:
-            return
+        if head.seq >= goal:
+            return True
+        if head.generation != generation:
+            return False
         if self._shared:
             time.sleep(min(layout.SYNC_GATHER_SHARE * self._sync_s, layout.SYNC_GATHER_MAX_S))
         # Before the sync, and never by fstat: a killed writer's half line must not count.
@@ -105,12 +117,15 @@ class Syncer:
             )
         self._sync(state)
         self._shared = state.seq > goal
-        fresh = replace(
-            head,
-            generation=generation + 1,
-            segment=state.segment,
-            end=state.end,
-            seq=state.seq,
+        fresh = DurableHead(
+            generation + 1,
+            self._boot,
+            state.segment,
+            state.end,
+            state.seq,
+            head.oldest,
+            poisoned=False,
+            errno=0,
         )
         try:
             self._states.put_head(fresh)
@@ -118,6 +133,7 @@ class Syncer:
             raise AppendUncertain(
                 self._directory.where(layout.HEAD, layout.HEAD_DURABLE), why=str(error)
             ) from error
+        return state.seq >= goal
 
     def _sync(self, state: AppendState) -> None:
         if self._segment is None or self._segment.first != state.segment:

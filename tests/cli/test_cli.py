@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from procs import Crew, kill, until
 
 import crewlog
 from crewlog import layout
 from crewlog.registry import Registry
+from procs import Crew, kill, until
 
 CREWLOG = [sys.executable, "-c", "from crewlog_cli.main import main; main()"]
 
@@ -21,6 +21,7 @@ class Cli:
     """Run `crewlog` on one store."""
 
     def __init__(self, place: Path) -> None:
+        """Use the store at `place`."""
         self.place = place
 
     def __call__(
@@ -42,6 +43,12 @@ class Cli:
         assert found["schema"] == 1
         return found  # type: ignore[no-any-return]
 
+    def workers(self) -> list[dict[str, object]]:
+        """Return what ls shows."""
+        found: object = self.json("ls")["workers"]
+        assert isinstance(found, list)
+        return found
+
 
 @pytest.fixture
 def cli(place: Path) -> Cli:
@@ -53,7 +60,7 @@ def test_worker_from_registration_to_end(cli: Cli, crew: Crew) -> None:
     """register, ls, update, show, alive, remove, history: each prints what scripts rely on."""
     worker = crew.sleeper()
     assert cli("register", "web-1", "--pid", worker.pid, "-l", "role=web").stdout == "2\n"
-    (listed,) = cli.json("ls")["workers"]  # type: ignore[misc]
+    (listed,) = cli.workers()
     assert listed["sid"] == "web-1"
     assert (listed["state"], listed["liveness"], listed["rev"]) == ("starting", "alive", 2)
     assert cli.json("update", "web-1", "--state", "ready", "--expect", 2)["seq"] == 3
@@ -130,7 +137,7 @@ def test_unknown_sid_is_one_and_names_the_nearest(cli: Cli, crew: Crew) -> None:
 
 
 def test_dead_worker_is_not_alive_and_not_listed(cli: Cli, crew: Crew) -> None:
-    """alive says 1; ls leaves it out and says so; --all shows it; nothing is collected by looking."""
+    """It is not alive (1) and not listed without --all; looking collects nothing."""
     worker = crew.sleeper()
     cli("register", "a", "--pid", worker.pid)
     kill(worker)
@@ -191,7 +198,7 @@ def test_newer_format_is_78_and_open_permissions_77(cli: Cli, reg: Registry) -> 
 
 
 def test_closed_pipe_is_141_without_a_word(cli: Cli, reg: Registry) -> None:
-    """crewlog history | head -1."""
+    """Crewlog history | head -1."""
     reg.register("a")
     with reg.batch() as batch:
         for number in range(3000):
@@ -211,7 +218,7 @@ def test_closed_pipe_is_141_without_a_word(cli: Cli, reg: Registry) -> None:
 
 
 def test_full_output_is_74(cli: Cli, reg: Registry) -> None:
-    """crewlog history > /dev/full."""
+    """Crewlog history > /dev/full."""
     reg.register("a")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -251,7 +258,7 @@ def test_interrupt_is_130(cli: Cli, reg: Registry) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    _out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
 
 
@@ -335,7 +342,7 @@ def test_run_killed_before_it_registered_leaves_no_worker(
 ) -> None:
     """The child waits for its registration; if its parent dies first, it gives up."""
     reg.register("other", pid=crew.sleeper().pid)
-    lock = reg.log()._append_lock
+    lock = reg.log().append_lock
     mark = tmp_path / "mark"
     with lock.held(wait_s=5):
         process = subprocess.Popen(
@@ -374,7 +381,7 @@ def test_hostile_text_is_shown_and_not_obeyed(cli: Cli, reg: Registry) -> None:
         for stream in (done.stdout, done.stderr):
             assert not set(stream) & set(HOSTILE) - set("[2J]52;c;eA==gnp.exe")
     assert "\\x1b[2J" in cli("show", "a").stdout
-    (listed,) = cli.json("ls")["workers"]  # type: ignore[misc]
+    (listed,) = cli.workers()
     assert listed["labels"] == {HOSTILE: HOSTILE}
 
 
@@ -435,7 +442,7 @@ def test_every_command_has_help_with_examples() -> None:
 
 
 def test_quick_commands_load_neither_psutil_nor_watchdog(cli: Cli, reg: Registry) -> None:
-    """ls and --version must not pay for what they do not use."""
+    """Ls and --version must not pay for what they do not use."""
     reg.register("a")
     for command in ("['--version']", f"['--dir', {str(cli.place)!r}, 'ls']"):
         code = (

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from procs import forked, slay
 
 import crewlog
 from crewlog import layout
 from crewlog.errors import LockBusy
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
+from procs import forked, slay
 
 ACK = struct.Struct("<QQQ")  # writer, number, rev
 Write = Callable[[Registry, int, int, int], None]
@@ -55,7 +55,7 @@ def compact_on(place: Path) -> None:
 def storm(
     place: Path, *, kills: int, seed: int, write: Write = honest, writers: int = 4
 ) -> dict[tuple[int, int], int]:
-    """Kill writers, and now and then a compactor, at random moments; return what was acknowledged."""
+    """Kill writers, now and then a compactor, at random moments; return the acknowledged."""
     dice = random.Random(seed)
     with crewlog.open(place) as reg:
         reg.register("first")

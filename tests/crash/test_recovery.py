@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from faults import FailingDisk, active_segment, another_boot, registry_on
-from procs import tree
 
 import crewlog
 from crewlog import layout
@@ -19,6 +17,8 @@ from crewlog.errors import (
     SnapshotCorrupt,
 )
 from crewlog_compactor import compact, verify
+from faults import FailingDisk, active_segment, another_boot, registry_on
+from procs import tree
 
 
 def filled(place: Path, count: int = 3) -> None:
@@ -213,7 +213,7 @@ def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(
             for number in range(3):
                 reg.update("a", meta={"number": number})
         except DiedError:
-            for lock in (reg.log()._append_lock, *reg.log()._sync._locks):
+            for lock in (reg.log().append_lock, *reg.log()._sync._locks):
                 lock.close()
         else:
             break
@@ -344,7 +344,7 @@ def test_segment_missing_between_two_is_named(place: Path, monkeypatch: pytest.M
 def test_damaged_byte_in_a_sealed_segment_is_found(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """verify reads all of it, not only the end."""
+    """Verify reads all of it, not only the end."""
     monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2000)
     filled(place, 8)
     first = min((place / layout.LOG).iterdir())

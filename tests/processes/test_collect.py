@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from procs import Crew, forked, joined, kill
 
 import crewlog
 from crewlog.errors import CollectRefused, LockBusy
@@ -13,6 +12,7 @@ from crewlog.registry import Registry
 from crewlog_compactor import collect, compact, verify
 from crewlog_compactor import collect as collect_function
 from crewlog_compactor import plan as planning
+from procs import Crew, forked, joined, kill
 
 
 def test_three_collectors_at_once_write_one_event_a_death(place: Path, crew: Crew) -> None:
@@ -35,7 +35,7 @@ def test_three_collectors_at_once_write_one_event_a_death(place: Path, crew: Cre
             os.read(go[0], 1)
             return found
 
-        planning.make = make  # type: ignore[assignment]
+        planning.make = make
         with crewlog.open(place) as mine:
             report = collect(mine, force=True)
             assert len(report.lost) + len(report.conflicts) == 20

@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from procs import Crew, forked, kill, until
 
 from crewlog import identity
 from crewlog.errors import ProcessNotFound, WorkerExists
 from crewlog.registry import Registry
+from procs import Crew, forked, kill, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and pidfd")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused as another user")
@@ -21,7 +21,7 @@ ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused a
 def test_impossible_pid_is_refused_before_anything_is_written(
     reg: Registry, place: Path, pid: int
 ) -> None:
-    """pid 0 would never die, a pid above 2^31 never live."""
+    """Pid 0 would never die, a pid above 2^31 never live."""
     with pytest.raises(ValueError, match="cannot name a process"):
         reg.register("a", pid=pid)
     assert not place.exists()
@@ -55,7 +55,7 @@ def test_living_sid_is_refused_and_a_dead_one_taken_over(reg: Registry, crew: Cr
 def test_process_of_another_user_is_alive(place: Path, crew: Crew) -> None:
     """EPERM is not death: a living worker that we may not signal lives."""
     worker = crew.sleeper()
-    os.chmod(place.parent, 0o755)
+    os.chmod(place.parent, 0o755)  # noqa: S103 (the child must get there)
 
     def look_as_nobody() -> None:
         os.setgroups([])

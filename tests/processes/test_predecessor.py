@@ -6,13 +6,13 @@ import stat
 from pathlib import Path
 
 import pytest
-from procs import Crew, forked, joined, kill, until
 
 import crewlog
 from crewlog import layout
 from crewlog.errors import CrewlogError, LegacyCorrupt, SnapshotCorrupt, UnsafePermissions
 from crewlog.registry import Registry
 from crewlog_compactor import collect, compact, import_legacy
+from procs import Crew, forked, joined, kill, until
 
 
 def test_absent_store_is_empty_and_reading_creates_nothing(place: Path, reg: Registry) -> None:
@@ -211,5 +211,5 @@ def test_damaged_snapshot_without_anything_to_rebuild_from_is_an_error(
     from crewlog import snapshot
 
     (place / layout.SNAPSHOT).write_bytes(b"{}")
-    with pytest.raises(SnapshotCorrupt, match="registry.json"):
+    with pytest.raises(SnapshotCorrupt, match=r"registry\.json"):
         snapshot.read(reg.log().directory, layout.SNAPSHOT)

@@ -88,16 +88,10 @@ def test_exit_state_is_failed_only_where_known_bad_and_unasked(
 def test_registered_again_counts_generation_and_moves_last() -> None:
     """A sid that had ended may be registered again."""
     state = fold.empty()
-    for seq, (kind, sid, data) in enumerate(
-        [
-            (events.REGISTERED, "a", REGISTERED),
-            (events.REGISTERED, "b", REGISTERED),
-            (events.LOST, "a", {"cause": "x"}),
-            (events.REGISTERED, "a", REGISTERED),
-        ],
-        start=1,
-    ):
-        state.apply(line(seq, kind, data, sid))
+    state.apply(line(1, events.REGISTERED, REGISTERED, "a"))
+    state.apply(line(2, events.REGISTERED, REGISTERED, "b"))
+    state.apply(line(3, events.LOST, {"cause": "x"}, "a"))
+    state.apply(line(4, events.REGISTERED, REGISTERED, "a"))
     assert [r["sid"] for r in state.sessions()] == ["b", "a"]
     assert state.records["a"]["generation"] == 2
     assert state.totals == {events.REGISTERED: 3, events.LOST: 1}

@@ -6,7 +6,7 @@ from crewlog.recovery import Action, Found, Known, decide
 
 
 def test_every_combination_keeps_what_was_durable() -> None:
-    """Over all small cases: a cut or a use never lies below any proof, and only torn tails are cut."""
+    """Over all small cases: no cut or use lies below any proof, and only torn tails are cut."""
     counts = dict.fromkeys(Action, 0)
     for end, extra, sealed, reason, synced, segment, head_end, head_seq, snapshot_seq in (
         itertools.product(
