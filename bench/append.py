@@ -1,0 +1,173 @@
+"""Time one durable change: ours, the floor (write + fdatasync of the same bytes), and SQLite.
+
+Every contestant keeps the event and updates the worker's record, atomically and durably: a return
+means fdatasync has returned. SQLite runs in WAL mode with synchronous=FULL, both rows in one
+transaction.
+"""
+
+import functools
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import crewlog
+
+
+class Contestant(Protocol):
+    """Something that makes one change durable."""
+
+    def change(self, number: int) -> None:
+        """Make change `number` durable."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class Ours:
+    """crewlog: one update of one worker."""
+
+    def __init__(self, home: Path, writer: int) -> None:
+        """Register this writer's worker."""
+        self._reg = crewlog.open(home / "crewlog")
+        self._sid = f"worker-{writer}-{os.getpid()}"
+        self._reg.register(self._sid, labels={"app": "bench"})
+
+    def change(self, number: int) -> None:
+        """Update one label, as a heartbeat or a move to another shard would."""
+        self._reg.update(self._sid, labels={"shard": str(number)})
+
+    def close(self) -> None:
+        """Give the sid back and close the registry."""
+        self._reg.remove(self._sid, reason="the slice is over")
+        self._reg.close()
+
+
+class Floor:
+    """What the disk allows: the same number of bytes, appended and synced, and nothing else."""
+
+    def __init__(self, home: Path, writer: int) -> None:
+        """Open one file, shared by all writers, without any lock."""
+        self._fd = os.open(home / "floor", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._line = b"x" * (line_bytes(home) - 1) + b"\n"
+
+    def change(self, number: int) -> None:
+        """Write and sync."""
+        os.write(self._fd, self._line)
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+class Sqlite:
+    """SQLite: an event row and the worker's row in one transaction."""
+
+    def __init__(self, home: Path, writer: int) -> None:
+        """Open the database, shared by all writers."""
+        self._db = sqlite3.connect(home / "sqlite.db", isolation_level=None, timeout=60)
+        self._db.execute("pragma journal_mode=wal")
+        self._db.execute("pragma synchronous=full")
+        self._db.execute(
+            "create table if not exists events"
+            " (seq integer primary key, ts text, type text, sid text, actor text, data text)"
+        )
+        self._db.execute(
+            "create table if not exists workers (sid text primary key, rev integer, record text)"
+        )
+        self._sid = f"worker-{writer}-{os.getpid()}"
+        self._actor = json.dumps({"pid": os.getpid(), "uid": os.geteuid(), "program": "bench"})
+
+    def change(self, number: int) -> None:
+        """Insert the event and replace the record."""
+        data = json.dumps({"labels": {"shard": str(number)}})
+        stamp = str(time.time())
+        self._db.execute("begin immediate")
+        row = self._db.execute(
+            "insert into events (ts, type, sid, actor, data) values (?, ?, ?, ?, ?)",
+            (stamp, "worker.updated", self._sid, self._actor, data),
+        )
+        self._db.execute(
+            "insert or replace into workers values (?, ?, ?)", (self._sid, row.lastrowid, data)
+        )
+        self._db.execute("commit")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+
+CONTESTANTS: dict[str, Callable[[Path, int], Contestant]] = {
+    "crewlog": Ours,
+    "floor": Floor,
+    "sqlite": Sqlite,
+}
+
+
+@functools.cache
+def line_bytes(home: Path) -> int:
+    """Return the size of one of our lines, for the floor to write as much."""
+    with crewlog.open(home / f"sample-{os.getpid()}") as reg:
+        reg.register("worker-0-00000", labels={"app": "bench"})
+        reg.update("worker-0-00000", labels={"shard": "00000"})
+        return len(list(reg.history())[-1].raw) + 1
+
+
+def alone(make: Callable[[Path, int], Contestant], home: Path, seconds: float) -> list[float]:
+    """Make changes one after the other for a while; return what each took, in seconds."""
+    contestant = make(home, 0)
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while (began := time.perf_counter()) < end:
+        contestant.change(len(took))
+        took.append(time.perf_counter() - began)
+    contestant.close()
+    return took
+
+
+def crowd(
+    make: Callable[[Path, int], Contestant], home: Path, seconds: float, writers: int
+) -> list[list[float]]:
+    """Make changes in several processes at once; return what each change of each writer took."""
+    go, started = os.pipe(), os.pipe()
+    readers = []
+    for writer in range(writers):
+        end, result = os.pipe()
+        if os.fork() == 0:
+            os.close(end)
+            code = 1
+            try:
+                contestant = make(home, writer)
+                contestant.change(-1)
+                os.write(started[1], b".")
+                os.read(go[0], 1)
+                took: list[float] = []
+                stop = time.perf_counter() + seconds
+                while (began := time.perf_counter()) < stop:
+                    contestant.change(len(took))
+                    took.append(time.perf_counter() - began)
+                with os.fdopen(result, "w") as out:
+                    json.dump(took, out)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(result)
+        readers.append(end)
+    for _ in range(writers):
+        os.read(started[0], 1)
+    os.write(go[1], b"." * writers)
+    times = []
+    for end in readers:
+        with os.fdopen(end) as source:
+            times.append(json.load(source))
+    for _ in range(writers):
+        os.wait()
+    for fd in (*go, *started):
+        os.close(fd)
+    return times

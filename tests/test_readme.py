@@ -1,0 +1,105 @@
+"""The README is true: its commands exist, its code runs, its files and tests are there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import crewlog
+from crewlog import layout
+from crewlog_cli.main import _COMMANDS
+from crewlog_compactor import compact
+from procs import Crew
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [code for name, code in BLOCKS if name == language]
+
+
+def test_first_python_block_runs(place: Path) -> None:
+    """The ten lines do what they say."""
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[0]],
+        check=True, capture_output=True, text=True, env={**os.environ, "CREWLOG_DIR": str(place)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "web-1 ready alive",
+        "['worker.registered', 'worker.ready', 'worker.exited']",
+    ]
+
+
+def test_watching_block_prints_changes(
+    place: Path, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second block prints each change."""
+    monkeypatch.setenv("CREWLOG_DIR", str(place))
+    with crewlog.open() as reg:
+        reg.register("a")
+        code = blocks("python")[1].replace(
+            "for item in items:", "for item in items:\n        print(item.kind, flush=True)"
+        )
+        watcher = crew.python(code)
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == "synced\n"
+        reg.update("a", state="ready")
+        assert watcher.stdout.readline() == "change\n"
+
+
+def test_shell_lines_name_commands_and_options_that_exist() -> None:
+    """Every `crewlog …` line parses, up to its program."""
+    from click.testing import CliRunner
+
+    from crewlog_cli.main import crewlog as group
+    from crewlog_cli.shell import Shell
+
+    lines = [row for block in blocks("sh") for row in block.splitlines()]
+    assert len(lines) >= 6
+    for row in lines:
+        words = shlex.split(row.split("#")[0].rstrip(" &"))
+        assert words[0] == "crewlog"
+        assert words[1] in _COMMANDS
+        own = words[1 : words.index("--")] if "--" in words else words[1:]
+        result = CliRunner().invoke(group, [*own, "--help"], obj=Shell())
+        assert result.exit_code == 0, row
+
+
+def test_make_targets_and_named_files_exist() -> None:
+    """Make demo, make test and every path that is named."""
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"\((\w+/[\w/.]+)\)|`(tests/[\w/.]+)`", README):
+        assert (ROOT / "".join(path)).exists(), path
+
+
+def test_exit_codes_named_are_those_of_the_errors() -> None:
+    """Each error's exit code stands in the README, and each 6x and 7x there is one of an error."""
+    section = README.split("## Exit codes")[1].split("##")[0]
+    named = {int(code) for code in re.findall(r"\b(\d{1,3}) [a-z\"]", section)}
+    used = {
+        kind.exit_code
+        for kind in vars(crewlog).values()
+        if isinstance(kind, type) and issubclass(kind, crewlog.CrewlogError)
+    }
+    assert used <= named
+    assert {code for code in named if 65 <= code <= 78} <= used
+
+
+def test_files_section_names_what_a_store_holds(place: Path) -> None:
+    """A store that was used and compacted holds the files that the README lists, and no others."""
+    with crewlog.open(place) as reg:
+        for number in range(3):
+            reg.register(f"w-{number}")
+            compact(reg, gc=False)
+    section = README.split("## The files")[1].split("##")[0]
+    for path in place.iterdir():
+        assert path.name in section, path
+    assert layout.QUARANTINE in section
