@@ -21,7 +21,7 @@ ROOMS = {
     "click": {"main.py", "shell.py", "reading.py", "watching.py", "changing.py", "starting.py",
               "jobs.py", "demo.py"},
     "gzip": {"segments.py", "archive.py"},
-    "threading": {"log.py", "sync.py", "registry.py", "notify.py"},
+    "threading": {"log.py", "sync.py", "registry.py", "notify.py", "states.py", "writing.py"},
 }  # fmt: skip
 CHANGES_FILES = re.compile(
     r"\bos\.(?:mkdir|makedirs|write|pwrite|ftruncate|truncate|fsync|fdatasync|link|symlink|rename"

@@ -83,12 +83,12 @@ def _conditional(event: changes.Step, step: Step, conflicts: set[str]) -> change
     def decide(written: Written) -> Draft | None:
         conflicts.discard(sid)  # it may be asked more than once
         try:
-            return event(written)
+            return event.decide(written)
         except (StaleRevision, InvalidTransition, WorkerNotFound):
             conflicts.add(sid)
             return None
 
-    return decide
+    return changes.Step(sid, decide)
 
 
 def _report(decided: Plan, *, conflicts: set[str], dry_run: bool) -> CollectReport:

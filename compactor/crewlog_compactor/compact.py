@@ -91,8 +91,7 @@ def _fold(log: Log) -> tuple[int, Snapshot]:
     """Fold the sealed segments onto the snapshot and replace it, if there is anything new."""
     directory = log.directory
     current = _base(log)
-    active = segments.active_and_sealed(directory)[-1]
-    last = active - 1
+    last = log.head().segment - 1  # published once the segment's name was durable
     if last <= current.last_seq:
         return 0, current
     state = fold.restored(current.last_seq, current.sessions, current.ended, current.totals)

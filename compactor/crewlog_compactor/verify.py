@@ -70,10 +70,7 @@ def verify(where: str | os.PathLike[str] | None = None) -> VerifyReport:
             raise
         finding = Finding(code=error.code, path=str(path), message=str(error))
         return VerifyReport(events=0, last_seq=0, findings=(finding,))
-    try:
-        return _Check(opened).run()
-    finally:
-        opened.close()
+    return _Check(opened).run()
 
 
 @dataclass(slots=True)

@@ -8,7 +8,6 @@ anything is written.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from crewlog import codec, events, fold, identity, layout
 from crewlog.codec import Draft
@@ -16,7 +15,13 @@ from crewlog.errors import StaleRevision
 from crewlog.events import Identity, JsonObject, JsonValue, Record
 from crewlog.store import Decide, Written
 
-Step: TypeAlias = Callable[[Written], Draft | None]
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change of one worker: looks at the state, and returns the draft or None."""
+
+    sid: str
+    decide: Callable[[Written], Draft | None]
 
 
 # -- arguments ------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ def exited(
         expected = fold.expects_end(record)
         return codec.draft(events.EXITED, sid, author.actor, {**data, "expected": expected})
 
-    return step
+    return Step(sid, step)
 
 
 def lost(author: Author, sid: str, *, cause: str, evidence: JsonObject, expect: int | None) -> Step:
@@ -283,7 +288,7 @@ def _plain(author: Author, kind: str, sid: str, data: JsonObject, *, expect: int
         fold.refuse(kind, sid, record)
         return part
 
-    return step
+    return Step(sid, step)
 
 
 def _check(record: Record | None, sid: str, expect: int | None) -> None:
@@ -316,13 +321,13 @@ def together(steps: Sequence[Step]) -> Decide:
     """Decide all steps on top of each other: all of them are written, or none."""
     if len(steps) == 1:
         only = steps[0]
-        return lambda written: _present([only(written)])
+        return lambda written: _present([only.decide(written)])
 
     def decide(written: Written) -> list[Draft]:
         ahead = _Ahead(written, written.seq)
         drafts: list[Draft] = []
         for step in steps:
-            part = step(ahead)
+            part = step.decide(ahead)
             if part is not None:
                 ahead.take(part)
                 drafts.append(part)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from crewlog import codec, disk, events, identity, layout, segments, tail
 from crewlog.codec import AppendState, DurableHead
-from crewlog.directory import Directory, new_identity, open_existing, require_newborn
+from crewlog.directory import Descriptors, Directory, new_identity, open_existing, require_newborn
 from crewlog.disk import Disk
 from crewlog.errors import NotAStore, StoreMissing, from_oserror
 from crewlog.lock import Lock
@@ -36,44 +36,46 @@ def open_or_create(path: Path, *, via: Disk | None = None, wait_s: float) -> Dir
 def _create(path: Path, via: Disk, *, wait_s: float) -> None:
     real = path.resolve()
     _make_directories(real, via)
-    root = disk.open_directory(str(real), where=str(path))
-    opened = [root]
+    opened = Descriptors()
+    root = opened.fds[""] = disk.open_directory(str(real), where=str(path))
+    disk.check_ancestors(real)
+    require_newborn(root, path)
+    for name in layout.DIRECTORIES:
+        _make_inside(name, root, via)
+        opened.fds[name] = disk.open_directory(name, at=root, where=str(path / name))
+    locks = opened.fds[layout.LOCKS]
+    for name in layout.LOCK_NAMES:
+        _touch(name, locks, via)
+    via.sync_directory(locks)
+    where = str(path / layout.LOCKS / layout.LOCK_APPEND)
+    lock = Lock(layout.LOCK_APPEND, at=locks, where=where)
     try:
-        disk.check_ancestors(real)
-        require_newborn(root, path)
-        inside: dict[str, int] = {}
-        for name in layout.DIRECTORIES:
-            _make_inside(name, root, via)
-            inside[name] = disk.open_directory(name, at=root, where=str(path / name))
-            opened.append(inside[name])
-        for name in layout.LOCK_NAMES:
-            _touch(name, inside[layout.LOCKS], via)
-        via.sync_directory(inside[layout.LOCKS])
-        where = str(path / layout.LOCKS / layout.LOCK_APPEND)
-        lock = Lock(layout.LOCK_APPEND, at=inside[layout.LOCKS], where=where)
-        with lock.held(wait_s=wait_s):
-            if layout.STORE not in disk.names(root):
-                _fill(path, root, inside, via)
-        lock.close()
+        lock.acquire(wait_s=wait_s)
+        if not disk.exists(layout.STORE, at=root):
+            _fill(path, opened, via)
     finally:
-        for fd in opened:
-            os.close(fd)
+        lock.close()
 
 
 def _make_directories(real: Path, via: Disk) -> None:
-    """Make the directory and the parents that are missing, each owner-only and durable."""
-    missing = [real, *real.parents]
-    missing = [place for place in missing if not place.exists()]
-    for place in reversed(missing):
-        try:
-            via.make_directory(str(place))
-        except FileExistsError:  # another process creates it too
-            continue
-        parent = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            via.sync_directory(parent)
-        finally:
-            os.close(parent)
+    """Make the directory and the parents that are missing, each owner-only.
+
+    Every name on the way is made durable, also those that are there already: who made them may
+    have died before it did that.
+    """
+    for place in reversed([real, *real.parents]):
+        if not place.exists():
+            try:
+                via.make_directory(str(place))
+            except FileExistsError:  # another process creates it too
+                continue
+    for place in (real, *real.parents):
+        if place.parent.stat().st_uid == os.geteuid():
+            parent = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                via.sync_directory(parent)
+            finally:
+                os.close(parent)
     if not real.is_dir():
         raise NotAStore(
             "not a registry", where=str(real), why="it is not a directory", remedy="Check --dir"
@@ -94,13 +96,14 @@ def _touch(name: str, at: int, via: Disk) -> None:
         return
 
 
-def _fill(path: Path, root: int, inside: dict[str, int], via: Disk) -> None:
+def _fill(path: Path, opened: Descriptors, via: Disk) -> None:
     """Write the first segment, the states and, last, store.json. Held: append."""
-    _sweep_leftovers(root, inside, via)
+    root = opened.fds[""]
+    _sweep_leftovers(opened, via)
     now = events.timestamp(datetime.now(UTC))
     data = new_identity(now)
     store = str(codec.load_object(data)["store"])
-    newborn = Directory(path, root, inside, store, codec.digest(data), via, local=True)
+    newborn = Directory(path, opened, store, codec.digest(data), via, local=True)
     header, line = segments.own_line(
         events.SEGMENT,
         tail.header_data(newborn, identity.boot_id(), None),
@@ -110,6 +113,7 @@ def _fill(path: Path, root: int, inside: dict[str, int], via: Disk) -> None:
         prev=newborn.digest,
     )
     segments.put(newborn, 1, header)
+    via.sync_directory(newborn[layout.LOG])
     boot, end = identity.boot_bytes(), len(header)
     states = States(newborn)
     states.put_append_state(
@@ -125,11 +129,12 @@ def _fill(path: Path, root: int, inside: dict[str, int], via: Disk) -> None:
     via.sync_directory(root)
 
 
-def _sweep_leftovers(root: int, inside: dict[str, int], via: Disk) -> None:
+def _sweep_leftovers(opened: Descriptors, via: Disk) -> None:
     """Remove what an interrupted creation left; require_newborn made sure that it is only that."""
+    root = opened.fds[""]
     for name in disk.names(root):
         if name == layout.APPEND_STATE or name.startswith(layout.TEMPORARY_PREFIX):
             via.unlink(name, at=root)
     for directory in (layout.LOG, layout.HEAD):
-        for name in disk.names(inside[directory]):
-            via.unlink(name, at=inside[directory])
+        for name in disk.names(opened.fds[directory]):
+            via.unlink(name, at=opened.fds[directory])

@@ -1,36 +1,68 @@
-"""Keep the state as this process has read it: from a snapshot, then line by line.
+"""Keep the state as this process has read it, twice: for its readers and for its writers.
 
-Not safe for threads by itself; the log's mutex guards it.
+Readers are shown the fold of everything durable, brought up to date when they look. A writer
+decides on top of every line that is *written*, durable or not, but asks about few workers: for the
+workers it has asked about, `recent` is kept right by looking at the sid of each line that others
+write, without parsing the rest. So a process that only writes never folds what all the others do.
+
+Not safe for threads by itself; the log's mutex guards it. Whatever interrupts a step (a signal
+handler that raises, out of memory), everything is dropped and begun anew from the snapshot: a
+state that has missed a line must never be decided upon.
 """
 
 import logging
-from collections import deque
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
 
-from crewlog import fold, layout, segments, snapshot
+from crewlog import codec, fold, layout, segments, snapshot
 from crewlog.directory import Directory
 from crewlog.errors import HistoryDiverged, LogCorrupt
-from crewlog.events import Line
-from crewlog.fold import FoldError, Tentative
+from crewlog.events import Line, Record
+from crewlog.fold import Fold, FoldError
 from crewlog.segments import Position, Reader
 
 _logger = logging.getLogger("crewlog.current")
+# The fixed beginning of every line, up to the sid.
+_SID: Final = re.compile(
+    rb'^\{"v":1,"seq":\d+,"ts":"[^"]*","type":"worker\.[^"]*","sid":"([^"]+)".*$', re.MULTILINE
+)
 
 
 class Current:
-    """The tentative state of a store, and the reader that moves it on; loaded on first use."""
+    """The durable fold and the recent records of a store; loaded on first use."""
 
     def __init__(self, directory: Directory) -> None:
         """Read nothing yet."""
         self._directory = directory
-        self._loaded: tuple[Tentative, Reader] | None = None
+        self._loaded: tuple[Fold, Reader] | None = None
+        self._recent: dict[str, Record | None] = {}
+        self._written: Position | None = None  # `_recent` is right up to here
         self.snapshot_seq = 0
 
-    def state(self) -> Tentative:
-        """Return the state as far as it was read; at first that of the newest good snapshot."""
+    # -- for readers ------------------------------------------------------------------------
+
+    def load(self) -> Fold:
+        """Return the durable fold as far as it was read; at first the newest good snapshot's."""
         return self._load()[0]
 
-    def _load(self) -> tuple[Tentative, Reader]:
+    def durable(self, head: Position) -> Fold:
+        """Return the fold of everything up to `head`, which the caller knows to be durable."""
+        state, reader = self._load()
+        if reader.position.seq < head.seq:
+            with self._all_or_nothing():
+                for line, raw in reader.read(head):
+                    self._apply(state, line, raw, reader)
+        return state
+
+    def _apply(self, state: Fold, line: Line, raw: bytes, reader: Reader) -> None:
+        try:
+            state.apply(line)
+        except FoldError as error:
+            raise _corrupt(reader.position, line, raw, error) from error
+
+    def _load(self) -> tuple[Fold, Reader]:
         if self._loaded is None:
             found = snapshot.load(self._directory)
             for complaint in found.complaints:
@@ -41,48 +73,124 @@ class Current:
                 base = fold.restored(kept.last_seq, kept.sessions, kept.ended, kept.totals)
                 self._check_joint(kept.last_seq, kept.last_hash)
             self.snapshot_seq = base.seq
-            reader = Reader(self._directory, segments.start_of(base.seq + 1))
-            self._loaded = Tentative(base, deque(), {}), reader
+            self._loaded = base, Reader(self._directory, segments.start_of(base.seq + 1))
         return self._loaded
 
     def _check_joint(self, seq: int, hash_: str) -> None:
         """Hold the snapshot against the line that follows it."""
         source = segments.open_segment(self._directory, seq + 1)
         try:
-            line, _, _ = next(segments.walk(source, segments.start_of(seq + 1)))
+            first = next(segments.walk(source, segments.start_of(seq + 1)), None)
         finally:
             source.close()
-        if line["prev"] != hash_:
+        if first is None:
+            raise LogCorrupt(
+                source.name,
+                offset=0,
+                seq=seq + 1,
+                reason="it is empty",
+                proof="a segment's header is durable before the segment gets its name",
+            )
+        if first[0]["prev"] != hash_:
             raise HistoryDiverged(self._directory.where(layout.SNAPSHOT), seq=seq)
 
-    def read_to(self, stop: Position) -> None:
-        """Add every line up to `stop`, which the caller knows to be whole."""
-        state, reader = self._load()
-        if reader.position.seq >= stop.seq:
-            return
-        for line, raw in reader.read(stop):
-            try:
-                state.add(line)
-            except FoldError as error:
-                place = reader.position
-                self.forget()
-                raise LogCorrupt(
-                    layout.segment_name(place.segment),
-                    offset=place.offset - len(raw) - 1,
-                    seq=line["seq"],
-                    reason=str(error),
-                    proof="its crc is right",
-                ) from error
+    # -- for writers ------------------------------------------------------------------------
 
-    def advance(self, lines: Sequence[Line], to: Position) -> None:
-        """Add lines that this process wrote itself; the reader steps over them."""
-        state, reader = self._load()
-        for line in lines:
-            state.add(line)
-        reader.position = to
+    def knows(self, sids: Collection[str]) -> bool:
+        """Say whether a decision about these workers needs no look at the durable fold."""
+        return all(sid in self._recent for sid in sids)
+
+    def lag(self, seq: int) -> int:
+        """Return how many lines were written since `recent` was last brought up to date."""
+        return 0 if self._written is None or not self._recent else seq - self._written.seq
+
+    def catch_up(self, end: Position) -> None:
+        """Bring the recent records up to `end`, which the caller knows to be written."""
+        if self.lag(end.seq) > 0:
+            assert self._written is not None  # lag() said so
+            with self._all_or_nothing():
+                for raw in segments.raw_between(self._directory, self._written, end):
+                    for match in _SID.finditer(raw):
+                        sid = match[1].decode()
+                        if sid in self._recent:
+                            self._recent[sid] = self._after(codec.parse(match[0]), sid)
+        self._written = end
+
+    def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
+        """Return a worker's record as of `end`; `head` is durable and not beyond it."""
+        if sid not in self._recent:
+            record = self.durable(head).get(sid)
+            reader = Reader(self._directory, self._load()[1].position)
+            try:
+                for line, raw in reader.read(end):
+                    if line["sid"] == sid:
+                        try:
+                            record = fold.after(line, record)
+                        except FoldError as error:
+                            raise _corrupt(reader.position, line, raw, error) from error
+            finally:
+                reader.close()
+            if len(self._recent) >= layout.RECENT_MAX:
+                self._recent.clear()
+            self._recent[sid] = record
+        return self._recent[sid]
+
+    def advance(self, lines: Sequence[Line], end: Position) -> None:
+        """Take over lines that this process wrote itself."""
+        with self._all_or_nothing():
+            for line in lines:
+                if line["sid"] in self._recent:
+                    self._recent[line["sid"]] = self._after(line, line["sid"])
+            self._written = end
+
+    def _after(self, line: Line, sid: str) -> Record | None:
+        return fold.after(line, self._recent[sid])
+
+    # -- both -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
 
     def forget(self) -> None:
         """Drop everything; the next use begins from the snapshot."""
-        if self._loaded is not None:
-            self._loaded[1].close()
-            self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        self._recent = {}
+        self._written = None
+        if loaded is not None:
+            loaded[1].close()
+
+
+class Written:
+    """The state that a writer decides upon: see store.Written."""
+
+    __slots__ = ("_current", "_end", "_head")
+
+    def __init__(self, current: Current, *, head: Position, end: Position) -> None:
+        """Look at everything up to `end`, of which `head` is durable."""
+        self._current = current
+        self._head = head
+        self._end = end
+
+    @property
+    def seq(self) -> int:
+        """Return the seq of the last line written."""
+        return self._end.seq
+
+    def get(self, sid: str) -> Record | None:
+        """Return the record of that sid as of the last line written."""
+        return self._current.record(sid, head=self._head, end=self._end)
+
+
+def _corrupt(place: Position, line: Line, raw: bytes, error: FoldError) -> LogCorrupt:
+    return LogCorrupt(
+        layout.segment_name(place.segment),
+        offset=place.offset - len(raw) - 1,
+        seq=line["seq"],
+        reason=str(error),
+        proof="its crc is right",
+    )

@@ -2,7 +2,6 @@
 
 import os
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -50,29 +49,47 @@ class Directory:
     """
 
     path: Path
-    root: int
-    inside: Mapping[str, int] = field(repr=False)
+    opened: "Descriptors" = field(repr=False)
     store: str
     digest: bytes
     disk: Disk
     local: bool
 
+    @property
+    def root(self) -> int:
+        """Return the descriptor of the store's directory itself."""
+        return self.opened.fds[""]
+
     def __getitem__(self, name: str) -> int:
-        """Return the descriptor of one of the store's own directories."""
-        return self.inside[name]
+        """Return the descriptor of one of the directories in it."""
+        return self.opened.fds[name]
 
     def where(self, *names: str) -> str:
         """Return the full name of a file of the store, for messages."""
         return str(self.path.joinpath(*names))
 
-    def close(self) -> None:
-        """Close every descriptor."""
-        for fd in (*self.inside.values(), self.root):
-            os.close(fd)
-
     def lock_path(self, name: str) -> str:
         """Return the full name of a lock file, for messages."""
         return self.where(layout.LOCKS, name)
+
+
+class Descriptors:
+    """Descriptors that are closed when their last user lets go of them.
+
+    Not before: a number that was closed may at once be another file's, and a thread in the middle
+    of something would write there.
+    """
+
+    __slots__ = ("fds",)
+
+    def __init__(self) -> None:
+        """Hold none yet."""
+        self.fds: dict[str, int] = {}
+
+    def __del__(self) -> None:
+        """Close them."""
+        for fd in self.fds.values():
+            os.close(fd)
 
 
 def open_existing(path: Path, *, via: Disk | None = None) -> Directory:
@@ -91,31 +108,21 @@ def open_existing(path: Path, *, via: Disk | None = None) -> Directory:
             raise NotAStore(
                 "not a registry", where=str(path), why="it is not a directory", remedy="Check --dir"
             ) from error
-        opened = {"": root}
+        opened = Descriptors()
+        opened.fds[""] = root
+        disk.check_ancestors(real)
+        digest, store = _identity(root, path)
         try:
-            disk.check_ancestors(real)
-            digest, store = _identity(root, path)
             for name in layout.DIRECTORIES:
-                opened[name] = disk.open_directory(name, at=root, where=str(path / name))
-            local = _require_local(root, path)
+                opened.fds[name] = disk.open_directory(name, at=root, where=str(path / name))
         except FileNotFoundError as error:
-            _close(opened)
             raise NotAStore(
                 "not a whole registry",
                 where=str(path),
                 why=f"{error.filename} is missing",
                 remedy="Restore it from a backup",
             ) from error
-        except BaseException:
-            _close(opened)
-            raise
-    del opened[""]
-    return Directory(path, root, opened, store, digest, via or Disk(), local)
-
-
-def _close(opened: Mapping[str, int]) -> None:
-    for fd in opened.values():
-        os.close(fd)
+    return Directory(path, opened, store, digest, via or Disk(), _require_local(root, path))
 
 
 def _identity(root: int, path: Path) -> tuple[bytes, str]:

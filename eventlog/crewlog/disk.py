@@ -29,7 +29,6 @@ from crewlog.errors import CrewlogError, StorageFailed, UnsafePermissions, from_
 
 _SAFE: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS: Final = 0o077
-FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Disk:
@@ -190,6 +189,11 @@ def write_new(via: Disk, name: str, data: bytes, *, at: int) -> None:
 
 
 # -- reading --------------------------------------------------------------------------------
+
+
+def exists(name: str, *, at: int) -> bool:
+    """Say whether a name is there, whatever it names."""
+    return os.access(name, os.F_OK, dir_fd=at, follow_symlinks=False)
 
 
 def read_at(fd: int, offset: int, size: int) -> bytes:

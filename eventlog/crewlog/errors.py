@@ -8,8 +8,10 @@
 A return value means durable. Errors of reading carry ``"not_written"`` too.
 """
 
-from typing import ClassVar, Literal, TypeAlias
+import errno
+from typing import ClassVar, Final, Literal, TypeAlias
 
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 Outcome: TypeAlias = Literal["not_written", "unknown"]
 
 
@@ -305,13 +307,14 @@ class StorePoisoned(CrewlogError):
     code = "store_poisoned"
     exit_code = 74
 
-    def __init__(self, where: str, *, why: str) -> None:
+    def __init__(self, where: str, *, why: str, outcome: Outcome = "not_written") -> None:
         """Name the store and the recorded failure."""
         super().__init__(
             "the store takes no more changes",
             where=where,
             why=why,
             remedy="What was acknowledged stays readable; check the disk, then restore from it",
+            outcome=outcome,
         )
 
 
@@ -461,6 +464,8 @@ def from_oserror(
 ) -> CrewlogError:
     """Wrap a failure of the operating system; it is never reported as damage."""
     why = error.strerror or type(error).__name__
+    if error.errno in FULL and outcome == "not_written":
+        return StorageFull(where, why=why)
     if isinstance(error, PermissionError):
         return UnsafePermissions(
             what, where=where, why=why, remedy="Check its owner and mode", outcome=outcome

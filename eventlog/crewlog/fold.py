@@ -4,7 +4,6 @@
 it out. Records are replaced, never changed in place, so a reader may keep one across folds.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
@@ -248,41 +247,6 @@ def after(line: Line, old: Record | None) -> Record | None:
     except (KeyError, TypeError, ValueError) as error:
         message = f"{kind} of worker {line['sid']!r} has the wrong shape: {error}"
         raise FoldError(message) from error
-
-
-@dataclass(slots=True)
-class Tentative:
-    """The durable state, and ahead of it the lines that are written but not durable yet.
-
-    `get` answers as of the last line added, because the next writer decides on top of it;
-    `durable` is what readers may be shown.
-    """
-
-    durable: Fold
-    pending: deque[Line]
-    ahead: dict[str, Record | None]
-
-    @property
-    def seq(self) -> int:
-        """Return the seq of the last line added."""
-        return self.pending[-1]["seq"] if self.pending else self.durable.seq
-
-    def get(self, sid: str) -> Record | None:
-        """Return the record of that sid as of the last line added."""
-        return self.ahead[sid] if sid in self.ahead else self.durable.get(sid)
-
-    def add(self, line: Line) -> None:
-        """Add the next line; raises FoldError and changes nothing if it cannot follow."""
-        if line["type"] in _ALLOWED:
-            self.ahead[line["sid"]] = after(line, self.get(line["sid"]))
-        self.pending.append(line)
-
-    def settle(self, seq: int) -> None:
-        """Take every line up to `seq`, now known to be durable, into the durable state."""
-        while self.pending and self.pending[0]["seq"] <= seq:
-            self.durable.apply(self.pending.popleft())
-        if not self.pending:
-            self.ahead.clear()
 
 
 def empty() -> Fold:

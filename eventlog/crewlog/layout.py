@@ -63,6 +63,9 @@ BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
 STATE_BYTES_MAX: Final = 4096
 PAYLOAD_DEPTH_MAX: Final = 32
+# How many workers a writer keeps at hand, and how far behind it may be under the lock.
+RECENT_MAX: Final = 50_000
+CATCH_UP_LINES_MAX: Final = 200
 READ_BYTES: Final = 256 * 1024
 WRITE_BYTES_MAX: Final = 16 * 1024 * 1024
 LABELS_MAX: Final = 64
@@ -73,6 +76,8 @@ PID_MAX: Final = 2**31 - 1
 
 # -- waits ----------------------------------------------------------------------------------
 LOCK_WAIT_S: Final = 5.0
+# A sync in progress is waited for at least this long: a busy disk is no reason not to know.
+SYNC_WAIT_MIN_S: Final = 30.0
 LOCK_POLL_MIN_S: Final = 0.000_02
 LOCK_POLL_MAX_S: Final = 0.002
 SYNC_GATHER_MAX_S: Final = 0.000_3

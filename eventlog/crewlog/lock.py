@@ -3,96 +3,141 @@
 flock belongs to the open file, not to the process: two registries of one process exclude each
 other, threads that share a descriptor do not (they queue on a mutex before they come here). The
 kernel drops a dead holder's lock at once; a stopped holder keeps it. Lock files are never
-unlinked; still, after taking one, the path must name the inode that is locked. Blocking flock
-has no deadline, hence the poll. With disk.sync on macOS the only user of fcntl.
+unlinked; still, a store may be restored under us, so after taking a lock the path must name the
+file that is locked. Blocking flock has no deadline, hence the poll. With disk.sync on macOS the
+only user of fcntl.
 """
 
 import fcntl
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from crewlog import disk, layout
 from crewlog.errors import LockBusy, StoreMissing
+
+_CLOSED: Final = -1
+_REPLACED_TRIES: Final = 3
 
 
 class Lock:
     """One lock file, opened on first use."""
 
-    __slots__ = ("_at", "_fd", "_name", "where")
+    __slots__ = ("__weakref__", "_at", "_fd", "_held", "_inode", "_name", "where")
 
     def __init__(self, name: str, *, at: int, where: str) -> None:
         """Name a lock file in the open directory `at`."""
         self._name = name
         self._at = at
-        self._fd = -1
+        self._fd = _CLOSED
+        self._inode = 0
+        self._held = False
         self.where = where
+        _open_locks.add(self)
 
     def try_acquire(self, *, shared: bool = False) -> bool:
         """Take the lock if it is free at this moment."""
-        if self._fd < 0:
-            self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=True)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        for _ in range(_REPLACED_TRIES):
+            if self._fd == _CLOSED:
+                self._open()
+            self._held = True  # before: an interrupt must not leave a lock that nobody gives back
+            try:
+                fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:  # EWOULDBLOCK: held by another
+                self._held = False
+                return False
+            if self._in_place():
+                return True
+            self.close()  # the file was replaced: lock the one that others will lock
+        raise StoreMissing(self.where, why="its lock file is replaced again and again")
+
+    def _open(self) -> None:
+        self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=True)
+        self._inode = os.fstat(self._fd).st_ino
+
+    def _in_place(self) -> bool:
         try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:  # EWOULDBLOCK: held
-            return False
-        return True
+            found = os.stat(self._name, dir_fd=self._at, follow_symlinks=False)
+        except FileNotFoundError as error:
+            self.close()
+            raise StoreMissing(self.where, why="its lock file was removed") from error
+        return found.st_ino == self._inode
 
     def acquire(self, *, wait_s: float, shared: bool = False) -> None:
         """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder."""
         if self.try_acquire(shared=shared):
             return
         deadline = time.monotonic() + wait_s
-        pause_s = layout.LOCK_POLL_MIN_S
-        while not self.try_acquire(shared=shared):
+        for pause_s in pauses():
             if time.monotonic() > deadline:
                 raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())
             time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, layout.LOCK_POLL_MAX_S)
+            if self.try_acquire(shared=shared):
+                return
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""
-        if self._fd >= 0:
+        if self._held:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self._held = False
 
     def close(self) -> None:
-        """Close the descriptor, which also gives the lock back."""
-        if self._fd >= 0:
+        """Give the lock back, also for children that inherited its descriptor, and close."""
+        if self._fd != _CLOSED:
+            self.release()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptor and leave the lock to those who share it: for a forked child."""
+        if self._fd != _CLOSED:
             os.close(self._fd)
-            self._fd = -1
+            self._fd = _CLOSED
+            self._held = False
 
     @contextmanager
     def held(self, *, wait_s: float) -> Iterator[None]:
         """Hold the lock for a block of code."""
-        self.acquire(wait_s=wait_s)
         try:
+            self.acquire(wait_s=wait_s)
             yield
         finally:
             self.release()
 
-    def require_in_place(self) -> None:
-        """Raise StoreMissing if the path no longer names the file that is locked."""
-        try:
-            there = os.stat(self._name, dir_fd=self._at, follow_symlinks=False)
-        except FileNotFoundError:
-            there = None
-        mine = os.fstat(self._fd)
-        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-            raise StoreMissing(self.where, why="its lock file was removed or replaced")
-
     def holder(self) -> str:
         """Name the process that holds the lock, if the kernel tells. Source: proc_locks(5)."""
-        if self._fd < 0:
+        if self._fd == _CLOSED:
             return "nobody known"
-        inode = os.fstat(self._fd).st_ino
         try:
             table = Path("/proc/locks").read_text()
         except OSError:  # not Linux
             return "another process"
         for row in table.splitlines():
             fields = row.split()
-            if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):  # noqa: PLR2004
+            if fields[1] == "FLOCK" and fields[5].endswith(f":{self._inode}"):
                 return f"pid {fields[4]}"
         return "another process"
+
+
+def pauses() -> Iterator[float]:
+    """Yield how long to wait between tries, in seconds: short at first, soon longer."""
+    pause_s = layout.LOCK_POLL_MIN_S
+    while True:
+        yield pause_s
+        pause_s = min(pause_s * 1.5, layout.LOCK_POLL_MAX_S)
+
+
+_open_locks: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """Leave every lock to the parent: a child that kept one open would hold it for ever."""
+    for lock in list(_open_locks):
+        lock.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

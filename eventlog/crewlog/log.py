@@ -11,8 +11,8 @@ Valid if and only if
 
 Writer
     Phase one, under locks/append: read both states (recover first if they are not of this boot);
-    adopt or cut what a dead writer left beyond the written end; fold what others wrote; let the
-    caller decide; write all lines with one write(2); write append.state; unlock.
+    adopt or cut what a dead writer left beyond the written end; look at what others wrote; let
+    the caller decide; write all lines with one write(2); write append.state; unlock.
     Phase two (sync.py), no append lock: until head/durable covers my last line, wait for the sync
     leader or become it. The leader reads append.state, syncs that segment, publishes
     head/durable. **The commit point is the write of head/durable.**
@@ -41,22 +41,21 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Final
 
 from crewlog import codec, disk, events, identity, layout, segments, tail
 from crewlog.codec import AppendState, Draft, DurableHead
-from crewlog.current import Current
+from crewlog.current import Current, Written
 from crewlog.directory import Directory
 from crewlog.errors import (
     LockBusy,
     LogCorrupt,
     LogRegressed,
-    StorageFull,
+    RegistryClosed,
     StoreMissing,
     from_oserror,
 )
@@ -68,6 +67,7 @@ from crewlog.segments import Position, Reader, Source
 from crewlog.states import States
 from crewlog.store import Appended, Decide
 from crewlog.sync import Syncer
+from crewlog.writing import Writing
 
 _logger = logging.getLogger("crewlog.log")
 _LINE_OVERHEAD: Final = 256  # more than seq, ts, place, synced, prev and crc take
@@ -80,15 +80,16 @@ class Log:
         """Use an open directory; nothing is read yet."""
         self.directory = directory
         self.recovery_pending = False
+        self.closed = False
         self.wait_s = wait_s
+        self.append_lock = self._lock(layout.LOCK_APPEND)
         self._boot = identity.boot_bytes()
         self._states = States(directory)
-        self.append_lock = self._lock(layout.LOCK_APPEND)
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
+        self._current = Current(directory)  # guarded by mutex
+        self._active: Source | None = None  # guarded by mutex
+        self._names_durable = False
         self._new_mutexes()
-        self._active: Source | None = None  # guarded by _mutex
-        self._current = Current(directory)
-        self._phase_one = _PhaseOne(self)
         _living.add(self)
 
     def _new_mutexes(self) -> None:
@@ -108,19 +109,27 @@ class Log:
         After a reboot, and before the first write, that is the valid prefix of the last segment;
         `recovery_pending` is then set and nothing is changed.
         """
-        head = self._states.head()
-        if head is not None and head.boot == self._boot:
+        with disk.failures("cannot read the registry", where=self._where()):
+            head = self._states.head()
+            if head is None or head.boot != self._boot:
+                judged = self._judged(head)
+                head = self._states.head()  # a writer may have recovered, and gone on, meanwhile
+                if head is None or head.boot != self._boot:
+                    self.recovery_pending = True
+                    return judged
             self.recovery_pending = False
             return head
+
+    def _judged(self, head: DurableHead | None) -> DurableHead:
+        """Return the head that a recovery would publish."""
         with self.mutex:
-            self._current.state()
-        self.recovery_pending = True
-        source, found, _ = tail.judge(self.directory, head, snapshot_seq=self._current.snapshot_seq)
-        source.close()
+            self._current.load()
+            snapshot_seq = self._current.snapshot_seq
+        segment, found, _ = tail.judge(self.directory, head, snapshot_seq=snapshot_seq)
         return DurableHead(
             generation=0,
             boot=self._boot,
-            segment=source.first,
+            segment=segment,
             end=found.end,
             seq=found.seq,
             oldest=1 if head is None else head.oldest,
@@ -136,21 +145,12 @@ class Log:
         """Return the seq of the oldest line that is kept."""
         return segments.all_of(self.directory)[0]
 
-    def state(self) -> Fold:
-        """Return the durable state of now; the caller must not change it."""
-        head = self.head()  # before the log: else a busy writer looks like a shortened log
-        with self.mutex:
-            tentative = self._current.state()
-            if head.seq > tentative.durable.seq:
-                self._current.read_to(Position(head.segment, head.end, head.seq))
-                tentative.settle(head.seq)
-            return tentative.durable
-
     @contextmanager
-    def frozen(self) -> Iterator[Fold]:
-        """Hold the durable state still while it is copied out."""
-        with self.mutex:
-            yield self.state()
+    def state(self) -> Iterator[Fold]:
+        """Hold the durable state of now still, while something is copied out of it."""
+        head = self.head()  # before the log: else a busy writer looks like a shortened log
+        with disk.failures("cannot read the log", where=self._where()), self.mutex:
+            yield self._current.durable(_position(head))
 
     def read(self, after: int) -> Iterator[tuple[Line, bytes]]:
         """Yield every durable line after seq `after`, up to the last one of now."""
@@ -159,7 +159,7 @@ class Log:
             return
         reader = self.reader(after)
         try:
-            for line, raw in reader.read(Position(head.segment, head.end, head.seq)):
+            for line, raw in reader.read(_position(head)):
                 if line["seq"] > after:
                     yield line, raw
         finally:
@@ -169,51 +169,75 @@ class Log:
         """Return a reader whose segment holds the line after seq `after`; it may begin before."""
         return Reader(self.directory, segments.find(self.directory, after))
 
+    def _where(self) -> str:
+        return str(self.directory.path)
+
     # -- phase one: write -------------------------------------------------------------------
 
-    def append(self, decide: Decide) -> Appended:
+    def append(self, decide: Decide, *, about: Collection[str]) -> Appended:
         """Write what `decide` returns as one unit, all or nothing; durable on return.
 
         *Raises* whatever `decide` raises; LockBusy, StorageFull, StorageFailed, StorePoisoned and
-        all kinds of DataDamaged with nothing written; AppendUncertain, and StorageFailed after a
-        failed sync, with the outcome "unknown".
+        all kinds of DataDamaged with nothing written; AppendUncertain, StorageFailed and
+        StorePoisoned with the outcome "unknown" once lines were written.
         """
-        with self._phase_one:
+        self._prepare(about)
+        with self._writing():
             state, head = self._ready()
-            tentative = self._current.state()
-            drafts = decide(tentative)
-            raws = self._write(drafts, state, head) if drafts else []
-            result = Appended(raws, {d.sid: tentative.get(d.sid) for d in drafts}, tentative.seq)
-        self._sync.make_durable(result.seq, head.generation)
+            written = Written(self._current, head=_position(head), end=_end(state))
+            drafts = decide(written)
+            raws: list[bytes] = []
+            if drafts:
+                raws, state = self._write(drafts, state, head)
+            written = Written(self._current, head=_position(head), end=_end(state))
+            result = Appended(raws, {d.sid: written.get(d.sid) for d in drafts}, state.seq)
+        self._sync.make_durable(state.seq, head.generation)
         return result
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
-        with self._phase_one:
+        with self._writing():
             state, head = self._ready()
             state = self._put_own(kind, data, state, head)
         self._sync.make_durable(state.seq)
 
     def rotate(self) -> None:
         """Seal the active segment and begin the next one; durable on return."""
-        with self._phase_one:
+        with self._writing():
             state, head = self._ready()
             self._begin_next(self._seal(state, head))
 
+    def _writing(self) -> Writing:
+        where = self._where()
+        return Writing(self.writer, self.append_lock, self.mutex, wait_s=self.wait_s, where=where)
+
+    def _prepare(self, about: Collection[str]) -> None:
+        """Read, before the lock is taken, what would take long under it."""
+        state = self._states.append_state()
+        if state is None or state.boot != self._boot:
+            return  # recovery comes first
+        if not self._current.knows(about):
+            with self.state():
+                return
+        if self._current.lag(state.seq) > layout.CATCH_UP_LINES_MAX:
+            with disk.failures("cannot read the log", where=self._where()), self.mutex:
+                self._current.catch_up(_end(state))
+
     def _ready(self) -> tuple[AppendState, DurableHead]:
         """Bring log and states into the order that an append starts from. Held: append."""
+        if self.closed:
+            raise RegistryClosed(self._where())
         state, head = self._states.append_state(), self._states.head()
-        if state is None or head is None or {state.boot, head.boot} != {self._boot}:
+        self._sync.require_sound(head)
+        if state is None or head is None or state.boot != self._boot or head.boot != self._boot:
             state, head = self._recover(head)
-        if head.poisoned:
-            raise self._sync.poisoned(head.errno)
+        if not self._names_durable:  # who created the store may have died before it synced them
+            self._certain_directory(self.directory.root)
+            self._names_durable = True
         active = self._open_active(state.segment)
         found = os.fstat(active.fd)
         if found.st_nlink != 1:
-            self.append_lock.require_in_place()
-            raise StoreMissing(
-                self.directory.where(layout.LOG, active.name), why="the active segment was removed"
-            )
+            self._require_one_name(active)
         if found.st_size < state.end:
             raise LogRegressed(
                 self.directory.where(layout.LOG, active.name),
@@ -224,14 +248,20 @@ class Log:
         if state.sealed:
             state = self._begin_next(state)
             head = self._states.head() or head
-        self._current.read_to(Position(state.segment, state.end, state.seq))
+        self._current.catch_up(_end(state))
         return state, head
+
+    def _require_one_name(self, active: Source) -> None:
+        """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
+        where = self.directory.where(layout.LOG, active.name)
+        segments.sweep(self.directory, self.directory[layout.LOG])
+        if os.fstat(active.fd).st_nlink == 0:
+            raise StoreMissing(where, why="the active segment was removed")
+        disk.require_one_name(active.fd, where=where)
 
     def _open_active(self, segment: int) -> Source:
         if self._active is None or self._active.first != segment:
-            if self._active is not None:
-                self._active.close()
-                self._active = None
+            self._close_active()
             self._active = segments.open_active(self.directory, segment)
         return self._active
 
@@ -242,7 +272,9 @@ class Log:
             state = self._write_recovered(state, head, found)
         return state
 
-    def _write(self, drafts: Sequence[Draft], state: AppendState, head: DurableHead) -> list[bytes]:
+    def _write(
+        self, drafts: Sequence[Draft], state: AppendState, head: DurableHead
+    ) -> tuple[list[bytes], AppendState]:
         """Write the lines of `drafts` as one unit, rotating first if they would not fit."""
         size = sum(len(part.body) for part in drafts) + _LINE_OVERHEAD * len(drafts)
         if len(drafts) > layout.BATCH_EVENTS_MAX or size > layout.BATCH_BYTES_MAX:
@@ -268,12 +300,11 @@ class Log:
             raws.append(raw)
             lines.append(codec.as_parsed(part, seq=seq, ts=ts))
         data = b"".join(raws)
-        after = AppendState(
-            state.boot, state.segment, state.end + len(data), seq, prev, sealed=False
-        )
+        end = state.end + len(data)
+        after = AppendState(state.boot, state.segment, end, seq, prev, sealed=False)
         self._put(data, state, after)
-        self._current.advance(lines, Position(after.segment, after.end, after.seq))
-        return [raw[:-1] for raw in raws]
+        self._current.advance(lines, _end(after))
+        return [raw[:-1] for raw in raws], after
 
     def _put(self, data: bytes, state: AppendState, after: AppendState) -> None:
         """Write bytes and state, or cut the log back to where it was.
@@ -292,12 +323,12 @@ class Log:
                 via.cut(active.fd, state.end)
                 self._states.put_append_state(state)
             except OSError as second:
-                self._sync.poison(second.errno or errno.EIO)
-                raise self._sync.poisoned(second.errno or errno.EIO) from error
-            if error.errno in disk.FULL:
-                where = self.directory.where(layout.LOG, active.name)
-                raise StorageFull(where, why=error.strerror or "no space") from error
-            raise
+                number = second.errno or errno.EIO
+                with self._sync.nobody_leads():
+                    self._sync.poison(number)
+                raise self._sync.poisoned(number, outcome="unknown") from error
+            where = self.directory.where(layout.LOG, active.name)
+            raise from_oserror(error, "cannot append", where=where) from error
 
     def _put_own(
         self, kind: str, data: JsonObject, state: AppendState, head: DurableHead
@@ -318,9 +349,9 @@ class Log:
             hash=codec.digest(raw[:-1]),
             sealed=kind == events.SEAL,
         )
-        self._current.read_to(Position(state.segment, state.end, state.seq))
+        self._current.catch_up(_end(state))
         self._put(raw, state, after)
-        self._current.advance([line], Position(after.segment, after.end, after.seq))
+        self._current.advance([line], _end(after))
         return after
 
     # -- rotation ---------------------------------------------------------------------------
@@ -340,18 +371,18 @@ class Log:
         self._sync.make_durable(sealed.seq)
         first = sealed.seq + 1
         if first not in segments.active_and_sealed(self.directory):
-            boot = identity.boot_id()
             raw, _ = segments.own_line(
                 events.SEGMENT,
-                tail.header_data(self.directory, boot, sealed),
+                tail.header_data(self.directory, identity.boot_id(), sealed),
                 seq=first,
                 ts=events.timestamp(datetime.now(UTC)),
                 synced=0,
                 prev=sealed.hash,
             )
             segments.put(self.directory, first, raw)
-        begun = replace(sealed, segment=first, end=0, sealed=False)
+        self._certain_directory(self.directory[layout.LOG])
         active = self._open_active(first)
+        self._require_one_name(active)
         data = active.read(0, active.size())
         found = segments.scan(data, offset=0, seq=sealed.seq, prev=sealed.hash)
         if found.reason is not None or found.end == 0:
@@ -362,23 +393,30 @@ class Log:
                 reason=found.reason or "it is empty",
                 proof="it follows a durable seal",
             )
-        begun = replace(begun, end=found.end, seq=found.seq, hash=found.hash)
-        self.directory.disk.sync_directory(self.directory[layout.LOG])
+        begun = AppendState(sealed.boot, first, found.end, found.seq, found.hash, sealed=False)
         self._states.put_append_state(begun)
-        self._current.read_to(Position(begun.segment, begun.end, begun.seq))
+        self._current.catch_up(_end(begun))
         self._sync.make_durable(begun.seq)
         return begun
+
+    def _certain_directory(self, fd: int) -> None:
+        """Sync a directory; a failure poisons the store, as that of any sync does."""
+        with self._sync.nobody_leads():
+            self._sync.certain(self.directory.disk.sync_directory, fd)
 
     # -- recovery ---------------------------------------------------------------------------
 
     def _recover(self, head: DurableHead | None) -> tuple[AppendState, DurableHead]:
         """Rebuild both states from the segments. Held: append."""
         with self._sync.nobody_leads():
-            if layout.POISON in disk.names(self.directory.root):
-                raise self._sync.poisoned(head.errno if head and head.errno else errno.EIO)
-            self._current.state()
+            head = self._states.head() or head  # a leader may have published meanwhile
+            self._current.load()
             state, fresh, cut = tail.rebuild(
-                self.directory, head, boot=self._boot, snapshot_seq=self._current.snapshot_seq
+                self.directory,
+                head,
+                boot=self._boot,
+                snapshot_seq=self._current.snapshot_seq,
+                sync=lambda fd: self._sync.certain(self.directory.disk.sync, fd),
             )
             self._states.put_append_state(state)
             self._states.put_head(fresh)
@@ -405,73 +443,39 @@ class Log:
         return lock
 
     def after_fork(self) -> None:
-        """Begin anew in a forked child: locks are the parent's, the state may be half moved."""
-        self.append_lock.close()
-        self._sync.after_fork()
+        """Begin anew in a forked child: the state may be half moved; locks mind themselves."""
         self._new_mutexes()
-        self._close_segments()
+        self._states.after_fork()
+        self._sync.after_fork()
+        self._current.forget()
+        self._close_active()
 
     def close(self) -> None:
-        """Close every descriptor; idempotent."""
-        if self not in _living:
-            return
+        """Let go of everything once no thread is inside; idempotent.
+
+        The directory stays open for as long as a reader still holds it.
+        """
         _living.discard(self)
         with self.writer, self.mutex:
-            self._close_segments()
+            self.closed = True
+            self._current.forget()
+            self._close_active()
             self.append_lock.close()
             self._sync.close()
             self._states.close()
-            self.directory.close()
 
-    def _close_segments(self) -> None:
-        self._current.forget()
+    def _close_active(self) -> None:
         if self._active is not None:
             self._active.close()
             self._active = None
 
 
-class _PhaseOne:
-    """Hold everything that phase one needs, and give its failures their types.
+def _position(head: DurableHead) -> Position:
+    return Position(head.segment, head.end, head.seq)
 
-    Readers of this process wait for the mutex only, never for another process's lock.
-    """
 
-    __slots__ = ("_log",)
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-
-    def __enter__(self) -> None:
-        log = self._log
-        log.writer.acquire()
-        try:
-            log.append_lock.acquire(wait_s=log.wait_s)
-            log.mutex.acquire()
-        except BaseException as error:
-            log.append_lock.release()
-            log.writer.release()
-            self._translate(error)
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        log = self._log
-        log.mutex.release()
-        log.append_lock.release()
-        log.writer.release()
-        if error is not None:
-            self._translate(error)
-
-    def _translate(self, error: BaseException) -> None:
-        where = str(self._log.directory.path)
-        if isinstance(error, FileNotFoundError):
-            raise StoreMissing(where, why=f"{error.filename} was removed") from error
-        if isinstance(error, OSError):
-            raise from_oserror(error, "cannot write to the registry", where=where) from error
+def _end(state: AppendState) -> Position:
+    return Position(state.segment, state.end, state.seq)
 
 
 _living: "weakref.WeakSet[Log]" = weakref.WeakSet()

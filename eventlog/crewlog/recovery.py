@@ -68,12 +68,12 @@ def decide(segment: int, found: Found, known: Known) -> Decision:
     if known.head_segment > segment:
         return Decision(Action.REGRESSED, f"head/durable names segment {known.head_segment}")
     proof = _proof(segment, found, known)
+    if found.end == 0:
+        return Decision(Action.CORRUPT, _HEADER_DURABLE)
     if found.reason is None:
         if proof is not None:
             return Decision(Action.REGRESSED, proof)
         return Decision(Action.FINISH_ROTATION if found.sealed else Action.USE, "every line holds")
-    if found.end == 0:
-        return Decision(Action.CORRUPT, _HEADER_DURABLE)
     if found.sealed:
         return Decision(Action.CORRUPT, "nothing is written after a seal")
     if proof is not None:

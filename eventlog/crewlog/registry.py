@@ -4,6 +4,7 @@ import os
 import pwd
 import sys
 import threading
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -71,6 +72,7 @@ class Registry:
         self._via: Via = via
         self._authors: dict[tuple[int, Via], Author] = {}
         self._opening = threading.Lock()
+        _living.add(self)
         self._log: Log | None = None
         self._closed = False
 
@@ -114,6 +116,8 @@ class Registry:
             raise RegistryClosed(str(self.path))
         if self._log is None:
             with self._opening:
+                if self._closed:
+                    raise RegistryClosed(str(self.path))
                 if self._log is None:
                     try:
                         found = directory.open_existing(self.path)
@@ -127,6 +131,8 @@ class Registry:
         if log is not None:
             return log
         with self._opening:
+            if self._closed:
+                raise RegistryClosed(str(self.path))
             if self._log is None:
                 made = create.open_or_create(self.path, wait_s=self._wait_s)
                 self._log = Log(made, wait_s=self._wait_s)
@@ -148,6 +154,10 @@ class Registry:
                 actor["name"] = self._name
             self._authors[key] = Author(actor=codec.dump(actor))
         return self._authors[key]
+
+    def after_fork(self) -> None:
+        """Renew the mutex in a forked child: another thread of the parent may have held it."""
+        self._opening = threading.Lock()
 
     # -- change -----------------------------------------------------------------------------
 
@@ -264,7 +274,8 @@ class Registry:
         return Batch(self.author(), self.commit)
 
     def _append(self, steps: list[Step]) -> Appended:
-        return self._created().append(changes.together(steps))
+        about = {step.sid for step in steps}
+        return self._created().append(changes.together(steps), about=about)
 
     def commit(self, steps: list[Step]) -> Appended:
         """Write steps as one unit, for the compactor; durable on return."""
@@ -295,7 +306,7 @@ class Registry:
         log = self._existing()
         if log is None:
             return None
-        with log.frozen() as state:
+        with log.state() as state:
             record = state.get(sid)
         return None if record is None else worker_of(record)
 
@@ -307,7 +318,7 @@ class Registry:
         log = self._existing()
         if log is None:
             return []
-        with log.frozen() as state:
+        with log.state() as state:
             return [r for r in state.records.values() if final or r["state"] not in FINAL]
 
     def state(self) -> State:
@@ -315,7 +326,7 @@ class Registry:
         log = self._existing()
         if log is None:
             return State(seq=0, workers={})
-        with log.frozen() as state:
+        with log.state() as state:
             copied = state.copy()
         return state_of(copied.seq, copied.records.values())
 
@@ -324,7 +335,7 @@ class Registry:
         log = self._existing()
         if log is None:
             return {}
-        with log.frozen() as state:
+        with log.state() as state:
             return dict(state.totals)
 
     def compacted(self) -> tuple[int, datetime] | None:
@@ -474,3 +485,14 @@ def _moment(when: datetime | None, *, name: str) -> str | None:
         message = f"{name} must be an aware time: give it a time zone"
         raise ValueError(message)
     return events.timestamp(when)
+
+
+_living: "weakref.WeakSet[Registry]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for registry in list(_living):
+        registry.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -117,20 +117,16 @@ def open_segment(directory: Directory, first: int) -> Source:
 
 
 def open_active(directory: Directory, first: int) -> Source:
-    """Open a segment for appending. *Raises* LogRegressed if it is gone."""
+    """Open a segment for appending. Held: locks/append or a sync lock.
+
+    *Raises* LogRegressed if it is gone, UnsafePermissions if it has a second name.
+    """
     name = layout.segment_name(first)
     where = directory.where(layout.LOG, name)
     try:
         fd = disk.open_file(name, at=directory[layout.LOG], where=where, change=True, append=True)
     except FileNotFoundError as error:
         raise LogRegressed(where, why="the state files name this segment") from error
-    try:
-        if os.fstat(fd).st_nlink > 1:  # its temporary name, if the rotator died; else a stranger's
-            sweep(directory, directory[layout.LOG])
-            disk.require_one_name(fd, where=where)
-    except BaseException:
-        os.close(fd)
-        raise
     return Source(first, name, fd=fd)
 
 
@@ -162,7 +158,8 @@ def walk(
     """Yield (line, raw, offset after it) from a position up to `end` bytes, or to the end.
 
     Every line is checked by itself and for its seq. *Raises* LogCorrupt or ArchiveDamaged at the
-    first that fails: the caller has proof that these bytes were durable.
+    first that fails, LogRegressed where the file ends before `end`: the caller has proof that
+    these bytes were durable.
     """
     offset, seq = start.offset, start.seq
     rest = b""
@@ -171,7 +168,7 @@ def walk(
         at = offset + len(rest)
         chunk = source.read(at, min(layout.READ_BYTES, stop - at))
         if not chunk:
-            raise _damaged(source, offset, seq + 1, "the file ends early")
+            raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were durable")
         *whole, rest = (rest + chunk).split(b"\n")
         if len(rest) > layout.LINE_BYTES_CEILING:
             raise _damaged(source, offset, seq + 1, "no newline where one must be")
@@ -268,6 +265,23 @@ class Reader:
         if self._source is not None:
             self._source.close()
             self._source = None
+
+
+def raw_between(directory: Directory, start: Position, end: Position) -> Iterator[bytes]:
+    """Yield the bytes of whole lines between two positions, unchecked."""
+    place = start
+    while place.seq < end.seq:
+        source = open_segment(directory, place.segment)
+        try:
+            stop = end.offset if place.segment == end.segment else source.size()
+            data = source.read(place.offset, stop - place.offset)
+        finally:
+            source.close()
+        yield data
+        if place.segment == end.segment:
+            return
+        later = [first for first in all_of(directory) if first > place.segment]
+        place = start_of(later[0])
 
 
 # -- scanning a tail ------------------------------------------------------------------------
@@ -374,7 +388,8 @@ def own_line(
 def put(directory: Directory, first: int, header: bytes) -> None:
     """Put a new segment in place: durable with its header before it gets its name.
 
-    Harmless to repeat after an interruption. Held by the caller: locks/append.
+    The name is not durable before the caller has synced log/. Harmless to repeat after an
+    interruption. Held by the caller: locks/append.
     """
     via, at = directory.disk, directory[layout.LOG]
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
@@ -384,7 +399,6 @@ def put(directory: Directory, first: int, header: bytes) -> None:
         via.link(temporary, layout.segment_name(first), at=at, new_at=at)
     finally:
         via.unlink(temporary, at=at)
-    via.sync_directory(at)
 
 
 def sweep(directory: Directory, at: int) -> None:

@@ -6,6 +6,7 @@ segments by the next writer.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -13,15 +14,26 @@ from typing import Final, TypeVar
 from crewlog import codec, disk, layout
 from crewlog.codec import AppendState, DurableHead
 from crewlog.directory import Directory
+from crewlog.errors import RegistryClosed
 
 T = TypeVar("T")
-_CLOSED: Final = -1
+_NONE: Final = -1
 
 
 class StateFile:
-    """One state file, opened on first use."""
+    """One state file, opened on first use, for reading until something is to be written."""
 
-    __slots__ = ("_at", "_directory", "_fd", "_name", "_size", "_where")
+    __slots__ = (
+        "_at",
+        "_closed",
+        "_directory",
+        "_fd",
+        "_guard",
+        "_name",
+        "_size",
+        "_where",
+        "_writable",
+    )
 
     def __init__(self, directory: Directory, name: str, *, inside: str, size: int) -> None:
         """Name the file, in the directory `inside` of the store ("" for the store itself)."""
@@ -30,16 +42,20 @@ class StateFile:
         self._at = directory[inside] if inside else directory.root
         self._where = directory.where(inside, name)
         self._size = size
-        self._fd = _CLOSED
+        self._fd = _NONE
+        self._writable = False
+        self._closed = False
+        self._guard = threading.Lock()  # so that nobody uses a number that was closed
 
     def load(self, decode: Callable[[bytes], T | None]) -> T | None:
         """Read it; None if it is absent or stays unreadable."""
-        try:
-            fd = self._open()
-        except FileNotFoundError:
-            return None
         for _ in range(layout.TORN_READ_TRIES):
-            found = decode(os.pread(fd, self._size, 0))
+            with self._guard:
+                try:
+                    data = os.pread(self._open(change=False), self._size, 0)
+                except FileNotFoundError:
+                    return None
+            found = decode(data)
             if found is not None:
                 return found
             time.sleep(0)  # a writer on another core is in the middle of its pwrite
@@ -47,29 +63,43 @@ class StateFile:
 
     def store(self, data: bytes) -> None:
         """Write it, creating the file durably if it is absent. Held by the caller: its lock."""
-        try:
-            fd = self._open()
-        except FileNotFoundError:
-            disk.write_new(self._directory.disk, self._name, data, at=self._at)
-            self._directory.disk.sync_directory(self._at)
-            return
-        self._directory.disk.overwrite(fd, data)
-
-    def _open(self) -> int:
-        if self._fd == _CLOSED:
-            self._fd = disk.open_file(self._name, at=self._at, where=self._where, change=True)
+        with self._guard:
             try:
-                disk.require_one_name(self._fd, where=self._where)
+                fd = self._open(change=True)
+            except FileNotFoundError:
+                disk.write_new(self._directory.disk, self._name, data, at=self._at)
+                self._directory.disk.sync_directory(self._at)
+                return
+            self._directory.disk.overwrite(fd, data)
+
+    def _open(self, *, change: bool) -> int:
+        if self._closed:
+            raise RegistryClosed(str(self._directory.path))
+        if self._fd == _NONE or (change and not self._writable):
+            fd = disk.open_file(self._name, at=self._at, where=self._where, change=change)
+            try:
+                disk.require_one_name(fd, where=self._where)
             except BaseException:
-                self.close()
+                os.close(fd)
                 raise
+            self._drop()
+            self._fd, self._writable = fd, change
         return self._fd
 
-    def close(self) -> None:
-        """Close the descriptor."""
-        if self._fd != _CLOSED:
+    def _drop(self) -> None:
+        if self._fd != _NONE:
             os.close(self._fd)
-            self._fd = _CLOSED
+            self._fd = _NONE
+
+    def after_fork(self) -> None:
+        """Renew the guard in a forked child: another thread of the parent may have held it."""
+        self._guard = threading.Lock()
+
+    def close(self) -> None:
+        """Close it for good."""
+        with self._guard:
+            self._closed = True
+            self._drop()
 
 
 class States:
@@ -102,7 +132,12 @@ class States:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
         self._head.store(codec.encode_durable_head(head))
 
+    def after_fork(self) -> None:
+        """Go on in a forked child."""
+        self._append.after_fork()
+        self._head.after_fork()
+
     def close(self) -> None:
-        """Close both descriptors."""
+        """Close both for good."""
         self._append.close()
         self._head.close()

@@ -1,6 +1,6 @@
 """State what any log must promise, so that a registry does not care where its events live."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -39,8 +39,8 @@ class Appended:
 class Store(Protocol):
     """An append-only log of events and the state that they fold to."""
 
-    def append(self, decide: Decide) -> Appended:
-        """Write what `decide` returns as one unit; durable on return.
+    def append(self, decide: Decide, *, about: Collection[str]) -> Appended:
+        """Write what `decide` returns as one unit; durable on return. `about` names its workers.
 
         Where `decide` returns nothing, the state it looked at is durable on return.
         """

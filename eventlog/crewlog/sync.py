@@ -14,18 +14,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import NoReturn
 
 from crewlog import codec, disk, events, layout, segments
 from crewlog.codec import AppendState, DurableHead
 from crewlog.directory import Directory
-from crewlog.errors import AppendUncertain, StorageFailed, StorePoisoned
+from crewlog.errors import AppendUncertain, CrewlogError, Outcome, StorageFailed, StorePoisoned
 from crewlog.events import JsonObject
-from crewlog.lock import Lock
+from crewlog.lock import Lock, pauses
 from crewlog.segments import Source
 from crewlog.states import States
 
@@ -40,13 +39,15 @@ class Syncer:
         self._directory = directory
         self._states = states
         self._boot = boot
-        self._wait_s = wait_s
+        self._wait_s = max(wait_s, layout.SYNC_WAIT_MIN_S)
         self._locks = [
             Lock(name, at=directory[layout.LOCKS], where=directory.lock_path(name))
             for name in layout.LOCK_SYNC
         ]
+        self._failed = 0  # errno of a failure that this process knows of
         self._turn = threading.Lock()
         # All below is guarded by _turn.
+        self._closed = False
         self._segment: Source | None = None
         self._sync_s = 0.0  # what a sync takes, on average
         self._shared = False  # the last sync served others too
@@ -55,46 +56,63 @@ class Syncer:
         """Return once head/durable covers seq `goal`.
 
         `generation` is that of the last head the caller saw: a guess at whose turn it is, which
-        is checked once the lock is held.
-        *Raises* AppendUncertain where that cannot be known: the store is poisoned, or the leader
-        does not finish; StorageFailed with the outcome "unknown" where our own sync failed.
+        is checked once the lock is held. *Raises* AppendUncertain where it cannot be known whether
+        the lines are or will be durable, StorageFailed where our own sync failed; the outcome is
+        "unknown" in every case, because the lines are written.
         """
-        with self._turn:
-            deadline = time.monotonic() + self._wait_s
-            pause_s = layout.LOCK_POLL_MIN_S
-            while True:
-                if generation is None:
-                    head = self._head()
-                    if head.seq >= goal:
-                        return
-                    generation = head.generation
-                lock = self._locks[(generation + 1) % 2]
-                if lock.try_acquire():
-                    try:
-                        if self._lead(generation, goal):
-                            return
-                    finally:
-                        lock.release()
-                    generation = None
-                    continue
-                generation = None
-                if time.monotonic() > deadline:
-                    raise AppendUncertain(
-                        lock.where, why=f"the sync leader, {lock.holder()}, does not finish"
-                    )
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 1.5, layout.LOCK_POLL_MAX_S)
+        deadline = time.monotonic() + self._wait_s
+        if not self._turn.acquire(timeout=self._wait_s):
+            raise AppendUncertain(self._where(), why="another thread's sync does not finish")
+        try:
+            self._share(goal, generation, deadline)
+        except OSError as error:
+            raise AppendUncertain(self._where(), why=error.strerror or str(error)) from error
+        except CrewlogError as error:
+            if error.outcome == "unknown":
+                raise
+            raise AppendUncertain(error.where or self._where(), why=str(error)) from error
+        finally:
+            self._turn.release()
 
-    def _head(self) -> DurableHead:
+    def _where(self) -> str:
+        return str(self._directory.path)
+
+    def _share(self, goal: int, generation: int | None, deadline: float) -> None:
+        """Wait for the leader or become it, turn by turn. Held: _turn."""
+        waits = pauses()
+        while True:
+            if self._closed:
+                raise AppendUncertain(self._where(), why="the registry was closed meanwhile")
+            if generation is None:
+                head = self.usable_head()
+                if head.seq >= goal:
+                    return
+                generation = head.generation
+            lock = self._locks[(generation + 1) % 2]
+            try:
+                led = lock.try_acquire()
+                if led and self._lead(generation, goal):
+                    return
+            finally:
+                lock.release()
+            if time.monotonic() > deadline:
+                raise AppendUncertain(
+                    lock.where, why=f"the sync leader, {lock.holder()}, does not finish"
+                )
+            generation = None
+            if not led:
+                time.sleep(next(waits))
+
+    def usable_head(self) -> DurableHead:
+        """Return the head. *Raises* AppendUncertain if it is unreadable or the store poisoned."""
         head = self._states.head()
         if head is None or head.boot != self._boot:
             raise AppendUncertain(
                 self._directory.where(layout.HEAD, layout.HEAD_DURABLE), why="it became unreadable"
             )
-        if head.poisoned:
-            raise AppendUncertain(
-                str(self._directory.path), why=f"a sync failed: {os.strerror(head.errno)}"
-            )
+        if head.poisoned or self._failed:
+            why = f"a sync failed: {os.strerror(head.errno or self._failed)}"
+            raise AppendUncertain(self._where(), why=why)
         return head
 
     def _lead(self, generation: int, goal: int) -> bool:
@@ -102,7 +120,7 @@ class Syncer:
 
         Held: the lock of this generation's successor.
         """
-        head = self._head()
+        head = self.usable_head()
         if head.seq >= goal:
             return True
         if head.generation != generation:
@@ -111,7 +129,7 @@ class Syncer:
             time.sleep(min(layout.SYNC_GATHER_SHARE * self._sync_s, layout.SYNC_GATHER_MAX_S))
         # Before the sync, and never by fstat: a killed writer's half line must not count.
         state = self._states.append_state()
-        if state is None or state.boot != self._boot:
+        if state is None or state.boot != self._boot or state.seq < goal:
             raise AppendUncertain(
                 self._directory.where(layout.APPEND_STATE), why="it became unreadable"
             )
@@ -127,74 +145,79 @@ class Syncer:
             poisoned=False,
             errno=0,
         )
-        try:
-            self._states.put_head(fresh)
-        except OSError as error:
-            raise AppendUncertain(
-                self._directory.where(layout.HEAD, layout.HEAD_DURABLE), why=str(error)
-            ) from error
-        return state.seq >= goal
+        self._states.put_head(fresh)
+        return True
 
     def _sync(self, state: AppendState) -> None:
         if self._segment is None or self._segment.first != state.segment:
             self._close_segment()
             self._segment = segments.open_active(self._directory, state.segment)
         began = time.perf_counter()
-        try:
-            self._directory.disk.sync(self._segment.fd)
-        except OSError as error:
-            self._failed(error)
+        self.certain(self._directory.disk.sync, self._segment.fd)
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - began)
 
-    def _failed(self, error: OSError) -> NoReturn:
-        number = error.errno or errno.EIO
-        self.poison(number)
-        raise StorageFailed(
-            "the sync failed",
-            where=str(self._directory.path),
-            why=os.strerror(number),
-            remedy="The store takes no more changes; check the disk before anything else",
-            outcome="unknown",
-        ) from error
+    def certain(self, sync: Callable[[int], None], fd: int) -> None:
+        """Sync; if that fails, poison the store and raise StorageFailed, outcome "unknown"."""
+        try:
+            sync(fd)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            self.poison(number)
+            raise StorageFailed(
+                "the sync failed",
+                where=self._where(),
+                why=os.strerror(number),
+                remedy="The store takes no more changes; check the disk before anything else",
+                outcome="unknown",
+            ) from error
 
     def poison(self, number: int) -> None:
-        """Tell every process, of this boot and later ones, that nothing may be acknowledged."""
-        head, state = self._states.head(), self._states.append_state()
+        """Tell every process, of this boot and later ones, that nothing may be acknowledged.
+
+        Held: the sync lock whose turn it is, or both; else a leader's head could undo the flag.
+        Each of the three marks is enough: the head's flag, the note, and our own memory.
+        """
+        self._failed = number
+        try:
+            self._leave_note(number)
+        except (OSError, CrewlogError) as error:
+            _logger.critical("cannot make durable that a sync failed: %s", error)
+        try:
+            head = self._states.head()
+            if head is not None:
+                self._states.put_head(replace(head, poisoned=True, errno=number))
+        except (OSError, CrewlogError) as error:
+            _logger.critical("cannot flag the store as poisoned: %s", error)
+
+    def _leave_note(self, number: int) -> None:
+        """Write POISON.json; it stays in place even where its own sync fails."""
+        via, root = self._directory.disk, self._directory.root
+        if disk.exists(layout.POISON, at=root):
+            return
         note: JsonObject = {
             "at": events.timestamp(datetime.now(UTC)),
             "errno": number,
             "error": os.strerror(number),
-            "segment": None if state is None else state.segment,
-            "suspect_from": None if head is None else head.end,
-            "suspect_to": None if state is None else state.end,
         }
-        try:
-            if head is not None:
-                self._states.put_head(replace(head, poisoned=True, errno=number))
-        except OSError as error:  # the disk may take nothing any more; the note may still pass
-            _logger.critical("cannot flag the store as poisoned: %s", error)
-        try:
-            self._leave_note(codec.dump(note) + b"\n")
-        except OSError as error:  # the flag stands for this boot; after it, recovery judges anew
-            _logger.critical("cannot make durable that a sync failed: %s", error)
-
-    def _leave_note(self, note: bytes) -> None:
-        """Write POISON.json; it stays in place even where its own sync fails."""
-        via, root = self._directory.disk, self._directory.root
-        if layout.POISON in disk.names(root):
-            return
         fd = via.create(layout.POISON, at=root, append=True)
         try:
-            disk.write_all(via, fd, note)
+            disk.write_all(via, fd, codec.dump(note) + b"\n")
             via.sync(fd)
         finally:
             os.close(fd)
         via.sync_directory(root)
 
-    def poisoned(self, number: int) -> StorePoisoned:
+    def require_sound(self, head: DurableHead | None) -> None:
+        """Raise StorePoisoned if any mark says that a sync failed. Nothing is written then."""
+        noted = disk.exists(layout.POISON, at=self._directory.root)
+        if noted or self._failed or (head is not None and head.poisoned):
+            raise self.poisoned(self._failed or (head.errno if head is not None else 0))
+
+    def poisoned(self, number: int, *, outcome: Outcome = "not_written") -> StorePoisoned:
         """Return the error for a writer that finds the store poisoned."""
         where = self._directory.where(layout.POISON)
-        return StorePoisoned(where, why=f"a sync failed: {os.strerror(number)}")
+        why = f"a sync failed: {os.strerror(number or errno.EIO)}"
+        return StorePoisoned(where, why=why, outcome=outcome)
 
     @contextmanager
     def nobody_leads(self) -> Iterator[None]:
@@ -204,19 +227,17 @@ class Syncer:
             yield
 
     def after_fork(self) -> None:
-        """Begin anew in a forked child."""
+        """Begin anew in a forked child; the locks look after themselves."""
         self._turn = threading.Lock()
-        self._close()
+        self._close_segment()
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Let those who wait hear that they cannot know, and close every descriptor."""
         with self._turn:
-            self._close()
-
-    def _close(self) -> None:
-        for lock in self._locks:
-            lock.close()
-        self._close_segment()
+            self._closed = True
+            for lock in self._locks:
+                lock.close()
+            self._close_segment()
 
     def _close_segment(self) -> None:
         if self._segment is not None:

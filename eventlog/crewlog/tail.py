@@ -8,6 +8,7 @@ Held throughout by the caller: locks/append. Two occasions:
   by all the evidence there is; only an unacknowledged tail is ever cut, and kept in quarantine.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -33,44 +34,43 @@ def adopt(directory: Directory, source: Source, state: AppendState) -> tuple[App
 
 def judge(
     directory: Directory, head: DurableHead | None, *, snapshot_seq: int
-) -> tuple[Source, Found, Action]:
+) -> tuple[int, Found, Action]:
     """Scan the last segment and decide about its tail; this changes nothing.
 
-    The source is open for changes; the caller closes it. *Raises* LogCorrupt, LogRegressed or
-    SegmentMissing where the evidence says that acknowledged data are damaged or gone.
+    Returns the segment by its first seq, what was found, and what to do. *Raises* LogCorrupt,
+    LogRegressed or SegmentMissing where acknowledged data are damaged or gone.
     """
     firsts = segments.active_and_sealed(directory)
     if not firsts:
         raise LogRegressed(directory.where(layout.LOG), why="it holds no segment at all")
     last = firsts[-1]
-    source = segments.open_active(directory, last)
+    source = segments.open_segment(directory, last)
     try:
         data = source.read(0, source.size())
-        found = segments.scan(data, offset=0, seq=last - 1, prev=None)
-        known = Known(snapshot_seq=snapshot_seq)
-        if head is not None:
-            known = Known(
-                head_segment=head.segment,
-                head_end=head.end,
-                head_seq=head.seq,
-                snapshot_seq=snapshot_seq,
-            )
-        decision = recovery.decide(last, found, known)
-        if decision.action is Action.CORRUPT:
-            raise LogCorrupt(
-                source.name,
-                offset=found.end,
-                seq=found.seq + 1,
-                reason=found.reason or "the file ends early",
-                proof=decision.proof,
-            )
-        if decision.action is Action.REGRESSED:
-            raise LogRegressed(directory.where(layout.LOG, source.name), why=decision.proof)
-        _check_header(directory, source, data[: data.find(b"\n")], snapshot_seq=snapshot_seq)
-    except BaseException:
+    finally:
         source.close()
-        raise
-    return source, found, decision.action
+    found = segments.scan(data, offset=0, seq=last - 1, prev=None)
+    known = Known(snapshot_seq=snapshot_seq)
+    if head is not None:
+        known = Known(
+            head_segment=head.segment,
+            head_end=head.end,
+            head_seq=head.seq,
+            snapshot_seq=snapshot_seq,
+        )
+    decision = recovery.decide(last, found, known)
+    if decision.action is Action.CORRUPT:
+        raise LogCorrupt(
+            source.name,
+            offset=found.end,
+            seq=found.seq + 1,
+            reason=found.reason or "the file ends early",
+            proof=decision.proof,
+        )
+    if decision.action is Action.REGRESSED:
+        raise LogRegressed(directory.where(layout.LOG, source.name), why=decision.proof)
+    _check_header(directory, source, data[: data.find(b"\n")], snapshot_seq=snapshot_seq)
+    return last, found, decision.action
 
 
 def _check_header(directory: Directory, source: Source, raw: bytes, *, snapshot_seq: int) -> None:
@@ -108,27 +108,34 @@ def _check_header(directory: Directory, source: Source, raw: bytes, *, snapshot_
 
 
 def rebuild(
-    directory: Directory, head: DurableHead | None, *, boot: bytes, snapshot_seq: int
+    directory: Directory,
+    head: DurableHead | None,
+    *,
+    boot: bytes,
+    snapshot_seq: int,
+    sync: Callable[[int], None],
 ) -> tuple[AppendState, DurableHead, Found | None]:
-    """Recover: sync the valid prefix of the last segment and derive both states from it.
+    """Recover: make the valid prefix of the last segment durable, and derive both states from it.
 
     The third value tells what was cut, if anything. Idempotent: interrupted anywhere, the next
     call finds the same prefix. Held besides: both sync locks, so that no leader publishes.
     """
     segments.sweep(directory, directory[layout.LOG])
-    source, found, action = judge(directory, head, snapshot_seq=snapshot_seq)
+    last, found, action = judge(directory, head, snapshot_seq=snapshot_seq)
+    source = segments.open_active(directory, last)
     try:
+        disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
         if action is Action.CUT:
             quarantine(directory, source, found, source.read(found.end, found.size - found.end))
             directory.disk.cut(source.fd, found.end)
-        directory.disk.sync(source.fd)
+        sync(source.fd)
     finally:
         source.close()
-    state = AppendState(boot, source.first, found.end, found.seq, found.hash, found.sealed)
+    state = AppendState(boot, last, found.end, found.seq, found.hash, found.sealed)
     fresh = DurableHead(
         generation=0 if head is None else head.generation + 1,
         boot=boot,
-        segment=source.first,
+        segment=last,
         end=found.end,
         seq=found.seq,
         oldest=1 if head is None else head.oldest,

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import crewlog
-from crewlog import codec, events, fold
+from crewlog import codec, events, fold, layout
 from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
 from crewlog.events import JsonObject, Line
+from crewlog.registry import Registry
 from crewlog_cli import text
 from crewlog_compactor import compact, verify
 
@@ -113,28 +114,63 @@ def test_fold_of_a_snapshot_and_its_rest_is_the_fold_of_the_whole(
     assert (resumed.seq, resumed.totals) == (whole.seq, whole.totals)
 
 
-@given(lines=HISTORY, settled=st.lists(st.integers(0, 25), max_size=6))
-def test_tentative_state_shows_the_written_and_keeps_the_durable(
-    lines: list[Line], settled: list[int]
-) -> None:
-    """`get` is the fold of everything, `durable` that of what was settled."""
-    from collections import deque
+WISHES = st.lists(
+    st.tuples(
+        st.sampled_from("ab"),  # which of two writers
+        st.sampled_from("xyz"),
+        st.sampled_from(["register", "ready", "label", "release", "look"]),
+    ),
+    max_size=30,
+)
 
-    tentative = fold.Tentative(fold.empty(), deque(), {})
-    whole = fold.empty()
-    marks = sorted(settled)
-    for line in lines:
-        tentative.add(line)
-        whole.apply(line)
-        while marks and marks[0] <= line["seq"]:
-            tentative.settle(marks.pop(0))
-        for sid in ("a", "b", "c"):
-            assert tentative.get(sid) == whole.get(sid)
-    durable = fold.empty()
-    for line in lines:
-        if line["seq"] <= tentative.durable.seq:
-            durable.apply(line)
-    assert tentative.durable.records == durable.records
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(wishes=WISHES, far=st.integers(0, 3))
+def test_two_writers_decide_upon_the_same_state(
+    wishes: list[tuple[str, str, str]], far: int
+) -> None:
+    """What each writer keeps at hand is what a fresh reader folds, however they take turns."""
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "CATCH_UP_LINES_MAX", far)
+        patch.setattr(layout, "RECENT_MAX", 2)
+        writers = {name: crewlog.open(Path(home) / "store") for name in "ab"}
+        model: dict[str, tuple[str, str | None]] = {}
+        for number, (name, sid, wish) in enumerate(wishes):
+            _act(writers[name], sid, wish, number, model)
+        for reg in (*writers.values(), crewlog.open(Path(home) / "store")):
+            found = {w.sid: (w.state.value, w.labels.get("n")) for w in reg.workers(all=True)}
+            assert found == model
+            reg.close()
+
+
+def _act(
+    reg: Registry, sid: str, wish: str, number: int, model: dict[str, tuple[str, str | None]]
+) -> None:
+    state = model.get(sid, (None, None))[0]
+    label = model.get(sid, (None, None))[1]
+    living = state in events.LIVING
+    try:
+        if wish == "register":
+            reg.register(sid)
+            assert not living
+            model[sid] = ("starting", None)
+        elif wish == "ready":
+            reg.update(sid, state="ready")
+            assert state in {"starting", "ready"}
+            model[sid] = ("ready", label)
+        elif wish == "label":
+            reg.update(sid, labels={"n": str(number)})
+            assert living
+            model[sid] = (str(state), str(number))
+        elif wish == "release":
+            reg.remove(sid, reason="x")
+            assert living or state == "released"
+            model[sid] = ("released", label)
+        else:
+            found = reg.get(sid)
+            assert (None if found is None else found.state) == state
+    except (InvalidTransition, WorkerExists, WorkerNotFound):
+        assert (wish == "register") == living or (wish == "ready" and state != "starting")
 
 
 @given(words=st.text(max_size=60))

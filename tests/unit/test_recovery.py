@@ -30,6 +30,6 @@ def test_every_combination_keeps_what_was_durable() -> None:
             assert not below, (found, known, decision)
             assert (decision.action is Action.CUT) == (reason is not None)
         else:
-            assert below or (reason is not None and (end == 0 or sealed)), (found, known, decision)
+            assert below or end == 0 or (reason is not None and sealed), (found, known, decision)
         assert decision.proof
     assert all(counts.values()), counts

@@ -1,0 +1,83 @@
+"""Hold everything that phase one of an append needs, in order, with one deadline for all of it."""
+
+import threading
+import time
+from types import TracebackType
+
+from crewlog.errors import LockBusy, StoreMissing, from_oserror
+from crewlog.lock import Lock
+
+
+class Writing:
+    """A block of code under the writer's turn, locks/append and the mutex of the state.
+
+    The mutex comes last, so readers of this process never wait for another process's lock.
+    Whatever interrupts the taking or the giving back, what was taken is given back. A failure of
+    the system inside the block gets its type.
+    """
+
+    __slots__ = ("_lock", "_mutex", "_taken", "_turn", "_wait_s", "_where")
+
+    def __init__(
+        self,
+        turn: threading.Lock,
+        lock: Lock,
+        mutex: "threading.RLock",
+        *,
+        wait_s: float,
+        where: str,
+    ) -> None:
+        """Take nothing yet; `where` names the store for messages."""
+        self._turn = turn
+        self._lock = lock
+        self._mutex = mutex
+        self._wait_s = wait_s
+        self._where = where
+        self._taken = 0
+
+    def __enter__(self) -> None:
+        """Take all three. *Raises* LockBusy after `wait_s`."""
+        deadline = time.monotonic() + self._wait_s
+        try:
+            if not self._turn.acquire(timeout=self._wait_s):
+                raise LockBusy(self._lock.where, waited_s=self._wait_s, holder="another thread")
+            self._taken = 1
+            self._taken = 2  # before it is: giving back a flock that is not held is harmless
+            self._lock.acquire(wait_s=max(0.0, deadline - time.monotonic()))
+            self._mutex.acquire()
+            self._taken = 3
+        except BaseException as error:
+            self._give_back()
+            self._translate(error)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give all three back."""
+        self._give_back()
+        if error is not None:
+            self._translate(error)
+
+    def _give_back(self) -> None:
+        taken, self._taken = self._taken, 0
+        try:
+            if taken >= 3:  # noqa: PLR2004 (all three)
+                self._mutex.release()
+        finally:
+            try:
+                if taken >= 2:  # noqa: PLR2004 (the first two)
+                    self._lock.release()
+            finally:
+                if taken >= 1:
+                    self._turn.release()
+
+    def _translate(self, error: BaseException) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise StoreMissing(self._where, why=f"{error.filename} was removed") from error
+        if isinstance(error, OSError):
+            why = "cannot write to the registry"
+            raise from_oserror(error, why, where=self._where) from error
