@@ -22,7 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NoReturn, TypeVar, cast
+from typing import Final, NamedTuple, NoReturn, TypeVar, cast
 
 import orjson
 
@@ -64,7 +64,7 @@ def check_json(  # noqa: C901, PLR0912 (one branch a kind of value)
     NaN, infinities, integers beyond 64 bits, lone surrogates and nesting deeper than 32.
     (orjson would turn NaN into null without a word.)
     """
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool) or (type(value) is str and value.isascii()):
         return
     if isinstance(value, str):
         _check_text(value, name)
@@ -247,8 +247,7 @@ def _is_place(value: object) -> bool:
 # -- the two state files --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class AppendState:
+class AppendState(NamedTuple):
     """How far lines have been written: position, boot and head hash after the last line."""
 
     boot: bytes
@@ -259,8 +258,7 @@ class AppendState:
     sealed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DurableHead:
+class DurableHead(NamedTuple):
     """How far lines are durable. `generation` counts syncs; `errno` is set once poisoned."""
 
     generation: int

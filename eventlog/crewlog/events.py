@@ -257,6 +257,8 @@ Item: TypeAlias = Change | Synced | Reset
 def utc(text: str) -> datetime:
     """Parse a time as the log writes it, RFC 3339 with `Z`; a ValueError names what is not one."""
     when = datetime.fromisoformat(text)
+    if when.tzinfo is UTC:
+        return when
     if when.utcoffset() != timedelta(0):
         message = f"not a UTC time: {text!r}"
         raise ValueError(message)

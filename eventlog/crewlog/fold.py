@@ -88,8 +88,15 @@ def is_repeat(event_type: str, record: Record | None, data: JsonObject) -> bool:
 
 
 def _differs(record: Record, patch: JsonObject) -> bool:
-    patched = _patched(record, patch)
-    return any(patched[key] != record[key] for key in ("sock", "version", "labels", "meta"))
+    if patch.get("sock", record["sock"]) != record["sock"]:
+        return True
+    if patch.get("version", record["version"]) != record["version"]:
+        return True
+    return any(
+        merge(old, patch[key]) != old
+        for key, old in (("labels", record["labels"]), ("meta", record["meta"]))
+        if key in patch
+    )
 
 
 def expects_end(record: Record) -> bool:

@@ -66,6 +66,7 @@ PAYLOAD_DEPTH_MAX: Final = 32
 # How many workers a writer keeps at hand, and how far behind it may be under the lock.
 RECENT_MAX: Final = 50_000
 CATCH_UP_LINES_MAX: Final = 200
+CATCH_UP_IDLE_S: Final = 0.05
 READ_BYTES: Final = 256 * 1024
 WRITE_BYTES_MAX: Final = 16 * 1024 * 1024
 LABELS_MAX: Final = 64
@@ -79,7 +80,7 @@ LOCK_WAIT_S: Final = 5.0
 # A sync in progress is waited for at least this long: a busy disk is no reason not to know.
 SYNC_WAIT_MIN_S: Final = 30.0
 LOCK_POLL_MIN_S: Final = 0.000_02
-LOCK_POLL_MAX_S: Final = 0.002
+LOCK_POLL_MAX_S: Final = 0.000_5
 SYNC_GATHER_MAX_S: Final = 0.000_3
 SYNC_GATHER_SHARE: Final = 0.15
 SAFETY_LOOK_S: Final = 1.0

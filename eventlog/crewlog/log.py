@@ -40,10 +40,10 @@ import errno
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -89,6 +89,7 @@ class Log:
         self._current = Current(directory)  # guarded by mutex
         self._active: Source | None = None  # guarded by mutex
         self._names_durable = False
+        self._prepared_at = 0.0
         self._new_mutexes()
         _living.add(self)
 
@@ -213,10 +214,15 @@ class Log:
 
     def _prepare(self, about: Collection[str]) -> None:
         """Read, before the lock is taken, what would take long under it."""
+        knows = self._current.knows(about)
+        now = time.monotonic()
+        if knows and now - self._prepared_at < layout.CATCH_UP_IDLE_S:
+            return
+        self._prepared_at = now
         state = self._states.append_state()
         if state is None or state.boot != self._boot:
             return  # recovery comes first
-        if not self._current.knows(about):
+        if not knows:
             with self.state():
                 return
         if self._current.lag(state.seq) > layout.CATCH_UP_LINES_MAX:
@@ -342,8 +348,7 @@ class Log:
             synced=head.end if head.segment == state.segment else 0,
             prev=state.hash,
         )
-        after = replace(
-            state,
+        after = state._replace(
             end=state.end + len(raw),
             seq=line["seq"],
             hash=codec.digest(raw[:-1]),

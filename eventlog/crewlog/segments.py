@@ -9,8 +9,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from crewlog import codec, disk, events, layout
 from crewlog.codec import LineError
@@ -22,8 +21,7 @@ from crewlog.recovery import Found
 STORE_ACTOR: Final = b"{}"
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """A place between two lines: everything up to `seq` was read."""
 
     segment: int

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, layout, segments
@@ -185,7 +184,7 @@ class Syncer:
         try:
             head = self._states.head()
             if head is not None:
-                self._states.put_head(replace(head, poisoned=True, errno=number))
+                self._states.put_head(head._replace(poisoned=True, errno=number))
         except (OSError, CrewlogError) as error:
             _logger.critical("cannot flag the store as poisoned: %s", error)
 

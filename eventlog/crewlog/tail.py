@@ -9,7 +9,6 @@ Held throughout by the caller: locks/append. Two occasions:
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, layout, recovery, segments
@@ -28,7 +27,7 @@ def adopt(directory: Directory, source: Source, state: AppendState) -> tuple[App
     if found.reason is not None:
         quarantine(directory, source, found, data[found.end - state.end :])
         directory.disk.cut(source.fd, found.end)
-    after = replace(state, end=found.end, seq=found.seq, hash=found.hash, sealed=found.sealed)
+    after = state._replace(end=found.end, seq=found.seq, hash=found.hash, sealed=found.sealed)
     return after, found
 
 
