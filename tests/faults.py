@@ -37,9 +37,9 @@ class FailingDisk(Disk):
         self._meet("write")
         return super().write(fd, data[: len(data) // 2] if self.short else data)
 
-    def overwrite(self, fd: int, data: bytes) -> None:
+    def overwrite(self, fd: int, data: bytes, offset: int = 0) -> None:
         self._meet("overwrite")
-        super().overwrite(fd, data)
+        super().overwrite(fd, data, offset)
 
     def cut(self, fd: int, size: int) -> None:
         self._meet("cut")

@@ -17,11 +17,14 @@ ROOMS = {
     "orjson": {"codec.py"},
     "psutil": {"identity.py"},
     "watchdog": {"notify.py"},
+    "inotify_simple": {"notify.py"},
+    "asyncio": {"awatch.py"},
     "fcntl": {"lock.py", "disk.py"},
     "click": {"main.py", "shell.py", "reading.py", "watching.py", "changing.py", "starting.py",
               "jobs.py", "demo.py"},
     "gzip": {"segments.py", "archive.py"},
-    "threading": {"log.py", "sync.py", "registry.py", "notify.py", "states.py", "writing.py"},
+    "threading": {"log.py", "sync.py", "registry.py", "notify.py", "states.py", "writing.py",
+                  "subscribe.py", "watch.py"},
 }  # fmt: skip
 CHANGES_FILES = re.compile(
     r"\bos\.(?:mkdir|makedirs|write|pwrite|ftruncate|truncate|fsync|fdatasync|link|symlink|rename"
@@ -33,6 +36,8 @@ NOT_FILES = {"starting.py", "demo.py"}
 FUNCTION_LINES_MAX = 60
 FUNCTION_LINES_MEDIAN = 10
 MODULE_LINES_MAX = 500
+# A ratchet: these may shrink, not grow.
+MODULE_LINES_ALLOWED = {"errors.py": 540}  # one list of every error, no logic
 BANNED_NAMES = {"utils", "helpers", "common", "base", "manager", "handler", "misc", "util"}
 
 
@@ -99,7 +104,8 @@ def test_functions_are_short() -> None:
 def test_modules_are_short() -> None:
     """None over 500 lines."""
     lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES}
-    assert {name: n for name, n in lengths.items() if n > MODULE_LINES_MAX} == {}
+    limits = {name: MODULE_LINES_ALLOWED.get(name, MODULE_LINES_MAX) for name in lengths}
+    assert {name: n for name, n in lengths.items() if n > limits[name]} == {}
 
 
 def test_modules_say_what_they_are_for_and_bear_names_of_their_own() -> None:
@@ -129,7 +135,13 @@ def test_every_test_says_what_it_shows() -> None:
 
 def test_tests_do_not_wait_for_time() -> None:
     """Only procs.until sleeps, and tests in which passing time is the matter."""
-    allowed = {"procs.py", "test_kill_storm.py", "test_watch.py", "test_tidy.py"}
+    allowed = {
+        "procs.py",
+        "test_kill_storm.py",
+        "test_watch.py",
+        "test_tidy.py",
+        "test_guarantees.py",
+    }
     for path in (ROOT / "tests").rglob("*.py"):
         if "time.sleep(" in re.sub(r'"""[\s\S]*?"""', "", path.read_text()):
             assert path.name in allowed, path

@@ -20,6 +20,19 @@ def _span(words: str) -> timedelta:
         raise click.UsageError(str(error)) from error
 
 
+_SIZES: Final = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+
+
+def _keep(words: str) -> timedelta | int | None:
+    if words == "all":
+        return None
+    for unit, factor in _SIZES.items():
+        number = words.removesuffix(unit)
+        if number != words and number.isdigit():
+            return int(number) * factor
+    return _span(words)
+
+
 def _told(report: CollectReport) -> dict[str, object]:
     return {
         "dry_run": report.dry_run,
@@ -62,13 +75,21 @@ def gc(sh: Shell, *, dry_run: bool, keep: str, force: bool) -> None:
 )
 @click.option("--gc/--no-gc", "gc_", default=True, help="Collect the dead first.")
 @click.option("--force", is_flag=True, help="Believe that most workers died at once.")
-def compact_(sh: Shell, *, gc_: bool, force: bool) -> None:
+@click.option(
+    "--keep-history",
+    default="all",
+    show_default=True,
+    metavar="90d|1GiB|all",
+    help="Drop archived history that is older, or more than so many bytes.",
+)
+def compact_(sh: Shell, *, gc_: bool, force: bool, keep_history: str) -> None:
     """Collect, fold the log into registry.json, and archive: the command for cron.
 
     Silent with -q unless something is wrong; 75 if another compaction runs.
     """
+    keep = _keep(keep_history)
     reg = sh.existing()
-    report = compact(reg, gc=gc_, force=force)
+    report = compact(reg, gc=gc_, force=force, keep_history=keep)
     if sh.json:
         sh.document(
             {
@@ -76,6 +97,7 @@ def compact_(sh: Shell, *, gc_: bool, force: bool) -> None:
                 "folded_events": report.folded_events,
                 "snapshot_seq": report.snapshot_seq,
                 "archived_segments": report.archived_segments,
+                "dropped": report.dropped,
                 "collected": None if report.collected is None else _told(report.collected),
                 "refused": None if report.refused is None else str(report.refused),
             }
@@ -87,6 +109,8 @@ def compact_(sh: Shell, *, gc_: bool, force: bool) -> None:
             f"folded {report.folded_events} events up to seq {report.snapshot_seq}, "
             f"archived {report.archived_segments} segments"
         )
+        if report.dropped is not None:
+            sh.line(f"dropped history: events {report.dropped[0]} to {report.dropped[1]}")
     if report.refused is not None:
         shell.fail(sh, report.refused)
 

@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "stats": "reading",
     "path": "reading",
     "watch": "watching",
+    "cursor": "watching",
     "register": "changing",
     "update": "changing",
     "remove": "changing",

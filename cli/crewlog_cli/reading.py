@@ -1,5 +1,6 @@
 """Read: ls, show, alive, history, stats, path. No lock is taken and nothing is written."""
 
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from crewlog_cli import shell, text, times
 from crewlog_cli.shell import Shell, command
 
 _LAST_EVENTS: Final = 10
+_LOOK_S: Final = 0.05  # a death is no event: it is looked for
 
 
 def moment(words: str | None, sh: Shell) -> datetime | None:
@@ -185,29 +187,69 @@ def print_events(sh: Shell, found: Iterable[Event]) -> None:
     sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "by", "data"], rows)
 
 
-@command("alive", examples="crewlog alive web-1 && echo still there")
+@command(
+    "alive",
+    examples="""crewlog alive web-1 && echo still there
+crewlog alive web-1 --for ready --timeout 10s
+crewlog alive web-1 --for dead --timeout 1m""",
+)
 @click.argument("sid")
-def alive(sh: Shell, *, sid: str) -> None:
+@click.option("--for", "wanted", type=click.Choice(["alive", "dead", "ready"]), default="alive",
+              help="What to ask, or to wait for.")  # fmt: skip
+@click.option("--timeout", metavar="TIME", help="Wait this long for it to become true; else 124.")
+def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
     """Tell by the exit code whether a worker lives: 0 yes, 1 no or not known."""
+    wait_s = None if timeout is None else span_s(timeout)
     reg = sh.existing()
-    worker = reg.get(sid)
-    if worker is None:
+    if wait_s is None and reg.get(sid) is None:
         raise not_found(reg, sid)
-    found = reg.judge([worker])[0]
+    holds, found = _await(reg, sid, wanted, wait_s or 0.0)
     if sh.json:
+        told = {} if found is None else {
+            "liveness": found.verdict.value,
+            "cause": found.cause,
+            "evidence": found.evidence.seen(),
+        }  # fmt: skip
         sh.document(
-            {
-                "sid": sid,
-                "alive": found.alive,
-                "liveness": found.verdict.value,
-                "cause": found.cause,
-                "evidence": found.evidence.seen(),
-            }
+            {"sid": sid, "alive": found is not None and found.alive, "holds": holds, **told}
         )
     else:
-        sh.line(f"{found.verdict.value} ({found.cause})")
-    if not found.alive:
-        raise SystemExit(shell.EXIT_NO)
+        sh.line("not registered" if found is None else f"{found.verdict.value} ({found.cause})")
+    if not holds:
+        raise SystemExit(shell.EXIT_NO if wait_s is None else shell.EXIT_TIMEOUT)
+
+
+def span_s(words: str) -> float:
+    """Read a duration given on the command line, in seconds."""
+    try:
+        return times.duration(words).total_seconds()
+    except times.TimeError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _await(reg: Registry, sid: str, wanted: str, wait_s: float) -> tuple[bool, Liveness | None]:
+    """Look until it is as wanted or time is up: changes wake, a death is looked for."""
+    deadline = time.monotonic() + wait_s
+    holds, found = _holds(reg, sid, wanted)
+    if holds or not wait_s:
+        return holds, found
+    with reg.watch(after="now") as items:
+        while True:
+            holds, found = _holds(reg, sid, wanted)
+            left_s = deadline - time.monotonic()
+            if holds or left_s <= 0:
+                return holds, found
+            items.next(min(left_s, _LOOK_S))
+
+
+def _holds(reg: Registry, sid: str, wanted: str) -> tuple[bool, Liveness | None]:
+    worker = reg.get(sid)
+    if worker is None:
+        return False, None
+    found = reg.judge([worker])[0]
+    if wanted == "dead":
+        return found.dead, found
+    return found.alive and (wanted == "alive" or worker.state == WorkerState.READY), found
 
 
 @command(

@@ -1,23 +1,33 @@
-"""Watch: print every change as it becomes durable."""
+"""Watch: print every change as it becomes durable, or hand it to a program; keep cursors."""
 
+import json
+import subprocess
 import time
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import click
 
+from crewlog import changes, cursor
+from crewlog.errors import WorkerNotFound
 from crewlog.events import Item
+from crewlog.feed import After
 from crewlog.registry import Registry
-from crewlog.watch import After
-from crewlog_cli import reading, shell, times
+from crewlog.watch import Watch
+from crewlog_cli import changing, reading, shell
 from crewlog_cli.shell import Shell, command
+
+_RETRY_MIN_S: Final = 0.1
+_RETRY_MAX_S: Final = 30.0
 
 
 @command(
     "watch",
     examples="""crewlog watch
 crewlog watch --after 120 --json | jq -r .sid
-crewlog watch --type worker.lost --count 1 --timeout 1h""",
+crewlog watch --type worker.lost --count 1 --timeout 1h
+crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
 )
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Begin after this seq.")
 @click.option("--since", metavar="TIME", help="Begin with the first event of this time or later.")
@@ -31,6 +41,24 @@ crewlog watch --type worker.lost --count 1 --timeout 1h""",
 @click.option(
     "--timeout", metavar="TIME", help="End after this long; 124 if --count was not reached."
 )
+@click.option(
+    "--cursor", "name", metavar="NAME", help="Go on where this cursor stands, and move it."
+)
+@click.option("--exec", "run", is_flag=True, help="Run CMD for each change, its JSON on stdin.")
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=None,
+    metavar="N",
+    help="Give up (1) after N failures of CMD on one change; the default is never.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "inotify", "watchdog", "poll"]),
+    default="auto",
+    help="What wakes.",
+)
+@click.argument("argv", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
 def watch(
     sh: Shell,
     *,
@@ -42,40 +70,92 @@ def watch(
     types: tuple[str, ...],
     count: int | None,
     timeout: str | None,
+    name: str | None,
+    run: bool,
+    retries: int | None,
+    backend: str,
+    argv: tuple[str, ...],
 ) -> None:
-    """Print changes as they become durable, in order, each once."""
+    """Print changes as they become durable, in order, each once; or run CMD for each.
+
+    CMD is run without a shell, one change at a time. A change is acknowledged to the cursor only
+    after CMD has exited with 0; until then it is run again, ever less often.
+    """
     if sum([after is not None, since is not None, from_start, now]) > 1:
         message = "--after, --since, --from-start and --now exclude each other"
         raise click.UsageError(message)
-    try:
-        limit_s = None if timeout is None else times.duration(timeout).total_seconds()
-    except times.TimeError as error:
-        raise click.UsageError(str(error)) from error
+    if run != bool(argv):
+        message = "--exec goes with -- CMD…, and CMD with --exec"
+        raise click.UsageError(message)
+    limit_s = None if timeout is None else reading.span_s(timeout)
     first = reading.moment(since, sh)
     reg = sh.existing()
-    if first is not None:
-        after = _before(reg, first)
-    start: After = "oldest" if from_start else "now" if now else after
-    deadline = None if limit_s is None else time.monotonic() + limit_s
-    left = count
-    with reg.watch(after=start, sids=sids or None, types=types or None) as items:
-        while left is None or left > 0:
-            wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            item = items.next(wait_s)
-            if item is None:
-                break
-            _print(sh, item)
-            if item.kind == "change" and left is not None:
-                left -= 1
+    start: After = "oldest" if from_start else "now" if now else first or after
+    items = changing.tried(
+        lambda: reg.watch(
+            after=start,
+            sids=sids or None,
+            types=types or None,
+            cursor=name,
+            backend=backend,  # type: ignore[arg-type] # click lets only these through
+        )
+    )
+    with items:
+        left = _deliver(sh, items, _Task(argv, retries), count=count, limit_s=limit_s)
     if left:
         raise SystemExit(shell.EXIT_TIMEOUT)
 
 
-def _before(reg: Registry, first: datetime) -> int:
-    """Return the seq before the first event of that time or later."""
-    last = reg.last_seq
-    found = next(reg.history(since=first), None)
-    return last if found is None else found.seq - 1
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What to do with a change: run a program, or nothing but print it."""
+
+    argv: Sequence[str]
+    retries: int | None
+
+
+def _deliver(
+    sh: Shell, items: Watch, task: _Task, *, count: int | None, limit_s: float | None
+) -> int | None:
+    """Print or run for each item until enough; return how many changes were still wanted."""
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    left = count
+    while left is None or left > 0:
+        wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        item = items.next(wait_s)
+        if item is None:
+            return left
+        if task.argv:
+            _hand_over(sh, items, item, task)
+        else:
+            _print(sh, item)
+        if item.kind == "change" and left is not None:
+            left -= 1
+    return left
+
+
+def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task) -> None:
+    """Run the program for a change until it succeeds, then acknowledge."""
+    if item.kind == "change":
+        line = json.dumps({"kind": "change", **shell.event_json(item.event)}) + "\n"
+        failures, pause_s = 0, _RETRY_MIN_S
+        while (code := _run(task.argv, line)) != 0:
+            sh.note(f"{task.argv[0]} exited with {code} on seq {item.seq}")
+            if task.retries is not None and failures >= task.retries:
+                raise SystemExit(shell.EXIT_NO)
+            failures += 1
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+    if items.has_cursor:
+        items.ack(item)
+
+
+def _run(argv: Sequence[str], line: str) -> int:
+    try:
+        return subprocess.run(list(argv), input=line, text=True, check=False).returncode
+    except OSError as error:
+        message = f"{argv[0]!r} cannot be run: {error.strerror}"
+        raise click.UsageError(message) from error
 
 
 def _print(sh: Shell, item: Item) -> None:
@@ -108,4 +188,79 @@ def _print(sh: Shell, item: Item) -> None:
     shell.flush()
 
 
-COMMANDS: Final = {"watch": watch}
+# -- cursors --------------------------------------------------------------------------------
+
+
+@command(
+    "cursor", examples="crewlog cursor ls\ncrewlog cursor set mailer 120\ncrewlog cursor rm mailer"
+)
+@click.argument("action", type=click.Choice(["ls", "show", "set", "rm"]))
+@click.argument("name", required=False)
+@click.argument("seq", type=click.IntRange(min=0), required=False)
+def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> None:
+    """List, show, set or remove the durable positions of subscribers.
+
+    A cursor holds back retention, so remove one that nobody will come back for.
+    """
+    if (name is None) != (action == "ls") or (seq is None) != (action != "set"):
+        message = "it is: cursor ls | cursor show NAME | cursor set NAME SEQ | cursor rm NAME"
+        raise click.UsageError(message)
+    reg = sh.existing()
+    if action == "ls":
+        _print_cursors(sh, reg, cursor.every(reg.log().directory))
+        return
+    name = changing.tried(lambda: changes.check_sid(name))
+    where = reg.log().directory
+    known = cursor.read(where, name)
+    if action == "set":
+        owned = cursor.Cursor(where, name, start=seq or 0)
+        owned.set(min(seq or 0, reg.last_seq))
+        owned.close()
+        known = cursor.read(where, name)
+    if known is None:
+        raise _no_cursor(name)
+    if action == "rm":
+        cursor.remove(where, name)
+    _print_cursors(sh, reg, [known])
+
+
+def _no_cursor(name: str) -> WorkerNotFound:
+    error = WorkerNotFound(name)
+    error.what, error.remedy = f"no cursor {name!r}", "`crewlog cursor ls` lists them"
+    return error
+
+
+def _print_cursors(sh: Shell, reg: Registry, places: Sequence[cursor.Place]) -> None:
+    oldest, last = reg.log().first_seq(), reg.last_seq
+    rows = [
+        {
+            "name": place.name,
+            "seq": place.seq,
+            "lag": max(0, last - place.seq),
+            "lost": place.seq + 1 < oldest,
+            "owned": _owned(reg, place.name),
+        }
+        for place in places
+    ]
+    if sh.json:
+        sh.document({"seq": last, "cursors": rows})
+        return
+    sh.table(
+        ["name", "seq", "lag", "state"],
+        [
+            [
+                str(row["name"]),
+                str(row["seq"]),
+                str(row["lag"]),
+                "lost" if row["lost"] else "in use" if row["owned"] else "idle",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _owned(reg: Registry, name: str) -> bool:
+    return cursor.is_owned(reg.log().directory, name)
+
+
+COMMANDS: Final = {"watch": watch, "cursor": cursor_}

@@ -17,6 +17,7 @@ from crewlog.registry import Registry
 from crewlog.segments import Position, Reader
 from crewlog_compactor import archive
 from crewlog_compactor.collect import KEEP, CollectReport, collect
+from crewlog_compactor.retain import Keep, check_keep, retain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,23 +25,30 @@ class CompactReport:
     """What a compaction did.
 
     `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
-    yet); `archived_segments` counts moves into the archive; `collected` is None without `gc`, and
+    yet); `archived_segments` counts moves into the archive, `dropped` is the range of seqs that
+    retention took (first, last); `collected` is None without `gc`, and
     `refused` says why the collection was refused, if it was.
     """
 
     folded_events: int
     snapshot_seq: int
     archived_segments: int
+    dropped: tuple[int, int] | None
     collected: CollectReport | None
     refused: CollectRefused | None
 
 
-def compact(reg: Registry, *, gc: bool = True, force: bool = False) -> CompactReport:
+def compact(
+    reg: Registry, *, gc: bool = True, force: bool = False, keep_history: Keep = None
+) -> CompactReport:
     """Collect the dead, fold the log into registry.json, archive what two snapshots cover.
 
     *Guarantee*: durable on return; safe to kill anywhere; writers go on meanwhile; no history is
-    lost. *Raises* LockBusy at once where another compaction runs, StoreMissing, DataDamaged.
+    lost unless `keep_history` says so: None keeps all, a timedelta what is younger, an int so many
+    bytes of archive, and a cursor holds back what it needs. *Raises* LockBusy at once where
+    another compaction runs, StoreMissing, DataDamaged.
     """
+    check_keep(keep_history)
     log = reg.log()
     lock = log.try_compact_lock()
     try:
@@ -52,10 +60,12 @@ def compact(reg: Registry, *, gc: bool = True, force: bool = False) -> CompactRe
         if folded:
             log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
         moved = _archive(log)
+        dropped = retain(log, keep_history)
         return CompactReport(
             folded_events=folded,
             snapshot_seq=current.last_seq,
             archived_segments=moved,
+            dropped=dropped,
             collected=collected,
             refused=refused,
         )

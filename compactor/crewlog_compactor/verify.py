@@ -4,6 +4,7 @@ Safe beside live writers and a running compaction: snapshots are read before the
 before the log, and only what the head covers is judged. A finding never stops the reading.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,6 +84,8 @@ class _Check:
     seq: int = 0
     hash: str = ""
     hole: bool = False  # damage so far: the fold is no longer the truth
+    partial: bool = False  # retention took the beginning: the fold begins at the older snapshot
+    bases: dict[int, Snapshot] = field(default_factory=dict)
     state: Fold = field(default_factory=fold.empty)
     checkpoints: dict[int, tuple[str, dict[str, Record], dict[str, int]] | None] = field(
         default_factory=dict
@@ -92,6 +95,7 @@ class _Check:
         snapshots = list(self._snapshots())
         head = self._head()
         self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
+        self.bases = {found.last_seq: found for _, found in snapshots[:1]}
         self.hash = self.directory.digest.hex()
         firsts = segments.all_of(self.directory)
         if not firsts:
@@ -161,6 +165,7 @@ class _Check:
         last = len(firsts) - 1
         if head is not None and head.segment in firsts:
             last = firsts.index(head.segment)
+        self._begin(firsts)
         for index, first in enumerate(firsts[: last + 1]):
             if first != self.seq + 1:
                 self._missing(first)
@@ -176,6 +181,25 @@ class _Check:
                 data = self._durable_part(name, first, data, head)
             self._walk(name, first, data, active=active)
         return self.seq
+
+    def _begin(self, firsts: list[int]) -> None:
+        """Take the beginning that retention dropped for policy, if a line of the log says so."""
+        first = firsts[0] if firsts else 1
+        if first == 1:
+            return
+        for found in reversed(firsts):
+            source = segments.open_segment(self.directory, found)
+            data = source.read(0, source.size())
+            source.close()
+            for raw in reversed(data.split(b"\n")):
+                if b'"type":"_archive_dropped"' in raw:
+                    with contextlib.suppress(LineError):
+                        told = codec.parse(raw)["data"]
+                        if told.get("last") == first - 1:
+                            self.seq, self.hash = first - 1, str(told.get("head"))
+                            self.partial = True
+                            self._rebase()
+                            return
 
     def _missing(self, first: int) -> None:
         if first > self.seq + 1:
@@ -277,14 +301,25 @@ class _Check:
         self.seq, self.hash = line["seq"], codec.digest(raw).hex()
         self.events += 1
         try:
-            self.state.apply(line)
+            if not self.partial:
+                self.state.apply(line)
         except FoldError as error:
             if not self.hole:  # behind a hole, it tells only of the hole
                 self._report("log_corrupt", name, str(error), offset=offset, seq=line["seq"])
+        self._rebase()
         if self.seq in self.checkpoints:
             copied = self.state.copy()
             self.checkpoints[self.seq] = (self.hash, copied.records, copied.totals)
         return (index + 1, count) if index + 1 < count else (0, 0)
+
+    def _rebase(self) -> None:
+        """Begin the fold at the older snapshot, where the history before it was dropped."""
+        base = self.bases.get(self.seq) if self.partial else None
+        if base is not None:
+            self.state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+            self.partial = False
+            copied = self.state.copy()
+            self.checkpoints[self.seq] = (self.hash, copied.records, copied.totals)
 
     def _header(self, name: str, first: int, line: Line) -> None:
         data = line["data"]

@@ -4,6 +4,7 @@ See `crewlog.open` for the registry; every error is a `CrewlogError`.
 """
 
 import logging
+from typing import TYPE_CHECKING
 
 from crewlog.batch import Batch
 from crewlog.errors import (
@@ -12,6 +13,8 @@ from crewlog.errors import (
     CollectRefused,
     CompactedError,
     CrewlogError,
+    CursorBusy,
+    CursorCorrupt,
     DataDamaged,
     FormatTooNew,
     HistoryDiverged,
@@ -33,11 +36,14 @@ from crewlog.errors import (
     StorePoisoned,
     UnsafePermissions,
     Unsupported,
+    WaitTimeout,
+    WorkerEnded,
     WorkerExists,
     WorkerNotFound,
 )
 from crewlog.events import (
     Change,
+    Diff,
     Event,
     Exit,
     Identity,
@@ -49,7 +55,11 @@ from crewlog.events import (
 )
 from crewlog.liveness import Evidence, Liveness, Verdict
 from crewlog.registry import Registry, open  # noqa: A004 (crewlog.open is the promised name)
+from crewlog.subscribe import Mirror, Subscription
 from crewlog.watch import Watch
+
+if TYPE_CHECKING:
+    from crewlog.awatch import AsyncWatch
 
 logging.getLogger("crewlog").addHandler(logging.NullHandler())
 
@@ -58,12 +68,16 @@ __version__ = "0.1.0"
 __all__ = [
     "AppendUncertain",
     "ArchiveDamaged",
+    "AsyncWatch",
     "Batch",
     "Change",
     "CollectRefused",
     "CompactedError",
     "CrewlogError",
+    "CursorBusy",
+    "CursorCorrupt",
     "DataDamaged",
+    "Diff",
     "Event",
     "Evidence",
     "Exit",
@@ -77,6 +91,7 @@ __all__ = [
     "LockBusy",
     "LogCorrupt",
     "LogRegressed",
+    "Mirror",
     "NotAStore",
     "ProcessNotFound",
     "Registry",
@@ -90,14 +105,27 @@ __all__ = [
     "StorageFull",
     "StoreMissing",
     "StorePoisoned",
+    "Subscription",
     "Synced",
     "UnsafePermissions",
     "Unsupported",
     "Verdict",
+    "WaitTimeout",
     "Watch",
     "Worker",
+    "WorkerEnded",
     "WorkerExists",
     "WorkerNotFound",
     "WorkerState",
     "open",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Load what brings asyncio with it only when it is asked for."""
+    if name == "AsyncWatch":
+        from crewlog.awatch import AsyncWatch  # noqa: PLC0415
+
+        return AsyncWatch
+    message = f"module 'crewlog' has no attribute {name!r}"
+    raise AttributeError(message)

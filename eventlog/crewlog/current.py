@@ -18,7 +18,7 @@ from typing import Final
 
 from crewlog import codec, fold, layout, segments, snapshot
 from crewlog.directory import Directory
-from crewlog.errors import HistoryDiverged, LogCorrupt
+from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.events import Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.segments import Position, Reader
@@ -49,6 +49,12 @@ class Current:
 
     def durable(self, head: Position) -> Fold:
         """Return the fold of everything up to `head`, which the caller knows to be durable."""
+        try:
+            return self._fold_to(head)
+        except SegmentMissing:  # retention took what we had not read; the snapshot covers it
+            return self._fold_to(head)
+
+    def _fold_to(self, head: Position) -> Fold:
         state, reader = self._load()
         if reader.position.seq < head.seq:
             with self._all_or_nothing():
@@ -83,7 +89,7 @@ class Current:
             first = next(segments.walk(source, segments.start_of(seq + 1)), None)
         finally:
             source.close()
-        if first is None:
+        if first is None or first.line is None:
             raise LogCorrupt(
                 source.name,
                 offset=0,
@@ -91,7 +97,7 @@ class Current:
                 reason="it is empty",
                 proof="a segment's header is durable before the segment gets its name",
             )
-        if first[0]["prev"] != hash_:
+        if first.line["prev"] != hash_:
             raise HistoryDiverged(self._directory.where(layout.SNAPSHOT), seq=seq)
 
     # -- for writers ------------------------------------------------------------------------

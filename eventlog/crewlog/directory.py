@@ -68,6 +68,14 @@ class Directory:
         """Return the full name of a file of the store, for messages."""
         return str(self.path.joinpath(*names))
 
+    def is_at(self, path: Path) -> bool:
+        """Say whether the directory at `path` is this one; True where nothing is there."""
+        try:
+            there, mine = os.stat(path), os.fstat(self.root)
+        except FileNotFoundError:
+            return True
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
     def lock_path(self, name: str) -> str:
         """Return the full name of a lock file, for messages."""
         return self.where(layout.LOCKS, name)

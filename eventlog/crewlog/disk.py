@@ -57,9 +57,9 @@ class Disk:
         """Write once at the end of an appending descriptor; return how many bytes were taken."""
         return os.write(fd, data)
 
-    def overwrite(self, fd: int, data: bytes) -> None:
-        """Write a small state file as a whole, in place."""
-        if os.pwrite(fd, data, 0) != len(data):
+    def overwrite(self, fd: int, data: bytes, offset: int = 0) -> None:
+        """Write a small state, or one slot of it, in place."""
+        if os.pwrite(fd, data, offset) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def cut(self, fd: int, size: int) -> None:

@@ -195,6 +195,53 @@ class CollectRefused(CrewlogError):
         )
 
 
+class CursorBusy(CrewlogError):
+    """Another subscriber owns the cursor."""
+
+    code = "cursor_busy"
+    exit_code = 75
+
+    def __init__(self, name: str, *, holder: str) -> None:
+        """Name the cursor and, where the kernel tells, its owner."""
+        self.name = name
+        self.holder = holder
+        super().__init__(
+            f"cursor {name!r} is in use",
+            why=f"{holder} owns it",
+            remedy="One subscriber at a time: end the other one, or use another name",
+        )
+
+
+class WaitTimeout(CrewlogError):
+    """What was waited for did not happen in time."""
+
+    code = "wait_timeout"
+    exit_code = 124
+
+    def __init__(self, what: str, *, waited_s: float) -> None:
+        """Say what was waited for and how long, in seconds."""
+        self.waited_s = waited_s
+        super().__init__(f"{what} did not happen", why=f"within {waited_s:g} s")
+
+
+class WorkerEnded(CrewlogError):
+    """A worker ended while its being something else was waited for."""
+
+    code = "worker_ended"
+    exit_code = 1
+
+    def __init__(self, sid: str, *, state: str, wanted: str) -> None:
+        """Name the worker, how it ended, and what it should have become."""
+        self.sid = sid
+        self.state = state
+        self.wanted = wanted
+        super().__init__(
+            f"worker {sid!r} will not become {wanted!r}",
+            why=f"it has ended as {state!r}",
+            remedy=f"See `crewlog history --sid {sid}`",
+        )
+
+
 # -- the store is not usable as asked -------------------------------------------------------
 
 
@@ -444,6 +491,21 @@ class SnapshotCorrupt(DataDamaged):
             where=where,
             why=why,
             remedy="Nothing was changed; run `crewlog verify` for the whole picture",
+        )
+
+
+class CursorCorrupt(DataDamaged):
+    """A cursor's file is damaged."""
+
+    code = "cursor_corrupt"
+
+    def __init__(self, where: str) -> None:
+        """Name the file."""
+        super().__init__(
+            "the cursor is damaged",
+            where=where,
+            why="neither of its slots is whole",
+            remedy="Set it anew: crewlog cursor rm NAME, then crewlog cursor set NAME SEQ",
         )
 
 

@@ -5,7 +5,7 @@ objects; what users hold are frozen dataclasses built from them.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -196,16 +196,51 @@ class Event:
     raw: bytes = field(repr=False)
 
 
+class Workers(Mapping[str, Worker]):
+    """Workers by sid, each built when it is asked for."""
+
+    __slots__ = ("_records",)
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        """Keep records that are never changed."""
+        self._records = records
+
+    def __getitem__(self, sid: str) -> Worker:
+        """Return the worker of that sid, KeyError if there is none."""
+        return worker_of(self._records[sid])
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the sids, in order of registration."""
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        """Count the workers."""
+        return len(self._records)
+
+    def revs(self) -> dict[str, int]:
+        """Return each worker's rev, without building the workers."""
+        return {sid: record["rev"] for sid, record in self._records.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """The state at one seq: every worker that is not pruned, in order of registration."""
 
     seq: int
-    workers: Mapping[str, Worker]
+    workers: Workers
 
     def get(self, sid: str) -> Worker | None:
         """Return the worker of that sid, None if there is none."""
         return self.workers.get(sid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """How a state differs from the one that a watcher had last, by sid."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,13 +277,18 @@ class Synced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reset:
-    """A watcher's item: the events `lost` (first, last) cannot be delivered; go on from `state`."""
+    """A watcher's item: events were not delivered and will not be; go on from `state`.
+
+    `lost` is their exact range (first, last), None where another store took the place of this
+    one. `diff` compares with what the watcher had, None where it had not begun with a state.
+    """
 
     kind: Literal["reset"] = "reset"
     seq: int
     reason: Literal["compacted", "replaced"]
     lost: tuple[int, int] | None
     state: State
+    diff: Diff | None
 
 
 Item: TypeAlias = Change | Synced | Reset
@@ -310,6 +350,15 @@ def event_of(line: Line, raw: bytes) -> Event:
     )
 
 
-def state_of(seq: int, records: Iterable[Record]) -> State:
-    """Build the frozen state from the fold's records."""
-    return State(seq=seq, workers={r["sid"]: worker_of(r) for r in records})
+def state_of(seq: int, records: Mapping[str, Record]) -> State:
+    """Build the frozen state from records that are never changed."""
+    return State(seq=seq, workers=Workers(records))
+
+
+def diff_of(before: Mapping[str, int], after: Mapping[str, int]) -> Diff:
+    """Compare two states by the revs of their workers."""
+    return Diff(
+        added=tuple(sid for sid in after if sid not in before),
+        changed=tuple(sid for sid in after if sid in before and before[sid] != after[sid]),
+        removed=tuple(sid for sid in before if sid not in after),
+    )

@@ -84,7 +84,13 @@ LOCK_POLL_MAX_S: Final = 0.000_5
 SYNC_GATHER_MAX_S: Final = 0.000_3
 SYNC_GATHER_SHARE: Final = 0.15
 SAFETY_LOOK_S: Final = 1.0
-POLL_S: Final = 0.05
+# Polling: this soon after a change, then doubling.
+POLL_MIN_S: Final = 0.01
+POLL_MAX_S: Final = 0.25
+RETRY_MAX_S: Final = 30.0
+# A wake may be this late before it counts as never sent.
+WAKE_GRACE_S: Final = 0.1
+CURSOR_HOLD_BYTES_MAX: Final = 1024 * 1024 * 1024
 TORN_READ_TRIES: Final = 1000
 SEGMENT_OPEN_TRIES: Final = 8
 

@@ -123,6 +123,18 @@ class Lock:
         return "another process"
 
 
+def take(name: str, *, at: int, where: str) -> Lock:
+    """Open a lock file and take the lock at once; the caller closes it. *Raises* LockBusy."""
+    lock = Lock(name, at=at, where=where)
+    try:
+        if not lock.try_acquire():
+            raise LockBusy(where, waited_s=0, holder=lock.holder())
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
 def pauses() -> Iterator[float]:
     """Yield how long to wait between tries, in seconds: short at first, soon longer."""
     pause_s = layout.LOCK_POLL_MIN_S

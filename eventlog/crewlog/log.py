@@ -52,7 +52,7 @@ from crewlog.codec import AppendState, Draft, DurableHead
 from crewlog.current import Current, Written
 from crewlog.directory import Directory
 from crewlog.errors import (
-    LockBusy,
+    CompactedError,
     LogCorrupt,
     LogRegressed,
     RegistryClosed,
@@ -61,9 +61,9 @@ from crewlog.errors import (
 )
 from crewlog.events import JsonObject, Line
 from crewlog.fold import Fold
-from crewlog.lock import Lock
+from crewlog.lock import Lock, take
 from crewlog.recovery import Found
-from crewlog.segments import Position, Reader, Source
+from crewlog.segments import Needles, Position, Reader, Source
 from crewlog.states import States
 from crewlog.store import Appended, Decide
 from crewlog.sync import Syncer
@@ -111,6 +111,7 @@ class Log:
         `recovery_pending` is then set and nothing is changed.
         """
         with disk.failures("cannot read the registry", where=self._where()):
+            self._states.renew()
             head = self._states.head()
             if head is None or head.boot != self._boot:
                 judged = self._judged(head)
@@ -123,6 +124,8 @@ class Log:
 
     def _judged(self, head: DurableHead | None) -> DurableHead:
         """Return the head that a recovery would publish."""
+        if os.fstat(self.directory.root).st_nlink == 0:
+            raise StoreMissing(self._where(), why="its directory was removed")
         with self.mutex:
             self._current.load()
             snapshot_seq = self._current.snapshot_seq
@@ -153,22 +156,33 @@ class Log:
         with disk.failures("cannot read the log", where=self._where()), self.mutex:
             yield self._current.durable(_position(head))
 
-    def read(self, after: int) -> Iterator[tuple[Line, bytes]]:
-        """Yield every durable line after seq `after`, up to the last one of now."""
-        head = self.head()
-        if after >= head.seq:
-            return
-        reader = self.reader(after)
-        try:
-            for line, raw in reader.read(_position(head)):
-                if line["seq"] > after:
-                    yield line, raw
-        finally:
-            reader.close()
+    def read(self, after: int, *, needles: Needles = None) -> Iterator[tuple[Line, bytes]]:
+        """Yield the durable lines after seq `after` that hold a needle, up to the last of now.
 
-    def reader(self, after: int) -> Reader:
-        """Return a reader whose segment holds the line after seq `after`; it may begin before."""
-        return Reader(self.directory, segments.find(self.directory, after))
+        *Raises* CompactedError where the line after `after` is no longer kept.
+        """
+        with disk.failures("cannot read the log", where=self._where()):
+            head = self.head()
+            if after >= head.seq:
+                return
+            reader = self.reader(after, needles=needles)
+            try:
+                for line, raw in reader.read(_position(head)):
+                    if line["seq"] > after:
+                        yield line, raw
+            finally:
+                reader.close()
+
+    def reader(self, after: int, *, needles: Needles = None) -> Reader:
+        """Return a reader whose segment holds the line after seq `after`; it may begin before.
+
+        *Raises* CompactedError where that line is no longer kept.
+        """
+        oldest = self.first_seq()
+        if after + 1 < oldest:
+            snapshot_seq = self._current.snapshot_seq
+            raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
+        return Reader(self.directory, segments.find(self.directory, after), needles=needles)
 
     def _where(self) -> str:
         return str(self.directory.path)
@@ -233,12 +247,13 @@ class Log:
         """Bring log and states into the order that an append starts from. Held: append."""
         if self.closed:
             raise RegistryClosed(self._where())
+        self._states.renew()
         state, head = self._states.append_state(), self._states.head()
         self._sync.require_sound(head)
         if state is None or head is None or state.boot != self._boot or head.boot != self._boot:
             state, head = self._recover(head)
         if not self._names_durable:  # who created the store may have died before it synced them
-            self._certain_directory(self.directory.root)
+            self._sync.certain_directory(self.directory.root)
             self._names_durable = True
         active = self._open_active(state.segment)
         found = os.fstat(active.fd)
@@ -329,10 +344,7 @@ class Log:
                 via.cut(active.fd, state.end)
                 self._states.put_append_state(state)
             except OSError as second:
-                number = second.errno or errno.EIO
-                with self._sync.nobody_leads():
-                    self._sync.poison(number)
-                raise self._sync.poisoned(number, outcome="unknown") from error
+                raise self._sync.poison_alone(second.errno or errno.EIO) from error
             where = self.directory.where(layout.LOG, active.name)
             raise from_oserror(error, "cannot append", where=where) from error
 
@@ -385,7 +397,7 @@ class Log:
                 prev=sealed.hash,
             )
             segments.put(self.directory, first, raw)
-        self._certain_directory(self.directory[layout.LOG])
+        self._sync.certain_directory(self.directory[layout.LOG])
         active = self._open_active(first)
         self._require_one_name(active)
         data = active.read(0, active.size())
@@ -403,11 +415,6 @@ class Log:
         self._current.catch_up(_end(begun))
         self._sync.make_durable(begun.seq)
         return begun
-
-    def _certain_directory(self, fd: int) -> None:
-        """Sync a directory; a failure poisons the store, as that of any sync does."""
-        with self._sync.nobody_leads():
-            self._sync.certain(self.directory.disk.sync_directory, fd)
 
     # -- recovery ---------------------------------------------------------------------------
 
@@ -440,12 +447,8 @@ class Log:
 
     def try_compact_lock(self) -> Lock:
         """Take locks/compact or raise LockBusy at once; the caller closes it."""
-        lock = self._lock(layout.LOCK_COMPACT)
-        if not lock.try_acquire():
-            holder = lock.holder()
-            lock.close()
-            raise LockBusy(self.directory.lock_path(layout.LOCK_COMPACT), waited_s=0, holder=holder)
-        return lock
+        name = layout.LOCK_COMPACT
+        return take(name, at=self.directory[layout.LOCKS], where=self.directory.lock_path(name))
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: the state may be half moved; locks mind themselves."""

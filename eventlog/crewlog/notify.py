@@ -1,63 +1,86 @@
-"""Wake a reader when head/durable may have changed. A wake only means: look again.
+"""Wake readers when head/durable may have changed. A wake only means: look again.
 
-Late, lost, doubled and early wakes change nothing about what is delivered; the reader looks by
-itself once a second anyway. This is the only module that uses watchdog.
+Late, lost, doubled and early wakes change nothing about what is delivered; a reader looks by
+itself once a second anyway. One hub per process and directory holds one schedule with the system,
+however many readers listen. Where the system cannot tell (its limits are reached, the file system
+is a network one), or is proven not to (the head moved on and no wake came), the hub falls back to
+polling, with one warning. This is the only module that uses watchdog and inotify_simple.
 """
 
 import logging
+import os
+import select
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 from crewlog import layout
 
 _logger = logging.getLogger("crewlog.notify")
 
-
-class Waker(Protocol):
-    """Something that ends a wait early."""
-
-    def wait(self, timeout_s: float) -> None:
-        """Return after a wake, or after `timeout_s`; a wake since the last wait counts."""
-        ...
-
-    def wake(self) -> None:
-        """End the current or the next wait; callable from any thread."""
-        ...
-
-    def close(self) -> None:
-        """Give every resource back; idempotent."""
-        ...
+Backend: TypeAlias = Literal["auto", "inotify", "watchdog", "poll"]
+BACKENDS: Final = frozenset({"auto", "inotify", "watchdog", "poll"})
 
 
-class Poll:
-    """Look again after a short while, where the system cannot tell of changes."""
+class Bell:
+    """A wake for one reader: any number of rings before a wait count as one.
 
-    def __init__(self) -> None:
-        """Begin without a wake."""
-        self._event = threading.Event()
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait for `wake`, at most one polling interval."""
-        self._event.wait(min(timeout_s, layout.POLL_S))
-        self._event.clear()
-
-    def wake(self) -> None:
-        """End the wait."""
-        self._event.set()
-
-    def close(self) -> None:
-        """Hold nothing, so give nothing back."""
-
-
-class Watchdog:
-    """Be woken by watchdog: one schedule on one directory, for modified files only.
-
-    The handler does nothing but set an event: one that raised would kill watchdog's thread, one
-    that opened the file would call itself. *Raises* OSError where the system's limits are reached.
+    A plain lock used as a binary semaphore, so that a signal handler may ring while the very
+    thread that it interrupts is waiting; threading.Event would deadlock there.
     """
 
-    def __init__(self, directory: Path) -> None:
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        """Begin without a ring."""
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """End the current or the next wait."""
+        try:
+            self._lock.release()
+        except RuntimeError:  # it was rung already
+            return
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return True after a ring, False after `timeout_s`."""
+        return self._lock.acquire(timeout=max(0.0, timeout_s))
+
+
+class Rings(Protocol):
+    """What a source rings: every reader of a hub."""
+
+    def __call__(self) -> None:
+        """Ring them all; never raises and never touches a file."""
+        ...
+
+
+class Source(Protocol):
+    """Something of the system that tells of changes in one directory."""
+
+    name: str
+
+    def healthy(self) -> bool:
+        """Say whether it can still tell."""
+        ...
+
+    def close(self) -> None:
+        """Give every resource back."""
+        ...
+
+
+class WatchdogSource:
+    """watchdog: one schedule, for modified files only, that rings and does nothing else.
+
+    A handler that raised would kill watchdog's thread, one that opened the file would call
+    itself, two schedules with different filters on one directory leave the first one deaf.
+    *Raises* OSError where the system's limits are reached.
+    """
+
+    name = "watchdog"
+
+    def __init__(self, directory: Path, rings: Rings) -> None:
         """Watch `directory`; changes from here on are not missed."""
         from watchdog.events import (  # noqa: PLC0415 (reading does not need watchdog)
             FileModifiedEvent,
@@ -66,39 +89,230 @@ class Watchdog:
         )
         from watchdog.observers import Observer  # noqa: PLC0415 (as above)
 
-        event = threading.Event()
-
         class Handler(FileSystemEventHandler):
             def on_any_event(self, _: FileSystemEvent) -> None:
-                event.set()
+                rings()
 
-        self._event = event
         self._observer = Observer()
         self._observer.schedule(
             Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
         )
         self._observer.start()
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait for a change or `wake`."""
-        self._event.wait(timeout_s)
-        self._event.clear()
-
-    def wake(self) -> None:
-        """End the wait."""
-        self._event.set()
+    def healthy(self) -> bool:
+        """Say whether its threads run."""
+        return self._observer.is_alive() and all(e.is_alive() for e in self._observer.emitters)
 
     def close(self) -> None:
-        """Stop the observer's threads."""
-        if self._observer.is_alive():
-            self._observer.stop()
-            self._observer.join()
+        """Stop its threads."""
+        self._observer.stop()
+        self._observer.join()
 
 
-def waker(directory: Path) -> Waker:
-    """Return the best waker that this system allows."""
+class InotifySource:
+    """inotify directly: one thread that waits in the kernel and rings.
+
+    *Raises* OSError where the system's limits are reached, ImportError without inotify_simple.
+    """
+
+    name = "inotify"
+
+    def __init__(self, directory: Path, rings: Rings) -> None:
+        """Watch `directory`; changes from here on are not missed."""
+        from inotify_simple import INotify, flags  # noqa: PLC0415 (an extra)
+
+        self._inotify = INotify(nonblocking=True)
+        try:
+            self._inotify.add_watch(str(directory), flags.MODIFY)
+        except BaseException:
+            self._inotify.close()
+            raise
+        self._rings = rings
+        self._stop, self._stopped = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="crewlog-inotify", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        fd = self._inotify.fileno()
+        poll.register(fd, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        while True:
+            ready = [number for number, _ in poll.poll()]
+            if self._stop in ready:
+                return
+            try:
+                os.read(fd, layout.STATE_BYTES_MAX)  # what happened does not matter, that it did
+            except BlockingIOError:  # read already
+                continue
+            self._rings()
+
+    def healthy(self) -> bool:
+        """Say whether its thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stop its thread."""
+        os.close(self._stopped)
+        self._thread.join()
+        os.close(self._stop)
+        self._inotify.close()
+
+
+class Hub:
+    """One schedule for all readers of one directory in one process."""
+
+    def __init__(self, directory: Path, backend: Backend, *, local: bool) -> None:
+        """Choose the best source there is, or fall back to polling."""
+        self.directory = directory
+        self.identity = _identity(directory)
+        self.bells: set[Bell] = set()
+        self.source: Source | None = None
+        self._warned = False
+        if backend == "poll":
+            return
+        if not local:
+            self.fall_back("this is a network file system")
+            return
+        try:
+            self.source = _source(directory, backend, self.ring)
+        except OSError as error:  # EMFILE or ENOSPC: inotify's limits
+            self.fall_back(f"{error.strerror} (see fs.inotify in sysctl)")
+
+    def ring(self) -> None:
+        """Wake every reader."""
+        for bell in tuple(self.bells):
+            bell.ring()
+
+    def fall_back(self, why: str) -> None:
+        """Poll from now on; said once."""
+        source, self.source = self.source, None
+        if not self._warned:
+            self._warned = True
+            _logger.warning("no word of changes in %s: %s; polling instead", self.directory, why)
+        if source is not None:
+            source.close()
+        self.ring()
+
+
+def _source(directory: Path, backend: Backend, rings: Rings) -> Source:
+    if backend in {"auto", "inotify"}:
+        try:
+            return InotifySource(directory, rings)
+        except ImportError:  # not Linux, or the extra is not installed
+            if backend == "inotify":
+                raise
+    return WatchdogSource(directory, rings)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
     try:
-        return Watchdog(directory)
-    except OSError as error:  # EMFILE or ENOSPC: inotify's limits
-        _logger.warning("cannot be notified of changes (%s); polling instead", error)
-        return Poll()
+        found = os.stat(directory)
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+class _Hubs:
+    """The hubs of this process, counted by their readers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.by_key: dict[tuple[tuple[int, int], Backend], Hub] = {}
+
+    def join(self, directory: Path, backend: Backend, bell: Bell, *, local: bool) -> Hub:
+        with self.lock:
+            key = (_identity(directory), backend)
+            hub = self.by_key.get(key)
+            if hub is None:
+                hub = self.by_key[key] = Hub(directory, backend, local=local)
+            hub.bells.add(bell)
+            return hub
+
+    def leave(self, hub: Hub, backend: Backend, bell: Bell) -> None:
+        with self.lock:
+            hub.bells.discard(bell)
+            if hub.bells:
+                return
+            self.by_key.pop((hub.identity, backend), None)
+            source, hub.source = hub.source, None
+        if source is not None:
+            source.close()
+
+
+_hubs = _Hubs()
+
+
+def _forget_hubs() -> None:
+    """In a forked child: the parent's threads are not here, and its schedules are its own."""
+    global _hubs  # noqa: PLW0603 (one process, one set of hubs)
+    _hubs = _Hubs()
+
+
+os.register_at_fork(after_in_child=_forget_hubs)
+
+
+class Waker:
+    """One reader's place at a hub."""
+
+    def __init__(self, directory: Path, *, backend: Backend, local: bool, bell: Bell) -> None:
+        """Listen to changes in `directory` from here on."""
+        if backend not in BACKENDS:
+            message = f"backend {backend!r} is none of {', '.join(sorted(BACKENDS))}"
+            raise ValueError(message)
+        self._directory = directory
+        self._backend = backend
+        self._local = local
+        self.bell = bell
+        self._poll_s = layout.POLL_MIN_S
+        self._closed = False
+        self._hub = _hubs.join(directory, backend, self.bell, local=local)
+
+    @property
+    def source(self) -> str:
+        """Name what wakes: inotify, watchdog or poll."""
+        source = self._hub.source
+        return "poll" if source is None else source.name
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return True after a wake, False after `timeout_s`, or sooner where it must poll."""
+        if self._hub.source is not None:
+            return self.bell.wait(timeout_s)
+        pause_s, self._poll_s = self._poll_s, min(self._poll_s * 2, layout.POLL_MAX_S)
+        return self.bell.wait(min(timeout_s, pause_s))
+
+    def pause_s(self, timeout_s: float) -> float:
+        """Return how long to wait at most, for who waits by other means than `wait`."""
+        if self._hub.source is not None:
+            return timeout_s
+        pause_s, self._poll_s = self._poll_s, min(self._poll_s * 2, layout.POLL_MAX_S)
+        return min(timeout_s, pause_s)
+
+    def saw_change(self) -> None:
+        """Poll fast again: something happened."""
+        self._poll_s = layout.POLL_MIN_S
+
+    def wake(self) -> None:
+        """End the wait; from any thread or a signal handler."""
+        self.bell.ring()
+
+    def distrust(self, why: str) -> None:
+        """Poll from now on: the source is proven not to tell."""
+        if self._hub.source is not None:
+            self._hub.fall_back(why)
+
+    def check(self) -> None:
+        """Listen anew if the directory was replaced; poll if the source has died."""
+        if self._hub.source is None:
+            return
+        if not self._hub.source.healthy():
+            self._hub.fall_back(f"{self._hub.source.name} has stopped")
+        elif _identity(self._directory) not in {(0, 0), self._hub.identity}:
+            _hubs.leave(self._hub, self._backend, self.bell)
+            self._hub = _hubs.join(self._directory, self._backend, self.bell, local=self._local)
+
+    def close(self) -> None:
+        """Leave the hub; idempotent."""
+        if not self._closed:
+            self._closed = True
+            _hubs.leave(self._hub, self._backend, self.bell)

@@ -17,16 +17,22 @@ from crewlog import (
     create,
     directory,
     events,
+    feed,
     identity,
     layout,
     liveness,
-    notify,
     snapshot,
-    watch,
 )
 from crewlog.batch import Batch
 from crewlog.changes import Author, Step
-from crewlog.errors import RegistryClosed, StaleRevision, StoreMissing, WorkerExists, WorkerNotFound
+from crewlog.errors import (
+    CrewlogError,
+    RegistryClosed,
+    StaleRevision,
+    StoreMissing,
+    WorkerExists,
+    WorkerNotFound,
+)
 from crewlog.events import (
     FINAL,
     Event,
@@ -39,17 +45,17 @@ from crewlog.events import (
     state_of,
     worker_of,
 )
+from crewlog.follow import Following
 from crewlog.liveness import Liveness
 from crewlog.log import Log
 from crewlog.store import Appended
-from crewlog.watch import Watch
 
 Where: TypeAlias = str | os.PathLike[str] | None
 Via: TypeAlias = Literal["api", "cli", "gc"]
 _TRIES = 8  # a sid whose dead holder is replaced under us again and again
 
 
-class Registry:
+class Registry(Following):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
     *Guarantee*: a method that changes something returns once the event is durable; reading shows
@@ -110,6 +116,20 @@ class Registry:
         if log is None:
             raise StoreMissing(str(self.path))
         return log
+
+    def log_in_place(self) -> Log | None:
+        """Return the log of the store that is at the path now, reopened if it is another one."""
+        log = self._existing()
+        if log is None or log.directory.is_at(self.path):
+            return log
+        try:
+            found = directory.open_existing(self.path)
+        except CrewlogError:  # nothing whole is in its place yet
+            return log
+        with self._opening:
+            self._log = Log(found, wait_s=self._wait_s)
+        log.close()
+        return self._log
 
     def _existing(self) -> Log | None:
         if self._closed:
@@ -325,10 +345,10 @@ class Registry:
         """Return every worker that is not pruned, and the seq that this is the state of."""
         log = self._existing()
         if log is None:
-            return State(seq=0, workers={})
+            return state_of(0, {})
         with log.state() as state:
             copied = state.copy()
-        return state_of(copied.seq, copied.records.values())
+        return state_of(copied.seq, copied.records)
 
     def totals(self) -> Mapping[str, int]:
         """Return how many events of each type there ever were."""
@@ -387,49 +407,18 @@ class Registry:
         are aware times, the first included, the last not; `after` is a seq.
         *Raises* DataDamaged where the history is.
         """
-        wanted = watch.filter_of(None if sid is None else [sid], types)
+        wanted = feed.filter_of(None if sid is None else [sid], types)
         first = _moment(since, name="since")
         last = _moment(until, name="until")
         log = self._existing()
         if log is None:
             return
         start = log.first_seq() - 1 if after is None else after
-        for line, raw in log.read(start):
+        for line, raw in log.read(start, needles=wanted.needles()):
             if wanted.wants(line) and (first is None or line["ts"] >= first):
                 if last is not None and line["ts"] >= last:
                     continue  # times may step back: the next one may match again
                 yield event_of(line, raw)
-
-    def watch(
-        self,
-        *,
-        after: watch.After = None,
-        sids: Collection[str] | None = None,
-        types: Collection[str] | None = None,
-    ) -> Watch:
-        """Deliver events as they become durable.
-
-        *Args*: `after` None begins with the state of now, carried by the first Synced; an int with
-        the events after that seq; "now" with those to come; "oldest" with all that is kept.
-        *Guarantee*: in order, each once, none before it is durable, none left out but as a Reset
-        says. *Raises* StoreMissing if there is no store yet.
-        """
-        if not (after is None or after in {"now", "oldest"} or (type(after) is int and after >= 0)):
-            message = f"after must be a seq, 'now', 'oldest' or None, not {after!r}"
-            raise ValueError(message)
-        log = self.log()
-        waker = notify.waker(self.path / layout.HEAD)
-        try:
-            return Watch(
-                log,
-                after=after,
-                wanted=watch.filter_of(sids, types),
-                waker=waker,
-                state=self.state,
-            )
-        except BaseException:
-            waker.close()
-            raise
 
 
 def open(  # noqa: A001 (crewlog.open is the promised name)

@@ -8,8 +8,8 @@ no longer needs them; a reader follows them there.
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, TypeAlias
 
 from crewlog import codec, disk, events, layout
 from crewlog.codec import LineError
@@ -19,6 +19,8 @@ from crewlog.events import JsonObject, Line
 from crewlog.recovery import Found
 
 STORE_ACTOR: Final = b"{}"
+# Byte strings of which a line must hold one to be looked at; None: every line is.
+Needles: TypeAlias = Sequence[bytes] | None
 
 
 class Position(NamedTuple):
@@ -150,14 +152,24 @@ def _unpack(directory: Directory, first: int) -> bytes:
 # -- walking --------------------------------------------------------------------------------
 
 
-def walk(
-    source: Source, start: Position, *, end: int | None = None
-) -> Iterator[tuple[Line, bytes, int]]:
-    """Yield (line, raw, offset after it) from a position up to `end` bytes, or to the end.
+class Step(NamedTuple):
+    """What a walk found: a line, or None where lines were passed over; where it stands after it."""
 
-    Every line is checked by itself and for its seq. *Raises* LogCorrupt or ArchiveDamaged at the
-    first that fails, LogRegressed where the file ends before `end`: the caller has proof that
-    these bytes were durable.
+    line: Line | None
+    raw: bytes
+    offset: int
+    seq: int
+
+
+def walk(
+    source: Source, start: Position, *, end: int | None = None, needles: Needles = None
+) -> Iterator[Step]:
+    """Step from a position up to `end` bytes, or to the end of the segment.
+
+    Every line is checked by itself and for its seq, but lines that hold none of the `needles` are
+    passed over unparsed. *Raises* LogCorrupt or ArchiveDamaged at the first that fails,
+    LogRegressed where the file ends before `end`: the caller has proof that these bytes were
+    durable.
     """
     offset, seq = start.offset, start.seq
     rest = b""
@@ -167,21 +179,36 @@ def walk(
         chunk = source.read(at, min(layout.READ_BYTES, stop - at))
         if not chunk:
             raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were durable")
-        *whole, rest = (rest + chunk).split(b"\n")
+        data = rest + chunk
+        whole, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
         if len(rest) > layout.LINE_BYTES_CEILING:
             raise _damaged(source, offset, seq + 1, "no newline where one must be")
-        for raw in whole:
-            try:
-                line = codec.parse(raw)
-            except LineError as error:
-                raise _damaged(source, offset, seq + 1, str(error)) from error
-            if line["seq"] != seq + 1:
-                raise _damaged(source, offset, seq + 1, f"seq is {line['seq']}")
-            offset += len(raw) + 1
-            seq += 1
-            yield line, raw, offset
+        if needles is not None and not _any(needles, whole):
+            offset, seq = offset + len(whole), seq + whole.count(b"\n")
+            yield Step(None, b"", offset, seq)
+            continue
+        for raw in whole.split(b"\n")[:-1]:
+            line = None
+            if needles is None or _any(needles, raw):
+                line = _parsed(source, raw, offset, seq + 1)
+            offset, seq = offset + len(raw) + 1, seq + 1
+            yield Step(line, raw, offset, seq)
     if rest:
         raise _damaged(source, offset, seq + 1, "no newline at the end of a durable line")
+
+
+def _any(needles: Sequence[bytes], data: bytes) -> bool:
+    return any(needle in data for needle in needles)
+
+
+def _parsed(source: Source, raw: bytes, offset: int, seq: int) -> Line:
+    try:
+        line = codec.parse(raw)
+    except LineError as error:
+        raise _damaged(source, offset, seq, str(error)) from error
+    if line["seq"] != seq:
+        raise _damaged(source, offset, seq, f"seq is {line['seq']}")
+    return line
 
 
 def _damaged(source: Source, offset: int, seq: int, reason: str) -> LogCorrupt | ArchiveDamaged:
@@ -216,12 +243,15 @@ def find(directory: Directory, after: int) -> Position:
 class Reader:
     """Read on from a position, through rotations and the archive, one segment open at a time."""
 
-    __slots__ = ("_directory", "_source", "position")
+    __slots__ = ("_directory", "_needles", "_source", "position")
 
-    def __init__(self, directory: Directory, position: Position) -> None:
-        """Begin at `position`."""
+    def __init__(
+        self, directory: Directory, position: Position, *, needles: Needles = None
+    ) -> None:
+        """Begin at `position`; with `needles`, lines that hold none of them are passed over."""
         self._directory = directory
         self._source: Source | None = None
+        self._needles = needles
         self.position = position
 
     def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
@@ -233,10 +263,12 @@ class Reader:
             segment = self.position.segment
             end = stop.offset if segment == stop.segment else None
             kind = ""
-            for line, raw, offset in walk(self._open(segment), self.position, end=end):
-                self.position = Position(segment, offset, line["seq"])
-                kind = line["type"]
-                yield line, raw
+            for step in walk(self._open(segment), self.position, end=end, needles=self._needles):
+                self.position = Position(segment, step.offset, step.seq)
+                kind = ""
+                if step.line is not None:
+                    kind = step.line["type"]
+                    yield step.line, step.raw
             if self.position.seq >= stop.seq:
                 return
             if kind not in {"", events.SEAL}:

@@ -86,6 +86,12 @@ class StateFile:
             self._fd, self._writable = fd, change
         return self._fd
 
+    def renew(self) -> None:
+        """Let go of a file that was removed or replaced; the next use opens the one in place."""
+        with self._guard:
+            if self._fd != _NONE and os.fstat(self._fd).st_nlink == 0:
+                self._drop()
+
     def _drop(self) -> None:
         if self._fd != _NONE:
             os.close(self._fd)
@@ -131,6 +137,11 @@ class States:
     def put_head(self, head: DurableHead) -> None:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
         self._head.store(codec.encode_durable_head(head))
+
+    def renew(self) -> None:
+        """Let go of files that are no longer in place."""
+        self._append.renew()
+        self._head.renew()
 
     def after_fork(self) -> None:
         """Go on in a forked child."""

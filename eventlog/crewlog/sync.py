@@ -170,6 +170,17 @@ class Syncer:
                 outcome="unknown",
             ) from error
 
+    def certain_directory(self, fd: int) -> None:
+        """Sync a directory while nobody leads. Held: append."""
+        with self.nobody_leads():
+            self.certain(self._directory.disk.sync_directory, fd)
+
+    def poison_alone(self, number: int) -> StorePoisoned:
+        """Poison while nobody leads; return the error for a line that may stay. Held: append."""
+        with self.nobody_leads():
+            self.poison(number)
+        return self.poisoned(number, outcome="unknown")
+
     def poison(self, number: int) -> None:
         """Tell every process, of this boot and later ones, that nothing may be acknowledged.
 

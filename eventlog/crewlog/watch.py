@@ -1,42 +1,131 @@
-"""Turn a position into items: every durable event after it, once, in order.
+"""Wait for items: arm the waker, look, then wait; look again at every wake and every second.
 
-Level-triggered: arm the waker, read head/durable, deliver up to it, then wait. The log is the
-buffer, so a slow watcher costs the writers nothing and itself no more than one read chunk.
+Level-triggered: a wake only means that it is worth looking. What makes a wait end, or fail to,
+changes nothing about what is delivered.
 """
 
+import os
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Literal, Self, TypeAlias
+from typing import Self
 
-from crewlog import layout, segments
-from crewlog.codec import DurableHead
-from crewlog.errors import SegmentMissing
-from crewlog.events import Change, Item, Line, Reset, State, Synced, event_of
+from crewlog import layout
+from crewlog.cursor import Cursor
+from crewlog.errors import RegistryClosed
+from crewlog.events import Item, Reset
+from crewlog.feed import Feed
 from crewlog.log import Log
 from crewlog.notify import Waker
-from crewlog.segments import Position, Reader
-
-After: TypeAlias = int | Literal["now", "oldest"] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which events a watcher wants; None: all of the workers' events."""
+class Vigil:
+    """What the waiting kinds of watcher share: cursor, safety look, a fork's aftermath."""
 
-    sids: frozenset[str] | None = None
-    types: frozenset[str] | None = None
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        waker: Waker,
+        arm: Callable[[], Waker],
+        current: Callable[[], Log | None],
+        cursor: Cursor | None,
+    ) -> None:
+        """Watch a feed; `arm` makes another waker, `current` says which log is in place now."""
+        self.feed = feed
+        self.waker = waker
+        self.cursor = cursor
+        self.wakes = 0
+        self.closed = False
+        self._arm = arm
+        self._current = current
+        self._pid = os.getpid()
+        self._looked_at = time.monotonic()
+        self._waiting: Reset | None = None
+        self._unacknowledged: int | None = None
 
-    def wants(self, line: Line) -> bool:
-        """Say whether the event is to be delivered; the store's own only where named by type."""
-        kind = line["type"]
-        if self.types is None:
-            if kind.startswith("_"):
-                return False
-        elif kind not in self.types:
+    def begin(self) -> None:
+        """Do what the next take has to do first: acknowledge the last item, mind a fork."""
+        if self._pid != os.getpid():
+            self._rearm()
+        if self.cursor is not None and self._unacknowledged is not None:
+            self.cursor.advance(self._unacknowledged)
+            self._unacknowledged = None
+
+    def _rearm(self) -> None:
+        """Listen anew in a forked child; a cursor stays with the parent, which owns it."""
+        if self.cursor is not None:
+            raise RegistryClosed(f"cursor {self.cursor.name} in a forked child")
+        log = self._current()
+        if log is not None:
+            self.feed.rearm(log)
+        self.waker = self._arm()
+        self._pid = os.getpid()
+
+    def look(self, lines_max: int | None = None) -> Item | None:
+        """Return the next item that is there now."""
+        item: Item | None = self._waiting
+        if item is None:
+            item = self.feed.look(lines_max)
+        self._waiting = None
+        if item is not None:
+            self.waker.saw_change()
+            self._unacknowledged = item.seq
+        elif self.cursor is not None and not self.feed.unfinished:
+            self.cursor.advance(self.feed.position)  # nothing is left that was not acknowledged
+        return item
+
+    def overdue(self) -> bool:
+        """Say whether it is time for a safety look, and take it as done."""
+        now = time.monotonic()
+        if now - self._looked_at < 0.9 * layout.SAFETY_LOOK_S:
             return False
-        return self.sids is None or line["sid"] in self.sids
+        self._looked_at = now
+        return True
+
+    def moved_unseen(self) -> bool:
+        """Say whether the head has moved on without a wake so far."""
+        return self.waker.source != "poll" and self.feed.log.last_seq() > self.feed.seen_seq
+
+    def distrust(self) -> None:
+        """Take the missing wake as proof."""
+        self.waker.distrust("the head moved on and no wake came")
+
+    def check_place(self) -> None:
+        """See whether the directory is still the one that is watched."""
+        self.waker.check()
+        log = self._current()
+        if log is not None and log is not self.feed.log:
+            self._waiting = self.feed.moved_to(log)
+
+    def stats(self) -> dict[str, int | str]:
+        """Return counts for a person: items and wakes so far, position, lag, what wakes."""
+        return {
+            "delivered": self.feed.delivered,
+            "wakes": self.wakes,
+            "position": self.feed.position,
+            "lag": self.lag(),
+            "source": self.waker.source,
+        }
+
+    def lag(self) -> int:
+        """Return how many durable lines lie ahead, filtered ones included."""
+        return max(0, self.feed.log.last_seq() - self.feed.position)
+
+    def acknowledge(self, item: Item) -> None:
+        """Acknowledge everything up to this item now."""
+        if self.cursor is None:
+            message = "there is no cursor to acknowledge to: give watch(cursor=…)"
+            raise ValueError(message)
+        self.cursor.advance(item.seq)
+
+    def end(self) -> None:
+        """Give every resource back."""
+        self.waker.close()
+        self.feed.close()
+        if self.cursor is not None and self._pid == os.getpid():
+            self.cursor.close()
 
 
 class Watch:
@@ -45,60 +134,40 @@ class Watch:
     One thread at a time may take items; `close` may come from any thread or a signal handler.
     """
 
-    def __init__(
-        self,
-        log: Log,
-        *,
-        after: After,
-        wanted: Filter,
-        waker: Waker,
-        state: Callable[[], State],
-    ) -> None:
-        """Begin after seq `after`; None: with the state of now, "now": with nothing before."""
-        self._log = log
-        self._wanted = wanted
-        self._waker = waker
-        self._state = state
-        self._closed = False
-        self._lines: Iterator[tuple[Line, bytes]] | None = None
-        self._reader: Reader | None = None
-        self._announced = False
-        self._first: State | None = None
-        self._position = self._begin(after)
-
-    def _begin(self, after: After) -> int:
-        match after:
-            case None:
-                self._first = self._state()
-                return self._first.seq
-            case "now":
-                return self._log.last_seq()
-            case "oldest":
-                return segments.all_of(self._log.directory)[0] - 1
-            case _:
-                return min(after, self._log.last_seq())
-
-    # -- taking items -----------------------------------------------------------------------
+    def __init__(self, vigil: Vigil) -> None:
+        """Use `Registry.watch`."""
+        self._vigil = vigil
+        self._taking = threading.Lock()  # held while a thread is inside `next`
 
     @property
     def position(self) -> int:
         """Return the seq up to which everything was delivered or filtered out."""
-        return self._position
+        return self._vigil.feed.position
 
     @property
     def lag(self) -> int:
-        """Return how many durable events lie ahead of the position, filtered ones included."""
-        return max(0, self._log.last_seq() - self._position)
+        """Return how many durable lines lie ahead of the position, filtered ones included."""
+        return self._vigil.lag()
 
     def next(self, timeout_s: float | None = None) -> Item | None:
-        """Return the next item; None after `timeout_s` without one, or once closed.
+        """Return the next item; None after `timeout_s` seconds without one, or once closed.
 
-        *Raises* DataDamaged where the log is damaged, SegmentMissing where a part is gone that
-        no snapshot covers.
+        With a cursor, taking an item acknowledges the one before. *Raises* CompactedError if that
+        was asked for; DataDamaged where the log is damaged.
         """
+        with self._taking:
+            item = self._next(timeout_s)
+        if self._vigil.closed:
+            self.close()  # whoever closed it could not let go while we were inside
+        return item
+
+    def _next(self, timeout_s: float | None) -> Item | None:
+        vigil = self._vigil
+        if not vigil.closed:
+            vigil.begin()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._closed:
-            item = self._look()
+        while not vigil.closed:
+            item = vigil.look()
             if item is not None:
                 return item
             left_s = layout.SAFETY_LOOK_S
@@ -106,8 +175,17 @@ class Watch:
                 left_s = min(left_s, deadline - time.monotonic())
                 if left_s <= 0:
                     return None
-            self._waker.wait(left_s)
+            if vigil.waker.wait(left_s):
+                vigil.wakes += 1
+            elif vigil.overdue():
+                self._safety_look()
         return None
+
+    def _safety_look(self) -> None:
+        vigil = self._vigil
+        if vigil.moved_unseen() and not vigil.waker.wait(layout.WAKE_GRACE_S):
+            vigil.distrust()
+        vigil.check_place()
 
     def drain(self) -> list[Item]:
         """Return every item that is there now, without waiting."""
@@ -116,66 +194,31 @@ class Watch:
             items.append(item)
         return items
 
-    def _look(self) -> Item | None:
-        """Deliver from the read under way, else from what has become durable since."""
-        try:
-            while True:
-                item = self._delivered()
-                if item is not None:
-                    return item
-                head = self._log.head()
-                if head.seq <= self._position:
-                    return self._announce()
-                self._lines = self._read(head)
-        except SegmentMissing as error:
-            return self._reset(error)
+    @property
+    def has_cursor(self) -> bool:
+        """Say whether there is a cursor to acknowledge to."""
+        return self._vigil.cursor is not None
 
-    def _delivered(self) -> Item | None:
-        if self._lines is None:
-            return None
-        for line, raw in self._lines:
-            if line["seq"] <= self._position:
-                continue  # the segment began before the position
-            self._position = line["seq"]
-            if self._wanted.wants(line):
-                return Change(event=event_of(line, raw))
-        self._lines = None
-        return None
+    def ack(self, item: Item) -> None:
+        """Acknowledge everything up to `item` to the cursor now, not at the next take."""
+        self._vigil.acknowledge(item)
 
-    def _announce(self) -> Item | None:
-        if self._announced:
-            return None
-        self._announced = True
-        first, self._first = self._first, None
-        return Synced(seq=self._position, state=first)
-
-    def _read(self, head: DurableHead) -> Iterator[tuple[Line, bytes]]:
-        if self._reader is None:
-            self._reader = self._log.reader(self._position)
-        return self._reader.read(Position(head.segment, head.end, head.seq))
-
-    def _reset(self, error: SegmentMissing) -> Reset:
-        """Go on from the state, where the snapshot makes good what is gone."""
-        state = self._state()
-        if state.seq < error.last:
-            raise error
-        lost = (self._position + 1, state.seq)
-        self._position = state.seq
-        self._reader = self._lines = None
-        return Reset(seq=state.seq, reason="compacted", lost=lost, state=state)
-
-    # -- life -------------------------------------------------------------------------------
+    def stats(self) -> dict[str, int | str]:
+        """Return counts for a person: delivered, wakes, position, lag, source."""
+        return self._vigil.stats()
 
     def close(self) -> None:
-        """End the iteration; idempotent."""
-        self._closed = True
-        self._waker.wake()
+        """End the iteration at once; idempotent, from any thread or a signal handler.
 
-    def _release(self) -> None:
-        self.close()
-        self._waker.close()
-        if self._reader is not None:
-            self._reader.close()
+        Everything is given back now, or by the thread that is inside `next` as it leaves.
+        """
+        self._vigil.closed = True
+        self._vigil.waker.wake()
+        if self._taking.acquire(blocking=False):
+            try:
+                self._vigil.end()
+            finally:
+                self._taking.release()
 
     def __iter__(self) -> Self:
         """Return itself."""
@@ -185,7 +228,6 @@ class Watch:
         """Wait for the next item; the iteration ends on `close`."""
         item = self.next()
         if item is None:
-            self._release()
             raise StopIteration
         return item
 
@@ -200,15 +242,4 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         """Close, and give every resource back."""
-        self._release()
-
-
-EVERYTHING: Final = Filter()
-
-
-def filter_of(sids: Collection[str] | None, types: Collection[str] | None) -> Filter:
-    """Build a filter from what a caller gave."""
-    return Filter(
-        sids=None if sids is None else frozenset(sids),
-        types=None if types is None else frozenset(types),
-    )
+        self.close()

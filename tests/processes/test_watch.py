@@ -14,7 +14,6 @@ from crewlog import layout, notify
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
 from crewlog.events import Change, JsonObject, JsonValue, Synced
 from crewlog.registry import Registry
-from crewlog.watch import Watch
 from crewlog_compactor import compact, verify
 from faults import EIO, FailingDisk, only, registry_on
 from procs import Crew, forked, joined, until
@@ -99,16 +98,14 @@ def test_watch_begins_with_the_state_and_goes_on_without_a_gap(reg: Registry) ->
     assert synced[0].state.seq == changes[0].seq - 1
 
 
-@pytest.mark.parametrize("make", [None, notify.Poll], ids=["watchdog", "poll"])
+@pytest.mark.parametrize("backend", ["watchdog", "poll", "inotify"])
 def test_change_wakes_the_watcher(
-    reg: Registry, monkeypatch: pytest.MonkeyPatch, make: type[notify.Poll] | None
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, backend: notify.Backend
 ) -> None:
     """A change arrives well before the safety look would find it."""
     monkeypatch.setattr(layout, "SAFETY_LOOK_S", 60.0)
-    if make is not None:
-        monkeypatch.setattr(notify, "waker", lambda _: make())
     reg.register("a")
-    with reg.watch(after="now") as items:
+    with reg.watch(after="now", backend=backend) as items:
         assert isinstance(items.next(5), Synced)
         threading.Timer(0.05, lambda: reg.update("a", state="ready")).start()
         item = items.next(10)
@@ -118,14 +115,7 @@ def test_change_wakes_the_watcher(
 
 def test_lost_wakes_cost_a_second_at_most(reg: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no notification ever comes, the safety look delivers."""
-
-    class Deaf(notify.Poll):
-        """A waker that is never woken."""
-
-        def wait(self, timeout_s: float) -> None:
-            time.sleep(timeout_s)
-
-    monkeypatch.setattr(notify, "waker", lambda _: Deaf())
+    monkeypatch.setattr(notify.Hub, "ring", lambda _: None)
     reg.register("a")
     with reg.watch(after="now") as items:
         items.next(0)
@@ -147,10 +137,7 @@ def test_resume_from_every_seq_delivers_exactly_the_rest(
             compact(reg, gc=False)
     truth = [e.seq for e in reg.history()]
     for after in range(reg.last_seq + 1):
-        with Watch(
-            reg.log(), after=after, wanted=crewlog.watch.filter_of(None, None), waker=notify.Poll(),
-            state=reg.state,
-        ) as items:  # fmt: skip
+        with reg.watch(after=after, backend="poll") as items:
             seen = [item.seq for item in items.drain() if item.kind == "change"]
         assert seen == [seq for seq in truth if seq > after]
 

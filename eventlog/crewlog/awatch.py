@@ -1,0 +1,131 @@
+"""Watch from asyncio: the same feed, waiting on the loop instead of a thread.
+
+Nothing is awaited between taking an item and returning it, so a cancellation loses nothing.
+"""
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Final, Self
+
+from crewlog import layout
+from crewlog.events import Item
+from crewlog.notify import Bell
+from crewlog.watch import Vigil
+
+# Lines that are not wanted are passed over in steps, so that the loop is never held up for long.
+_LINES_A_STEP: Final = 500
+
+
+class LoopBell(Bell):
+    """A bell that wakes a coroutine."""
+
+    __slots__ = ("_event", "_loop")
+
+    def __init__(self) -> None:
+        """Bind to the running loop."""
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+
+    def ring(self) -> None:
+        """Wake the coroutine, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def heard(self, timeout_s: float) -> bool:
+        """Return True after a ring, False after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        self._event.clear()
+        return True
+
+
+class AsyncWatch:
+    """An asynchronous iterator over Change, Synced and Reset; also a context manager."""
+
+    def __init__(self, vigil: Vigil, bell: LoopBell) -> None:
+        """Use `Registry.awatch`."""
+        self._vigil = vigil
+        self._bell = bell
+
+    @property
+    def position(self) -> int:
+        """Return the seq up to which everything was delivered or filtered out."""
+        return self._vigil.feed.position
+
+    @property
+    def lag(self) -> int:
+        """Return how many durable lines lie ahead of the position, filtered ones included."""
+        return self._vigil.lag()
+
+    async def next(self, timeout_s: float | None = None) -> Item | None:
+        """Return the next item; None after `timeout_s` seconds without one, or once closed."""
+        vigil = self._vigil
+        vigil.begin()
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        while not vigil.closed:
+            item = vigil.look(_LINES_A_STEP)
+            if item is not None:
+                return item
+            if vigil.feed.unfinished:
+                await asyncio.sleep(0)
+                continue
+            left_s = layout.SAFETY_LOOK_S
+            if deadline is not None:
+                left_s = min(left_s, deadline - loop.time())
+                if left_s <= 0:
+                    return None
+            if await self._bell.heard(vigil.waker.pause_s(left_s)):
+                vigil.wakes += 1
+            elif vigil.overdue():
+                await self._safety_look()
+        return None
+
+    async def _safety_look(self) -> None:
+        vigil = self._vigil
+        if vigil.moved_unseen() and not await self._bell.heard(layout.WAKE_GRACE_S):
+            vigil.distrust()
+        vigil.check_place()
+
+    def ack(self, item: Item) -> None:
+        """Acknowledge everything up to `item` to the cursor now, not at the next take."""
+        self._vigil.acknowledge(item)
+
+    def stats(self) -> dict[str, int | str]:
+        """Return counts for a person: delivered, wakes, position, lag, source."""
+        return self._vigil.stats()
+
+    def close(self) -> None:
+        """End the iteration at once; idempotent, from any thread."""
+        self._vigil.closed = True
+        self._bell.ring()
+
+    def __aiter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __anext__(self) -> Item:
+        """Wait for the next item; the iteration ends on `close`."""
+        item = await self.next()
+        if item is None:
+            raise StopAsyncIteration
+        return item
+
+    async def __aenter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close, and give every resource back."""
+        self.close()
+        self._vigil.end()

@@ -1,0 +1,165 @@
+"""Keep the durable position of a named subscriber: two slots, one owner.
+
+A position is written to the slot that is not the newest, so a torn write leaves the one before.
+Losing the last write in a power cut only delivers again what was delivered: at least once.
+"""
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Final
+
+from crewlog import disk, layout
+from crewlog.directory import Directory
+from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy
+from crewlog.lock import take
+
+_SLOT: Final = struct.Struct("<8sQQ4xI")
+_MAGIC: Final = b"crewlogC"
+_BYTES: Final = 2 * _SLOT.size
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A cursor as anyone may see it: everything up to `seq` is acknowledged."""
+
+    name: str
+    seq: int
+
+
+def _encode(generation: int, seq: int) -> bytes:
+    body = _SLOT.pack(_MAGIC, generation, seq, 0)[:-4]
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def _decode(data: bytes) -> tuple[int, int] | None:
+    """Return the newest whole slot as (generation, seq)."""
+    found = []
+    for at in (0, _SLOT.size):
+        slot = data[at : at + _SLOT.size]
+        if len(slot) == _SLOT.size:
+            magic, generation, seq, crc = _SLOT.unpack(slot)
+            if magic == _MAGIC and crc == zlib.crc32(slot[:-4]):
+                found.append((generation, seq))
+    return max(found, default=None)
+
+
+def read(directory: Directory, name: str) -> Place | None:
+    """Read a cursor, whoever owns it; None if there is none of that name.
+
+    *Raises* CursorCorrupt if neither slot is whole.
+    """
+    where = directory.where(layout.CURSORS, name)
+    with disk.failures("cannot read the cursor", where=where):
+        try:
+            data = disk.read_all(
+                name, at=directory[layout.CURSORS], where=where, limit=layout.STATE_BYTES_MAX
+            )
+        except FileNotFoundError:
+            return None
+    newest = _decode(data)
+    if newest is None:
+        raise CursorCorrupt(where)
+    return Place(name, newest[1])
+
+
+def every(directory: Directory) -> list[Place]:
+    """Read every cursor."""
+    found = []
+    for name in disk.names(directory[layout.CURSORS]):
+        place = None if name.startswith(layout.TEMPORARY_PREFIX) else read(directory, name)
+        if place is not None:
+            found.append(place)
+    return found
+
+
+class Cursor:
+    """A cursor that this process owns; `close` lets another one own it."""
+
+    def __init__(self, directory: Directory, name: str, *, start: int) -> None:
+        """Take ownership, and create the cursor at `start` if there is none.
+
+        *Raises* CursorBusy while another subscriber owns it.
+        """
+        self.name = name
+        self._directory = directory
+        at, where = directory[layout.CURSORS], directory.where(layout.CURSORS, name)
+        if not disk.exists(name, at=at):
+            _create(directory, name, start)
+        try:
+            self._lock = take(name, at=at, where=where)
+        except LockBusy as error:
+            raise CursorBusy(name, holder=error.holder) from error
+        try:
+            self._fd = disk.open_file(name, at=at, where=where, change=True)
+        except BaseException:
+            self._lock.close()
+            raise
+        newest = _decode(disk.read_at(self._fd, 0, _BYTES))
+        if newest is None:
+            self.close()
+            raise CursorCorrupt(where)
+        self._generation, self.seq = newest
+
+    def advance(self, seq: int) -> None:
+        """Acknowledge everything up to `seq`; never moves back."""
+        if seq > self.seq:
+            self.set(seq)
+
+    def set(self, seq: int) -> None:
+        """Move to `seq`, also backwards."""
+        self._generation += 1
+        slot = self._generation % 2
+        data = _encode(self._generation, seq)
+        self._directory.disk.overwrite(self._fd, data, slot * _SLOT.size)
+        self.seq = seq
+
+    def close(self) -> None:
+        """Make the position durable and let go of it; idempotent."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            try:
+                self._directory.disk.sync(fd)
+            finally:
+                os.close(fd)
+                self._lock.close()
+
+
+def _create(directory: Directory, name: str, start: int) -> None:
+    """Put a whole cursor in place at once: link never replaces one that another was faster with."""
+    via, at = directory.disk, directory[layout.CURSORS]
+    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}-{name}"
+    disk.write_new(via, temporary, _encode(1, start) + _encode(0, start), at=at)
+    try:
+        via.link(temporary, name, at=at, new_at=at)
+    except FileExistsError:  # the other one's will do
+        return
+    finally:
+        via.unlink(temporary, at=at)
+    via.sync_directory(at)
+
+
+def is_owned(directory: Directory, name: str) -> bool:
+    """Say whether a subscriber owns the cursor at this moment."""
+    at, where = directory[layout.CURSORS], directory.where(layout.CURSORS, name)
+    if not disk.exists(name, at=at):
+        return False
+    try:
+        take(name, at=at, where=where).close()
+    except LockBusy:
+        return True
+    return False
+
+
+def remove(directory: Directory, name: str) -> bool:
+    """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
+    if not disk.exists(name, at=directory[layout.CURSORS]):
+        return False
+    cursor = Cursor(directory, name, start=0)
+    try:
+        directory.disk.unlink(name, at=directory[layout.CURSORS])
+    finally:
+        cursor.close()
+    directory.disk.sync_directory(directory[layout.CURSORS])
+    return True

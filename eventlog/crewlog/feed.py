@@ -1,0 +1,216 @@
+"""Turn a position into items: every durable event after it, once, in order. Waits for nothing.
+
+The log is the buffer: a feed holds a position and one read chunk, so a slow reader costs the
+writers nothing and itself no more than that. What is delivered is up to head/durable only.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, TypeAlias
+
+from crewlog import events
+from crewlog.errors import CompactedError, SegmentMissing
+from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of
+from crewlog.log import Log
+from crewlog.segments import Needles, Position, Reader
+
+After: TypeAlias = int | Literal["now", "oldest"] | datetime | None
+OnCompacted: TypeAlias = Literal["reset", "raise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which events a reader wants; None: all of the workers' events."""
+
+    sids: frozenset[str] | None = None
+    types: frozenset[str] | None = None
+
+    def wants(self, line: Line) -> bool:
+        """Say whether the event is to be delivered; the store's own only where named by type."""
+        kind = line["type"]
+        if self.types is None:
+            if kind.startswith("_"):
+                return False
+        elif kind not in self.types:
+            return False
+        return self.sids is None or line["sid"] in self.sids
+
+    def needles(self) -> Needles:
+        """Return what a wanted line must hold, so that the others need not be parsed."""
+        if self.sids is not None:
+            return [b'"sid":"%b"' % sid.encode() for sid in sorted(self.sids)]
+        if self.types is not None:
+            return [b'"type":"%b"' % kind.encode() for kind in sorted(self.types)]
+        return None
+
+
+def filter_of(sids: Collection[str] | None, types: Collection[str] | None) -> Filter:
+    """Build a filter from what a caller gave; a single string is a mistake, not a collection."""
+    if isinstance(sids, str) or isinstance(types, str):
+        message = "sids and types are collections of strings: give a list"
+        raise TypeError(message)
+    return Filter(
+        sids=None if sids is None else frozenset(sids),
+        types=None if types is None else frozenset(types),
+    )
+
+
+class Feed:
+    """Items from a position on; one thread at a time may look."""
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        after: After,
+        wanted: Filter,
+        on_compacted: OnCompacted,
+        state: Callable[[], State],
+    ) -> None:
+        """Begin after seq `after`; None: with the state of now, "now": with nothing before."""
+        self.log = log
+        self.seen_seq = 0  # the newest head that was looked at
+        self.delivered = 0
+        self.unfinished = False  # the last look stopped early, with more to read
+        self._wanted = wanted
+        self._on_compacted = on_compacted
+        self._state = state
+        self._lines: Iterator[tuple[Line, bytes]] | None = None
+        self._reader: Reader | None = None
+        self._first: State | None = None
+        self._revs: dict[str, int] | None = None
+        self._announced = False
+        self.position = self._begin(after)
+
+    def _begin(self, after: After) -> int:
+        match after:
+            case None:
+                self._first = self._state()
+                self._revs = self._first.workers.revs()
+                return self._first.seq
+            case "now":
+                return self.log.last_seq()
+            case "oldest":
+                return self.log.first_seq() - 1
+            case datetime():
+                return self._before(events.timestamp(after))
+            case _:
+                return min(after, self.log.last_seq())
+
+    def _before(self, ts: str) -> int:
+        for line, _ in self.log.read(self.log.first_seq() - 1):
+            if line["ts"] >= ts:
+                return line["seq"] - 1
+        return self.log.last_seq()
+
+    def look(self, lines_max: int | None = None) -> Item | None:
+        """Return the next item that is there now, None if there is none.
+
+        With `lines_max` it stops after so many lines that were not wanted, and says so in
+        `unfinished`. *Raises* CompactedError if asked to; DataDamaged where the log is damaged.
+        """
+        self.unfinished = False
+        try:
+            while True:
+                item = self._delivered(lines_max)
+                if item is not None or self.unfinished:
+                    return item
+                head = self.log.head()
+                self.seen_seq = head.seq
+                if head.seq <= self.position:
+                    return self._announce()
+                if self._reader is None:
+                    self._reader = self.log.reader(self.position, needles=self._wanted.needles())
+                self._lines = self._reader.read(Position(head.segment, head.end, head.seq))
+        except CompactedError as error:
+            return self._compacted(error)
+        except SegmentMissing as error:
+            oldest = self.log.first_seq()
+            if oldest <= error.first:
+                raise  # a hole, not the beginning
+            return self._compacted(
+                CompactedError(requested=self.position + 1, oldest=oldest, snapshot_seq=oldest - 1)
+            )
+
+    def _delivered(self, lines_max: int | None) -> Item | None:
+        if self._lines is None or self._reader is None:
+            return None
+        passed = 0
+        for line, raw in self._lines:
+            if line["seq"] <= self.position:
+                continue  # the segment began before the position
+            self.position = line["seq"]
+            if self._revs is not None:
+                self._remember(line)
+            if self._wanted.wants(line):
+                self.delivered += 1
+                return Change(event=event_of(line, raw))
+            passed += 1
+            if passed == lines_max:
+                self.unfinished = True
+                return None
+        self._lines = None
+        self.position = max(self.position, self._reader.position.seq)
+        return None
+
+    def _remember(self, line: Line) -> None:
+        assert self._revs is not None  # the caller looked
+        if line["type"] == events.PRUNED:
+            self._revs.pop(line["sid"], None)
+        elif line["type"].startswith("worker."):
+            self._revs[line["sid"]] = line["seq"]
+
+    def _announce(self) -> Item | None:
+        if self._announced:
+            return None
+        self._announced = True
+        first, self._first = self._first, None
+        return Synced(seq=self.position, state=first)
+
+    # -- what cannot be delivered -----------------------------------------------------------
+
+    def _compacted(self, error: CompactedError) -> Reset:
+        self._drop_reader()
+        if self._on_compacted == "raise":
+            raise error
+        return self._reset("compacted")
+
+    def _reset(self, reason: Literal["compacted", "replaced"]) -> Reset:
+        """Go on from the state of now; it makes good what cannot be delivered."""
+        state = self._state()
+        before, self._revs = self._revs, self._revs and state.workers.revs()
+        lost = (self.position + 1, state.seq) if reason == "compacted" else None
+        self.position = state.seq
+        self._first = None
+        return Reset(
+            seq=state.seq,
+            reason=reason,
+            lost=lost,
+            state=state,
+            diff=None if before is None else diff_of(before, state.workers.revs()),
+        )
+
+    def moved_to(self, log: Log) -> Reset | None:
+        """Go on with the log that is in place now; a Reset unless it continues this one."""
+        same = log.directory.store == self.log.directory.store
+        self.log = log
+        self._drop_reader()
+        if same and log.last_seq() >= self.position:
+            return None
+        return self._reset("replaced")
+
+    def _drop_reader(self) -> None:
+        self._lines = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def rearm(self, log: Log) -> None:
+        """Begin anew at the same position, in a forked child."""
+        self.log = log
+        self._drop_reader()
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._drop_reader()

@@ -1,0 +1,195 @@
+"""Offer every way to follow a registry: watch, awatch, subscribe, mirror, wait."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from crewlog import changes, cursor, feed, layout
+from crewlog.cursor import Cursor
+from crewlog.errors import WorkerEnded, WorkerNotFound
+from crewlog.events import FINAL, Item, State, Worker, WorkerState
+from crewlog.feed import After, Feed, OnCompacted
+from crewlog.log import Log
+from crewlog.notify import Backend, Bell, Waker
+from crewlog.subscribe import Mirror, OnError, Subscription
+from crewlog.watch import Vigil, Watch
+
+if TYPE_CHECKING:
+    from crewlog.awatch import AsyncWatch
+
+_WORDS: Final = frozenset({"now", "oldest"})
+
+
+class Following(ABC):
+    """What a registry must tell, and all that follows from it."""
+
+    path: Path
+
+    @abstractmethod
+    def log(self) -> Log:
+        """Return the store's log. *Raises* StoreMissing."""
+
+    @abstractmethod
+    def log_in_place(self) -> Log | None:
+        """Return the log of the store that is at the path now, reopened if it is another one."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return the durable state of now."""
+
+    def watch(
+        self,
+        *,
+        after: After = None,
+        sids: Collection[str] | None = None,
+        types: Collection[str] | None = None,
+        cursor: str | None = None,
+        on_compacted: OnCompacted = "reset",
+        backend: Backend = "auto",
+    ) -> Watch:
+        """Deliver events as they become durable.
+
+        *Args*: `after` None begins with the state of now, carried by the first Synced; an int with
+        the events after that seq; an aware datetime with the events since; "now" with those to
+        come; "oldest" with all that is kept. `cursor` names a durable position: where it exists it
+        is the beginning, and taking an item acknowledges the one before. `on_compacted`: a Reset,
+        or CompactedError. `backend`: what wakes.
+        *Guarantee*: in order, each once, none before it is durable, none left out but as a Reset
+        says. *Raises* StoreMissing if there is no store yet; CursorBusy.
+        """
+        return Watch(
+            self._vigil(after, sids, types, cursor, on_compacted, backend, bell=Bell),
+        )
+
+    def awatch(
+        self,
+        *,
+        after: After = None,
+        sids: Collection[str] | None = None,
+        types: Collection[str] | None = None,
+        cursor: str | None = None,
+        on_compacted: OnCompacted = "reset",
+        backend: Backend = "auto",
+    ) -> "AsyncWatch":
+        """Deliver events to asyncio, like `watch`; call it with a running loop."""
+        from crewlog.awatch import AsyncWatch, LoopBell  # noqa: PLC0415 (asyncio is slow to load)
+
+        bell = LoopBell()
+        vigil = self._vigil(after, sids, types, cursor, on_compacted, backend, bell=lambda: bell)
+        return AsyncWatch(vigil, bell)
+
+    def subscribe(
+        self,
+        callback: Callable[[Item], object],
+        *,
+        after: After = None,
+        sids: Collection[str] | None = None,
+        types: Collection[str] | None = None,
+        cursor: str | None = None,
+        on_compacted: OnCompacted = "reset",
+        backend: Backend = "auto",
+        on_error: OnError = "stop",
+    ) -> Subscription:
+        """Call back for every item in a thread of its own; arguments as for `watch`."""
+        items = self.watch(
+            after=after,
+            sids=sids,
+            types=types,
+            cursor=cursor,
+            on_compacted=on_compacted,
+            backend=backend,
+        )
+        return Subscription(items, callback, on_error=on_error)
+
+    def mirror(self, *, backend: Backend = "auto") -> Mirror:
+        """Return the state of now as an object that can be waited on."""
+        return Mirror(self.watch(after="now", backend=backend), self.state)
+
+    def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
+        """Return the worker once it is in `state`; it need not be registered yet.
+
+        *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends as something else.
+        """
+        changes.check_sid(sid)
+        wanted = WorkerState(state)
+
+        def arrived(now: State) -> bool:
+            worker = now.get(sid)
+            if worker is None or worker.state == wanted:
+                return worker is not None
+            if worker.state in FINAL:
+                raise WorkerEnded(sid, state=worker.state.value, wanted=wanted.value)
+            return False
+
+        with self.mirror() as now:
+            worker = now.wait(arrived, timeout_s=timeout_s).get(sid)
+        if worker is None:
+            raise WorkerNotFound(sid)
+        return worker
+
+    def _vigil(
+        self,
+        after: After,
+        sids: Collection[str] | None,
+        types: Collection[str] | None,
+        cursor_name: str | None,
+        on_compacted: OnCompacted,
+        backend: Backend,
+        *,
+        bell: Callable[[], Bell],
+    ) -> Vigil:
+        _check_after(after)
+        if on_compacted not in {"reset", "raise"}:
+            message = f"on_compacted is reset or raise, not {on_compacted!r}"
+            raise ValueError(message)
+        wanted = feed.filter_of(sids, types)
+        log = self.log()
+        owned = None if cursor_name is None else self._own(log, cursor_name, after)
+
+        def arm() -> Waker:
+            directory = self.path / layout.HEAD
+            return Waker(directory, backend=backend, local=log.directory.local, bell=bell())
+
+        waker = arm()  # before the first look: what changes from here on wakes
+        try:
+            items = Feed(
+                log,
+                after=after if owned is None else owned[1],
+                wanted=wanted,
+                on_compacted=on_compacted,
+                state=self.state,
+            )
+        except BaseException:
+            waker.close()
+            if owned is not None:
+                owned[0].close()
+            raise
+        return Vigil(
+            items,
+            waker=waker,
+            arm=arm,
+            current=self.log_in_place,
+            cursor=None if owned is None else owned[0],
+        )
+
+    def _own(self, log: Log, name: str, after: After) -> tuple[Cursor, After]:
+        """Take a cursor; it begins where it stands, a new one where `after` says."""
+        changes.check_sid(name)
+        known = cursor.read(log.directory, name)
+        if known is not None:
+            owned = Cursor(log.directory, name, start=known.seq)
+            return owned, owned.seq
+        begun = Feed(log, after=after, wanted=feed.Filter(), on_compacted="reset", state=self.state)
+        owned = Cursor(log.directory, name, start=begun.position)
+        return owned, after if after is None else owned.seq
+
+
+def _check_after(after: object) -> None:
+    if after is None or after in _WORDS or (type(after) is int and after >= 0):
+        return
+    if isinstance(after, datetime) and after.tzinfo is not None:
+        return
+    message = f"after must be a seq, an aware datetime, 'now', 'oldest' or None, not {after!r}"
+    raise ValueError(message)

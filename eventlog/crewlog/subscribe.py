@@ -1,0 +1,156 @@
+"""Call a function for every item, in a thread of its own; wait for a state as wished."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
+
+from crewlog import layout
+from crewlog.errors import WaitTimeout
+from crewlog.events import Item, State, Worker
+from crewlog.watch import Watch
+
+_logger = logging.getLogger("crewlog.subscribe")
+OnError: TypeAlias = Literal["stop", "retry", "skip"]
+
+
+class Subscription:
+    """A thread that calls back for every item, in order, one at a time.
+
+    A callback that is slow or raises affects no other subscriber. `on_error`: "stop" ends the
+    subscription and keeps the error in `error`; "retry" calls again with the same item, ever
+    less often; "skip" logs the error and goes on.
+    """
+
+    def __init__(
+        self, watch: Watch, callback: Callable[[Item], object], *, on_error: OnError
+    ) -> None:
+        """Use `Registry.subscribe`."""
+        if on_error not in {"stop", "retry", "skip"}:
+            message = f"on_error is stop, retry or skip, not {on_error!r}"
+            raise ValueError(message)
+        self.error: Exception | None = None
+        self._watch = watch
+        self._callback = callback
+        self._on_error = on_error
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="crewlog-subscribe", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._watch as items:
+            try:
+                for item in items:
+                    if not self._call(item):
+                        return
+            except Exception as error:  # noqa: BLE001 (a damaged log must reach who asks for it)
+                self.error = error
+
+    def _call(self, item: Item) -> bool:
+        """Call back until it works or is given up; say whether to go on."""
+        pause_s = layout.POLL_MIN_S
+        while not self._closing.is_set():
+            try:
+                self._callback(item)
+            except Exception as error:
+                if self._on_error == "stop":
+                    self.error = error
+                    return False
+                _logger.exception("a subscriber raised on seq %d", item.seq)
+                if self._on_error == "skip":
+                    return True
+                self._closing.wait(pause_s)
+                pause_s = min(pause_s * 2, layout.RETRY_MAX_S)
+            else:
+                return True
+        return False
+
+    @property
+    def alive(self) -> bool:
+        """Say whether it still calls back."""
+        return self._thread.is_alive()
+
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """End it, and wait for a callback under way; from the callback itself, only end it."""
+        self._closing.set()
+        self._watch.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class Mirror:
+    """The state of now, and a way to wait until it is as wished; one thread at a time waits."""
+
+    def __init__(self, watch: Watch, state: Callable[[], State]) -> None:
+        """Use `Registry.mirror`."""
+        self._watch = watch
+        self._state = state
+
+    @property
+    def state(self) -> State:
+        """Return the durable state of now; only what changed since the last look is read."""
+        return self._state()
+
+    def get(self, sid: str) -> Worker | None:
+        """Return one worker as it is now, None if there is none."""
+        return self._state().get(sid)
+
+    def wait(
+        self, predicate: Callable[[State], object], *, timeout_s: float | None = None
+    ) -> State:
+        """Return the first state that the predicate accepts, asked again after every change.
+
+        *Raises* WaitTimeout after `timeout_s` seconds.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            state = self._state()
+            if predicate(state):
+                return state
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if self._wait(state.seq, left_s):
+                continue
+            if predicate(self._state()):
+                return self._state()
+            raise WaitTimeout("the awaited state", waited_s=timeout_s or 0)
+
+    def _wait(self, seq: int, timeout_s: float | None) -> bool:
+        """Return True once something newer than `seq` is durable."""
+        while True:
+            item = self._watch.next(timeout_s)
+            if item is None:
+                return False
+            if item.seq > seq or item.kind == "reset":
+                return True
+
+    def close(self) -> None:
+        """Stop waiting."""
+        self._watch.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give every resource back."""
+        self._watch.__exit__(kind, error, trace)
