@@ -28,6 +28,7 @@ lint: $(VENV)/linters
 	$(BIN)/lint-imports
 
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python bench/run.py
 
 clean:

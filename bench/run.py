@@ -1,6 +1,6 @@
 """Measure crewlog beside the floor and its peers, interleaved in short slices of one run.
 
-    python bench/run.py [--seconds 0.5] [--rounds 7] [--dir PLACE]
+    python bench/run.py [--seconds 0.5] [--rounds 7] [--changes 150] [--dir PLACE]
 
 Prints one JSON object a figure: the median of each contestant over the rounds, and the median of
 the ratios that each round gives. An absolute figure says little; the ratio is the figure.
@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import append
+import watch
 
 
 def figure(name: str, rounds: list[dict[str, float]], **more: object) -> None:
@@ -79,11 +80,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a slice")
     parser.add_argument("--rounds", type=int, default=7, help="slices of each contestant")
     parser.add_argument("--dir", type=Path, default=None, help="where to write; a real disk")
+    parser.add_argument("--changes", type=int, default=150, help="changes a slice of P8")
+    parser.add_argument("--soak", type=float, default=10.0, help="seconds of sustained load in P8")
     asked = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="crewlog-bench-", dir=asked.dir or Path.cwd()))
     try:
         one_process(home, seconds=asked.seconds, rounds=asked.rounds)
         many_processes(home, seconds=asked.seconds, rounds=asked.rounds, writers=8)
+        watch.run(home, count=asked.changes, rounds=min(asked.rounds, 5), seconds=asked.soak)
     finally:
         shutil.rmtree(home)
 

@@ -91,7 +91,7 @@ RETRY_MAX_S: Final = 30.0
 # A wake may be this late before it counts as never sent.
 WAKE_GRACE_S: Final = 0.1
 CURSOR_HOLD_BYTES_MAX: Final = 1024 * 1024 * 1024
-TORN_READ_TRIES: Final = 1000
+TORN_READ_TRIES: Final = 50
 SEGMENT_OPEN_TRIES: Final = 8
 
 SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")

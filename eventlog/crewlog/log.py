@@ -110,8 +110,7 @@ class Log:
         After a reboot, and before the first write, that is the valid prefix of the last segment;
         `recovery_pending` is then set and nothing is changed.
         """
-        with disk.failures("cannot read the registry", where=self._where()):
-            self._states.renew()
+        try:
             head = self._states.head()
             if head is None or head.boot != self._boot:
                 judged = self._judged(head)
@@ -119,8 +118,14 @@ class Log:
                 if head is None or head.boot != self._boot:
                     self.recovery_pending = True
                     return judged
-            self.recovery_pending = False
-            return head
+        except OSError as error:
+            raise from_oserror(error, "cannot read the registry", where=self._where()) from error
+        self.recovery_pending = False
+        return head
+
+    def renew(self) -> None:
+        """Let go of state files that were removed or replaced under a long-lived reader."""
+        self._states.renew()
 
     def _judged(self, head: DurableHead | None) -> DurableHead:
         """Return the head that a recovery would publish."""
@@ -130,15 +135,9 @@ class Log:
             self._current.load()
             snapshot_seq = self._current.snapshot_seq
         segment, found, _ = tail.judge(self.directory, head, snapshot_seq=snapshot_seq)
+        oldest = 1 if head is None else head.oldest
         return DurableHead(
-            generation=0,
-            boot=self._boot,
-            segment=segment,
-            end=found.end,
-            seq=found.seq,
-            oldest=1 if head is None else head.oldest,
-            poisoned=False,
-            errno=0,
+            0, self._boot, segment, found.end, found.seq, oldest, poisoned=False, errno=0
         )
 
     def last_seq(self) -> int:

@@ -95,6 +95,7 @@ class Vigil:
     def check_place(self) -> None:
         """See whether the directory is still the one that is watched."""
         self.waker.check()
+        self.feed.log.renew()
         log = self._current()
         if log is not None and log is not self.feed.log:
             self._waiting = self.feed.moved_to(log)

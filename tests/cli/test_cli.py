@@ -502,3 +502,102 @@ def test_demo_asserts_its_claims() -> None:
     assert done.stdout.count("   ok  ") == 10
     assert "Every claim held" in done.stdout
     assert done.stderr == ""
+
+
+def test_watch_hands_each_change_to_a_program_and_acknowledges_after_success(
+    cli: Cli, reg: Registry, tmp_path: Path
+) -> None:
+    """No shell, in order, the event on stdin; what failed comes again, what succeeded does not."""
+    reg.register("a")
+    for number in range(3):
+        reg.update("a", meta={"number": number, "text": "$(touch pwned); `touch pwned`"})
+    taken = tmp_path / "taken"
+    script = tmp_path / "take"
+    script.write_text(
+        "#!/bin/sh\n"
+        f"n=$(cat {taken} 2>/dev/null | wc -l)\n"
+        f"cat >> {taken}\n"
+        '[ "$n" != 1 ]\n'  # the second hand-over fails, once
+    )
+    script.chmod(0o700)
+    common = ("watch", "--cursor", "c", "--from-start", "--exec", "--timeout", "30s")
+    cli(*common, "--count", 2, "--retries", 0, "--", script, code=1)
+    cli(*common, "--count", 3, "--", script)
+    seqs = [json.loads(row)["seq"] for row in taken.read_text().splitlines()]
+    assert seqs == [2, 3, 3, 4, 5], "the third was not acknowledged, and came again"
+    assert not list(tmp_path.glob("**/pwned"))
+    assert cli.json("cursor", "show", "c")["cursors"] == [
+        {"name": "c", "seq": 5, "lag": 0, "lost": False, "owned": False}
+    ]
+
+
+def test_cursor_commands(cli: Cli, reg: Registry) -> None:
+    """ls, show, set, rm; one owner at a time; unknown names are the honest no."""
+    reg.register("a")
+    assert cli.json("cursor", "ls")["cursors"] == []
+    cli("cursor", "show", "c", code=1)
+    assert cli.json("cursor", "set", "c", 1)["cursors"] == [
+        {"name": "c", "seq": 1, "lag": 1, "lost": False, "owned": False}
+    ]
+    with reg.watch(cursor="c"):
+        assert "in use" in cli("cursor", "ls").stdout
+        assert "in use" in cli("cursor", "set", "c", 2, code=75).stderr
+        cli("watch", "--cursor", "c", "--count", 1, code=75)
+    cli("cursor", "rm", "c")
+    assert cli.json("cursor", "ls")["cursors"] == []
+    for wrong in (("cursor", "ls", "x"), ("cursor", "show"), ("cursor", "set", "x"),
+                  ("cursor", "set", "../x", "1")):  # fmt: skip
+        cli(*wrong, code=2)
+
+
+def test_watch_exec_of_nothing_is_a_usage_error(cli: Cli, reg: Registry) -> None:
+    """--exec and CMD go together, and CMD must be there."""
+    reg.register("a")
+    cli("watch", "--exec", code=2)
+    cli("watch", "--", "true", code=2)
+    cli("watch", "--from-start", "--exec", "--", "no-such-program", code=2)
+
+
+def test_watch_timeout_is_124_only_where_a_count_was_missed(cli: Cli, reg: Registry) -> None:
+    """--timeout alone is an ordinary end."""
+    reg.register("a")
+    cli("watch", "--now", "--timeout", "0.1s")
+    cli("watch", "--now", "--count", 1, "--timeout", "0.1s", code=124)
+    rows = cli("watch", "--since", "1h", "--json", "--timeout", "0.1s").stdout.splitlines()
+    assert [json.loads(row)["kind"] for row in rows] == ["change", "synced"]
+
+
+def test_alive_waits_until_it_is_true(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """Registered, ready, dead: each is waited for; 124 if it does not come."""
+    cli("alive", "a", "--timeout", "0.1s", code=66)
+    reg.register("other")
+    assert cli("alive", "a", "--timeout", "0.1s", code=124).stdout == "not registered\n"
+    worker = crew.sleeper()
+    waiting = subprocess.Popen(
+        [*CREWLOG, "--dir", str(cli.place), "alive", "a", "--for", "ready", "--timeout", "30s"],
+        stdout=subprocess.DEVNULL,
+    )
+    reg.register("a", pid=worker.pid)
+    reg.update("a", state="ready")
+    assert waiting.wait(30) == 0
+    cli("alive", "a", "--for", "dead", code=1)
+    waiting = subprocess.Popen(
+        [*CREWLOG, "--dir", str(cli.place), "alive", "a", "--for", "dead", "--timeout", "30s"],
+        stdout=subprocess.DEVNULL,
+    )
+    kill(worker)
+    assert waiting.wait(30) == 0
+
+
+def test_compact_keeps_history_as_told(cli: Cli, reg: Registry) -> None:
+    """--keep-history by age, size, or all; verify knows policy from loss."""
+    reg.register("a")
+    for number in range(6):
+        reg.update("a", meta={"number": number})
+        cli("compact", "-q")
+    assert cli.json("compact", "--keep-history", "90d")["dropped"] is None
+    assert cli.json("compact", "--keep-history", "1GiB")["dropped"] is None
+    assert cli.json("compact", "--keep-history", "0s")["dropped"] is not None
+    assert "kept from seq" in cli("history").stderr
+    assert cli.json("verify")["findings"] == []
+    cli("compact", "--keep-history", "much", code=2)

@@ -873,6 +873,8 @@ def test_stress_delivers_everything_to_everyone(
     ]
     for thread in threads:
         thread.start()
+    consumed = place.parent / "consumed"
+    stopped = forked(lambda: _consume(place, consumed, backend))
     count = 0
     running: list[int] = []
     for kill in range(40):
@@ -881,10 +883,12 @@ def test_stress_delivers_everything_to_everyone(
             running.append(forked(lambda n=count: endless(f"w-{n}")))  # type: ignore[misc]
         time.sleep(dice.uniform(0.01, 0.05))
         slay(running.pop(dice.randrange(4)))
-        if kill % 10 == 0:
-            torn = max((place / layout.LOG).glob("*.jsonl"))
-            with contextlib.suppress(FileNotFoundError), torn.open("ab") as file:
-                file.write(b"")  # the kills tear tails by themselves; touching one must not hurt
+        if kill % 5 == 0:
+            _tear(place)
+        if kill == 10:
+            os.kill(stopped, signal.SIGSTOP)
+        if kill == 30:
+            os.kill(stopped, signal.SIGCONT)
     for pid in running:
         slay(pid)
     with crewlog.open(place) as reg:
@@ -894,12 +898,39 @@ def test_stress_delivers_everything_to_everyone(
             thread.join(60)
         assert failures == []
         truth = [event.seq for event in reg.history()]
+        joined(stopped)
+        seen["stopped"] = [int(row) for row in consumed.read_text().split()]
         for name, got in seen.items():
             assert got == truth, name
+        assert list(reg.history(types=["_recovered"])), "tails were torn"
         with reg.mirror() as now, crewlog.open(place) as fresh:
             assert now.state.workers == fresh.state().workers
     assert len(truth) > 500
     assert verify(place).findings == ()
+
+
+def _tear(place: Path) -> None:
+    """Leave half a line, as a writer that dies inside its write does."""
+    with crewlog.open(place) as mine, mine.log().append_lock.held(wait_s=5):
+        state = mine.log()._states.append_state()
+        assert state is not None
+        path = place / layout.LOG / layout.segment_name(state.segment)
+        with path.open("ab") as file:
+            file.write(b'{"v":1,"seq":')
+
+
+def _consume(place: Path, out: Path, backend: Backend) -> None:
+    """Note every seq until the last worker registers."""
+    with (
+        crewlog.open(place) as mine,
+        out.open("w") as file,
+        mine.watch(after="oldest", backend=backend) as items,
+    ):
+        for item in items:
+            if isinstance(item, Change):
+                file.write(f"{item.seq}\n")
+                if item.sid == "last":
+                    return
 
 
 @pytest.mark.soak
