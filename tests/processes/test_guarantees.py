@@ -147,7 +147,8 @@ def test_g7_resume_from_any_retained_seq(
                 assert changes(items.drain()) == [seq for seq in truth if seq > after]
 
 
-def test_g8_bounded_memory(place: Path) -> None:
+@every_waker
+def test_g8_bounded_memory(place: Path, backend: Backend) -> None:
     """A backlog of 100,000 events grows a slow watcher by no more than a read chunk or two."""
     with crewlog.open(place) as reg:
         reg.register("a")
@@ -155,7 +156,7 @@ def test_g8_bounded_memory(place: Path) -> None:
             with reg.batch() as batch:
                 for number in range(10_000):
                     batch.update("a", meta={"number": number, "pad": "x" * 100})
-        with reg.watch(after=1, backend="poll") as items:
+        with reg.watch(after=1, backend=backend) as items:
             take(items, 2000)
             before = _rss()
             for _ in range(60_000):
