@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
 
 from crewlog import (
     changes,
@@ -25,6 +24,7 @@ from crewlog import (
 )
 from crewlog.batch import Batch
 from crewlog.changes import Author, Step
+from crewlog.closing import Closing
 from crewlog.errors import (
     CrewlogError,
     RegistryClosed,
@@ -55,7 +55,7 @@ Via: TypeAlias = Literal["api", "cli", "gc"]
 _TRIES = 8  # a sid whose dead holder is replaced under us again and again
 
 
-class Registry(Following):
+class Registry(Following, Closing):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
     *Guarantee*: a method that changes something returns once the event is durable; reading shows
@@ -91,19 +91,6 @@ class Registry(Following):
             if self._log is not None:
                 self._log.close()
                 self._log = None
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     @property
     def exists(self) -> bool:

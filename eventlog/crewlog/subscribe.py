@@ -4,10 +4,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
 
 from crewlog import layout
+from crewlog.closing import Closing
 from crewlog.errors import WaitTimeout
 from crewlog.events import Item, State, Worker
 from crewlog.watch import Watch
@@ -16,7 +16,7 @@ _logger = logging.getLogger("crewlog.subscribe")
 OnError: TypeAlias = Literal["stop", "retry", "skip"]
 
 
-class Subscription:
+class Subscription(Closing):
     """A thread that calls back for every item, in order, one at a time.
 
     A callback that is slow or raises affects no other subscriber. `on_error`: "stop" ends the
@@ -79,21 +79,8 @@ class Subscription:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
-
-class Mirror:
+class Mirror(Closing):
     """The state of now, and a way to wait until it is as wished; one thread at a time waits."""
 
     def __init__(self, watch: Watch, state: Callable[[], State]) -> None:
@@ -141,16 +128,3 @@ class Mirror:
     def close(self) -> None:
         """Stop waiting."""
         self._watch.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give every resource back."""
-        self._watch.__exit__(kind, error, trace)

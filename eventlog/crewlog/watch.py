@@ -8,10 +8,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from crewlog import layout
+from crewlog.closing import Closing
 from crewlog.cursor import Cursor
 from crewlog.errors import RegistryClosed
 from crewlog.events import Item, Reset
@@ -129,7 +129,7 @@ class Vigil:
             self.cursor.close()
 
 
-class Watch:
+class Watch(Closing):
     """An iterator over Change, Synced and Reset; also a context manager.
 
     One thread at a time may take items; `close` may come from any thread or a signal handler.
@@ -231,16 +231,3 @@ class Watch:
         if item is None:
             raise StopIteration
         return item
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close, and give every resource back."""
-        self.close()
