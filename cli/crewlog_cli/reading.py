@@ -297,6 +297,8 @@ def history(
         ),
         actor,
     )
+    if follow:  # what comes later is followed, and must not be printed twice
+        found = (event for event in found if event.seq <= last_seq)
     if count is not None:
         found = deque(found, maxlen=count)
     if reverse:
@@ -338,6 +340,8 @@ def _follow(
 ) -> None:
     with reg.watch(after=after, sids=None if sid is None else [sid], types=types or None) as items:
         for item in items:
+            if item.kind == "reset":
+                shell.warn(f"-- events {item.lost} are gone; on from seq {item.seq} --")
             if item.kind != "change" or not any(_by([item.event], actor)):
                 continue
             if sh.json:

@@ -28,6 +28,8 @@ EXIT_USAGE: Final = 2
 EXIT_BUG: Final = 70
 EXIT_IO: Final = 74
 EXIT_TIMEOUT: Final = 124
+EXIT_NOT_RUN: Final = 126
+EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPT: Final = 130
 EXIT_PIPE: Final = 141
 
@@ -44,6 +46,11 @@ def put(row: str, *, flush: bool = False) -> None:
             sys.stdout.flush()
     except OSError as error:
         raise OutputFailedError(error.errno, error.strerror) from error
+
+
+def warn(words: str) -> None:
+    """Tell a person on stderr what must not be missed, also with --quiet."""
+    sys.stderr.write(text.visible(words) + "\n")
 
 
 def flush() -> None:

@@ -14,7 +14,8 @@ from typing import Final, ParamSpec
 
 import click
 
-from crewlog.errors import CrewlogError
+from crewlog.errors import CrewlogError, StaleRevision
+from crewlog.events import Worker
 from crewlog.registry import Registry
 from crewlog_cli import reading, shell
 from crewlog_cli.changing import safe, tried
@@ -22,8 +23,9 @@ from crewlog_cli.shell import Shell, command
 
 P = ParamSpec("P")
 
-_NOT_FOUND: Final = 127
-_NOT_RUN: Final = 126
+_NOT_FOUND: Final = shell.EXIT_NOT_FOUND
+_NOT_RUN: Final = shell.EXIT_NOT_RUN
+_TRIES: Final = 16
 # Passed on to the worker; of these, all but the last three ask it to end.
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _FORWARDED: Final = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
@@ -53,9 +55,11 @@ class _Wish:
     starting: bool
 
 
-def _register(reg: Registry, sid: str, pid: int, wish: _Wish, *, owner: int | None = None) -> None:
+def _register(
+    reg: Registry, sid: str, pid: int, wish: _Wish, *, owner: int | None = None
+) -> Worker:
     labels = reading.pairs([safe(row) for row in wish.labels])
-    tried(
+    return tried(
         lambda: reg.register(
             sid,
             pid=pid,
@@ -138,19 +142,26 @@ def run(
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
         pid, go = _held_child(argv, blocked)
         try:
-            _register(reg, sid, pid, wish, owner=os.getpid())
+            worker = _register(reg, sid, pid, wish, owner=os.getpid())
         except BaseException:
             os.close(go)  # the child sees the end of the pipe and ends without having begun
             os.waitpid(pid, 0)
             raise
         os.write(go, b"\n")
         os.close(go)
-        status = _wait(sh, reg, sid, pid)
-        code = os.waitstatus_to_exitcode(status)
-        if code >= 0:
-            reg.exited(sid, code=code, source="wait")
-        else:
-            reg.exited(sid, signal=-code, source="wait")
+        code = os.waitstatus_to_exitcode(_wait(sh, reg, worker))
+        _tell(
+            sh,
+            reg,
+            worker,
+            lambda rev: reg.exited(
+                sid,
+                code=code if code >= 0 else None,
+                signal=-code if code < 0 else None,
+                source="wait",
+                expect=rev,
+            ),
+        )
     if code in {_NOT_FOUND, _NOT_RUN} and sh.verbose:
         _complain(sh, argv, code)
     raise SystemExit(code if code >= 0 else 128 - code)
@@ -177,20 +188,43 @@ def _held_child(argv: Sequence[str], mask: set[int | signal.Signals]) -> tuple[i
         os._exit(code)
 
 
-def _wait(sh: Shell, reg: Registry, sid: str, pid: int) -> int:
+def _tell(sh: Shell, reg: Registry, worker: Worker, change: Callable[[int], object]) -> None:
+    """Record something of our worker, as long as the sid is still its own.
+
+    Whatever keeps us from it is told, and keeps neither the signal nor the exit code back.
+    """
+    for _ in range(_TRIES):
+        try:
+            now = reg.get(worker.sid)
+            if now is None or now.final or now.generation != worker.generation:
+                sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
+                return
+            change(now.rev)
+        except StaleRevision:  # somebody updated it between the look and the write
+            continue
+        except CrewlogError as error:
+            sh.note(f"crewlog: {error}")
+        return
+
+
+def _wait(sh: Shell, reg: Registry, worker: Worker) -> int:
     """Wait for the child, passing signals on; a request to end is recorded before it is passed."""
     while True:
         number, from_terminal = _next_signal()
         if number == signal.SIGCHLD:
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status = os.waitpid(worker.pid, os.WNOHANG)
             if done:
                 return status
             continue
         if number in _ENDING:
-            _note_stop(sh, reg, sid, signal.Signals(number))
+            why = f"{signal.Signals(number).name} passed on by crewlog run"
+            stopping = _stopping(reg, worker.sid, why)
+            _tell(sh, reg, worker, stopping)
         if not from_terminal:
             try:
-                os.kill(pid, number)  # our own child, not waited for: the pid is still its own
+                os.kill(
+                    worker.pid, number
+                )  # our own child, not waited for: the pid is still its own
             except ProcessLookupError:
                 continue
 
@@ -208,11 +242,8 @@ def _next_signal() -> tuple[int, bool]:
     return found.si_signo, found.si_code == _FROM_KERNEL
 
 
-def _note_stop(sh: Shell, reg: Registry, sid: str, number: signal.Signals) -> None:
-    try:
-        reg.update(sid, state="stopping", reason=f"{number.name} passed on by crewlog run")
-    except CrewlogError as error:  # the worker must get its signal all the same
-        sh.note(f"crewlog: {error}")
+def _stopping(reg: Registry, sid: str, why: str) -> Callable[[int], object]:
+    return lambda rev: reg.update(sid, state="stopping", reason=why, expect=rev)
 
 
 COMMANDS: Final = {"exec": exec_, "run": run}

@@ -11,7 +11,7 @@ import click
 
 from crewlog import changes, cursor
 from crewlog.errors import WorkerNotFound
-from crewlog.events import Item
+from crewlog.events import Item, Reset, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
 from crewlog.watch import Watch
@@ -101,17 +101,25 @@ def watch(
         )
     )
     with items:
-        left = _deliver(sh, items, _Task(argv, retries), count=count, limit_s=limit_s)
+        left = _deliver(sh, items, _Task(argv, retries, sids, types), count=count, limit_s=limit_s)
     if left:
         raise SystemExit(shell.EXIT_TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What to do with a change: run a program, or nothing but print it."""
+    """What to do with a change: run a program, or nothing but print it; what was asked for."""
 
     argv: Sequence[str]
     retries: int | None
+    sids: Sequence[str]
+    types: Sequence[str]
+
+    def shown(self, state: State | None) -> list[Worker] | None:
+        """Return the workers of a first state that were asked for."""
+        if state is None or self.types:
+            return None
+        return [w for w in state.workers.values() if not self.sids or w.sid in self.sids]
 
 
 def _deliver(
@@ -128,7 +136,9 @@ def _deliver(
         if task.argv:
             _hand_over(sh, items, item, task)
         else:
-            _print(sh, item)
+            _print(sh, item, task)
+            if items.has_cursor:
+                items.ack(item)  # it is printed and flushed
         if item.kind == "change" and left is not None:
             left -= 1
     return left
@@ -146,6 +156,8 @@ def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task) -> None:
             failures += 1
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
+    elif item.kind == "reset":
+        _print(sh, item, task)  # a loss is never passed over, whatever is run for the rest
     if items.has_cursor:
         items.ack(item)
 
@@ -154,11 +166,12 @@ def _run(argv: Sequence[str], line: str) -> int:
     try:
         return subprocess.run(list(argv), input=line, text=True, check=False).returncode
     except OSError as error:
-        message = f"{argv[0]!r} cannot be run: {error.strerror}"
-        raise click.UsageError(message) from error
+        missing = isinstance(error, FileNotFoundError)
+        shell.warn(f"crewlog: {argv[0]!r}: {error.strerror}")
+        raise SystemExit(shell.EXIT_NOT_FOUND if missing else shell.EXIT_NOT_RUN) from error
 
 
-def _print(sh: Shell, item: Item) -> None:
+def _print(sh: Shell, item: Item, task: _Task) -> None:
     match item.kind:
         case "change":
             if sh.json:
@@ -166,12 +179,12 @@ def _print(sh: Shell, item: Item) -> None:
             else:
                 reading.print_line(sh, item.event)
         case "synced":
-            workers = [] if item.state is None else list(item.state.workers.values())
+            workers = task.shown(item.state)
             if sh.json:
-                shown = [shell.worker_json(w, None) for w in workers]
+                shown = None if workers is None else [shell.worker_json(w, None) for w in workers]
                 sh.stream({"kind": "synced", "seq": item.seq, "workers": shown})
             else:
-                for worker in workers:
+                for worker in workers or []:
                     if not worker.final:
                         sh.line(
                             f"{worker.rev}  {worker.sid}  {worker.state.value}  pid={worker.pid}"
@@ -182,10 +195,15 @@ def _print(sh: Shell, item: Item) -> None:
                 found = {"kind": "reset", "seq": item.seq, "reason": item.reason, "lost": item.lost}
                 sh.stream(found)
             else:
-                sh.note(
-                    f"-- events {item.lost} are gone ({item.reason}); on from seq {item.seq} --"
-                )
+                shell.warn(reset_text(item))
     shell.flush()
+
+
+def reset_text(item: Reset) -> str:
+    """Say what a Reset means."""
+    if item.lost is None:
+        return f"-- another store is in place; on from its seq {item.seq} --"
+    return f"-- events {item.lost[0]} to {item.lost[1]} are gone; on from seq {item.seq} --"
 
 
 # -- cursors --------------------------------------------------------------------------------
@@ -209,8 +227,13 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
     if action == "ls":
         _print_cursors(sh, reg, cursor.every(reg.log().directory))
         return
-    name = changing.tried(lambda: changes.check_sid(name))
+    name = changing.tried(lambda: changes.check_sid(name, what="cursor"))
     where = reg.log().directory
+    if action == "rm":
+        if not cursor.remove(where, name):
+            raise _no_cursor(name)
+        _print_cursors(sh, reg, [])
+        return
     known = cursor.read(where, name)
     if action == "set":
         owned = cursor.Cursor(where, name, start=seq or 0)
@@ -219,8 +242,6 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
         known = cursor.read(where, name)
     if known is None:
         raise _no_cursor(name)
-    if action == "rm":
-        cursor.remove(where, name)
     _print_cursors(sh, reg, [known])
 
 
@@ -237,7 +258,7 @@ def _print_cursors(sh: Shell, reg: Registry, places: Sequence[cursor.Place]) -> 
             "name": place.name,
             "seq": place.seq,
             "lag": max(0, last - place.seq),
-            "lost": place.seq + 1 < oldest,
+            "lost": place.damaged or place.seq + 1 < oldest,
             "owned": _owned(reg, place.name),
         }
         for place in places

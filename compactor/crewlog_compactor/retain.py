@@ -96,6 +96,9 @@ def _last_ts(directory: Directory, part: _Archived) -> str:
 def _held_back(log: Log, kept: list[_Archived], surplus: int) -> int:
     """Return how many may go with regard to cursors: what they need stays, up to the cap."""
     places = cursor.every(log.directory)
+    for place in places:
+        if place.damaged:
+            _logger.warning("cursor %s is damaged and holds back everything", place.name)
     needed = min((place.seq + 1 for place in places), default=None)
     if needed is None:
         return surplus

@@ -25,7 +25,7 @@ from crewlog import (
 from crewlog.codec import DurableHead, LineError, Snapshot
 from crewlog.directory import Directory
 from crewlog.errors import CrewlogError, FormatTooNew, StoreMissing
-from crewlog.events import Line, Record
+from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.states import States
 
@@ -194,12 +194,21 @@ class _Check:
             for raw in reversed(data.split(b"\n")):
                 if b'"type":"_archive_dropped"' in raw:
                     with contextlib.suppress(LineError):
-                        told = codec.parse(raw)["data"]
-                        if told.get("last") == first - 1:
-                            self.seq, self.hash = first - 1, str(told.get("head"))
-                            self.partial = True
-                            self._rebase()
+                        if self._is_told(codec.parse(raw)["data"], first):
                             return
+
+    def _is_told(self, told: JsonObject, first: int) -> bool:
+        """Begin at `first` if a retention announced that what was before it would go."""
+        begin, last = told.get("first"), told.get("last")
+        if not isinstance(begin, int) or not isinstance(last, int):
+            return False
+        if not begin <= first <= last + 1:  # killed half way, some of it is still there
+            return False
+        self.seq = first - 1
+        self.hash = str(told.get("head")) if first == last + 1 else ""
+        self.partial = True
+        self._rebase()
+        return True
 
     def _missing(self, first: int) -> None:
         if first > self.seq + 1:

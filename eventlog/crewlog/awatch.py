@@ -5,6 +5,7 @@ Nothing is awaited between taking an item and returning it, so a cancellation lo
 
 import asyncio
 import contextlib
+import weakref
 from types import TracebackType
 from typing import Final, Self
 
@@ -51,6 +52,8 @@ class AsyncWatch:
         """Use `Registry.awatch`."""
         self._vigil = vigil
         self._bell = bell
+        self._taking = False  # a coroutine is inside `next`
+        weakref.finalize(self, vigil.end)  # who forgets to close gives it back all the same
 
     @property
     def position(self) -> int:
@@ -64,8 +67,18 @@ class AsyncWatch:
 
     async def next(self, timeout_s: float | None = None) -> Item | None:
         """Return the next item; None after `timeout_s` seconds without one, or once closed."""
+        self._taking = True
+        try:
+            return await self._next(timeout_s)
+        finally:
+            self._taking = False
+            if self._vigil.closed:
+                self._vigil.end()
+
+    async def _next(self, timeout_s: float | None) -> Item | None:
         vigil = self._vigil
-        vigil.begin()
+        if not vigil.closed:
+            vigil.begin()
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
         while not vigil.closed:
@@ -78,8 +91,11 @@ class AsyncWatch:
             left_s = layout.SAFETY_LOOK_S
             if deadline is not None:
                 left_s = min(left_s, deadline - loop.time())
-                if left_s <= 0:
+                if left_s <= 0 and not vigil.overdue():
                     return None
+                if left_s <= 0:  # who only ever asks without waiting must hear of it too
+                    vigil.check_place()
+                    continue
             if await self._bell.heard(vigil.waker.pause_s(left_s)):
                 vigil.wakes += 1
             elif vigil.overdue():
@@ -104,6 +120,8 @@ class AsyncWatch:
         """End the iteration at once; idempotent, from any thread."""
         self._vigil.closed = True
         self._bell.ring()
+        if not self._taking:
+            self._vigil.end()
 
     def __aiter__(self) -> Self:
         """Return itself."""
@@ -128,4 +146,3 @@ class AsyncWatch:
     ) -> None:
         """Close, and give every resource back."""
         self.close()
-        self._vigil.end()

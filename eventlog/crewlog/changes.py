@@ -27,12 +27,12 @@ class Step:
 # -- arguments ------------------------------------------------------------------------------
 
 
-def check_sid(sid: object) -> str:
-    """Return `sid` if it can name a worker."""
-    text = _text(sid, name="sid")
+def check_sid(sid: object, *, what: str = "sid") -> str:
+    """Return `sid` if it can name a worker, or what else is named like one."""
+    text = _text(sid, name=what)
     if layout.SID.fullmatch(text) is None:
         message = (
-            f"sid {text!r} cannot name a worker: 1 to 128 letters, digits or ._:@+- , "
+            f"{text!r} is no {what}: 1 to 128 letters, digits or ._:@+- , "
             "the first a letter or digit"
         )
         raise ValueError(message)

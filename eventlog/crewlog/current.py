@@ -114,13 +114,19 @@ class Current:
         """Bring the recent records up to `end`, which the caller knows to be written."""
         if self.lag(end.seq) > 0:
             assert self._written is not None  # lag() said so
-            with self._all_or_nothing():
-                for raw in segments.raw_between(self._directory, self._written, end):
-                    for match in _SID.finditer(raw):
-                        sid = match[1].decode()
-                        if sid in self._recent:
-                            self._recent[sid] = self._after(codec.parse(match[0]), sid)
+            try:
+                self._look_between(self._written, end)
+            except SegmentMissing:  # retention took what we had not read: ask the state again
+                self._recent = {}
         self._written = end
+
+    def _look_between(self, start: Position, end: Position) -> None:
+        with self._all_or_nothing():
+            for raw in segments.raw_between(self._directory, start, end):
+                for match in _SID.finditer(raw):
+                    sid = match[1].decode()
+                    if sid in self._recent:
+                        self._recent[sid] = self._after(codec.parse(match[0]), sid)
 
     def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
         """Return a worker's record as of `end`; `head` is durable and not beyond it."""

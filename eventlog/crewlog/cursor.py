@@ -12,7 +12,7 @@ from typing import Final
 
 from crewlog import disk, layout
 from crewlog.directory import Directory
-from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy
+from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy, RegistryClosed
 from crewlog.lock import take
 
 _SLOT: Final = struct.Struct("<8sQQ4xI")
@@ -22,10 +22,14 @@ _BYTES: Final = 2 * _SLOT.size
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A cursor as anyone may see it: everything up to `seq` is acknowledged."""
+    """A cursor as anyone may see it: everything up to `seq` is acknowledged.
+
+    Of a damaged one that is not known: `seq` is then 0, and it holds back everything.
+    """
 
     name: str
     seq: int
+    damaged: bool = False
 
 
 def _encode(generation: int, seq: int) -> bytes:
@@ -65,10 +69,15 @@ def read(directory: Directory, name: str) -> Place | None:
 
 
 def every(directory: Directory) -> list[Place]:
-    """Read every cursor."""
+    """Read every cursor; a damaged one hides no other."""
     found = []
     for name in disk.names(directory[layout.CURSORS]):
-        place = None if name.startswith(layout.TEMPORARY_PREFIX) else read(directory, name)
+        if name.startswith(layout.TEMPORARY_PREFIX):
+            continue
+        try:
+            place = read(directory, name)
+        except CursorCorrupt:
+            place = Place(name, 0, damaged=True)
         if place is not None:
             found.append(place)
     return found
@@ -108,7 +117,9 @@ class Cursor:
             self.set(seq)
 
     def set(self, seq: int) -> None:
-        """Move to `seq`, also backwards."""
+        """Move to `seq`, also backwards. *Raises* RegistryClosed once it is closed."""
+        if self._fd < 0:
+            raise RegistryClosed(f"cursor {self.name}")
         self._generation += 1
         slot = self._generation % 2
         data = _encode(self._generation, seq)
@@ -129,7 +140,7 @@ class Cursor:
 def _create(directory: Directory, name: str, start: int) -> None:
     """Put a whole cursor in place at once: link never replaces one that another was faster with."""
     via, at = directory.disk, directory[layout.CURSORS]
-    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}-{name}"
+    temporary = f"{layout.TEMPORARY_PREFIX}{os.urandom(8).hex()}"  # threads create cursors too
     disk.write_new(via, temporary, _encode(1, start) + _encode(0, start), at=at)
     try:
         via.link(temporary, name, at=at, new_at=at)
@@ -156,10 +167,14 @@ def remove(directory: Directory, name: str) -> bool:
     """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
     if not disk.exists(name, at=directory[layout.CURSORS]):
         return False
-    cursor = Cursor(directory, name, start=0)
+    at, where = directory[layout.CURSORS], directory.where(layout.CURSORS, name)
     try:
-        directory.disk.unlink(name, at=directory[layout.CURSORS])
+        lock = take(name, at=at, where=where)
+    except LockBusy as error:
+        raise CursorBusy(name, holder=error.holder) from error
+    try:
+        directory.disk.unlink(name, at=at)
     finally:
-        cursor.close()
+        lock.close()
     directory.disk.sync_directory(directory[layout.CURSORS])
     return True

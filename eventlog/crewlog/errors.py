@@ -124,7 +124,7 @@ class InvalidTransition(CrewlogError):
         super().__init__(
             f"worker {sid!r} cannot take {event}",
             why=f"its state is {state!r}",
-            remedy="See the table of states in docs/protocol.md",
+            remedy=f"`crewlog history --sid {sid}` shows how it came there",
         )
 
 

@@ -81,6 +81,8 @@ class Feed:
         self._first: State | None = None
         self._revs: dict[str, int] | None = None
         self._announced = False
+        self._replaced = False
+        self._passed: tuple[int, bytes] | None = None  # the last line that was looked at
         self.position = self._begin(after)
 
     def _begin(self, after: After) -> int:
@@ -96,7 +98,9 @@ class Feed:
             case datetime():
                 return self._before(events.timestamp(after))
             case _:
-                return min(after, self.log.last_seq())
+                last = self.log.last_seq()
+                self._replaced = after > last  # this store never was that far
+                return min(after, last)
 
     def _before(self, ts: str) -> int:
         for line, _ in self.log.read(self.log.first_seq() - 1):
@@ -111,6 +115,12 @@ class Feed:
         `unfinished`. *Raises* CompactedError if asked to; DataDamaged where the log is damaged.
         """
         self.unfinished = False
+        if self._replaced:
+            self._replaced = False
+            return self._reset("replaced")
+        if self._first is not None:  # before anything that came after it
+            first, self._first, self._announced = self._first, None, True
+            return Synced(seq=first.seq, state=first)
         try:
             while True:
                 item = self._delivered(lines_max)
@@ -141,6 +151,7 @@ class Feed:
             if line["seq"] <= self.position:
                 continue  # the segment began before the position
             self.position = line["seq"]
+            self._passed = (self.position, raw)
             if self._revs is not None:
                 self._remember(line)
             if self._wanted.wants(line):
@@ -165,8 +176,7 @@ class Feed:
         if self._announced:
             return None
         self._announced = True
-        first, self._first = self._first, None
-        return Synced(seq=self.position, state=first)
+        return Synced(seq=self.position, state=None)
 
     # -- what cannot be delivered -----------------------------------------------------------
 
@@ -180,6 +190,7 @@ class Feed:
         """Go on from the state of now; it makes good what cannot be delivered."""
         state = self._state()
         before, self._revs = self._revs, self._revs and state.workers.revs()
+        self._passed = None
         lost = (self.position + 1, state.seq) if reason == "compacted" else None
         self.position = state.seq
         self._first = None
@@ -193,12 +204,20 @@ class Feed:
 
     def moved_to(self, log: Log) -> Reset | None:
         """Go on with the log that is in place now; a Reset unless it continues this one."""
-        same = log.directory.store == self.log.directory.store
+        continues = self._is_continued_by(log)
+        reset = None if continues else self._reset("replaced")  # may raise: then nothing has moved
         self.log = log
         self._drop_reader()
-        if same and log.last_seq() >= self.position:
-            return None
-        return self._reset("replaced")
+        return reset
+
+    def _is_continued_by(self, log: Log) -> bool:
+        """Say whether the last line that was looked at is in that log too, at its place."""
+        if log.directory.store != self.log.directory.store or self._passed is None:
+            return False
+        seq, raw = self._passed
+        if seq != self.position or log.last_seq() < seq or log.first_seq() > seq:
+            return False
+        return next((there == raw for _, there in log.read(seq - 1)), False)
 
     def _drop_reader(self) -> None:
         self._lines = None

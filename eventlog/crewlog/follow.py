@@ -2,18 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from crewlog import changes, cursor, feed, layout
+from crewlog import changes, cursor, feed, layout, notify
 from crewlog.cursor import Cursor
 from crewlog.errors import WorkerEnded, WorkerNotFound
 from crewlog.events import FINAL, Item, State, Worker, WorkerState
 from crewlog.feed import After, Feed, OnCompacted
 from crewlog.log import Log
 from crewlog.notify import Backend, Bell, Waker
-from crewlog.subscribe import Mirror, OnError, Subscription
+from crewlog.subscribe import Mirror, OnError, Subscription, check_on_error
 from crewlog.watch import Vigil, Watch
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Following(ABC):
         on_error: OnError = "stop",
     ) -> Subscription:
         """Call back for every item in a thread of its own; arguments as for `watch`."""
+        check_on_error(on_error)
         items = self.watch(
             after=after,
             sids=sids,
@@ -110,16 +112,18 @@ class Following(ABC):
     def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
         """Return the worker once it is in `state`; it need not be registered yet.
 
-        *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends as something else.
+        *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
+        something else.
         """
         changes.check_sid(sid)
         wanted = WorkerState(state)
+        began = self.state().seq
 
         def arrived(now: State) -> bool:
             worker = now.get(sid)
             if worker is None or worker.state == wanted:
                 return worker is not None
-            if worker.state in FINAL:
+            if worker.state in FINAL and worker.rev > began:
                 raise WorkerEnded(sid, state=worker.state.value, wanted=wanted.value)
             return False
 
@@ -144,16 +148,20 @@ class Following(ABC):
         if on_compacted not in {"reset", "raise"}:
             message = f"on_compacted is reset or raise, not {on_compacted!r}"
             raise ValueError(message)
+        backend = notify.check_backend(backend)
         wanted = feed.filter_of(sids, types)
         log = self.log()
-        owned = None if cursor_name is None else self._own(log, cursor_name, after)
 
         def arm() -> Waker:
             directory = self.path / layout.HEAD
             return Waker(directory, backend=backend, local=log.directory.local, bell=bell())
 
-        waker = arm()  # before the first look: what changes from here on wakes
-        try:
+        with ExitStack() as undo:
+            owned = None if cursor_name is None else self._own(log, cursor_name, after)
+            if owned is not None:
+                undo.callback(owned[0].close)
+            waker = arm()  # before the first look: what changes from here on wakes
+            undo.callback(waker.close)
             items = Feed(
                 log,
                 after=after if owned is None else owned[1],
@@ -161,11 +169,7 @@ class Following(ABC):
                 on_compacted=on_compacted,
                 state=self.state,
             )
-        except BaseException:
-            waker.close()
-            if owned is not None:
-                owned[0].close()
-            raise
+            undo.pop_all()
         return Vigil(
             items,
             waker=waker,
@@ -176,7 +180,7 @@ class Following(ABC):
 
     def _own(self, log: Log, name: str, after: After) -> tuple[Cursor, After]:
         """Take a cursor; it begins where it stands, a new one where `after` says."""
-        changes.check_sid(name)
+        changes.check_sid(name, what="cursor")
         known = cursor.read(log.directory, name)
         if known is not None:
             owned = Cursor(log.directory, name, start=known.seq)

@@ -12,7 +12,7 @@ import os
 import select
 import threading
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, cast
 
 from crewlog import layout
 
@@ -194,6 +194,12 @@ class Hub:
             source.close()
         self.ring()
 
+    def close(self) -> None:
+        """Give the source back."""
+        source, self.source = self.source, None
+        if source is not None:
+            source.close()
+
 
 def _source(directory: Path, backend: Backend, rings: Rings) -> Source:
     if backend in {"auto", "inotify"}:
@@ -214,30 +220,49 @@ def _identity(directory: Path) -> tuple[int, int]:
 
 
 class _Hubs:
-    """The hubs of this process, counted by their readers."""
+    """The hubs of this process, counted by their readers.
+
+    The lock is held for the bookkeeping only, and never waited for when leaving: a signal handler
+    that closes a watch may have interrupted a thread that holds it. Who comes next clears up.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.by_key: dict[tuple[tuple[int, int], Backend], Hub] = {}
 
     def join(self, directory: Path, backend: Backend, bell: Bell, *, local: bool) -> Hub:
+        key = (_identity(directory), backend)
         with self.lock:
-            key = (_identity(directory), backend)
             hub = self.by_key.get(key)
-            if hub is None:
-                hub = self.by_key[key] = Hub(directory, backend, local=local)
-            hub.bells.add(bell)
-            return hub
-
-    def leave(self, hub: Hub, backend: Backend, bell: Bell) -> None:
+            if hub is not None:
+                hub.bells.add(bell)
+                return hub
+        made = Hub(directory, backend, local=local)
         with self.lock:
-            hub.bells.discard(bell)
-            if hub.bells:
-                return
-            self.by_key.pop((hub.identity, backend), None)
-            source, hub.source = hub.source, None
-        if source is not None:
-            source.close()
+            hub = self.by_key.setdefault(key, made)
+            hub.bells.add(bell)
+            empty = self._empty()
+        if hub is not made:
+            made.close()
+        for other in empty:
+            other.close()
+        return hub
+
+    def leave(self, hub: Hub, bell: Bell) -> None:
+        hub.bells.discard(bell)
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            empty = self._empty()
+        finally:
+            self.lock.release()
+        for other in empty:
+            other.close()
+
+    def _empty(self) -> list[Hub]:
+        """Take out the hubs that nobody listens to any more."""
+        keys = [key for key, hub in self.by_key.items() if not hub.bells]
+        return [self.by_key.pop(key) for key in keys]
 
 
 _hubs = _Hubs()
@@ -252,20 +277,28 @@ def _forget_hubs() -> None:
 os.register_at_fork(after_in_child=_forget_hubs)
 
 
+def check_backend(backend: object) -> Backend:
+    """Return a backend that exists and is installed; ValueError or ImportError if not."""
+    if backend not in BACKENDS:
+        message = f"backend {backend!r} is none of {', '.join(sorted(BACKENDS))}"
+        raise ValueError(message)
+    if backend == "inotify":
+        import inotify_simple  # noqa: F401, PLC0415 (only to hear now whether the extra is there)
+    return cast("Backend", backend)
+
+
 class Waker:
     """One reader's place at a hub."""
 
     def __init__(self, directory: Path, *, backend: Backend, local: bool, bell: Bell) -> None:
         """Listen to changes in `directory` from here on."""
-        if backend not in BACKENDS:
-            message = f"backend {backend!r} is none of {', '.join(sorted(BACKENDS))}"
-            raise ValueError(message)
         self._directory = directory
         self._backend = backend
         self._local = local
         self.bell = bell
         self._poll_s = layout.POLL_MIN_S
         self._closed = False
+        self._pid = os.getpid()
         self._hub = _hubs.join(directory, backend, self.bell, local=local)
 
     @property
@@ -308,11 +341,11 @@ class Waker:
         if not self._hub.source.healthy():
             self._hub.fall_back(f"{self._hub.source.name} has stopped")
         elif _identity(self._directory) not in {(0, 0), self._hub.identity}:
-            _hubs.leave(self._hub, self._backend, self.bell)
+            _hubs.leave(self._hub, self.bell)
             self._hub = _hubs.join(self._directory, self._backend, self.bell, local=self._local)
 
     def close(self) -> None:
-        """Leave the hub; idempotent."""
-        if not self._closed:
+        """Leave the hub; idempotent. In a forked child the hub is the parent's, and left alone."""
+        if not self._closed and self._pid == os.getpid():
             self._closed = True
-            _hubs.leave(self._hub, self._backend, self.bell)
+            _hubs.leave(self._hub, self.bell)

@@ -263,6 +263,7 @@ class Reader:
             segment = self.position.segment
             end = stop.offset if segment == stop.segment else None
             kind = ""
+            begun = self.position
             for step in walk(self._open(segment), self.position, end=end, needles=self._needles):
                 self.position = Position(segment, step.offset, step.seq)
                 kind = ""
@@ -271,6 +272,8 @@ class Reader:
                     yield step.line, step.raw
             if self.position.seq >= stop.seq:
                 return
+            if self.position == begun and begun.offset == 0:
+                raise _damaged(self._open(segment), 0, segment, "it is empty")
             if kind not in {"", events.SEAL}:
                 raise self._unsealed()
             self.position = start_of(self.position.seq + 1)

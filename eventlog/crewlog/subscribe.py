@@ -16,6 +16,13 @@ _logger = logging.getLogger("crewlog.subscribe")
 OnError: TypeAlias = Literal["stop", "retry", "skip"]
 
 
+def check_on_error(on_error: object) -> None:
+    """Raise ValueError for what is no way to go on after an error."""
+    if on_error not in {"stop", "retry", "skip"}:
+        message = f"on_error is stop, retry or skip, not {on_error!r}"
+        raise ValueError(message)
+
+
 class Subscription(Closing):
     """A thread that calls back for every item, in order, one at a time.
 
@@ -28,9 +35,6 @@ class Subscription(Closing):
         self, watch: Watch, callback: Callable[[Item], object], *, on_error: OnError
     ) -> None:
         """Use `Registry.subscribe`."""
-        if on_error not in {"stop", "retry", "skip"}:
-            message = f"on_error is stop, retry or skip, not {on_error!r}"
-            raise ValueError(message)
         self.error: Exception | None = None
         self._watch = watch
         self._callback = callback
@@ -118,8 +122,10 @@ class Mirror(Closing):
 
     def _wait(self, seq: int, timeout_s: float | None) -> bool:
         """Return True once something newer than `seq` is durable."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            item = self._watch.next(timeout_s)
+            left_s = None if deadline is None else deadline - time.monotonic()
+            item = None if left_s is not None and left_s < 0 else self._watch.next(left_s)
             if item is None:
                 return False
             if item.seq > seq or item.kind == "reset":

@@ -7,13 +7,14 @@ changes nothing about what is delivered.
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Self
 
 from crewlog import layout
 from crewlog.closing import Closing
 from crewlog.cursor import Cursor
-from crewlog.errors import RegistryClosed
+from crewlog.errors import RegistryClosed, StoreMissing
 from crewlog.events import Item, Reset
 from crewlog.feed import Feed
 from crewlog.log import Log
@@ -67,7 +68,11 @@ class Vigil:
         """Return the next item that is there now."""
         item: Item | None = self._waiting
         if item is None:
-            item = self.feed.look(lines_max)
+            try:
+                item = self.feed.look(lines_max)
+            except StoreMissing:
+                self.check_place()  # another store may be there already
+                item = self._waiting or self.feed.look(lines_max)
         self._waiting = None
         if item is not None:
             self.waker.saw_change()
@@ -99,6 +104,11 @@ class Vigil:
         log = self._current()
         if log is not None and log is not self.feed.log:
             self._waiting = self.feed.moved_to(log)
+            if self.cursor is not None:  # it stands in the directory that is no longer in place
+                name = self.cursor.name
+                self.cursor.close()
+                self.cursor = Cursor(log.directory, name, start=self.feed.position)
+                self.cursor.set(self.feed.position)
 
     def stats(self) -> dict[str, int | str]:
         """Return counts for a person: items and wakes so far, position, lag, what wakes."""
@@ -116,6 +126,8 @@ class Vigil:
 
     def acknowledge(self, item: Item) -> None:
         """Acknowledge everything up to this item now."""
+        if self._pid != os.getpid():
+            raise RegistryClosed("the cursor is the parent's, in a forked child")
         if self.cursor is None:
             message = "there is no cursor to acknowledge to: give watch(cursor=…)"
             raise ValueError(message)
@@ -139,6 +151,8 @@ class Watch(Closing):
         """Use `Registry.watch`."""
         self._vigil = vigil
         self._taking = threading.Lock()  # held while a thread is inside `next`
+        self._pid = os.getpid()
+        weakref.finalize(self, vigil.end)  # who forgets to close gives it back all the same
 
     @property
     def position(self) -> int:
@@ -156,11 +170,18 @@ class Watch(Closing):
         With a cursor, taking an item acknowledges the one before. *Raises* CompactedError if that
         was asked for; DataDamaged where the log is damaged.
         """
+        self._mind_fork()
         with self._taking:
             item = self._next(timeout_s)
         if self._vigil.closed:
             self.close()  # whoever closed it could not let go while we were inside
         return item
+
+    def _mind_fork(self) -> None:
+        """Renew the mutex in a forked child: another thread of the parent may have held it."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._taking = threading.Lock()
 
     def _next(self, timeout_s: float | None) -> Item | None:
         vigil = self._vigil
@@ -174,8 +195,11 @@ class Watch(Closing):
             left_s = layout.SAFETY_LOOK_S
             if deadline is not None:
                 left_s = min(left_s, deadline - time.monotonic())
-                if left_s <= 0:
+                if left_s <= 0 and not vigil.overdue():
                     return None
+                if left_s <= 0:  # who only ever asks without waiting must hear of it too
+                    vigil.check_place()
+                    continue
             if vigil.waker.wait(left_s):
                 vigil.wakes += 1
             elif vigil.overdue():
@@ -213,6 +237,7 @@ class Watch(Closing):
 
         Everything is given back now, or by the thread that is inside `next` as it leaves.
         """
+        self._mind_fork()
         self._vigil.closed = True
         self._vigil.waker.wake()
         if self._taking.acquire(blocking=False):

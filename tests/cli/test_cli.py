@@ -555,7 +555,7 @@ def test_watch_exec_of_nothing_is_a_usage_error(cli: Cli, reg: Registry) -> None
     reg.register("a")
     cli("watch", "--exec", code=2)
     cli("watch", "--", "true", code=2)
-    cli("watch", "--from-start", "--exec", "--", "no-such-program", code=2)
+    cli("watch", "--from-start", "--exec", "--", "no-such-program", code=127)
 
 
 def test_watch_timeout_is_124_only_where_a_count_was_missed(cli: Cli, reg: Registry) -> None:
