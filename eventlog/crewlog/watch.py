@@ -70,7 +70,7 @@ class Vigil:
         if item is None:
             try:
                 item = self.feed.look(lines_max)
-            except StoreMissing:
+            except (StoreMissing, RegistryClosed):
                 self.check_place()  # another store may be there already
                 item = self._waiting or self.feed.look(lines_max)
         self._waiting = None
