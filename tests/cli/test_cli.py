@@ -253,13 +253,19 @@ def test_interrupt_is_130(cli: Cli, reg: Registry) -> None:
     reg.register("a")
     process = subprocess.Popen(
         [*CREWLOG, "--dir", str(cli.place), "watch", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, "")
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (130, "")
+    finally:
+        process.kill()
 
 
 def test_exec_keeps_the_pid(cli: Cli, reg: Registry) -> None:

@@ -370,3 +370,28 @@ def test_leftover_temporaries_never_block(place: Path) -> None:
         compact(reg, gc=False)
     assert not list(place.rglob(f"{layout.TEMPORARY_PREFIX}*"))
     assert verify(place).ok
+
+
+def test_substituted_line_is_never_folded_into_a_snapshot(place: Path) -> None:
+    """Right by itself, of the right seq, but not the line that the next one was chained to."""
+    from crewlog import codec
+
+    with crewlog.open(place) as reg:
+        reg.register("a")
+        reg.update("a", meta={"number": 1})
+        reg.update("a", meta={"number": 2})
+        reg.log().rotate()
+    first = min((place / layout.LOG).iterdir())
+    lines = first.read_bytes().split(b"\n")
+    told = codec.parse(lines[2])
+    part = codec.draft("worker.updated", "a", b"{}", {"meta": {"number": 7}})
+    lines[2] = codec.line(
+        part, seq=told["seq"], ts=told["ts"], synced=told["synced"],
+        prev=bytes.fromhex(told["prev"]), batch=None,
+    )[:-1]  # fmt: skip
+    first.write_bytes(b"\n".join(lines))
+    with crewlog.open(place) as reg, pytest.raises(CrewlogError) as caught:
+        compact(reg, gc=False)
+    assert isinstance(caught.value, HistoryDiverged | LogCorrupt)
+    assert not (place / layout.SNAPSHOT).exists()
+    assert not verify(place).ok
