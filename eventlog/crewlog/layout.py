@@ -81,6 +81,8 @@ LOCK_WAIT_S: Final = 5.0
 SYNC_WAIT_MIN_S: Final = 30.0
 LOCK_POLL_MIN_S: Final = 0.000_02
 LOCK_POLL_MAX_S: Final = 0.000_5
+# Growing faster cost half of the p99 of 8 writers (5.3 against 3.1 ms).
+LOCK_POLL_GROWTH: Final = 1.1
 SYNC_GATHER_MAX_S: Final = 0.000_3
 SYNC_GATHER_SHARE: Final = 0.15
 SAFETY_LOOK_S: Final = 1.0

@@ -140,7 +140,7 @@ def pauses() -> Iterator[float]:
     pause_s = layout.LOCK_POLL_MIN_S
     while True:
         yield pause_s
-        pause_s = min(pause_s * 1.5, layout.LOCK_POLL_MAX_S)
+        pause_s = min(pause_s * layout.LOCK_POLL_GROWTH, layout.LOCK_POLL_MAX_S)
 
 
 _open_locks: "weakref.WeakSet[Lock]" = weakref.WeakSet()
