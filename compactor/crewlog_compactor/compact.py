@@ -8,7 +8,7 @@ needs are in place, killed after it, the next compaction archives what this one 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from crewlog import codec, events, fold, layout, segments, snapshot, tail
+from crewlog import codec, disk, events, fold, layout, segments, snapshot, tail
 from crewlog.codec import Snapshot
 from crewlog.errors import CollectRefused, HistoryDiverged, LogCorrupt
 from crewlog.fold import Fold, FoldError
@@ -52,25 +52,33 @@ def compact(
     log = reg.log()
     lock = log.try_compact_lock()
     try:
-        _sweep(log)
-        collected, refused = _collect(reg, force=force) if gc else (None, None)
-        if _has_events(log):
-            log.rotate()
-        folded, current = _fold(log)
-        if folded:
-            log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
-        moved = _archive(log)
-        dropped = retain(log, keep_history)
-        return CompactReport(
-            folded_events=folded,
-            snapshot_seq=current.last_seq,
-            archived_segments=moved,
-            dropped=dropped,
-            collected=collected,
-            refused=refused,
-        )
+        with disk.failures("cannot compact", where=str(reg.path)):
+            return _compact(reg, log, gc=gc, force=force, keep_history=keep_history)
     finally:
         lock.close()
+
+
+def _compact(
+    reg: Registry, log: Log, *, gc: bool, force: bool, keep_history: Keep
+) -> CompactReport:
+    """Do the whole job. Held: locks/compact."""
+    _sweep(log)
+    collected, refused = _collect(reg, force=force) if gc else (None, None)
+    if _has_events(log):
+        log.rotate()
+    folded, current = _fold(log)
+    if folded:
+        log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
+    moved = _archive(log)
+    dropped = retain(log, keep_history)
+    return CompactReport(
+        folded_events=folded,
+        snapshot_seq=current.last_seq,
+        archived_segments=moved,
+        dropped=dropped,
+        collected=collected,
+        refused=refused,
+    )
 
 
 def _sweep(log: Log) -> None:

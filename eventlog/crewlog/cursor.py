@@ -12,6 +12,7 @@ from typing import Final
 
 from crewlog import disk, layout
 from crewlog.directory import Directory
+from crewlog.disk import Disk
 from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy, RegistryClosed
 from crewlog.lock import take
 
@@ -123,7 +124,9 @@ class Cursor:
         self._generation += 1
         slot = self._generation % 2
         data = _encode(self._generation, seq)
-        self._directory.disk.overwrite(self._fd, data, slot * _SLOT.size)
+        where = self._directory.where(layout.CURSORS, self.name)
+        with disk.failures("cannot move the cursor", where=where):
+            self._directory.disk.overwrite(self._fd, data, slot * _SLOT.size)
         self.seq = seq
 
     def close(self) -> None:
@@ -141,14 +144,20 @@ def _create(directory: Directory, name: str, start: int) -> None:
     """Put a whole cursor in place at once: link never replaces one that another was faster with."""
     via, at = directory.disk, directory[layout.CURSORS]
     temporary = f"{layout.TEMPORARY_PREFIX}{os.urandom(8).hex()}"  # threads create cursors too
-    disk.write_new(via, temporary, _encode(1, start) + _encode(0, start), at=at)
+    where = directory.where(layout.CURSORS, name)
+    with disk.failures("cannot create the cursor", where=where):
+        _put(via, temporary, name, _encode(1, start) + _encode(0, start), at=at)
+        via.sync_directory(at)
+
+
+def _put(via: Disk, temporary: str, name: str, data: bytes, *, at: int) -> None:
+    disk.write_new(via, temporary, data, at=at)
     try:
         via.link(temporary, name, at=at, new_at=at)
     except FileExistsError:  # the other one's will do
         return
     finally:
         via.unlink(temporary, at=at)
-    via.sync_directory(at)
 
 
 def is_owned(directory: Directory, name: str) -> bool:

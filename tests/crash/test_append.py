@@ -206,3 +206,39 @@ def test_interrupt_between_write_and_state_leaves_a_line_for_the_next_writer(pla
     reg.register("c")
     assert [w.sid for w in reg.workers()] == ["a", "b", "c"]
     assert verify(place).ok
+
+
+def test_compaction_without_room_at_any_call_is_typed_and_harmless(place: Path) -> None:
+    """ENOSPC at call k of a compaction and of a cursor: a typed error, nothing lost."""
+    from crewlog_compactor import compact
+
+    fired = 0
+    for k in range(100):
+        here, disk = place / str(k), FailingDisk()
+        reg = registry_on(here, disk)
+        for sid in "abc":
+            reg.register(sid)
+            compact(reg, gc=False)
+        reg.register("d")
+        left = k
+
+        def at_k(call: str) -> int | None:
+            nonlocal left
+            left -= call in {"create", "write", "overwrite", "link", "rename"}
+            return ENOSPC if left == -1 and call in {"create", "write", "overwrite"} else None
+
+        disk.fault = at_k
+        try:
+            compact(reg, gc=False)
+            reg.watch(cursor="c", after="oldest").close()
+        except CrewlogError:
+            fired += 1
+        disk.fault = lambda _: None
+        with crewlog.open(here) as fresh:
+            assert [w.sid for w in fresh.workers()] == ["a", "b", "c", "d"]
+            fresh.register("e")
+            compact(fresh, gc=False)
+        assert verify(here).findings == ()
+        if left >= 0:
+            break
+    assert fired >= 8, fired
