@@ -104,9 +104,11 @@ def test_change_wakes_the_watcher(
     with reg.watch(after="now", backend=backend) as items:
         assert isinstance(items.next(5), Synced)
         threading.Timer(0.05, lambda: reg.update("a", state="ready")).start()
+        began = time.monotonic()
         item = items.next(10)
         assert isinstance(item, Change)
         assert item.type == "worker.ready"
+        assert time.monotonic() - began < 5, "woken, not at the end of the wait"
 
 
 def test_resume_from_every_seq_delivers_exactly_the_rest(
