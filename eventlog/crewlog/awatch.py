@@ -5,6 +5,7 @@ Nothing is awaited between taking an item and returning it, so a cancellation lo
 
 import asyncio
 import contextlib
+import time
 import weakref
 from types import TracebackType
 from typing import Final, Self
@@ -79,8 +80,7 @@ class AsyncWatch:
         vigil = self._vigil
         if not vigil.closed:
             vigil.begin()
-        loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else loop.time() + timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not vigil.closed:
             item = vigil.look(_LINES_A_STEP)
             if item is not None:
@@ -88,15 +88,10 @@ class AsyncWatch:
             if vigil.feed.unfinished:
                 await asyncio.sleep(0)
                 continue
-            left_s = layout.SAFETY_LOOK_S
-            if deadline is not None:
-                left_s = min(left_s, deadline - loop.time())
-                if left_s <= 0 and not vigil.overdue():
-                    return None
-                if left_s <= 0:  # who only ever asks without waiting must hear of it too
-                    vigil.check_place()
-                    continue
-            if await self._bell.heard(vigil.waker.pause_s(left_s)):
+            wait_s = vigil.patience_s(deadline)
+            if wait_s is None:
+                return None
+            if await self._bell.heard(vigil.waker.pause_s(wait_s)):
                 vigil.wakes += 1
             elif vigil.overdue():
                 await self._safety_look()

@@ -309,10 +309,7 @@ class Waker:
 
     def wait(self, timeout_s: float) -> bool:
         """Return True after a wake, False after `timeout_s`, or sooner where it must poll."""
-        if self._hub.source is not None:
-            return self.bell.wait(timeout_s)
-        pause_s, self._poll_s = self._poll_s, min(self._poll_s * 2, layout.POLL_MAX_S)
-        return self.bell.wait(min(timeout_s, pause_s))
+        return self.bell.wait(self.pause_s(timeout_s))
 
     def pause_s(self, timeout_s: float) -> float:
         """Return how long to wait at most, for who waits by other means than `wait`."""

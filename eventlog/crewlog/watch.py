@@ -89,6 +89,22 @@ class Vigil:
         self._looked_at = now
         return True
 
+    def patience_s(self, deadline: float | None) -> float | None:
+        """Return how long to wait before the next look, None once a deadline has passed.
+
+        Who only ever asks without waiting must hear of a replaced store too: where a look at the
+        place is due, it is taken before giving up.
+        """
+        if deadline is None:
+            return layout.SAFETY_LOOK_S
+        left_s = deadline - time.monotonic()
+        if left_s > 0:
+            return min(left_s, layout.SAFETY_LOOK_S)
+        if not self.overdue():
+            return None
+        self.check_place()
+        return 0.0
+
     def moved_unseen(self) -> bool:
         """Say whether the head has moved on without a wake so far."""
         return self.waker.source != "poll" and self.feed.log.last_seq() > self.feed.seen_seq
@@ -192,15 +208,10 @@ class Watch(Closing):
             item = vigil.look()
             if item is not None:
                 return item
-            left_s = layout.SAFETY_LOOK_S
-            if deadline is not None:
-                left_s = min(left_s, deadline - time.monotonic())
-                if left_s <= 0 and not vigil.overdue():
-                    return None
-                if left_s <= 0:  # who only ever asks without waiting must hear of it too
-                    vigil.check_place()
-                    continue
-            if vigil.waker.wait(left_s):
+            wait_s = vigil.patience_s(deadline)
+            if wait_s is None:
+                return None
+            if vigil.waker.wait(wait_s):
                 vigil.wakes += 1
             elif vigil.overdue():
                 self._safety_look()
