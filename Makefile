@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 $(VENV)/linters: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	@touch $@
 
 demo: $(VENV)/installed
@@ -28,7 +28,7 @@ lint: $(VENV)/linters
 	$(BIN)/lint-imports
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
 	$(BIN)/python bench/run.py
 
 clean:

@@ -97,3 +97,11 @@ def tree(place: Path) -> dict[str, bytes | None]:
         str(path.relative_to(place)): path.read_bytes() if path.is_file() else None
         for path in sorted(place.rglob("*"))
     }
+
+
+def state_of(pid: int) -> str:
+    """Return the state letter of a process, "" once it is gone."""
+    from crewlog import identity
+
+    found = identity.read_stat(pid)
+    return "" if found is None else found.state

@@ -2,13 +2,29 @@
 
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Final
 
 import click
 
-from crewlog_cli import shell, times
+from crewlog import disk, layout
+from crewlog.disk import Disk
+from crewlog.errors import PlanInvalid
+from crewlog.registry import Registry
+from crewlog_cli import reading, shell, times
+from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
-from crewlog_compactor import CollectReport, collect, compact, verify
+from crewlog_compactor import (
+    CollectReport,
+    Plan,
+    apply_plan,
+    assume_dead,
+    collect,
+    compact,
+    make_plan,
+    plan,
+    verify,
+)
 
 _KEEP: Final = "1d"
 
@@ -41,6 +57,8 @@ def _told(report: CollectReport) -> dict[str, object]:
         "pruned": report.pruned,
         "unknown": report.unknown,
         "conflicts": report.conflicts,
+        "sockets": report.sockets,
+        "sockets_kept": [{"path": path, "why": why} for path, why in report.sockets_kept],
     }
 
 
@@ -49,23 +67,98 @@ def _print_report(sh: Shell, report: CollectReport) -> None:
         if isinstance(sids, tuple):
             for sid in sids:
                 sh.line(f"{name}  {sid}")
+    for path, why in report.sockets_kept:
+        sh.note(f"kept {path}: {why}")
 
 
-@command("gc", examples="crewlog gc --dry-run\ncrewlog gc --keep 12h")
+@command(
+    "gc",
+    examples="""crewlog gc --dry-run
+crewlog gc --plan plan.json && less plan.json && crewlog gc --apply plan.json
+crewlog gc --assume-dead web-1 --reason 'its host burned down'""",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option(
     "--keep", default=_KEEP, show_default=True, help="Keep ended workers listed this long."
 )
+@click.option("--plan", "plan_", metavar="FILE", help="Only write what would be done to FILE.")
+@click.option("--apply", "apply_", metavar="FILE", help="Do what a plan says, of any age.")
+@click.option("--assume-dead", "assumed", metavar="SID", help="Take one that nobody can judge out.")
+@click.option("--reason", help="Why it is assumed dead, for the history.")
 @click.option("--force", is_flag=True, help="Believe that most workers died at once.")
-def gc(sh: Shell, *, dry_run: bool, keep: str, force: bool) -> None:
-    """Record the death of workers that are proven dead; drop what ended long ago from the list."""
+def gc(
+    sh: Shell,
+    *,
+    dry_run: bool,
+    keep: str,
+    plan_: str | None,
+    apply_: str | None,
+    assumed: str | None,
+    reason: str | None,
+    force: bool,
+) -> None:
+    """Record the death of workers that are proven dead; drop what ended long ago from the list.
+
+    Who cannot be judged is left alone. A plan is carried out only where its workers are unchanged.
+    """
     span = _span(keep)
+    if sum((dry_run, plan_ is not None, apply_ is not None, assumed is not None)) > 1:
+        message = "--dry-run, --plan, --apply and --assume-dead exclude each other"
+        raise click.UsageError(message)
+    if (assumed is None) != (reason is None):
+        message = "--assume-dead goes with --reason"
+        raise click.UsageError(message)
     reg = sh.existing()
-    report = collect(reg, dry_run=dry_run, keep=span, force=force)
+    if assumed is not None and reason is not None:
+        _assume_dead(sh, reg, assumed, reason)
+        return
+    if plan_ is not None:
+        _write_plan(sh, make_plan(reg, keep=span), Path(plan_))
+        return
+    if apply_ is not None:
+        report = apply_plan(reg, _read_plan(Path(apply_)), force=force)
+    else:
+        report = collect(reg, dry_run=dry_run, keep=span, force=force)
     if sh.json:
         sh.document({"seq": reg.last_seq, **_told(report)})
     else:
         _print_report(sh, report)
+
+
+def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
+    if reg.get(sid) is None:
+        raise reading.not_found(reg, sid)
+    event = tried(lambda: assume_dead(reg, sid, reason=safe(reason)))
+    if sh.json:
+        sh.document(shell.event_json(event))
+    else:
+        reading.print_line(sh, event)
+
+
+def _write_plan(sh: Shell, made: Plan, path: Path) -> None:
+    with disk.failures("cannot write the plan", where=str(path)):
+        try:
+            disk.replace_file(Disk(), path.absolute(), made.encode() + b"\n")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            message = f"--plan {path}: {error.strerror}"
+            raise click.UsageError(message) from error
+    if sh.json:
+        sh.document({"plan": str(path), "steps": len(made.steps), "unknown": list(made.unknown)})
+    else:
+        sh.note(f"{len(made.steps)} steps for {made.living} living workers: {path}")
+
+
+def _read_plan(path: Path) -> Plan:
+    with disk.failures("cannot read the plan", where=str(path)):
+        try:
+            with path.open("rb") as file:
+                data = file.read(layout.PLAN_BYTES_MAX + 1)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            message = f"--apply {path}: {error.strerror}"
+            raise click.UsageError(message) from error
+    if len(data) > layout.PLAN_BYTES_MAX:
+        raise PlanInvalid(str(path), why="it is too large for a plan")
+    return plan.decode(data, where=str(path))
 
 
 @command(

@@ -30,6 +30,10 @@ _COMMANDS: Final = {
     "gc": "jobs",
     "compact": "jobs",
     "verify": "jobs",
+    "stop": "ending",
+    "beat": "ending",
+    "observe": "ending",
+    "explain": "explaining",
     "demo": "demo",
 }
 

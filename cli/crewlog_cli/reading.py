@@ -125,8 +125,10 @@ def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]]) -> No
 
 
 def liveness_text(found: Liveness) -> str:
-    """Say a verdict, with its cause where it does not go without saying."""
-    if found.alive or found.cause == "recorded":
+    """Say a verdict, with its flags, and its cause where it does not go without saying."""
+    if found.alive:
+        return ", ".join((found.verdict.value, *sorted(flag.value for flag in found.flags)))
+    if found.cause == "recorded":
         return found.verdict.value
     return f"{found.verdict.value} ({found.cause})"
 
@@ -139,7 +141,7 @@ def show(sh: Shell, *, sid: str) -> None:
     worker = reg.get(sid)
     if worker is None:
         raise not_found(reg, sid)
-    found = reg.judge([worker])[0]
+    found = reg.liveness(sid)
     last = deque(reg.history(sid=sid), maxlen=_LAST_EVENTS)
     if sh.json:
         sh.document(
@@ -153,13 +155,15 @@ def show(sh: Shell, *, sid: str) -> None:
         "sid": worker.sid,
         "pid": str(worker.identity or worker.pid),
         "state": worker.state.value,
-        "liveness": f"{found.verdict.value} ({found.cause})",
+        "liveness": f"{liveness_text(found)} ({found.cause})"
+        if found.alive
+        else liveness_text(found),
         "started": text.exact(worker.created_at, utc=sh.utc),
         "updated": f"{text.exact(worker.updated_at, utc=sh.utc)}, rev {worker.rev}",
         "version": worker.version,
         "sock": worker.sock,
         "labels": " ".join(f"{k}={v}" for k, v in worker.labels.items()),
-        "ended": _end_text(worker),
+        "ended": end_text(worker),
     }
     for name, value in facts.items():
         if value:
@@ -168,7 +172,8 @@ def show(sh: Shell, *, sid: str) -> None:
     print_events(sh, last)
 
 
-def _end_text(worker: Worker) -> str:
+def end_text(worker: Worker) -> str:
+    """Say how a worker ended, in a few words."""
     ended = worker.exit
     if ended is None:
         return ""

@@ -234,6 +234,12 @@ def fail(shell: Shell, error: CrewlogError) -> NoReturn:
     """End with what the error says: what; where and why; what to do next."""
     if shell.debug:
         raise error
+    complain_of(shell, error)
+    raise SystemExit(error.exit_code)
+
+
+def complain_of(shell: Shell, error: CrewlogError) -> None:
+    """Write what an error says."""
     where = ": ".join(part for part in (error.where, error.why) if part)
     complain(
         shell,
@@ -243,7 +249,6 @@ def fail(shell: Shell, error: CrewlogError) -> NoReturn:
         where=where,
         hint=error.remedy,
     )
-    raise SystemExit(error.exit_code)
 
 
 def lose_stdout() -> None:
@@ -286,6 +291,7 @@ def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         "state": worker.state.value,
         "liveness": None if found is None else found.verdict.value,
         "cause": None if found is None else found.cause,
+        "flags": [] if found is None else sorted(flag.value for flag in found.flags),
         "labels": dict(worker.labels),
         "meta": dict(worker.meta),
         "rev": worker.rev,
@@ -293,6 +299,8 @@ def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         "generation": worker.generation,
         "identity": None if worker.identity is None else worker.identity.as_json(),
         "owner": None if worker.owner is None else worker.owner.as_json(),
+        "lease": worker.lease,
+        "heartbeat_s": worker.heartbeat_s,
         "exit": None
         if ended is None
         else {

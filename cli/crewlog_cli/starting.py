@@ -5,17 +5,20 @@ that is not listed.
 """
 
 import errno
+import functools
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, ParamSpec
+from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
 
-from crewlog.errors import CrewlogError, StaleRevision
+from crewlog import changes, judging, launch, layout
+from crewlog.errors import CrewlogError, SpawnFailed, StaleRevision
 from crewlog.events import Worker
+from crewlog.launch import Launch
+from crewlog.lease import Lease
 from crewlog.registry import Registry
 from crewlog_cli import reading, shell
 from crewlog_cli.changing import safe, tried
@@ -23,9 +26,6 @@ from crewlog_cli.shell import Shell, command
 
 P = ParamSpec("P")
 
-_NOT_FOUND: Final = shell.EXIT_NOT_FOUND
-_NOT_RUN: Final = shell.EXIT_NOT_RUN
-_TRIES: Final = 16
 # Passed on to the worker; of these, all but the last three ask it to end.
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _FORWARDED: Final = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
@@ -40,36 +40,69 @@ def _options(function: Callable[P, None]) -> Callable[P, None]:
         click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="A label."),
         click.option("--version", default="", help="Its version."),
         click.option("--sock", default="", help="Where it will listen."),
+        click.option("--lease", is_flag=True, help="It inherits a lock that proves it lives."),
+        click.option("--heartbeat", metavar="SPAN", help="Stalled without a beat for so long."),
     ):
         function = option(function)
     return function
 
 
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What the options say of the worker."""
+class _Options(TypedDict):
+    """What the options say of the worker, as click gives them."""
 
     sock: str
     version: str
     labels: tuple[str, ...]
     starting: bool
+    lease: bool
+    heartbeat: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What the options say of the worker, checked."""
+
+    sock: str
+    version: str
+    labels: dict[str, str]
+    ready: bool
+    leased: bool
+    heartbeat_s: float | None
+
+
+def _wish(options: _Options) -> _Wish:
+    spoken = options["heartbeat"]
+    heartbeat_s = None if spoken is None else reading.span_s(spoken)
+    tried(lambda: changes.check_heartbeat(heartbeat_s))
+    return _Wish(
+        sock=safe(options["sock"]),
+        version=safe(options["version"]),
+        labels=reading.pairs([safe(row) for row in options["labels"]]),
+        ready=not options["starting"],
+        leased=options["lease"] or heartbeat_s is not None,
+        heartbeat_s=heartbeat_s,
+    )
 
 
 def _register(
-    reg: Registry, sid: str, pid: int, wish: _Wish, *, owner: int | None = None
+    reg: Registry, sid: str, pid: int, wish: _Wish, *, held: Lease | None, owner: int | None = None
 ) -> Worker:
-    labels = reading.pairs([safe(row) for row in wish.labels])
-    return tried(
-        lambda: reg.register(
+    step = tried(
+        lambda: changes.registered(
+            reg.author(),
             sid,
             pid=pid,
-            sock=safe(wish.sock),
-            version=safe(wish.version),
-            labels=labels,
-            ready=not wish.starting,
+            sock=wish.sock,
+            version=wish.version,
+            labels=wish.labels,
+            meta=None,
+            ready=wish.ready,
             owner=owner,
+            lease=None if held is None else held.name,
+            heartbeat_s=wish.heartbeat_s,
         )
     )
+    return reg.claim(sid, step)
 
 
 def _replace(argv: Sequence[str]) -> int:
@@ -77,43 +110,42 @@ def _replace(argv: Sequence[str]) -> int:
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 (to become the program is the point)
     except (FileNotFoundError, NotADirectoryError):
-        return _NOT_FOUND
+        return launch.NOT_FOUND
     except (OSError, ValueError):
-        return _NOT_RUN
+        return launch.NOT_RUN
 
 
-def _complain(sh: Shell, argv: Sequence[str], code: int) -> None:
-    why = "not found" if code == _NOT_FOUND else "cannot be run"
+@command("exec", examples="crewlog exec web-1 -- python -m http.server 8000")
+@_options
+def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Options]) -> None:
+    """Register this process as SID, then become CMD: same pid, no code needed in the program."""
+    wish = _wish(options)
+    with sh.registry() as reg:
+        held = tried(lambda: reg.leased(sid, wanted=wish.leased))
+        try:
+            _register(reg, sid, os.getpid(), wish, held=held)
+        except BaseException:
+            if held is not None:
+                held.drop()
+            raise
+        if held is not None:
+            os.set_inheritable(held.fd, True)  # noqa: FBT003 (its only argument)
+        shell.flush()
+        code = _replace(argv)
+        reg.exited(sid, code=code)
+    _fail(sh, argv, code)
+
+
+def _fail(sh: Shell, argv: Sequence[str], code: int) -> NoReturn:
+    why = "not found" if code == launch.NOT_FOUND else "cannot be run"
     shell.complain(
         sh,
-        code="exec_failed",
+        code=SpawnFailed.code,
         exit_code=code,
         what=f"{argv[0]!r}: {why}",
         where="",
         hint="Check the name, PATH and its mode",
     )
-
-
-@command("exec", examples="crewlog exec web-1 -- python -m http.server 8000")
-@_options
-def exec_(
-    sh: Shell,
-    *,
-    sid: str,
-    argv: tuple[str, ...],
-    sock: str,
-    version: str,
-    labels: tuple[str, ...],
-    starting: bool,
-) -> None:
-    """Register this process as SID, then become CMD: same pid, no code needed in the program."""
-    wish = _Wish(sock, version, labels, starting)
-    with sh.registry() as reg:
-        _register(reg, sid, os.getpid(), wish)
-        shell.flush()
-        code = _replace(argv)
-        reg.exited(sid, code=code)
-    _complain(sh, argv, code)
     raise SystemExit(code)
 
 
@@ -123,83 +155,66 @@ def exec_(
 crewlog run job-7 -l queue=mail -- ./worker --once; echo $?""",
 )
 @_options
-def run(
-    sh: Shell,
-    *,
-    sid: str,
-    argv: tuple[str, ...],
-    sock: str,
-    version: str,
-    labels: tuple[str, ...],
-    starting: bool,
-) -> None:
+def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Options]) -> None:
     """Run CMD as worker SID, pass signals on, record how it ends, and end the same way.
 
     The exit code is the program's, or 128 plus the signal that ended it.
     """
-    wish = _Wish(sock, version, labels, starting)
+    wish = _wish(options)
     with sh.registry() as reg:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
-        pid, go = _held_child(argv, blocked)
+        held = tried(lambda: reg.leased(sid, wanted=wish.leased))
+        started = tried(lambda: _waiting(argv, held))
         try:
-            worker = _register(reg, sid, pid, wish, owner=os.getpid())
+            # Before the registration: a signal of now must reach the worker, or find none.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+            worker = _register(reg, sid, started.pid, wish, held=held, owner=os.getpid())
         except BaseException:
-            os.close(go)  # the child sees the end of the pipe and ends without having begun
-            os.waitpid(pid, 0)
+            started.give_up()
+            if held is not None:
+                held.drop()
             raise
-        os.write(go, b"\n")
-        os.close(go)
+        if held is not None:
+            held.hand_over()
+        begun = _begin(started)
         code = os.waitstatus_to_exitcode(_wait(sh, reg, worker))
-        _tell(
-            sh,
-            reg,
-            worker,
-            lambda rev: reg.exited(
-                sid,
-                code=code if code >= 0 else None,
-                signal=-code if code < 0 else None,
-                source="wait",
-                expect=rev,
-            ),
-        )
-    if code in {_NOT_FOUND, _NOT_RUN} and sh.verbose:
-        _complain(sh, argv, code)
+        _tell_end(sh, reg, worker, code)
+    if not begun:
+        _fail(sh, argv, code)
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _held_child(argv: Sequence[str], mask: set[int | signal.Signals]) -> tuple[int, int]:
-    """Fork a child that becomes the program once a byte arrives; at the pipe's end it gives up."""
-    held, go = os.pipe()
+def _waiting(argv: Sequence[str], held: Lease | None) -> Launch:
     shell.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        os.close(held)
-        return pid, go
-    code = _NOT_RUN
+    keep = () if held is None else (held.fd,)
+    return Launch(argv, stdin=None, own_session=False, keep=keep)
+
+
+def _begin(started: Launch) -> bool:
     try:
-        os.close(go)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if os.read(held, 1):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            code = _replace(argv)
-            os.write(2, f"crewlog: {safe(argv[0])!r} cannot be run\n".encode("utf-8", "replace"))
-    finally:
-        os._exit(code)
+        started.go()
+    except SpawnFailed:  # told by its exit code, once that is recorded
+        return False
+    return True
 
 
-def _tell(sh: Shell, reg: Registry, worker: Worker, change: Callable[[int], object]) -> None:
-    """Record something of our worker, as long as the sid is still its own.
+def _tell_end(sh: Shell, reg: Registry, worker: Worker, code: int) -> None:
+    """Record how our child ended; whatever keeps us from it is told, and changes no exit code."""
+    try:
+        step = functools.partial(judging.exit_of, reg.author(), worker.sid, code)
+        if not reg.record_end(worker, lambda rev: step(rev=rev)):
+            sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
+    except CrewlogError as error:
+        sh.note(f"crewlog: {error}")
 
-    Whatever keeps us from it is told, and keeps neither the signal nor the exit code back.
-    """
-    for _ in range(_TRIES):
+
+def _tell_stopping(sh: Shell, reg: Registry, worker: Worker, why: str) -> None:
+    """Record that somebody asked our child to end, as long as the sid is still its own."""
+    for _ in range(layout.CHANGE_TRIES):
         try:
             now = reg.get(worker.sid)
             if now is None or now.final or now.generation != worker.generation:
-                sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
                 return
-            change(now.rev)
+            reg.update(worker.sid, state="stopping", reason=why, expect=now.rev)
         except StaleRevision:  # somebody updated it between the look and the write
             continue
         except CrewlogError as error:
@@ -218,8 +233,7 @@ def _wait(sh: Shell, reg: Registry, worker: Worker) -> int:
             continue
         if number in _ENDING:
             why = f"{signal.Signals(number).name} passed on by crewlog run"
-            stopping = _stopping(reg, worker.sid, why)
-            _tell(sh, reg, worker, stopping)
+            _tell_stopping(sh, reg, worker, why)
         if not from_terminal:
             try:
                 os.kill(
@@ -240,10 +254,6 @@ def _next_signal() -> tuple[int, bool]:
             raise
         return signal.SIGWINCH, True
     return found.si_signo, found.si_code == _FROM_KERNEL
-
-
-def _stopping(reg: Registry, sid: str, why: str) -> Callable[[int], object]:
-    return lambda rev: reg.update(sid, state="stopping", reason=why, expect=rev)
 
 
 COMMANDS: Final = {"exec": exec_, "run": run}

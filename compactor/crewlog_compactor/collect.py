@@ -1,21 +1,29 @@
-"""Collect: find the dead, record their deaths, prune those that ended long ago.
+"""Collect: find the dead, record their deaths, prune those that ended long ago, tidy up after them.
 
 Probes run with no lock. Each event is written only if its worker is still at the rev that was
 judged, so collectors may run side by side, and a worker that registered again between the probe
-and the append survives.
+and the append survives. Sockets and leases come last, when the deaths are durable.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from crewlog import changes, registry
+from crewlog import changes
 from crewlog.changes import Author
 from crewlog.codec import Draft
-from crewlog.errors import InvalidTransition, StaleRevision, WorkerNotFound
+from crewlog.errors import (
+    InvalidTransition,
+    PlanInvalid,
+    StaleRevision,
+    WorkerExists,
+    WorkerNotFound,
+)
+from crewlog.events import Event
 from crewlog.registry import Registry
 from crewlog.store import Written
-from crewlog_compactor import plan
+from crewlog_compactor import orphans, plan
 from crewlog_compactor.plan import Plan, Step
 
 KEEP: Final = timedelta(days=1)
@@ -24,10 +32,11 @@ _STEPS_A_COMMIT: Final = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectReport:
-    """What a collection did, or with `dry_run` would do; each field holds sids.
+    """What a collection did, or with `dry_run` would do; the first five fields hold sids.
 
     `lost` and `exited` are the deaths recorded, `pruned` left the state, `unknown` cannot be
     judged and stay, `conflicts` changed between the probe and the append and stay too.
+    `sockets` are the paths that were removed, `sockets_kept` those that stay, each with the reason.
     """
 
     lost: tuple[str, ...] = ()
@@ -35,6 +44,8 @@ class CollectReport:
     pruned: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
+    sockets: tuple[str, ...] = ()
+    sockets_kept: tuple[tuple[str, str], ...] = ()
     dry_run: bool = False
 
 
@@ -47,59 +58,112 @@ def collect(
     many collectors run. *Raises* CollectRefused where more than half of the living, and more than
     ten, seem dead for another cause than a reboot, unless `force`.
     """
+    decided = make_plan(reg, keep=keep)
+    if dry_run:
+        return _report(decided, conflicts=set(), tidied=orphans.Tidied(), dry_run=True)
+    return _carry_out(reg, decided, alive=(), force=force)
+
+
+def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:
+    """Probe every worker and say what `collect` would do; nothing is written."""
     if keep < timedelta(0):
         message = "keep must not be negative"
         raise ValueError(message)
+    store = reg.log().directory.store if reg.exists else ""
     workers = list(reg.state().workers.values())
     judged = reg.judge(workers)
-    decided = plan.make(workers, judged, now=datetime.now(UTC), keep=keep)
-    if dry_run:
-        return _report(decided, conflicts=set(), dry_run=True)
+    return plan.make(workers, judged, store=store, now=datetime.now(UTC), keep=keep)
+
+
+def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectReport:
+    """Carry a plan out, however old it is; as `collect` does otherwise.
+
+    Workers that changed since it was made are conflicts, and so are those that live in spite of it.
+    *Raises* PlanInvalid for another store's plan; CollectRefused.
+    """
+    if reg.log().directory.store != decided.store:
+        raise PlanInvalid(str(reg.path), why=f"it was made for store {decided.store or '(none)'}")
+    revs = {step.sid: step.rev for step in decided.steps if step.action == "bury"}
+    same = [w for w in reg.workers() if revs.get(w.sid) == w.rev]
+    found = zip(same, reg.judge(same), strict=True)
+    alive = [worker.sid for worker, now in found if now.alive]
+    return _carry_out(reg, decided, alive=alive, force=force)
+
+
+def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
+    """Take a worker that nobody can judge out of the registry, on a person's word; durable.
+
+    One that is proven dead is recorded as such. *Raises* WorkerExists if it is proven to live;
+    WorkerNotFound, InvalidTransition, StaleRevision.
+    """
+    worker = reg.known(sid)
+    found = reg.judge([worker])[0]
+    if found.alive:
+        raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
+    burial = reg.burial(sid)
+    if burial:
+        return reg.change(sid, burial[0])
+    step = changes.released(
+        reg.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
+    )
+    return reg.change(sid, step)
+
+
+def _carry_out(
+    reg: Registry, decided: Plan, *, alive: Collection[str], force: bool
+) -> CollectReport:
+    """Write the plan's events, each on its condition, then tidy up."""
     if not force:
         plan.require_plausible(decided)
-    return _report(decided, conflicts=_carry_out(reg, decided), dry_run=False)
-
-
-def _carry_out(reg: Registry, decided: Plan) -> set[str]:
-    """Write the plan's events, each on its condition; return the sids that had changed."""
     author = reg.author("gc")
-    conflicts: set[str] = set()
-    for first in range(0, len(decided.steps), _STEPS_A_COMMIT):
-        part = decided.steps[first : first + _STEPS_A_COMMIT]
-        reg.commit([_conditional(_event(author, step), step, conflicts) for step in part])
-    return conflicts
+    conflicts = set(alive)
+    steps = [step for step in decided.steps if step.action == "prune" or step.sid not in conflicts]
+    for first in range(0, len(steps), _STEPS_A_COMMIT):
+        part = steps[first : first + _STEPS_A_COMMIT]
+        reg.commit([_conditional(_event(author, step), conflicts) for step in part])
+    tidied = orphans.tidy(reg) if reg.exists else orphans.Tidied()
+    return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)
 
 
 def _event(author: Author, step: Step) -> changes.Step:
     if step.action == "prune":
-        return changes.pruned(author, step.worker.sid, expect=step.worker.rev)
-    return registry.death(author, step.worker, step.found)
+        return changes.pruned(author, step.sid, expect=step.rev)
+    return changes.buried(
+        author,
+        step.sid,
+        cause=step.cause,
+        evidence=step.evidence,
+        status=step.status,
+        rev=step.rev,
+    )
 
 
-def _conditional(event: changes.Step, step: Step, conflicts: set[str]) -> changes.Step:
+def _conditional(event: changes.Step, conflicts: set[str]) -> changes.Step:
     """Let a worker that changed meanwhile be: note the conflict and write nothing."""
-    sid = step.worker.sid
 
     def decide(written: Written) -> Draft | None:
-        conflicts.discard(sid)  # it may be asked more than once
+        conflicts.discard(event.sid)  # it may be asked more than once
         try:
             return event.decide(written)
         except (StaleRevision, InvalidTransition, WorkerNotFound):
-            conflicts.add(sid)
+            conflicts.add(event.sid)
             return None
 
-    return changes.Step(sid, decide)
+    return changes.Step(event.sid, decide)
 
 
-def _report(decided: Plan, *, conflicts: set[str], dry_run: bool) -> CollectReport:
-    done = [step for step in decided.steps if step.worker.sid not in conflicts]
+def _report(
+    decided: Plan, *, conflicts: set[str], tidied: orphans.Tidied, dry_run: bool
+) -> CollectReport:
+    done = [step for step in decided.steps if step.sid not in conflicts]
     buried = [step for step in done if step.action == "bury"]
-    witnessed = {s.worker.sid for s in buried if registry.is_exit(s.found)}
     return CollectReport(
-        lost=tuple(s.worker.sid for s in buried if s.worker.sid not in witnessed),
-        exited=tuple(s.worker.sid for s in buried if s.worker.sid in witnessed),
-        pruned=tuple(s.worker.sid for s in done if s.action == "prune"),
-        unknown=tuple(worker.sid for worker in decided.unknown),
+        lost=tuple(step.sid for step in buried if not step.witnessed),
+        exited=tuple(step.sid for step in buried if step.witnessed),
+        pruned=tuple(step.sid for step in done if step.action == "prune"),
+        unknown=decided.unknown,
         conflicts=tuple(sorted(conflicts)),
+        sockets=tidied.sockets,
+        sockets_kept=tidied.kept,
         dry_run=dry_run,
     )

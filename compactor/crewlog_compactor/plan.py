@@ -1,54 +1,122 @@
-"""Decide what a collection would do: from workers and verdicts to a plan. Pure."""
+"""Decide what a collection would do: from workers and verdicts to a plan. Pure.
+
+A plan carries all it needs to be carried out later: each step's worker by sid and rev, and the
+evidence of its death. A rev names one state of one worker, so a step whose worker has changed
+since is never carried out, however old the plan is.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Literal
+from typing import Final, Literal, TypeGuard, cast
 
-from crewlog.errors import CollectRefused
-from crewlog.events import Worker
+from crewlog import codec, judging
+from crewlog.codec import DocumentError
+from crewlog.errors import CollectRefused, PlanInvalid
+from crewlog.events import JsonObject, JsonValue, Worker, timestamp
+from crewlog.identity import Status, StatusSource
 from crewlog.liveness import Liveness
 
 _DEATHS_NEVER_DOUBTED: Final = 10
 _CERTAIN: Final = frozenset({"rebooted"})
+_FORMAT: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One worker to be buried or pruned, if its rev is still the same when it is carried out."""
 
     action: Literal["bury", "prune"]
-    worker: Worker
-    found: Liveness
+    sid: str
+    rev: int
+    cause: str
+    evidence: JsonObject
+    status: Status | None
+
+    @property
+    def witnessed(self) -> bool:
+        """Say whether it is known how the process ended."""
+        return self.status is not None
+
+    def as_json(self) -> JsonObject:
+        """Return it as JSON."""
+        status = self.status
+        return {
+            "action": self.action,
+            "sid": self.sid,
+            "rev": self.rev,
+            "cause": self.cause,
+            "evidence": self.evidence,
+            "code": None if status is None else status.code,
+            "signal": None if status is None else status.signal,
+            "source": None if status is None else status.source,
+        }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a collection would do, and whom it cannot judge."""
+    """What a collection would do in one store, and whom it cannot judge."""
 
-    steps: tuple[Step, ...]
-    unknown: tuple[Worker, ...]
+    store: str
+    made_at: str
     living: int
+    steps: tuple[Step, ...]
+    unknown: tuple[str, ...]
+
+    def encode(self) -> bytes:
+        """Write it as one JSON object, for `decode`."""
+        return codec.dump(
+            {
+                "crewlog_plan": _FORMAT,
+                "store": self.store,
+                "made_at": self.made_at,
+                "living": self.living,
+                "steps": [step.as_json() for step in self.steps],
+                "unknown": list(self.unknown),
+            }
+        )
 
 
 def make(
-    workers: Sequence[Worker], judged: Sequence[Liveness], *, now: datetime, keep: timedelta
+    workers: Sequence[Worker],
+    judged: Sequence[Liveness],
+    *,
+    store: str,
+    now: datetime,
+    keep: timedelta,
 ) -> Plan:
     """Plan: the dead are buried, those that ended more than `keep` ago pruned, the rest stays."""
     steps: list[Step] = []
-    unknown: list[Worker] = []
+    unknown: list[str] = []
     living = 0
     for worker, found in zip(workers, judged, strict=True):
         if worker.final:
             if now - worker.updated_at > keep:
-                steps.append(Step("prune", worker, found))
+                steps.append(_step("prune", worker, found))
             continue
         living += 1
         if found.dead:
-            steps.append(Step("bury", worker, found))
+            steps.append(_step("bury", worker, found))
         elif not found.alive:
-            unknown.append(worker)
-    return Plan(tuple(steps), tuple(unknown), living)
+            unknown.append(worker.sid)
+    return Plan(
+        store=store,
+        made_at=timestamp(now),
+        living=living,
+        steps=tuple(steps),
+        unknown=tuple(unknown),
+    )
+
+
+def _step(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> Step:
+    return Step(
+        action=action,
+        sid=worker.sid,
+        rev=worker.rev,
+        cause=found.cause,
+        evidence=found.evidence.seen(),
+        status=judging.status_in(found),
+    )
 
 
 def require_plausible(plan: Plan) -> None:
@@ -56,6 +124,85 @@ def require_plausible(plan: Plan) -> None:
 
     A reboot explains any number of deaths; they do not count.
     """
-    doubtful = [s for s in plan.steps if s.action == "bury" and s.found.cause not in _CERTAIN]
+    doubtful = [s for s in plan.steps if s.action == "bury" and s.cause not in _CERTAIN]
     if len(doubtful) > max(_DEATHS_NEVER_DOUBTED, plan.living / 2):
         raise CollectRefused(deaths=len(doubtful), living=plan.living)
+
+
+# -- reading one back -----------------------------------------------------------------------
+
+
+def decode(data: bytes, *, where: str) -> Plan:
+    """Read a plan that `encode` wrote. *Raises* PlanInvalid for anything else."""
+    try:
+        return _plan(codec.load_object(data))
+    except (DocumentError, ValueError) as error:
+        raise PlanInvalid(where, why=str(error)) from error
+
+
+def _plan(found: JsonObject) -> Plan:
+    if found.get("crewlog_plan") != _FORMAT:
+        message = f"it is no plan of format {_FORMAT}"
+        raise ValueError(message)
+    steps, unknown = found.get("steps"), found.get("unknown")
+    if not isinstance(steps, list) or not isinstance(unknown, list):
+        message = "its steps are missing"
+        raise ValueError(message)  # noqa: TRY004 (a plan of a wrong shape, not a wrong argument)
+    return Plan(
+        store=_text(found, "store"),
+        made_at=_text(found, "made_at"),
+        living=_number(found, "living"),
+        steps=tuple(_step_of(row) for row in steps),
+        unknown=tuple(str(sid) for sid in unknown),
+    )
+
+
+def _step_of(row: JsonValue) -> Step:
+    if not isinstance(row, dict):
+        message = "a step is not an object"
+        raise ValueError(message)  # noqa: TRY004 (as above)
+    found = cast("JsonObject", row)
+    action, evidence, source = found.get("action"), found.get("evidence"), found.get("source")
+    if not _is_action(action) or not isinstance(evidence, dict):
+        message = f"a step has the action {action!r}"
+        raise ValueError(message)
+    code = None if found.get("code") is None else _number(found, "code")
+    signal = None if found.get("signal") is None else _number(found, "signal")
+    status = None
+    if _is_source(source):
+        status = Status(code, signal, source)
+    elif source is not None:
+        message = f"a step has the source {source!r}"
+        raise ValueError(message)
+    return Step(
+        action=action,
+        sid=_text(found, "sid"),
+        rev=_number(found, "rev"),
+        cause=_text(found, "cause"),
+        evidence=cast("JsonObject", evidence),
+        status=status,
+    )
+
+
+def _is_action(value: JsonValue) -> TypeGuard[Literal["bury", "prune"]]:
+    return value in {"bury", "prune"}
+
+
+def _is_source(value: JsonValue) -> TypeGuard[StatusSource]:
+    return value in {"pidfd", "zombie"}
+
+
+def _text(found: JsonObject, name: str) -> str:
+    value = found.get(name)
+    if not isinstance(value, str):
+        message = f"{name!r} is missing or no string"
+        raise ValueError(message)  # noqa: TRY004 (as above)
+    return value
+
+
+def _number(found: JsonObject, name: str) -> int:
+    value = found.get(name)
+    if type(value) is not int:
+        message = f"{name!r} is missing or no integer"
+        raise ValueError(message)
+    return value

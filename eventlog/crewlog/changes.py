@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from crewlog import codec, events, fold, identity, layout
+from crewlog import codec, endpoint, events, fold, identity, layout
 from crewlog.codec import Draft
 from crewlog.errors import StaleRevision
 from crewlog.events import Identity, JsonObject, JsonValue, Record
+from crewlog.identity import Status
 from crewlog.store import Decide, Written
 
 
@@ -130,12 +131,19 @@ def registered(
     meta: Mapping[str, JsonValue] | None,
     ready: bool,
     owner: int | None,
+    lease: str | None = None,
+    heartbeat_s: float | None = None,
 ) -> Step:
     """Register a running process, None: this one, under a sid that nobody living holds.
 
     *Raises* ProcessNotFound if it, or the owner, has ended.
     """
     who = identity.capture(pid)
+    more: JsonObject = {
+        "lease": lease,
+        "heartbeat_s": heartbeat_s,
+        "sock_id": endpoint.socket_id(_sock(sock)),
+    }
     data: JsonObject = {
         "pid": who.pid,
         "state": (events.WorkerState.READY if ready else events.WorkerState.STARTING).value,
@@ -145,6 +153,7 @@ def registered(
         "meta": _mapping(meta, name="meta"),
         "identity": who.as_json(),
         "owner": None if owner is None else identity.capture(owner).as_json(),
+        **{key: value for key, value in more.items() if value is not None},
     }
     return _plain(author, events.REGISTERED, check_sid(sid), data, expect=None)
 
@@ -194,10 +203,12 @@ def updated(
     meta: Mapping[str, JsonValue] | None,
     reason: str | None,
     expect: int | None,
+    sock_known: str | None = None,
 ) -> Step:
     """Move a worker on, or patch it; what would change nothing is not written.
 
-    Labels and meta are merged key by key; None removes a key.
+    Labels and meta are merged key by key; None removes a key. `sock_known` is the recorded sock of
+    a worker that becomes ready: its socket is there by now.
     """
     if state not in _BY_STATE:
         message = (
@@ -207,6 +218,8 @@ def updated(
     data: JsonObject = {}
     if sock is not None:
         data["sock"] = _sock(sock)
+    if sock is not None or sock_known is not None:
+        data["sock_id"] = endpoint.socket_id(sock or sock_known or "")
     if version is not None:
         data["version"] = _text(version, name="version")
     if labels is not None:
@@ -260,15 +273,52 @@ def exited(
     return Step(sid, step)
 
 
+def stop_requested(
+    author: Author, sid: str, *, signal: int, grace_s: float, reason: str, expect: int
+) -> Step:
+    """Record that a signal is about to be sent; never left out, whatever the state."""
+    data: JsonObject = {"signal": signal, "grace_s": grace_s, "reason": reason}
+    return _plain(author, events.STOP_REQUESTED, sid, data, expect=expect)
+
+
+def buried(
+    author: Author, sid: str, *, cause: str, evidence: JsonObject, status: Status | None, rev: int
+) -> Step:
+    """Record a proven death, with how it ended where that is known, if the rev is unchanged."""
+    if status is None:
+        return lost(author, sid, cause=cause, evidence=evidence, expect=rev)
+    return exited(
+        author,
+        sid,
+        code=status.code,
+        signal=status.signal,
+        source=status.source,
+        expect=rev,
+        evidence=evidence,
+    )
+
+
 def lost(author: Author, sid: str, *, cause: str, evidence: JsonObject, expect: int | None) -> Step:
     """Record that a worker is proven dead and nobody knows how it ended."""
     data: JsonObject = {"cause": cause, "evidence": evidence}
     return _plain(author, events.LOST, sid, data, expect=expect)
 
 
-def released(author: Author, sid: str, *, reason: str, expect: int | None) -> Step:
-    """Take a worker out of the registry by decision: handed off, or assumed dead by a person."""
+def released(
+    author: Author,
+    sid: str,
+    *,
+    reason: str,
+    expect: int | None,
+    assumed: JsonObject | None = None,
+) -> Step:
+    """Take a worker out of the registry by decision: handed off, or assumed dead by a person.
+
+    `assumed` is the evidence in spite of which it is assumed dead.
+    """
     data: JsonObject = {"reason": check_reason(reason)}
+    if assumed is not None:
+        data |= {"cause": "assumed_dead", "evidence": assumed}
     return _plain(author, events.RELEASED, check_sid(sid), data, expect=check_expect(expect))
 
 
@@ -338,6 +388,20 @@ def together(steps: Sequence[Step]) -> Decide:
 
 def _present(drafts: Iterable[Draft | None]) -> list[Draft]:
     return [part for part in drafts if part is not None]
+
+
+def check_heartbeat(heartbeat_s: float | None) -> float | None:
+    """Return how long a worker may be silent, in seconds, None for as long as it likes."""
+    if heartbeat_s is None:
+        return None
+    found = check_wait(heartbeat_s)
+    if not layout.HEARTBEAT_MIN_S <= found <= layout.HEARTBEAT_MAX_S:
+        message = (
+            f"heartbeat_s is {layout.HEARTBEAT_MIN_S:g} to {layout.HEARTBEAT_MAX_S:g} seconds, "
+            f"not {heartbeat_s:g}"
+        )
+        raise ValueError(message)
+    return found
 
 
 def check_wait(wait_s: float) -> float:

@@ -337,6 +337,33 @@ def decode_durable_head(data: bytes) -> DurableHead | None:
     return DurableHead(generation, boot, segment, end, seq, oldest, bool(poisoned), errno)
 
 
+class Beat(NamedTuple):
+    """The last beat of a worker: when, by the monotonic clock of that boot."""
+
+    boot: bytes
+    at_ns: int
+
+
+_BEAT: Final = struct.Struct("<8s16sQI")
+_BEAT_MAGIC: Final = b"crewlogB"
+BEAT_BYTES: Final = _BEAT.size
+
+
+def encode_beat(beat: Beat) -> bytes:
+    """Write a lease file's content: one fixed-size struct and its CRC-32."""
+    return _with_crc(_BEAT.pack(_BEAT_MAGIC, beat.boot, beat.at_ns, 0))
+
+
+def decode_beat(data: bytes) -> Beat | None:
+    """Read a lease file; None means no beat yet, torn or damaged."""
+    if len(data) != BEAT_BYTES:
+        return None
+    magic, boot, at_ns, crc = _BEAT.unpack(data)
+    if magic != _BEAT_MAGIC or crc != zlib.crc32(data[:-4]):
+        return None
+    return Beat(boot, at_ns)
+
+
 def _with_crc(data: bytes) -> bytes:
     body = data[: -_CRC.size]
     return body + _CRC.pack(zlib.crc32(body))
@@ -436,6 +463,12 @@ _RECORD_SHAPE: Final[Mapping[str, type | tuple[type, ...]]] = {
     "owner": (dict, type(None)),
     "exit": (dict, type(None)),
 }
+# Younger than the first snapshots: absent in those.
+_RECORD_OPTIONAL: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "lease": str,
+    "heartbeat_s": (int, float),
+    "sock_id": str,
+}
 
 
 def _records(found: JsonObject, name: str) -> list[Record]:
@@ -445,5 +478,8 @@ def _records(found: JsonObject, name: str) -> list[Record]:
             raise DocumentError(f"an entry of {name!r} is not an object")
         for key, kind in _RECORD_SHAPE.items():
             if not isinstance(row.get(key), kind):
+                raise DocumentError(f"an entry of {name!r} has no proper {key!r}")
+        for key, kind in _RECORD_OPTIONAL.items():
+            if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
                 raise DocumentError(f"an entry of {name!r} has no proper {key!r}")
     return cast("list[Record]", rows)

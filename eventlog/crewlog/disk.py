@@ -188,6 +188,25 @@ def write_new(via: Disk, name: str, data: bytes, *, at: int) -> None:
         os.close(fd)
 
 
+def replace_file(via: Disk, path: Path, data: bytes) -> None:
+    """Put a file of ours at a path outside the store, whole or not at all, owner-only.
+
+    A link at that path is replaced, never followed.
+    """
+    at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    temporary = f"{layout.TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
+    try:
+        write_new(via, temporary, data, at=at)
+        try:
+            via.rename(temporary, path.name, at=at)
+        except BaseException:
+            via.unlink(temporary, at=at)
+            raise
+        via.sync_directory(at)
+    finally:
+        os.close(at)
+
+
 # -- reading --------------------------------------------------------------------------------
 
 

@@ -160,6 +160,65 @@ class IdentityMismatch(CrewlogError):
         )
 
 
+class StopRefused(CrewlogError):
+    """A worker that must not be signalled from here; nothing was sent."""
+
+    code = "stop_refused"
+    exit_code = 1
+
+    def __init__(self, sid: str, *, pid: int, why: str, remedy: str) -> None:
+        """Name the worker and the rule that protects it."""
+        self.sid = sid
+        self.pid = pid
+        super().__init__(f"worker {sid!r} is not stopped from here", why=why, remedy=remedy)
+
+
+class SpawnFailed(CrewlogError):
+    """The program of a worker could not be started; the registry records that it ended."""
+
+    code = "spawn_failed"
+    exit_code = 127
+
+    def __init__(self, program: str, *, why: str) -> None:
+        """Name the program and the system's reason."""
+        self.program = program
+        super().__init__(
+            f"cannot start {program!r}", why=why, remedy="Check the name, PATH, cwd and its mode"
+        )
+
+
+class LeaseMissing(CrewlogError):
+    """The worker has no lease to beat on."""
+
+    code = "lease_missing"
+    exit_code = 1
+
+    def __init__(self, sid: str) -> None:
+        """Name the worker."""
+        self.sid = sid
+        super().__init__(
+            f"worker {sid!r} has no lease",
+            why="it was registered without one, or has ended",
+            remedy="Register or spawn it with lease=True or heartbeat_s=SECONDS",
+        )
+
+
+class PlanInvalid(CrewlogError):
+    """A saved plan of a collection cannot be carried out on this store."""
+
+    code = "plan_invalid"
+    exit_code = 65
+
+    def __init__(self, where: str, *, why: str) -> None:
+        """Name the plan and what is wrong with it."""
+        super().__init__(
+            "cannot carry out this plan",
+            where=where,
+            why=why,
+            remedy="Make a new one: crewlog gc --plan FILE",
+        )
+
+
 class CompactedError(CrewlogError):
     """The history that was asked for is no longer kept."""
 

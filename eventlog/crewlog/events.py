@@ -91,6 +91,9 @@ class Record(TypedDict):
     identity: IdentityRecord | None
     owner: IdentityRecord | None
     exit: ExitRecord | None
+    lease: str | None
+    heartbeat_s: float | None
+    sock_id: str | None
 
 
 class Line(TypedDict):
@@ -147,8 +150,9 @@ class Identity:
 class Exit:
     """How a worker ended: at most one of `code` and `signal`; `source` says who saw it.
 
-    `source` is wait, pidfd, zombie, self or import, or collect and owner where only the end is
-    known; `cause` is the liveness cause of a loss or the reason of a release.
+    `source` is wait (its parent), pidfd (held when it ended), zombie (read before it was reaped),
+    self or import, or collect and owner where only the end is known; `cause` is the liveness cause
+    of a loss or the reason of a release.
     """
 
     code: int | None
@@ -160,7 +164,12 @@ class Exit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC."""
+    """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC.
+
+    `lease` names the file in leases/ that it holds locked while it lives; it is stalled where
+    `heartbeat_s` passed without a beat. `sock_id` (device:inode:mtime in ns) is the socket that was
+    at `sock` when that was recorded.
+    """
 
     sid: str
     pid: int
@@ -176,6 +185,9 @@ class Worker:
     exit: Exit | None
     updated_at: datetime
     generation: int
+    lease: str | None = None
+    heartbeat_s: float | None = None
+    sock_id: str | None = None
 
     @property
     def final(self) -> bool:
@@ -334,6 +346,9 @@ def worker_of(record: Record) -> Worker:
         exit=None if ended is None else Exit(**ended),
         updated_at=utc(record["updated_at"]),
         generation=record["generation"],
+        lease=record["lease"],
+        heartbeat_s=record["heartbeat_s"],
+        sock_id=record["sock_id"],
     )
 
 

@@ -70,6 +70,8 @@ def is_repeat(event_type: str, record: Record | None, data: JsonObject) -> bool:
         return False
     match event_type:
         case events.READY | events.DRAINING | events.STOP_REQUESTED:
+            if "signal" in data:  # a signal follows, and must not go out unrecorded
+                return False
             return record["state"] == _NEXT[event_type] and not _differs(record, data)
         case events.UPDATED:
             return record["state"] in LIVING and not _differs(record, data)
@@ -91,6 +93,8 @@ def _differs(record: Record, patch: JsonObject) -> bool:
     if patch.get("sock", record["sock"]) != record["sock"]:
         return True
     if patch.get("version", record["version"]) != record["version"]:
+        return True
+    if patch.get("sock_id", record["sock_id"]) != record["sock_id"]:
         return True
     return any(
         merge(old, patch[key]) != old
@@ -123,6 +127,9 @@ def _patched(record: Record, patch: JsonObject) -> Record:
     fresh = record.copy()
     if "sock" in patch:
         fresh["sock"] = cast("str", patch["sock"])
+        fresh["sock_id"] = None
+    if "sock_id" in patch:
+        fresh["sock_id"] = cast("str | None", patch["sock_id"])
     if "version" in patch:
         fresh["version"] = cast("str", patch["version"])
     if "labels" in patch:
@@ -154,6 +161,9 @@ def _registered(old: Record | None, line: Line) -> Record:
         "identity": cast("IdentityRecord | None", data["identity"]),
         "owner": cast("IdentityRecord | None", data["owner"]),
         "exit": None,
+        "lease": cast("str | None", data.get("lease")),
+        "heartbeat_s": cast("float | None", data.get("heartbeat_s")),
+        "sock_id": cast("str | None", data.get("sock_id")),
     }
 
 

@@ -1,46 +1,66 @@
-"""Say which process this is, and gather the evidence about its life.
+"""Say which process this is, and read what the kernel tells of one.
 
-On Linux the witness is the kernel: a pidfd is opened first, everything else is read, and the
-pidfd is polled last, so whatever was read belongs to the process that the pidfd names. psutil
-answers on other systems only: under hidepid it calls a living process of another user dead.
-This is the only module that uses psutil.
+On Linux a pidfd is opened first, everything else is read, and the pidfd is polled last, so
+whatever was read belongs to the process that the pidfd names. psutil answers on other systems
+only: under hidepid it calls a living process of another user dead. This is the only module that
+uses psutil.
 """
 
 import errno
+import fcntl
 import hashlib
 import hmac
 import os
 import select
+import struct
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from crewlog import layout
 from crewlog.errors import ProcessNotFound
 from crewlog.events import Identity
-from crewlog.liveness import Evidence, Killed, Opened, same_scope
+from crewlog.liveness import Killed, Opened
 
-_LINUX: Final = sys.platform == "linux"
-_PLATFORM: Final[Literal["linux", "other"]] = "linux" if _LINUX else "other"
+LINUX: Final = sys.platform == "linux"
 _HOST_KEY: Final = b"crewlog host 1"
-# Room for a clock that was set while the machine booted.
-_BOOT_SLACK: Final = timedelta(seconds=2)
+# The inodes of the first namespaces. Source: include/uapi/linux/nsfs.h
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
+_FIRST_USER_NAMESPACE: Final = 0xEFFFFFFD
+# _IOWR(0xFF, 11, struct pidfd_info), 64 bytes; bit 3 of `mask` asks for and announces exit_code,
+# the last field, a wait status. Source: include/uapi/linux/pidfd.h, Linux ≥ 6.15
+_PIDFD_GET_INFO: Final = 0xC040FF0B
+_PIDFD_INFO_EXIT: Final = 1 << 3
+_PIDFD_INFO: Final = struct.Struct("=Q52xi")
+
+# Where an exit status was read: by a pidfd held beyond the end, or off the zombie.
+StatusSource: TypeAlias = Literal["pidfd", "zombie"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What /proc/PID/stat says: state letter, thread count, start time in ticks, wait status."""
+    """What /proc/PID/stat says: state letter, parent, threads, start in ticks, wait status."""
 
     state: str
+    parent: int
     threads: int
     start_ticks: int
     wait_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a process ended: with a code or by a signal, and where that was read."""
+
+    code: int | None
+    signal: int | None
+    source: StatusSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +82,7 @@ def boot_id() -> str:
     Source: Linux, Documentation/admin-guide/sysctl/kernel.rst (random/boot_id); macOS,
     kern.bootsessionuuid.
     """
-    if _LINUX:
+    if LINUX:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     import subprocess  # noqa: PLC0415 (never needed on Linux)
 
@@ -108,7 +128,7 @@ def scope() -> Scope:
 
 def booted_at() -> datetime:
     """Return when this boot began, by the wall clock of now."""
-    if not _LINUX:
+    if not LINUX:
         import psutil  # noqa: PLC0415 (never needed on Linux)
 
         return datetime.fromtimestamp(psutil.boot_time(), UTC)
@@ -119,7 +139,7 @@ def started_at(identity: Identity) -> datetime | None:
     """Return when a process of this boot began, by the wall clock of now; None if unknown."""
     if identity.start_ticks is None:
         return None
-    if not _LINUX:
+    if not LINUX:
         return datetime.fromtimestamp(identity.start_ticks / 100, UTC)
     return booted_at() + timedelta(seconds=identity.start_ticks / os.sysconf("SC_CLK_TCK"))
 
@@ -131,7 +151,7 @@ def read_stat(pid: int, *, proc: str = "/proc") -> Stat | None:
     """Read /proc/PID/stat; None where it is not to be had.
 
     The name may hold spaces and parentheses, so fields are counted after the last ")".
-    Source: proc_pid_stat(5), fields 3, 20, 22 and 52.
+    Source: proc_pid_stat(5), fields 3, 4, 20, 22 and 52.
     """
     try:
         with open(f"{proc}/{pid}/stat", "rb") as file:
@@ -141,10 +161,12 @@ def read_stat(pid: int, *, proc: str = "/proc") -> Stat | None:
     fields = text[text.rfind(b")") + 2 :].split()
     if len(fields) < 50:  # noqa: PLR2004 (field 52 is the 50th after the name)
         return None
-    return Stat(fields[0].decode(), int(fields[17]), int(fields[19]), int(fields[49]))
+    return Stat(
+        fields[0].decode(), int(fields[1]), int(fields[17]), int(fields[19]), int(fields[49])
+    )
 
 
-def _open(pid: int) -> tuple[Opened, int]:
+def open_pidfd(pid: int) -> tuple[Opened, int]:
     """Open a pidfd; the second value is the descriptor or -1. Source: pidfd_open(2)."""
     if not hasattr(os, "pidfd_open"):
         return "unsupported", -1
@@ -161,8 +183,9 @@ def _open(pid: int) -> tuple[Opened, int]:
 
 
 @contextmanager
-def _opened(pid: int) -> Iterator[tuple[Opened, int]]:
-    opened, fd = _open(pid)
+def opened_pidfd(pid: int) -> Iterator[tuple[Opened, int]]:
+    """Open a pidfd for a block of code; see open_pidfd."""
+    opened, fd = open_pidfd(pid)
     try:
         yield opened, fd
     finally:
@@ -170,19 +193,94 @@ def _opened(pid: int) -> Iterator[tuple[Opened, int]]:
             os.close(fd)
 
 
-def _ended(fd: int) -> bool:
-    """A pidfd is readable once every thread of the process has ended."""
+def ended(fd: int, *, wait_s: float = 0.0) -> bool:
+    """Say whether the process has ended: a pidfd is readable once all its threads have."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(wait_s * 1000))
+
+
+def exit_status(pid: int, fd: int) -> Status | None:
+    """Return how the process that has ended on this pidfd did so; None if nobody tells.
+
+    The kernel keeps a reaped process's status for whoever held its pidfd; before it is reaped, a
+    zombie's stat tells, to its user and to root.
+    """
+    found = _kept_status(fd)
+    if found is not None:
+        return found
+    stat = read_stat(pid)
+    if stat is not None and stat.state == "Z" and may_read_status(_uid_of(pid)):
+        again = _kept_status(fd)  # reaped meanwhile, the pid may be another's by now
+        return again or _status(stat.wait_status, "zombie")
+    return _kept_status(fd)
+
+
+def _kept_status(fd: int) -> Status | None:
+    info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))
+    try:
+        fcntl.ioctl(fd, _PIDFD_GET_INFO, info)
+    except OSError:  # not reaped yet, or an older kernel (ENOTTY, EINVAL, ESRCH)
+        return None
+    mask, wait_status = _PIDFD_INFO.unpack(info)
+    return _status(wait_status, "pidfd") if mask & _PIDFD_INFO_EXIT else None
+
+
+def _status(wait_status: int, source: StatusSource) -> Status:
+    code = os.waitstatus_to_exitcode(wait_status)
+    return Status(code, None, source) if code >= 0 else Status(None, -code, source)
+
+
+def zombie_status(stat: Stat) -> Status:
+    """Return how the process ended whose zombie this is."""
+    return _status(stat.wait_status, "zombie")
+
+
+def may_read_status(uid: int | None) -> bool:
+    """Field 52 reads 0 unless ptrace access is granted: then only to its user and to root."""
+    return os.geteuid() in {0, uid}
 
 
 @cache
-def _pidfds_have_inodes() -> bool:
-    """Since pidfs each process has an inode of its own; before, all pidfds shared one."""
-    other = 1 if os.getpid() != 1 else os.getppid() or 2
-    with _opened(os.getpid()) as (_, mine), _opened(other) as (_, theirs):
-        return mine >= 0 and theirs >= 0 and os.fstat(mine).st_ino != os.fstat(theirs).st_ino
+def pidfds_have_inodes() -> bool:
+    """Since pidfs each process has an inode of its own; before, all anonymous files shared one.
+
+    Compared with an eventfd rather than with another process, because pid 1 of a container may be
+    the only process in it.
+    """
+    with opened_pidfd(os.getpid()) as (_, fd):
+        if fd < 0:
+            return False
+        other = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            mine, shared = os.fstat(fd), os.fstat(other)
+        finally:
+            os.close(other)
+    return (mine.st_dev, mine.st_ino) != (shared.st_dev, shared.st_ino)
+
+
+def ancestors() -> set[int]:
+    """Return the pids that this process descends from, itself included."""
+    found: set[int] = set()
+    pid = os.getpid()
+    while pid > 0 and pid not in found:
+        found.add(pid)
+        stat = read_stat(pid)
+        pid = 0 if stat is None else stat.parent
+    return found | {os.getppid()}
+
+
+def sees_every_process() -> bool:
+    """Say whether /proc shows us every process there is: root, in the first namespaces."""
+    try:
+        first = (
+            os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+            and os.stat("/proc/self/ns/user").st_ino == _FIRST_USER_NAMESPACE
+            and os.readlink("/proc/self") == str(os.getpid())
+        )
+    except OSError:  # no /proc, or another namespace's
+        return False
+    return first and os.geteuid() == 0
 
 
 def _uid_of(pid: int) -> int | None:
@@ -209,16 +307,16 @@ def capture(pid: int | None = None) -> Identity:
     *Raises* ProcessNotFound if it has ended, or if the pid is a thread's.
     """
     number = os.getpid() if pid is None else check_pid(pid)
-    if not _LINUX:
+    if not LINUX:
         return _capture_portable(number)
     here = scope()
-    with _opened(number) as (opened, fd):
+    with opened_pidfd(number) as (opened, fd):
         if opened in {"no_such_process", "thread"}:
             raise ProcessNotFound(number)
         stat = read_stat(number)
         if fd < 0 and stat is None:
             _require_exists(number)
-        inode = os.fstat(fd).st_ino if fd >= 0 and _pidfds_have_inodes() else None
+        inode = os.fstat(fd).st_ino if fd >= 0 and pidfds_have_inodes() else None
         identity = Identity(
             pid=number,
             pidfd_id=inode,
@@ -228,17 +326,18 @@ def capture(pid: int | None = None) -> Identity:
             host_id=here.host_id,
             uid=_uid_of(number),
         )
-        if fd >= 0 and _ended(fd):  # last, so that all of the above belongs to it
+        if fd >= 0 and ended(fd):  # last, so that all of the above belongs to it
             raise ProcessNotFound(number)
     return identity
 
 
 def _require_exists(pid: int) -> None:
-    if _kill(pid) == "no_such_process":
+    if killed(pid) == "no_such_process":
         raise ProcessNotFound(pid)
 
 
-def _kill(pid: int) -> Killed:
+def killed(pid: int) -> Killed:
+    """Ask kill(2) whether there is such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -246,86 +345,6 @@ def _kill(pid: int) -> Killed:
     except PermissionError:  # it exists and is another user's
         return "exists"
     return "exists"
-
-
-# -- evidence -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Witness:
-    """Look at processes from one place, at one time.
-
-    `here`, `proc` and `began_at` are seams for tests; the defaults are this process's own.
-    """
-
-    here: Scope
-    now: datetime
-    began_at: datetime
-    proc: str = "/proc"
-    local_file_system: bool = True
-
-    def look(self, identity: Identity | None, *, last_event_at: datetime) -> Evidence:
-        """Gather what the decision table may need about one worker, and nothing more."""
-        base = Evidence(
-            platform=_PLATFORM,
-            boot_id=self.here.boot_id,
-            host_id=self.here.host_id,
-            pid_ns=self.here.pid_ns,
-            local_file_system=self.local_file_system,
-            record_age_s=(self.now - last_event_at).total_seconds(),
-            boot_began_after_record=self.began_at - _BOOT_SLACK > last_event_at,
-        )
-        if identity is None or identity.boot_id != self.here.boot_id:
-            return base
-        check_pid(identity.pid)
-        if not _LINUX:
-            return _look_portable(identity.pid, base)
-        if not same_scope(identity.pid_ns, self.here.pid_ns):
-            return base
-        return self._look_here(identity, base)
-
-    def _look_here(self, identity: Identity, base: Evidence) -> Evidence:
-        with _opened(identity.pid) as (opened, fd):
-            if opened in {"no_such_process", "thread"}:
-                return replace(base, opened=opened)
-            inode = None
-            if fd >= 0 and identity.pidfd_id is not None and _pidfds_have_inodes():
-                inode = os.fstat(fd).st_ino
-                if inode != identity.pidfd_id or not _ended(fd):
-                    return replace(base, opened=opened, pidfd_id=inode, ended=False)
-            stat = read_stat(identity.pid, proc=self.proc)
-            seen = replace(base, opened=opened, pidfd_id=inode)
-            if stat is not None:
-                seen = _with_stat(seen, stat, readable=_may_read_status(identity))
-            if fd >= 0:
-                return replace(seen, ended=_ended(fd), killed=_kill(identity.pid))
-            return replace(seen, killed=_kill(identity.pid))
-
-
-def witness(*, local_file_system: bool = True) -> Witness:
-    """Return a witness for this process's own place and time."""
-    return Witness(scope(), datetime.now(UTC), booted_at(), local_file_system=local_file_system)
-
-
-def _may_read_status(identity: Identity) -> bool:
-    """Field 52 reads 0 unless ptrace access is granted: then only to its user and to root."""
-    return os.geteuid() in {0, identity.uid}
-
-
-def _with_stat(seen: Evidence, stat: Stat, *, readable: bool) -> Evidence:
-    code: int | None = None
-    signal: int | None = None
-    if readable and stat.state == "Z" and stat.threads == 1:
-        status = os.waitstatus_to_exitcode(stat.wait_status)
-        code, signal = (status, None) if status >= 0 else (None, -status)
-    return replace(
-        seen,
-        start_ticks=stat.start_ticks,
-        task_state=stat.state,
-        threads=stat.threads,
-        exit_code=code,
-        exit_signal=signal,
-    )
 
 
 # -- other systems --------------------------------------------------------------------------
@@ -353,17 +372,27 @@ def _capture_portable(pid: int) -> Identity:
     )
 
 
-def _look_portable(pid: int, base: Evidence) -> Evidence:
+@dataclass(frozen=True, slots=True)
+class Portable:
+    """What psutil tells of a process; `denied` where it may not look."""
+
+    exists: bool = True
+    denied: bool = False
+    start_ticks: int | None = None
+    ended: bool | None = None
+
+
+def look_portable(pid: int) -> Portable:
+    """Ask psutil about one process."""
     import psutil  # noqa: PLC0415 (never needed on Linux)
 
     try:
         process = psutil.Process(pid)
-        return replace(
-            base,
+        return Portable(
             start_ticks=round(process.create_time() * 100),
             ended=process.status() == psutil.STATUS_ZOMBIE,
         )
     except psutil.NoSuchProcess:
-        return replace(base, killed="no_such_process")
+        return Portable(exists=False)
     except psutil.AccessDenied:
-        return replace(base, access_denied=True)
+        return Portable(denied=True)

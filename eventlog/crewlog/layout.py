@@ -12,6 +12,7 @@ A store is a directory::
       log/<first seq>.jsonl  segments; the last one is active, the others end with a seal
       registry.json          the snapshot; registry.prev.json is the one before it
       archive/               sealed segments, compressed: the audit history
+      leases/<sid>~<token>   held by flock for as long as a worker lives; carries its last beat
       cursors/ quarantine/   positions of subscribers; bytes taken out of the log
 
 Every loop, wait and allocation of the library is bounded by a number in this file.
@@ -35,8 +36,9 @@ HEAD: Final = "head"
 LOG: Final = "log"
 ARCHIVE: Final = "archive"
 CURSORS: Final = "cursors"
+LEASES: Final = "leases"
 QUARANTINE: Final = "quarantine"
-DIRECTORIES: Final = (LOCKS, HEAD, LOG, ARCHIVE, CURSORS, QUARANTINE)
+DIRECTORIES: Final = (LOCKS, HEAD, LOG, ARCHIVE, CURSORS, LEASES, QUARANTINE)
 
 HEAD_DURABLE: Final = "durable"
 LOCK_APPEND: Final = "append"
@@ -57,6 +59,8 @@ FILE_MODE: Final = 0o600
 # -- limits ---------------------------------------------------------------------------------
 LINE_BYTES_MAX: Final = 64 * 1024
 LINE_BYTES_CEILING: Final = 1024 * 1024
+# More than seq, ts, place, synced, prev and crc take.
+LINE_OVERHEAD_BYTES: Final = 256
 SEGMENT_BYTES_MAX: Final = 8 * 1024 * 1024
 BATCH_EVENTS_MAX: Final = 10_000
 BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -95,6 +99,20 @@ WAKE_GRACE_S: Final = 0.1
 CURSOR_HOLD_BYTES_MAX: Final = 1024 * 1024 * 1024
 TORN_READ_TRIES: Final = 50
 SEGMENT_OPEN_TRIES: Final = 8
+LEASE_TRIES: Final = 8
+# A sid whose dead holder is replaced, or whose record changes, under us again and again.
+CHANGE_TRIES: Final = 16
+GRACE_S: Final = 10.0
+# A process that SIGKILL has not ended by then waits inside the kernel.
+KILL_WAIT_S: Final = 30.0
+ENSURE_WAIT_S: Final = 30.0
+# How long after its end a process that is not our child is given to be reaped.
+REAP_WAIT_S: Final = 0.5
+DEATH_LOOK_S: Final = 0.05
+HEARTBEAT_MIN_S: Final = 0.1
+HEARTBEAT_MAX_S: Final = 7 * 86_400.0
+CONNECT_WAIT_S: Final = 1.0
+PLAN_BYTES_MAX: Final = 256 * 1024 * 1024
 
 SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 

@@ -4,9 +4,9 @@ DEAD needs proof; whatever is not proven either way is UNKNOWN and never collect
 The first row that matches wins; rows carry the numbers of the table in docs/protocol.md.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from crewlog.events import Identity, JsonObject
 
@@ -26,9 +26,24 @@ class Verdict(StrEnum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What was observed of one worker's process; None means: not looked at, or not to be had."""
+class Flag(StrEnum):
+    """What else is known of a worker that lives; derived when it is looked at, never logged.
+
+    `STALLED`: no beat within its heartbeat_s. `ORPHANED`: its owner is proven dead. `UNREACHABLE`:
+    nothing listens on its socket.
+    """
+
+    STALLED = "stalled"
+    ORPHANED = "orphaned"
+    UNREACHABLE = "unreachable"
+
+
+class Evidence(NamedTuple):
+    """What was observed of one worker's process; None means: not looked at, or not to be had.
+
+    A tuple, because one is made for each worker looked at, and a frozen dataclass takes five times
+    as long to make.
+    """
 
     platform: Literal["linux", "other"] = "linux"
     boot_id: str = ""
@@ -39,6 +54,8 @@ class Evidence:
     owner_dead: bool = False
     record_age_s: float = 0.0
     lease: Lease | None = None
+    beat_age_s: float | None = None
+    heartbeat_s: float | None = None
     found_by_scan: bool | None = None
     scan_complete: bool = False
     opened: Opened | None = None
@@ -51,20 +68,24 @@ class Evidence:
     exit_signal: int | None = None
     killed: Killed | None = None
     access_denied: bool = False
+    sock: Literal["answers", "refused", "absent"] | None = None
 
     def seen(self) -> JsonObject:
         """Return what was really observed, as JSON for an event or a person."""
-        default = Evidence()
-        return {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
+        return {k: v for k, v in self._asdict().items() if v != _NOTHING[k]}
+
+
+_NOTHING: Final = Evidence()._asdict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Liveness:
-    """A verdict, its cause, and the evidence it rests on."""
+    """A verdict, its cause, and the evidence it rests on; flags of one that lives."""
 
     verdict: Verdict
     cause: str
     evidence: Evidence
+    flags: frozenset[Flag] = frozenset()
 
     @property
     def alive(self) -> bool:
@@ -83,7 +104,27 @@ def judge(identity: Identity | None, seen: Evidence, *, final: bool) -> Liveness
     Raises ValueError for an identity that no registration can have written (row 4).
     """
     verdict, cause = _row(identity, seen, final=final)
-    return Liveness(verdict=verdict, cause=cause, evidence=seen)
+    flags = _flags(seen) if verdict is Verdict.ALIVE else _NO_FLAGS
+    return Liveness(verdict=verdict, cause=cause, evidence=seen, flags=flags)
+
+
+_NO_FLAGS: Final[frozenset[Flag]] = frozenset()
+
+
+def _flags(seen: Evidence) -> frozenset[Flag]:
+    if not (seen.owner_dead or seen.heartbeat_s is not None or seen.sock is not None):
+        return _NO_FLAGS
+    late = (
+        seen.heartbeat_s is not None
+        and seen.beat_age_s is not None
+        and seen.beat_age_s > seen.heartbeat_s
+    )
+    flags = {
+        Flag.STALLED: late,
+        Flag.ORPHANED: seen.owner_dead,
+        Flag.UNREACHABLE: seen.sock in {"refused", "absent"},
+    }
+    return frozenset(flag for flag, holds in flags.items() if holds)
 
 
 _Row: TypeAlias = tuple[Verdict, str]
@@ -113,6 +154,8 @@ def _row(identity: Identity | None, seen: Evidence, *, final: bool) -> _Row:
 
 def same_scope(recorded: str | None, here: str | None) -> bool:
     """Compare namespaces as "inode:start ticks of its pid 1"; the ticks may be hidden from us."""
+    if recorded == here:
+        return True
     inode, _, ticks = (recorded or "").partition(":")
     inode_here, _, ticks_here = (here or "").partition(":")
     return inode == inode_here and (ticks == ticks_here or not ticks or not ticks_here)
@@ -134,6 +177,8 @@ def _other_namespace(seen: Evidence) -> _Row:
         return _DEAD, "lease_released"
     if seen.found_by_scan:  # 10
         return _ALIVE, "found_in_namespace"
+    if seen.ended:  # 10, but what was found is a zombie
+        return _DEAD, "exited"
     if seen.found_by_scan is False and seen.scan_complete:  # 11
         return _DEAD, "not_found"
     return _UNKNOWN, "foreign_pid_namespace"  # 12

@@ -108,6 +108,10 @@ class Lock:
         finally:
             self.release()
 
+    def share(self) -> int:
+        """Return the descriptor, to be inherited by a process that is to hold the lock too."""
+        return self._fd
+
     def holder(self) -> str:
         """Name the process that holds the lock, if the kernel tells. Source: proc_locks(5)."""
         if self._fd == _CLOSED:

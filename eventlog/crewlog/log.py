@@ -45,7 +45,6 @@ import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Final
 
 from crewlog import codec, disk, events, identity, layout, segments, tail
 from crewlog.codec import AppendState, Draft, DurableHead
@@ -53,6 +52,7 @@ from crewlog.current import Current, Written
 from crewlog.directory import Directory
 from crewlog.errors import (
     CompactedError,
+    CrewlogError,
     LogCorrupt,
     LogRegressed,
     RegistryClosed,
@@ -70,7 +70,6 @@ from crewlog.sync import Syncer
 from crewlog.writing import Writing
 
 _logger = logging.getLogger("crewlog.log")
-_LINE_OVERHEAD: Final = 256  # more than seq, ts, place, synced, prev and crc take
 
 
 class Log:
@@ -193,20 +192,27 @@ class Log:
 
         *Raises* whatever `decide` raises; LockBusy, StorageFull, StorageFailed, StorePoisoned and
         all kinds of DataDamaged with nothing written; AppendUncertain, StorageFailed and
-        StorePoisoned with the outcome "unknown" once lines were written.
+        StorePoisoned with the outcome "unknown" once lines were written. What `decide` refuses
+        upon is durable by then.
         """
         self._prepare(about)
+        refused: CrewlogError | None = None
         with self._writing():
             state, head = self._ready()
-            written = Written(self._current, head=_position(head), end=_end(state))
-            drafts = decide(written)
-            raws: list[bytes] = []
-            if drafts:
-                raws, state = self._write(drafts, state, head)
-            written = Written(self._current, head=_position(head), end=_end(state))
+            try:
+                drafts = decide(self._written(state, head))
+            except CrewlogError as error:
+                refused, drafts = error, []
+            raws, state = self._write(drafts, state, head) if drafts else ([], state)
+            written = self._written(state, head)
             result = Appended(raws, {d.sid: written.get(d.sid) for d in drafts}, state.seq)
         self._sync.make_durable(state.seq, head.generation)
+        if refused is not None:
+            raise refused
         return result
+
+    def _written(self, state: AppendState, head: DurableHead) -> Written:
+        return Written(self._current, head=_position(head), end=_end(state))
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
@@ -222,8 +228,8 @@ class Log:
             self._begin_next(self._seal(state, head))
 
     def _writing(self) -> Writing:
-        where = self._where()
-        return Writing(self.writer, self.append_lock, self.mutex, wait_s=self.wait_s, where=where)
+        mine = self.writer, self.append_lock, self.mutex
+        return Writing(*mine, wait_s=self.wait_s, where=self._where())
 
     def _prepare(self, about: Collection[str]) -> None:
         """Read, before the lock is taken, what would take long under it."""
@@ -296,7 +302,7 @@ class Log:
         self, drafts: Sequence[Draft], state: AppendState, head: DurableHead
     ) -> tuple[list[bytes], AppendState]:
         """Write the lines of `drafts` as one unit, rotating first if they would not fit."""
-        size = sum(len(part.body) for part in drafts) + _LINE_OVERHEAD * len(drafts)
+        size = sum(len(part.body) for part in drafts) + layout.LINE_OVERHEAD_BYTES * len(drafts)
         if len(drafts) > layout.BATCH_EVENTS_MAX or size > layout.BATCH_BYTES_MAX:
             message = (
                 f"a batch holds at most {layout.BATCH_EVENTS_MAX} events "
@@ -310,8 +316,7 @@ class Log:
         lines: list[Line] = []
         seq, prev = state.seq, state.hash
         synced = head.end if head.segment == state.segment else 0
-        ts = events.timestamp(datetime.now(UTC))
-        count = len(drafts)
+        ts, count = events.timestamp(datetime.now(UTC)), len(drafts)
         for index, part in enumerate(drafts):
             seq += 1
             place = (index, count) if count > 1 else None
@@ -320,8 +325,7 @@ class Log:
             raws.append(raw)
             lines.append(codec.as_parsed(part, seq=seq, ts=ts))
         data = b"".join(raws)
-        end = state.end + len(data)
-        after = AppendState(state.boot, state.segment, end, seq, prev, sealed=False)
+        after = state._replace(end=state.end + len(data), seq=seq, hash=prev, sealed=False)
         self._put(data, state, after)
         self._current.advance(lines, _end(after))
         return [raw[:-1] for raw in raws], after

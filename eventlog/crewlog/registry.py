@@ -17,14 +17,13 @@ from crewlog import (
     directory,
     events,
     feed,
-    identity,
     layout,
-    liveness,
     snapshot,
 )
 from crewlog.batch import Batch
 from crewlog.changes import Author, Step
 from crewlog.closing import Closing
+from crewlog.ending import Ending
 from crewlog.errors import (
     CrewlogError,
     RegistryClosed,
@@ -46,16 +45,16 @@ from crewlog.events import (
     worker_of,
 )
 from crewlog.follow import Following
-from crewlog.liveness import Liveness
+from crewlog.lease import Lease
 from crewlog.log import Log
+from crewlog.starting import Starting
 from crewlog.store import Appended
 
 Where: TypeAlias = str | os.PathLike[str] | None
 Via: TypeAlias = Literal["api", "cli", "gc"]
-_TRIES = 8  # a sid whose dead holder is replaced under us again and again
 
 
-class Registry(Following, Closing):
+class Registry(Following, Starting, Ending, Closing):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
     *Guarantee*: a method that changes something returns once the event is durable; reading shows
@@ -133,7 +132,8 @@ class Registry(Following, Closing):
                     self._log = Log(found, wait_s=self._wait_s)
         return self._log
 
-    def _created(self) -> Log:
+    def created(self) -> Log:
+        """Return the store's log, and create the store if there is none."""
         log = self._existing()
         if log is not None:
             return log
@@ -162,6 +162,10 @@ class Registry(Following, Closing):
             self._authors[key] = Author(actor=codec.dump(actor))
         return self._authors[key]
 
+    def twin(self) -> "Registry":
+        """Return a registry of its own for the same place, by the same author."""
+        return Registry(self.path, lock_timeout_s=self._wait_s, actor=self._name, via=self._via)
+
     def after_fork(self) -> None:
         """Renew the mutex in a forked child: another thread of the parent may have held it."""
         self._opening = threading.Lock()
@@ -179,44 +183,59 @@ class Registry(Following, Closing):
         meta: Mapping[str, JsonValue] | None = None,
         ready: bool = False,
         owner: int | None = None,
+        lease: bool = False,
+        heartbeat_s: float | None = None,
     ) -> Worker:
         """Register a running process, by default this one, and return it as a worker.
 
         A sid whose recorded holder is proven dead is taken over, and the loss recorded with it.
-        *Args*: `owner` is the pid of the process that answers for the worker. *Raises*
+        *Args*: `owner` is the pid of the process that answers for the worker. With a `lease`, which
+        only this process itself can take, it is judged rightly from other pid namespaces too; with
+        `heartbeat_s` (seconds) it counts as stalled when it does not `beat` in time. *Raises*
         WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError and
         TypeError for bad arguments.
         """
-        step = changes.registered(
-            self.author(),
-            sid,
-            pid=pid,
-            sock=sock,
-            version=version,
-            labels=labels,
-            meta=meta,
-            ready=ready,
-            owner=owner,
-        )
+        if (lease or heartbeat_s is not None) and pid not in {None, os.getpid()}:
+            message = "a lease is held by the worker: register it from inside, or spawn it"
+            raise ValueError(message)
+        heartbeat_s = changes.check_heartbeat(heartbeat_s)
+        held = self.leased(sid, wanted=lease or heartbeat_s is not None)
+        try:
+            step = changes.registered(
+                self.author(),
+                sid,
+                pid=pid,
+                sock=sock,
+                version=version,
+                labels=labels,
+                meta=meta,
+                ready=ready,
+                owner=owner,
+                lease=None if held is None else held.name,
+                heartbeat_s=heartbeat_s,
+            )
+            worker = self.claim(sid, step)
+        except BaseException:
+            if held is not None:
+                held.drop()
+            raise
+        if held is not None:
+            _leases.append(held)
+        return worker
+
+    def claim(self, sid: str, step: Step) -> Worker:
+        """Write a registration, over a proven death if need be. *Raises* WorkerExists."""
         burial: list[Step] = []
-        for _ in range(_TRIES):
+        for _ in range(layout.CHANGE_TRIES):
             try:
                 return self._worker(self._append([*burial, step]), sid)
             except WorkerExists:
-                burial = self._burial(sid)
+                burial = self.burial(sid)
                 if not burial:
                     raise
             except StaleRevision:  # the holder changed between the probe and the append
                 burial = []
         return self._worker(self._append([step]), sid)
-
-    def _burial(self, sid: str) -> list[Step]:
-        """Return the step that records the death of a sid's holder; none if it is not proven."""
-        worker = self.get(sid)
-        if worker is None or worker.final:
-            return []
-        found = self.judge([worker])[0]
-        return [death(self.author(), worker, found)] if found.dead else []
 
     def update(
         self,
@@ -236,6 +255,7 @@ class Registry(Following, Closing):
         written. *Args*: `expect` is the rev that the caller read. *Raises* WorkerNotFound,
         InvalidTransition, StaleRevision; ValueError and TypeError for bad arguments.
         """
+        known = self.get(sid) if state == "ready" and sock is None else None
         step = changes.updated(
             self.author(),
             sid,
@@ -246,6 +266,7 @@ class Registry(Following, Closing):
             meta=meta,
             reason=reason,
             expect=expect,
+            sock_known=None if known is None else known.sock or None,
         )
         return self._worker(self._append([step]), sid)
 
@@ -280,9 +301,13 @@ class Registry(Following, Closing):
         """Collect changes in a `with` block; all of them become durable at its end, or none."""
         return Batch(self.author(), self.commit)
 
+    def change(self, sid: str, step: Step) -> Event:
+        """Write one step; return its event, or the worker's last one if nothing had to be."""
+        return self._event(self._append([step]), sid)
+
     def _append(self, steps: list[Step]) -> Appended:
         about = {step.sid for step in steps}
-        return self._created().append(changes.together(steps), about=about)
+        return self.created().append(changes.together(steps), about=about)
 
     def commit(self, steps: list[Step]) -> Appended:
         """Write steps as one unit, for the compactor; durable on return."""
@@ -357,28 +382,6 @@ class Registry(Following, Closing):
         log = self._existing()
         return 0 if log is None else log.last_seq()
 
-    def liveness(self, sid: str) -> Liveness:
-        """Judge whether one worker lives, now. *Raises* WorkerNotFound."""
-        worker = self.get(sid)
-        if worker is None:
-            raise WorkerNotFound(sid)
-        return self.judge([worker])[0]
-
-    def judge(self, workers: Collection[Worker]) -> list[Liveness]:
-        """Judge many workers, now, in their order; no lock is held and nothing is written."""
-        log = self._existing()
-        local = log is None or log.directory.local
-        witness = identity.witness(local_file_system=local)
-        found: list[Liveness] = []
-        for worker in workers:
-            seen = (
-                liveness.Evidence()
-                if worker.final
-                else witness.look(worker.identity, last_event_at=worker.updated_at)
-            )
-            found.append(liveness.judge(worker.identity, seen, final=worker.final))
-        return found
-
     def history(
         self,
         *,
@@ -419,29 +422,6 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
     return Registry(directory.locate(where), lock_timeout_s=lock_timeout_s, actor=actor)
 
 
-def is_exit(found: Liveness) -> bool:
-    """Say whether the evidence tells how the process ended."""
-    return found.evidence.exit_code is not None or found.evidence.exit_signal is not None
-
-
-def death(author: Author, worker: Worker, found: Liveness) -> Step:
-    """Return the step that records a proven death, if the worker is still as it was judged."""
-    seen = found.evidence
-    if is_exit(found):
-        return changes.exited(
-            author,
-            worker.sid,
-            code=seen.exit_code,
-            signal=seen.exit_signal,
-            source="zombie",
-            expect=worker.rev,
-            evidence=seen.seen(),
-        )
-    return changes.lost(
-        author, worker.sid, cause=found.cause, evidence=seen.seen(), expect=worker.rev
-    )
-
-
 def _user() -> str:
     uid = os.geteuid()
     try:
@@ -462,6 +442,9 @@ def _moment(when: datetime | None, *, name: str) -> str | None:
         raise ValueError(message)
     return events.timestamp(when)
 
+
+# Held until this process ends, whatever becomes of the registry that took them.
+_leases: list[Lease] = []
 
 _living: "weakref.WeakSet[Registry]" = weakref.WeakSet()
 

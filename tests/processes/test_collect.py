@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog.errors import CollectRefused, LockBusy
+from crewlog.errors import CollectRefused, LockBusy, PlanInvalid
 from crewlog.registry import Registry
-from crewlog_compactor import collect, compact, verify
+from crewlog_compactor import apply_plan, collect, compact, make_plan, verify
 from crewlog_compactor import collect as collect_function
 from crewlog_compactor import plan as planning
 from procs import Crew, forked, joined, kill
@@ -100,6 +100,88 @@ def test_many_deaths_at_once_are_doubted(reg: Registry, crew: Crew) -> None:
     assert report.refused is not None
     assert report.snapshot_seq > 0, "folding goes on all the same"
     assert len(collect(reg, force=True).lost) == 11
+
+
+# -- plans ----------------------------------------------------------------------------------
+
+
+def test_plan_is_carried_out_later_where_nothing_changed(reg: Registry, crew: Crew) -> None:
+    """Deaths, with their evidence, and prunings, out of a file; conflicts are counted."""
+    dead, back, old = crew.sleeper(), crew.sleeper(), crew.sleeper()
+    for sid, process in (("dead", dead), ("back", back), ("old", old)):
+        reg.register(sid, pid=process.pid)
+    reg.exited("old", code=0)
+    kill(dead)
+    kill(back)
+    made = make_plan(reg, keep=timedelta(0))
+    again = planning.decode(made.encode(), where="memory")
+    assert again == made
+    assert [(s.action, s.sid) for s in again.steps] == [
+        ("bury", "dead"), ("bury", "back"), ("prune", "old"),
+    ]  # fmt: skip
+    reg.register("back", pid=crew.sleeper().pid)
+    report = apply_plan(reg, again)
+    assert (report.lost, report.pruned, report.conflicts) == (("dead",), ("old",), ("back",))
+    assert reg.liveness("back").alive
+    lost = next(e for e in reg.history(types=["worker.lost"], sid="dead"))
+    assert lost.data["cause"] == made.steps[0].cause
+    repeated = apply_plan(reg, again)
+    assert (repeated.lost, repeated.pruned) == ((), ())
+    assert repeated.conflicts == ("back", "dead", "old")
+
+
+def test_plan_that_lies_buries_nobody_who_lives(reg: Registry, crew: Crew) -> None:
+    """A step for a living worker, with its right rev, is a conflict."""
+    from dataclasses import replace
+
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    kill(worker)
+    made = make_plan(reg)
+    alive = reg.register("a", pid=crew.sleeper().pid)
+    forged = replace(made, steps=(replace(made.steps[0], rev=alive.rev),))
+    assert apply_plan(reg, forged).conflicts == ("a",)
+    assert reg.workers()[0].rev == alive.rev
+
+
+def test_plan_of_another_store_is_refused(reg: Registry, crew: Crew, tmp_path: Path) -> None:
+    """A rev means something in its own store only."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    kill(worker)
+    with crewlog.open(tmp_path / "other") as other:
+        other.register("a", pid=crew.sleeper().pid)
+        with pytest.raises(PlanInvalid):
+            apply_plan(other, make_plan(reg))
+
+
+HEAD = b'{"crewlog_plan":1,"store":"s","made_at":"","living":1,"unknown":[],"steps":['
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"{}", b'{"crewlog_plan":2}', b'{"crewlog_plan":1,"steps":[],"unknown":[]}',
+     HEAD + b"7]}",
+     HEAD + b'{"action":"kill","sid":"a","rev":1,"cause":"","evidence":{}}]}',
+     HEAD + b'{"action":"bury","sid":"a","rev":"1","cause":"","evidence":{}}]}'],
+)  # fmt: skip
+def test_what_is_no_plan_is_a_typed_error(data: bytes) -> None:
+    """Nothing is guessed."""
+    with pytest.raises(PlanInvalid, match="a-file"):
+        planning.decode(data, where="a-file")
+
+
+def test_many_deaths_of_a_plan_are_doubted_too(reg: Registry, crew: Crew) -> None:
+    """The circuit breaker stands before every collection."""
+    workers = [crew.sleeper() for _ in range(11)]
+    for number, worker in enumerate(workers):
+        reg.register(f"w-{number}", pid=worker.pid)
+    for worker in workers:
+        kill(worker)
+    made = make_plan(reg)
+    with pytest.raises(CollectRefused):
+        apply_plan(reg, made)
+    assert len(apply_plan(reg, made, force=True).lost) == 11
 
 
 def test_ended_worker_is_pruned_after_keep_and_its_history_stays(reg: Registry, crew: Crew) -> None:

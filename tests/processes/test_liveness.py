@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from crewlog import identity
+from crewlog import identity, witness
 from crewlog.errors import ProcessNotFound, WorkerExists
 from crewlog.registry import Registry
 from procs import Crew, forked, kill, until
@@ -64,7 +65,7 @@ def test_process_of_another_user_is_alive(place: Path, crew: Crew) -> None:
         with pytest.raises(PermissionError):
             os.kill(worker.pid, 0)
         who = identity.capture(worker.pid)
-        seen = identity.witness().look(who, last_event_at=identity.witness().now)
+        seen = witness.witness().look(who, last_event_at=datetime.now(UTC))
         from crewlog.liveness import judge
 
         assert judge(who, seen, final=False).alive
@@ -219,7 +220,7 @@ def test_without_pidfd_the_start_time_decides(
     """Rows 18 to 23: where no pidfd can be had, the start time must do."""
     worker = crew.sleeper()
     reg.register("a", pid=worker.pid)
-    monkeypatch.setattr(identity, "_open", lambda _: ("unsupported", -1))
+    monkeypatch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
     found = reg.liveness("a")
     assert found.alive
     assert found.cause == "start_time"

@@ -141,6 +141,9 @@ def test_snapshot_damaged_anywhere_is_refused() -> None:
         "identity": None,
         "owner": None,
         "exit": None,
+        "lease": None,
+        "heartbeat_s": None,
+        "sock_id": None,
     }
     snapshot = codec.Snapshot(
         store="s", last_seq=2, last_hash="h", written_at="t", sessions=[record], ended=[], totals={}

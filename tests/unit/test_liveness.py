@@ -10,55 +10,55 @@ from crewlog.liveness import Evidence, Verdict, judge
 ALIVE, DEAD, UNKNOWN = Verdict.ALIVE, Verdict.DEAD, Verdict.UNKNOWN
 ME = Identity(pid=7, pidfd_id=70, start_ticks=700, boot_id="b", pid_ns="n:1", host_id="h", uid=1000)
 HERE = Evidence(boot_id="b", host_id="h", pid_ns="n:1")
-THERE = replace(HERE, boot_id="other")
-BOX = replace(HERE, pid_ns="m:2")
+THERE = HERE._replace(boot_id="other")
+BOX = HERE._replace(pid_ns="m:2")
 WEAK = replace(ME, pidfd_id=None)
 BLIND = replace(ME, pidfd_id=None, start_ticks=None)
 
 ROWS = [
-    (2, None, replace(HERE, owner_dead=True, record_age_s=61), DEAD, "abandoned"),
-    (3, None, replace(HERE, owner_dead=True, record_age_s=59), UNKNOWN, "reserved"),
-    (3, None, replace(HERE, owner_dead=False, record_age_s=1e6), UNKNOWN, "reserved"),
-    (5, ME, replace(THERE, boot_began_after_record=True), DEAD, "rebooted"),
-    (7, ME, replace(THERE, boot_began_after_record=False), UNKNOWN, "foreign_host"),
-    (7, ME, replace(THERE, boot_began_after_record=True, host_id="x"), UNKNOWN, "foreign_host"),
-    (7, replace(ME, host_id=""), replace(THERE, boot_began_after_record=True, host_id=""), UNKNOWN,
+    (2, None, HERE._replace(owner_dead=True, record_age_s=61), DEAD, "abandoned"),
+    (3, None, HERE._replace(owner_dead=True, record_age_s=59), UNKNOWN, "reserved"),
+    (3, None, HERE._replace(owner_dead=False, record_age_s=1e6), UNKNOWN, "reserved"),
+    (5, ME, THERE._replace(boot_began_after_record=True), DEAD, "rebooted"),
+    (7, ME, THERE._replace(boot_began_after_record=False), UNKNOWN, "foreign_host"),
+    (7, ME, THERE._replace(boot_began_after_record=True, host_id="x"), UNKNOWN, "foreign_host"),
+    (7, replace(ME, host_id=""), THERE._replace(boot_began_after_record=True, host_id=""), UNKNOWN,
      "foreign_host"),
-    (7, ME, replace(THERE, boot_began_after_record=True, local_file_system=False), UNKNOWN,
+    (7, ME, THERE._replace(boot_began_after_record=True, local_file_system=False), UNKNOWN,
      "foreign_host"),
-    (6, ME, replace(THERE, lease="free"), DEAD, "lease_released"),
-    (7, ME, replace(THERE, lease="held"), UNKNOWN, "foreign_host"),
-    (7, ME, replace(THERE, lease="absent"), UNKNOWN, "foreign_host"),
-    (8, ME, replace(BOX, lease="held"), ALIVE, "lease"),
-    (9, ME, replace(BOX, lease="free"), DEAD, "lease_released"),
-    (10, ME, replace(BOX, found_by_scan=True), ALIVE, "found_in_namespace"),
-    (11, ME, replace(BOX, found_by_scan=False, scan_complete=True), DEAD, "not_found"),
-    (12, ME, replace(BOX, found_by_scan=False), UNKNOWN, "foreign_pid_namespace"),
+    (6, ME, THERE._replace(lease="free"), DEAD, "lease_released"),
+    (7, ME, THERE._replace(lease="held"), UNKNOWN, "foreign_host"),
+    (7, ME, THERE._replace(lease="absent"), UNKNOWN, "foreign_host"),
+    (8, ME, BOX._replace(lease="held"), ALIVE, "lease"),
+    (9, ME, BOX._replace(lease="free"), DEAD, "lease_released"),
+    (10, ME, BOX._replace(found_by_scan=True), ALIVE, "found_in_namespace"),
+    (11, ME, BOX._replace(found_by_scan=False, scan_complete=True), DEAD, "not_found"),
+    (12, ME, BOX._replace(found_by_scan=False), UNKNOWN, "foreign_pid_namespace"),
     (12, ME, BOX, UNKNOWN, "foreign_pid_namespace"),
-    (13, ME, replace(HERE, opened="no_such_process"), DEAD, "no_such_process"),
-    (14, ME, replace(HERE, opened="thread"), DEAD, "pid_is_thread"),
-    (15, ME, replace(HERE, opened="yes", pidfd_id=71), DEAD, "pid_reused"),
-    (16, ME, replace(HERE, opened="yes", pidfd_id=70, ended=True), DEAD, "exited"),
-    (17, ME, replace(HERE, opened="yes", pidfd_id=70, ended=False), ALIVE, "identity"),
-    (17, ME, replace(HERE, opened="yes", pidfd_id=70, ended=False, task_state="Z", threads=2),
+    (13, ME, HERE._replace(opened="no_such_process"), DEAD, "no_such_process"),
+    (14, ME, HERE._replace(opened="thread"), DEAD, "pid_is_thread"),
+    (15, ME, HERE._replace(opened="yes", pidfd_id=71), DEAD, "pid_reused"),
+    (16, ME, HERE._replace(opened="yes", pidfd_id=70, ended=True), DEAD, "exited"),
+    (17, ME, HERE._replace(opened="yes", pidfd_id=70, ended=False), ALIVE, "identity"),
+    (17, ME, HERE._replace(opened="yes", pidfd_id=70, ended=False, task_state="Z", threads=2),
      ALIVE, "identity"),
-    (18, WEAK, replace(HERE, opened="yes", start_ticks=701), DEAD, "pid_reused"),
-    (19, WEAK, replace(HERE, opened="yes", start_ticks=700, ended=True), DEAD, "exited"),
-    (19, WEAK, replace(HERE, start_ticks=700, task_state="Z", threads=1), DEAD, "exited"),
-    (19, WEAK, replace(HERE, start_ticks=700, task_state="X"), DEAD, "exited"),
-    (20, WEAK, replace(HERE, start_ticks=700, task_state="Z", threads=2), ALIVE, "start_time"),
-    (20, WEAK, replace(HERE, opened="yes", start_ticks=700, ended=False), ALIVE, "start_time"),
-    (21, BLIND, replace(HERE, opened="unsupported", killed="no_such_process"), DEAD,
+    (18, WEAK, HERE._replace(opened="yes", start_ticks=701), DEAD, "pid_reused"),
+    (19, WEAK, HERE._replace(opened="yes", start_ticks=700, ended=True), DEAD, "exited"),
+    (19, WEAK, HERE._replace(start_ticks=700, task_state="Z", threads=1), DEAD, "exited"),
+    (19, WEAK, HERE._replace(start_ticks=700, task_state="X"), DEAD, "exited"),
+    (20, WEAK, HERE._replace(start_ticks=700, task_state="Z", threads=2), ALIVE, "start_time"),
+    (20, WEAK, HERE._replace(opened="yes", start_ticks=700, ended=False), ALIVE, "start_time"),
+    (21, BLIND, HERE._replace(opened="unsupported", killed="no_such_process"), DEAD,
      "no_such_process"),
-    (22, BLIND, replace(HERE, opened="unsupported", killed="exists"), UNKNOWN,
+    (22, BLIND, HERE._replace(opened="unsupported", killed="exists"), UNKNOWN,
      "identity_unverifiable"),
-    (22, ME, replace(HERE, opened="unsupported"), UNKNOWN, "identity_unverifiable"),
-    (23, ME, replace(HERE, opened="unsupported", start_ticks=700), ALIVE, "start_time"),
-    (24, WEAK, replace(HERE, platform="other", killed="no_such_process"), DEAD, "no_such_process"),
-    (24, WEAK, replace(HERE, platform="other", access_denied=True), UNKNOWN,
+    (22, ME, HERE._replace(opened="unsupported"), UNKNOWN, "identity_unverifiable"),
+    (23, ME, HERE._replace(opened="unsupported", start_ticks=700), ALIVE, "start_time"),
+    (24, WEAK, HERE._replace(platform="other", killed="no_such_process"), DEAD, "no_such_process"),
+    (24, WEAK, HERE._replace(platform="other", access_denied=True), UNKNOWN,
      "identity_unverifiable"),
-    (24, WEAK, replace(HERE, platform="other", start_ticks=700), ALIVE, "start_time"),
-    (24, WEAK, replace(HERE, platform="other", start_ticks=9), DEAD, "pid_reused"),
+    (24, WEAK, HERE._replace(platform="other", start_ticks=700), ALIVE, "start_time"),
+    (24, WEAK, HERE._replace(platform="other", start_ticks=9), DEAD, "pid_reused"),
 ]  # fmt: skip
 
 
@@ -94,5 +94,5 @@ def test_no_evidence_never_proves_death() -> None:
 
 def test_namespace_ticks_hidden_compares_inodes_only() -> None:
     """Under hidepid the start of pid 1 cannot be read; the namespace is still ours."""
-    hidden = replace(HERE, pid_ns="n:", opened="yes", pidfd_id=70, ended=False)
+    hidden = HERE._replace(pid_ns="n:", opened="yes", pidfd_id=70, ended=False)
     assert judge(ME, hidden, final=False).verdict is ALIVE

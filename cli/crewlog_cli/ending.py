@@ -1,0 +1,152 @@
+"""End workers, hear their beats, see them end: stop, beat, observe. Only stop sends signals."""
+
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import click
+
+from crewlog.errors import CrewlogError
+from crewlog.events import Event, Worker
+from crewlog.liveness import Liveness
+from crewlog.registry import Registry
+from crewlog_cli import reading, shell
+from crewlog_cli.changing import safe, tried
+from crewlog_cli.shell import Shell, command
+
+_AT_ONCE: Final = 32
+_SIGNALS: Final = [name.name.removeprefix("SIG") for name in signal.Signals]
+
+
+@command(
+    "stop",
+    examples="""crewlog stop web-1 --reason deploy
+crewlog stop web-1 web-2 --grace 30s
+crewlog stop --all --yes --reason 'the host goes down'""",
+)
+@click.argument("sids", metavar="SID…", nargs=-1)
+@click.option("--grace", default="10s", show_default=True, help="Kill it after this long.")
+@click.option(
+    "--signal", "name", default="TERM", show_default=True, help="What asks it to end.",
+    type=click.Choice(_SIGNALS, case_sensitive=False), metavar="NAME",
+)  # fmt: skip
+@click.option("--reason", default="crewlog stop", show_default=True, help="Why, for the history.")
+@click.option("--all", "all_", is_flag=True, help="Every worker that is not ended.")
+@click.option("--yes", is_flag=True, help="Do not ask before --all.")
+@click.option("--dry-run", is_flag=True, help="Only say whom it would signal.")
+def stop(
+    sh: Shell,
+    *,
+    sids: tuple[str, ...],
+    grace: str,
+    name: str,
+    reason: str,
+    all_: bool,
+    yes: bool,
+    dry_run: bool,
+) -> None:
+    """End workers: a signal, after --grace SIGKILL, and how each ended goes on record.
+
+    Only the recorded process is ever signalled; the request is durable before the signal is sent.
+    """
+    if all_ == bool(sids):
+        message = "name workers, or --all"
+        raise click.UsageError(message)
+    grace_s, number = reading.span_s(grace), signal.Signals[f"SIG{name.upper()}"]
+    reg = sh.existing()
+    workers = reg.workers() if all_ else [_known(reg, sid) for sid in dict.fromkeys(sids)]
+    if dry_run:
+        _print_targets(sh, reg, workers)
+        return
+    if all_ and not yes:
+        _confirm(len(workers))
+
+    def end(worker: Worker) -> Event | CrewlogError:
+        try:
+            return reg.stop(worker.sid, grace_s=grace_s, reason=safe(reason), signal=number)
+        except CrewlogError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        ended = dict(
+            zip((w.sid for w in workers), tried(lambda: list(pool.map(end, workers))), strict=True)
+        )
+    _print_ends(sh, reg, ended)
+
+
+def _known(reg: Registry, sid: str) -> Worker:
+    worker = reg.get(sid)
+    if worker is None:
+        raise reading.not_found(reg, sid)
+    return worker
+
+
+def _confirm(count: int) -> None:
+    if not sys.stdin.isatty():
+        message = f"--all would stop {count} workers: without a terminal it needs --yes"
+        raise click.UsageError(message)
+    click.confirm(f"Stop {count} workers?", abort=True, err=True)
+
+
+def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
+    judged: list[Liveness] = reg.judge(workers)
+    found = zip(workers, judged, strict=True)
+    if sh.json:
+        rows = [
+            {"sid": w.sid, "pid": w.pid, "liveness": j.verdict.value, "cause": j.cause}
+            for w, j in found
+        ]
+        sh.document({"seq": reg.last_seq, "dry_run": True, "workers": rows})
+        return
+    sh.table(
+        ["sid", "pid", "state", "liveness"],
+        [[w.sid, str(w.pid), w.state.value, reading.liveness_text(j)] for w, j in found],
+    )
+
+
+def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]) -> None:
+    events = [event for event in ended.values() if isinstance(event, Event)]
+    errors = {sid: error for sid, error in ended.items() if isinstance(error, CrewlogError)}
+    if sh.json:
+        failed = [
+            {"sid": sid, "code": error.code, "message": str(error)} for sid, error in errors.items()
+        ]
+        stopped = [shell.event_json(event) for event in events]
+        sh.document({"seq": reg.last_seq, "stopped": stopped, "failed": failed})
+    else:
+        for event in events:
+            reading.print_line(sh, event)
+    for error in list(errors.values())[:-1]:
+        shell.complain_of(sh, error)
+    if errors:
+        shell.fail(sh, list(errors.values())[-1])
+
+
+@command("beat", examples="while work; do crewlog beat web-1; done")
+@click.argument("sid")
+def beat(sh: Shell, *, sid: str) -> None:
+    """Say that SID is well; nothing is added to the log. For a worker with --heartbeat."""
+    reg = sh.existing()
+    _known(reg, sid)
+    reg.beat(sid)
+    if sh.json:
+        sh.document({"seq": reg.last_seq, "sid": sid})
+
+
+@command("observe", examples="crewlog observe web-1 &\ncrewlog observe web-1 --timeout 1h")
+@click.argument("sid")
+@click.option("--timeout", metavar="SPAN", help="Give up after this long (exit code 124).")
+def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
+    """Wait for the end of a worker that need not be our child, and record how it ended."""
+    wait_s = None if timeout is None else reading.span_s(timeout)
+    reg = sh.existing()
+    _known(reg, sid)
+    event = reg.observe(sid, timeout_s=wait_s)
+    if sh.json:
+        sh.document({"sid": sid, **shell.event_json(event)})
+    else:
+        reading.print_line(sh, event)
+
+
+COMMANDS: Final = {"stop": stop, "beat": beat, "observe": observe}

@@ -1,0 +1,160 @@
+"""Start a program in two steps: a process that waits, then, on a word, the program in it.
+
+Between the two its pid is known and can be registered, so there is no moment at which the program
+runs and is not listed. The waiting process is a bare interpreter, not a fork of ours: hooks,
+threads and locks of the host never come into it. When its starter dies before the word, it reads
+the end of the pipe and ends without having begun.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO, Final, TypeAlias
+
+from crewlog.errors import SpawnFailed
+
+Stream: TypeAlias = int | IO[bytes] | IO[str] | None
+Words: TypeAlias = Sequence[str | os.PathLike[str]]
+NOWHERE: Final = subprocess.DEVNULL
+NOT_RUN: Final = 126
+NOT_FOUND: Final = 127
+
+# Signals that Python ignores are given back to the program, and the variable that Python sets in
+# the C locale is taken away again (PEP 538).
+_WAITING: Final = """
+import os, signal, sys
+held, told, locale = map(int, sys.argv[1:4])
+os.set_inheritable(told, False)
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if os.read(held, 1) != b".":
+    os._exit(126)
+os.close(held)
+for name in ("SIGPIPE", "SIGXFSZ"):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+if not locale:
+    os.environ.pop("LC_CTYPE", None)
+try:
+    os.execvp(sys.argv[4], sys.argv[4:])
+except OSError as error:
+    os.write(told, str(error.errno).encode())
+    os._exit(127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126)
+"""
+
+
+class _Child(subprocess.Popen[bytes]):
+    """A child that outlives us on purpose, so that no warning is due when it is forgotten."""
+
+    def __del__(self) -> None:
+        """Say nothing."""
+
+
+class Launch:
+    """A process that waits for the word to become the program."""
+
+    def __init__(
+        self,
+        argv: Words,
+        *,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: Stream = NOWHERE,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        own_session: bool = True,
+        keep: Sequence[int] = (),
+    ) -> None:
+        """Start it, by default in a session of its own and with nothing on stdin.
+
+        `keep` are descriptors that the program inherits. *Raises* SpawnFailed.
+        """
+        self.argv = check_argv(argv)
+        held, self._go = os.pipe()
+        self._told, told = os.pipe()
+        variables = os.environ if env is None else env
+        locale = "1" if "LC_CTYPE" in variables else "0"
+        words = [_interpreter(), "-I", "-S", "-c", _WAITING, str(held), str(told), locale]
+        try:
+            self._child = _Child(
+                [*words, *self.argv],
+                cwd=cwd,
+                env=env,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=(held, told, *keep),
+                start_new_session=own_session,
+            )
+        except OSError as error:
+            self._close()
+            raise SpawnFailed(self.argv[0], why=str(error)) from error
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            os.close(held)
+            os.close(told)
+        self.pid = self._child.pid
+
+    def go(self) -> None:
+        """Let the program begin. *Raises* SpawnFailed if it cannot.
+
+        Returns once the program is in place of the waiting process.
+        """
+        try:
+            with contextlib.suppress(BrokenPipeError):  # killed meanwhile: told by how it ended
+                os.write(self._go, b".")
+            reason = os.read(self._told, 64)
+        finally:
+            self._close()  # interrupted before the word, it ends without having begun
+        if reason:
+            number = int(reason)
+            why = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
+            raise SpawnFailed(self.argv[0], why=why)
+
+    def give_up(self) -> None:
+        """Let the waiting process end without having begun."""
+        self._close()
+        self.wait()
+
+    def wait(self) -> int:
+        """Reap it, and return its exit code, or minus the signal that ended it."""
+        return self._child.wait()
+
+    def _close(self) -> None:
+        for fd in (self._go, self._told):
+            if fd >= 0:
+                os.close(fd)
+        self._go = self._told = -1
+
+
+def check_argv(argv: Words) -> list[str]:
+    """Return a program and its arguments as strings; TypeError and ValueError for what is none."""
+    if isinstance(argv, str | bytes) or not isinstance(argv, Sequence):
+        message = "argv must be a sequence of strings: the program, then its arguments"
+        raise TypeError(message)
+    words = [os.fspath(word) for word in argv]
+    if not words or not words[0]:
+        message = "argv names no program"
+        raise ValueError(message)
+    for word in words:
+        if not isinstance(word, str):
+            message = f"argv must be strings, not {type(word).__name__}"
+            raise TypeError(message)
+        if "\0" in word:
+            message = f"{word!r} holds a NUL"
+            raise ValueError(message)
+    return words
+
+
+def _interpreter() -> str:
+    """Return a bare Python; in a frozen program sys.executable is that program."""
+    own = "" if getattr(sys, "frozen", False) else sys.executable
+    found = own or shutil.which("python3")
+    if not found:
+        raise SpawnFailed("python3", why="no interpreter to start from is known")
+    return found

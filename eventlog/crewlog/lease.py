@@ -1,0 +1,140 @@
+"""Keep leases: a file that a worker holds locked for as long as it lives, with its last beat.
+
+The lock is a flock, so the kernel gives it back with the last descriptor, however the worker
+ends. It proves life and death where a pid proves nothing: in another pid namespace. A lease is
+held by the worker itself, from inside, or inherited from who started it; its name is unique, so
+it never speaks for an earlier or later worker of the same sid. Nothing here is synced: locks and
+beats end with the boot.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+
+from crewlog import codec, disk, identity, layout, liveness
+from crewlog.codec import Beat
+from crewlog.directory import Directory
+from crewlog.errors import LockBusy, StorageFailed, StoreMissing
+from crewlog.lock import Lock, take
+
+_MARK = "~"  # in no sid
+
+
+class Lease:
+    """A lease that this process holds, or hands to the process that it starts."""
+
+    def __init__(self, directory: Directory, sid: str) -> None:
+        """Create a lease for a worker that is about to be registered, and lock it."""
+        for _ in range(layout.LEASE_TRIES):
+            self.name = f"{sid}{_MARK}{secrets.token_hex(4)}"
+            lock = _create(directory, self.name)
+            if lock is not None:
+                self._directory = directory
+                self._lock = lock
+                return
+        where = directory.where(layout.LEASES)
+        message = "cannot make a lease"
+        raise StorageFailed(message, where=where, why="it is swept again and again", remedy="Retry")
+
+    @property
+    def fd(self) -> int:
+        """Return the descriptor whose last copy holds the lease."""
+        return self._lock.share()
+
+    def hand_over(self) -> None:
+        """Close our copy: from here on the process that inherited one holds the lease."""
+        self._lock.abandon()
+
+    def drop(self) -> None:
+        """Give the lease back, and remove its file: the worker was not registered, or has ended."""
+        via, at = self._directory.disk, self._directory[layout.LEASES]
+        if disk.exists(self.name, at=at):
+            via.unlink(self.name, at=at)
+        self._lock.close()
+
+
+def _create(directory: Directory, name: str) -> Lock | None:
+    """Create and lock a lease; None if a sweep came between the two."""
+    via, at = directory.disk, directory[layout.LEASES]
+    where = directory.where(layout.LEASES, name)
+    try:
+        os.close(via.create(name, at=at))
+        lock = take(name, at=at, where=where)
+    except (FileExistsError, FileNotFoundError, StoreMissing, LockBusy):
+        return None
+    return lock
+
+
+def beat(directory: Directory, name: str) -> bool:
+    """Write down that the worker is well, now; False if there is no such lease."""
+    at, where = directory[layout.LEASES], directory.where(layout.LEASES, name)
+    with disk.failures("cannot beat", where=where):
+        try:
+            fd = disk.open_file(name, at=at, where=where, change=True)
+        except FileNotFoundError:
+            return False
+        try:
+            now = Beat(identity.boot_bytes(), time.monotonic_ns())
+            directory.disk.overwrite(fd, codec.encode_beat(now))
+        finally:
+            os.close(fd)
+    return True
+
+
+def look(directory: Directory, name: str) -> tuple[liveness.Lease, float | None]:
+    """Say who holds a lease, and how old its last beat is in seconds, None if that is not known.
+
+    The look takes the lock shared, for a moment, so that two who look never see each other.
+    """
+    at, where = directory[layout.LEASES], directory.where(layout.LEASES, name)
+    with disk.failures("cannot look at the lease", where=where):
+        try:
+            fd = disk.open_file(name, at=at, where=where)
+        except FileNotFoundError:
+            return "absent", None
+        try:
+            age_s = _age_s(fd)
+        finally:
+            os.close(fd)
+    lock = Lock(name, at=at, where=where)
+    try:
+        return ("free" if lock.try_acquire(shared=True) else "held"), age_s
+    except (FileNotFoundError, StoreMissing):  # swept since
+        return "absent", None
+    finally:
+        lock.close()
+
+
+def _age_s(fd: int) -> float | None:
+    for _ in range(layout.TORN_READ_TRIES):
+        last = codec.decode_beat(disk.read_at(fd, 0, codec.BEAT_BYTES))
+        if last is not None:
+            if last.boot != identity.boot_bytes():
+                return None
+            return max(0, time.monotonic_ns() - last.at_ns) / 1e9
+        if os.fstat(fd).st_size == 0:
+            return None
+    return None
+
+
+def sid_of(name: str) -> str:
+    """Return the sid of the worker that a lease was made for."""
+    return name.partition(_MARK)[0]
+
+
+def sweep(directory: Directory, *, needed: Callable[[str], bool]) -> int:
+    """Remove the leases that nobody holds and no living worker needs; return how many."""
+    at, swept = directory[layout.LEASES], 0
+    for name in disk.names(at):
+        try:
+            lock = take(name, at=at, where=directory.where(layout.LEASES, name))
+        except (LockBusy, FileNotFoundError, StoreMissing):  # held, or gone already
+            continue
+        try:  # asked under the lock: a worker that is being registered holds it
+            if not needed(name):
+                directory.disk.unlink(name, at=at)
+                swept += 1
+        finally:
+            lock.close()
+    return swept

@@ -1,0 +1,195 @@
+"""Start programs as workers.
+
+A process waits while it is registered and becomes the program only then (launch.py), so a SIGKILL
+of the starter at any moment leaves no running program that is not listed. Of many that start one
+sid at once, the registration of one is accepted; the others' processes end without having begun.
+"""
+
+import logging
+import os
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Final, TypedDict, Unpack
+
+from crewlog import changes, launch, layout
+from crewlog.changes import Step
+from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
+from crewlog.events import JsonValue, Worker, WorkerState
+from crewlog.judging import Judging, exit_of, hold
+from crewlog.launch import Launch, Stream, Words
+
+_logger = logging.getLogger("crewlog.starting")
+_LEAVING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
+
+
+class SpawnOptions(TypedDict, total=False):
+    """The optional arguments of `spawn`, which `ensure` passes on."""
+
+    sock: str
+    version: str
+    labels: Mapping[str, str] | None
+    meta: Mapping[str, JsonValue] | None
+    ready: bool
+    owner: int | None
+    lease: bool
+    heartbeat_s: float | None
+    cwd: str | os.PathLike[str] | None
+    env: Mapping[str, str] | None
+    stdout: Stream
+    stderr: Stream
+
+
+class Starting(Judging):
+    """What a registry must do beside judging, and the starting of workers."""
+
+    @abstractmethod
+    def claim(self, sid: str, step: Step) -> Worker:
+        """Write a registration, over a proven death if need be. *Raises* WorkerExists."""
+
+    @abstractmethod
+    def twin(self) -> "Starting":
+        """Return a registry of its own for the same place, for a thread that outlives this one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give every resource back."""
+
+    def spawn(
+        self,
+        sid: str,
+        argv: Words,
+        *,
+        sock: str = "",
+        version: str = "",
+        labels: Mapping[str, str] | None = None,
+        meta: Mapping[str, JsonValue] | None = None,
+        ready: bool = False,
+        owner: int | None = None,
+        lease: bool = False,
+        heartbeat_s: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        stdout: Stream = launch.NOWHERE,
+        stderr: Stream = None,
+    ) -> Worker:
+        """Start a program as a worker, in a session of its own, and return it.
+
+        Its stdin is empty and its stdout goes nowhere unless given: it may outlive what reads ours.
+
+        *Guarantee*: the registration is durable before the program begins; killed at any moment,
+        we leave no running program that is not listed. While this process lives, it records how the
+        worker ends. *Args*: `owner` is a pid, by default ours; a `lease` is inherited by the
+        program, which must then not close descriptors that it does not know. *Raises* WorkerExists;
+        SpawnFailed, and the worker is then recorded as ended.
+        """
+        launch.check_argv(argv)
+        heartbeat_s = changes.check_heartbeat(heartbeat_s)
+        held = self.leased(sid, wanted=lease or heartbeat_s is not None)
+        try:
+            keep = () if held is None else (held.fd,)
+            started = Launch(argv, cwd=cwd, env=env, stdout=stdout, stderr=stderr, keep=keep)
+            try:
+                step = changes.registered(
+                    self.author(),
+                    sid,
+                    pid=started.pid,
+                    sock=sock,
+                    version=version,
+                    labels=labels,
+                    meta=meta,
+                    ready=ready,
+                    owner=os.getpid() if owner is None else owner,
+                    lease=None if held is None else held.name,
+                    heartbeat_s=heartbeat_s,
+                )
+                worker = self.claim(sid, step)
+            except BaseException:
+                started.give_up()
+                raise
+        except BaseException:
+            if held is not None:
+                held.drop()
+            raise
+        if held is not None:
+            held.hand_over()
+        return self._begun(worker, started)
+
+    def _begun(self, worker: Worker, started: Launch) -> Worker:
+        try:
+            started.go()
+        except SpawnFailed:
+            code = started.wait()
+            self.record_end(worker, lambda rev: exit_of(self.author(), worker.sid, code, rev=rev))
+            raise
+        tell = threading.Thread(
+            target=_tell_end,
+            args=(self.twin(), worker, started),
+            name=f"crewlog-{worker.sid}",
+            daemon=True,
+        )
+        tell.start()
+        return worker
+
+    def ensure(
+        self,
+        sid: str,
+        argv: Words,
+        *,
+        timeout_s: float = layout.ENSURE_WAIT_S,
+        **options: Unpack[SpawnOptions],
+    ) -> Worker:
+        """Return the living worker of that sid, or start it; see `spawn` for the arguments.
+
+        *Guarantee*: of any number of callers, in any processes, one starts the program and all
+        return its worker. One that is draining or stopping is waited for and started anew.
+        *Raises* WorkerExists while it cannot be judged; WaitTimeout after `timeout_s`.
+        """
+        launch.check_argv(argv)
+        deadline = time.monotonic() + changes.check_wait(timeout_s)
+        while True:
+            found = self._running(sid)
+            if found is not None and found.state not in _LEAVING:
+                return found
+            if time.monotonic() > deadline:
+                what = f"the end of worker {sid!r}, which is leaving,"
+                raise WaitTimeout(what, waited_s=timeout_s)
+            if found is not None:
+                _await_end(found, min(layout.DEATH_LOOK_S, deadline - time.monotonic()))
+                continue
+            try:
+                return self.spawn(sid, argv, **options)
+            except WorkerExists:  # another caller was first: it is the one to return
+                continue
+
+    def _running(self, sid: str) -> Worker | None:
+        """Return the worker that lives under that sid, None if there is none."""
+        changes.check_sid(sid)
+        worker = self.get(sid)
+        if worker is None or worker.final:
+            return None
+        found = self.judge([worker])[0]
+        if found.alive:
+            return worker
+        if found.dead:
+            return None
+        raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
+
+
+def _await_end(worker: Worker, wait_s: float) -> None:
+    held = hold(worker)
+    if held is not None:
+        with held:
+            held.wait(max(0.0, wait_s))
+
+
+def _tell_end(own: Starting, worker: Worker, started: Launch) -> None:
+    """Wait for a child and record how it ended; nobody else can know as surely."""
+    code = started.wait()
+    try:
+        own.record_end(worker, lambda rev: exit_of(own.author(), worker.sid, code, rev=rev))
+    except CrewlogError as error:
+        _logger.warning("the end of worker %s is not recorded: %s", worker.sid, error)
+    finally:
+        own.close()
