@@ -1,6 +1,8 @@
 # On a machine with only Python ≥ 3.11, pip and venv: `make demo`, `make test`.
 PYTHON ?= python3
 VENV := .venv
+# make test EXTRAS=test,recipes also runs the recipes against the libraries that they are for
+EXTRAS ?= test
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/linters: $(VENV)/installed

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import append
+import liveness
 import watch
 
 
@@ -87,6 +88,10 @@ def main() -> None:
     try:
         one_process(home, seconds=asked.seconds, rounds=asked.rounds)
         many_processes(home, seconds=asked.seconds, rounds=asked.rounds, writers=8)
+        figure("P9 10,000 workers judged, ms", liveness.judgement(home, rounds=asked.rounds))
+        figure("P9 append lock held while 1,000 dead are collected, ms",
+               liveness.lock_time(home, rounds=min(asked.rounds, 5)))  # fmt: skip
+        figure("spawn until the program begins, ms", liveness.spawning(home, rounds=asked.rounds))
         watch.run(home, count=asked.changes, rounds=min(asked.rounds, 5), seconds=asked.soak)
     finally:
         shutil.rmtree(home)

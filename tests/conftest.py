@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
+from commands import Cli
 from crewlog.registry import Registry
 from procs import Crew
 
@@ -32,6 +33,12 @@ def reg(place: Path) -> Iterator[Registry]:
     """Open a registry; its store does not exist yet."""
     with crewlog.open(place) as registry:
         yield registry
+
+
+@pytest.fixture
+def cli(place: Path) -> Cli:
+    """Run the command line on the test's store."""
+    return Cli(place)
 
 
 @pytest.fixture

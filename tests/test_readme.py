@@ -36,14 +36,24 @@ def test_first_python_block_runs(place: Path) -> None:
     ]
 
 
+def test_starting_block_leaves_an_orderly_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second block starts a worker and stops it."""
+    monkeypatch.setenv("CREWLOG_DIR", str(place))
+    subprocess.run([sys.executable, "-c", blocks("python")[1]], check=True)
+    with crewlog.open() as reg:
+        assert [event.type.removeprefix("worker.") for event in reg.history()] == [
+            "registered", "stop_requested", "exited",
+        ]  # fmt: skip
+
+
 def test_watching_block_prints_changes(
     place: Path, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second block prints each change."""
+    """The third block prints each change."""
     monkeypatch.setenv("CREWLOG_DIR", str(place))
     with crewlog.open() as reg:
         reg.register("a")
-        code = blocks("python")[1].replace(
+        code = blocks("python")[2].replace(
             "for item in items:", "for item in items:\n        print(item.kind, flush=True)"
         )
         watcher = crew.python(code)

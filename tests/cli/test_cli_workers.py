@@ -1,0 +1,297 @@
+"""What the commands that start, stop, judge and collect workers promise."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import CREWLOG, Cli
+from crewlog import layout, lease
+from crewlog.registry import Registry
+from procs import Crew, kill, state_of, until
+
+
+@pytest.fixture
+def started(cli: Cli) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Keep commands that run beside the test, and end them."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def types(reg: Registry, sid: str) -> list[str]:
+    """Return the types of a worker's events."""
+    return [event.type.removeprefix("worker.") for event in reg.history(sid=sid)]
+
+
+def test_stop_ends_workers_and_prints_how(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """One line a worker; with --json one object; those that ended already too."""
+    for sid in ("a", "b", "c"):
+        reg.register(sid, pid=crew.sleeper().pid)
+    out = cli("stop", "a", "b", "--reason", "deploy").stdout
+    assert [row.split("  ")[3] for row in out.splitlines()] == ["a", "b"]
+    assert out.count("signal=15") == 2
+    found = cli.json("stop", "c", "a", "c")
+    assert [event["sid"] for event in found["stopped"]] == ["c", "a"]  # type: ignore[attr-defined]
+    assert found["failed"] == []
+    asked = next(reg.history(sid="a", types=["worker.stop_requested"]))
+    assert (asked.data["reason"], asked.actor["via"]) == ("deploy", "cli")
+
+
+def test_stop_dry_run_says_whom_and_signals_nobody(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """Nothing is written either."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    before = reg.last_seq
+    assert cli("stop", "--all", "--dry-run").stdout.splitlines()[1].split() == [
+        "a", str(worker.pid), "starting", "alive",
+    ]  # fmt: skip
+    row = json.loads(cli("stop", "a", "--dry-run", "--json").stdout)["workers"][0]
+    assert row["liveness"] == "alive"
+    assert (worker.poll(), reg.last_seq) == (None, before)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("stop",), ("stop", "a", "--all"), ("stop", "--all"), ("stop", "a", "--grace", "soon"),
+     ("stop", "a", "--signal", "NONE"), ("stop", "a", "--reason", " "),
+     ("gc", "--plan", "f", "--dry-run"), ("gc", "--assume-dead", "a"), ("gc", "--reason", "r"),
+     ("gc", "--apply", "no-such-file"), ("gc", "--plan", "/no/such/place/f"),
+     ("run", "a", "--heartbeat", "soon", "--", "true"),
+     ("exec", "a", "--heartbeat", "99999d", "--", "true"), ("run", "no sid", "--", "true")],
+)  # fmt: skip
+def test_wrong_words_are_2_and_touch_nothing(
+    cli: Cli, reg: Registry, crew: Crew, words: tuple[str, ...]
+) -> None:
+    """Usage errors; --all without a terminal needs --yes."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    before = reg.last_seq
+    cli(*words, code=2)
+    assert (worker.poll(), reg.last_seq) == (None, before)
+
+
+@pytest.mark.parametrize(("answer", "code"), [(b"n\n", 130), (b"y\n", 0)])
+def test_stop_all_asks_on_a_terminal(
+    cli: Cli, reg: Registry, crew: Crew, answer: bytes, code: int
+) -> None:
+    """Only a yes is a yes."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*CREWLOG, "--dir", str(cli.place), "stop", "--all"], stdin=theirs,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.write(ours, answer)
+    assert process.wait(30) == code
+    os.close(ours)
+    os.close(theirs)
+    assert (worker.poll() is None) == (code != 0)
+
+
+def test_stop_of_what_may_not_be_stopped_is_1_and_tells_all(
+    cli: Cli, reg: Registry, crew: Crew
+) -> None:
+    """Those that can be stopped are; the others are named, each with its reason."""
+    reg.register("me", pid=os.getpid())  # an ancestor of the command
+    reg.register("init", pid=1)
+    reg.register("a", pid=crew.sleeper().pid)
+    done = cli("stop", "me", "a", "init", code=1)
+    assert "signal=15" in done.stdout
+    assert "descends from it" in done.stderr
+    assert "pid 1" in done.stderr
+    found = json.loads(cli("stop", "me", "--json", code=1).stdout)
+    assert [row["code"] for row in found["failed"]] == ["stop_refused"]
+    assert cli("stop", "mee", code=1).stderr.count("Did you mean me") == 1
+
+
+def test_explain_tells_verdict_evidence_and_story(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """In words, and as one object."""
+    owner, worker = crew.sleeper(), crew.sleeper()
+    reg.register("a", pid=worker.pid, owner=owner.pid, sock="/no/such.sock")
+    kill(owner)
+    out = cli("explain", "a").stdout
+    assert out.startswith("a is alive (identity): the process with its pid is the very one")
+    assert "orphaned" in out
+    assert "unreachable" in out
+    assert "worker.registered" in out
+    kill(worker)
+    assert cli("explain", "a").stdout.startswith("a is dead (no_such_process): no process has its")
+    found = cli.json("explain", "a")
+    assert (found["verdict"], found["cause"]) == ("dead", "no_such_process")
+    assert found["evidence"]["opened"] == "no_such_process"  # type: ignore[index]
+    assert [e["type"] for e in found["events"]] == ["worker.registered"]  # type: ignore[attr-defined]
+    reg.exited("a", signal=9, source="wait")
+    assert "It ended: signal 9 (source: wait)" in cli("explain", "a").stdout
+    cli("explain", "b", code=1)
+
+
+def test_every_cause_is_explained() -> None:
+    """No verdict of the table is left without words."""
+    import re
+
+    from crewlog import liveness
+    from crewlog_cli import explaining
+
+    source = Path(liveness.__file__).read_text()
+    causes = set(re.findall(r"return _(?:ALIVE|DEAD|UNKNOWN), \"(\w+)\"", source))
+    assert causes == set(explaining._CAUSES)
+
+
+def test_gc_plans_and_applies(cli: Cli, reg: Registry, crew: Crew, tmp_path: Path) -> None:
+    """A plan is a file of ours alone; applied, it does what it says."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    kill(worker)
+    path = tmp_path / "plan.json"
+    before = reg.last_seq
+    assert "1 steps for 1 living" in cli("gc", "--plan", path).stderr
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert json.loads(path.read_text())["steps"][0]["cause"] == "no_such_process"
+    assert reg.last_seq == before
+    assert cli("gc", "--apply", path).stdout == "lost  a\n"
+    found = cli.json("gc", "--apply", path)
+    assert (found["lost"], found["conflicts"]) == ([], ["a"])
+    path.write_text("{}")
+    assert "cannot carry out this plan" in cli("gc", "--apply", path, code=65).stderr
+
+
+def test_gc_takes_one_out_on_a_persons_word(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """The living are refused, the dead buried, the unknown sid named."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    assert "exists" in cli("gc", "--assume-dead", "a", "--reason", "r", code=1).stderr
+    cli("gc", "--assume-dead", "b", "--reason", "r", code=1)
+    kill(worker)
+    assert "worker.lost" in cli("gc", "--assume-dead", "a", "--reason", "r").stdout
+
+
+@pytest.mark.parametrize("command", ["run", "exec"])
+def test_lease_is_inherited_by_the_program(
+    cli: Cli, reg: Registry, started: list[subprocess.Popen[bytes]], command: str
+) -> None:
+    """The program that knows nothing of crewlog holds it, and beats by command."""
+    started.append(
+        subprocess.Popen(
+            [*CREWLOG, "--dir", str(cli.place), command, "a", "--heartbeat", "0.1s", "--",
+             "sleep", "300"]
+        )
+    )  # fmt: skip
+    until(lambda: reg.get("a") is not None)
+    worker = reg.get("a")
+    assert worker is not None
+    assert worker.lease is not None
+    assert worker.heartbeat_s == 0.1
+    until(lambda: b"sleep\0" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()[:6])
+    at = reg.log().directory
+    assert lease.look(at, worker.lease)[0] == "held"
+    until(lambda: "stalled" in reg.liveness("a").flags)
+    seq = reg.last_seq
+    assert cli("beat", "a").stdout == ""
+    assert reg.last_seq == seq
+    if command == "run":  # its runner killed: the program holds it all the same
+        started[0].kill()
+        started[0].wait()
+        assert lease.look(at, worker.lease)[0] == "held"
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: lease.look(at, str(worker.lease))[0] == "free")
+    assert os.listdir(cli.place / layout.LEASES) == [worker.lease]
+    cli("gc")
+    until(lambda: os.listdir(cli.place / layout.LEASES) == [])
+
+
+def test_run_of_nothing_is_127_and_recorded(cli: Cli, reg: Registry) -> None:
+    """As env(1), with three lines and the code on record."""
+    assert "not found" in cli("run", "a", "--", "no-such-program", code=127).stderr
+    assert "cannot be run" in cli("run", "b", "--", "/etc/passwd", code=126).stderr
+    codes = [w.exit.code for w in reg.workers(all=True) if w.exit is not None]
+    assert codes == [127, 126]
+
+
+def test_run_passes_its_pipes_on(cli: Cli) -> None:
+    """stdin, stdout and stderr are the program's."""
+    done = cli("run", "a", "--", "sh", "-c", "cat; echo bad >&2", input="hello\n")
+    assert (done.stdout, done.stderr) == ("hello\n", "bad\n")
+
+
+def test_run_whose_worker_is_stopped_by_another_says_nothing(
+    cli: Cli, reg: Registry, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """Stopper and parent record one end."""
+    process = subprocess.Popen(
+        [*CREWLOG, "--dir", str(cli.place), "run", "a", "--", "sleep", "300"],
+        stderr=subprocess.PIPE,
+    )
+    started.append(process)
+    until(lambda: reg.get("a") is not None)
+    cli("stop", "a")
+    _out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, b"")
+    assert types(reg, "a") == ["registered", "stop_requested", "exited"]
+
+
+def test_observe_records_what_the_parent_throws_away(
+    cli: Cli, reg: Registry, crew: Crew, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """From a process that has nothing to do with the worker."""
+    worker = crew.python("import sys; sys.stdin.read(); sys.exit(5)")
+    reg.register("a", pid=worker.pid)
+    cli("observe", "a", "--timeout", "0.05s", code=124)
+    watching = subprocess.Popen(
+        [*CREWLOG, "--dir", str(cli.place), "observe", "a", "--json"], stdout=subprocess.PIPE
+    )
+    started.append(watching)
+    assert worker.stdin is not None
+    until(lambda: state_of(watching.pid) == "S" and _holds_a_pidfd(watching.pid))
+    worker.stdin.close()
+    worker.wait()
+    out, _ = watching.communicate(timeout=30)
+    event = json.loads(out)
+    assert (event["type"], event["data"]["code"]) == ("worker.exited", 5)
+
+
+def _holds_a_pidfd(pid: int) -> bool:
+    where = f"/proc/{pid}/fd"
+    names: list[str] = []
+    for fd in os.listdir(where):
+        try:
+            names.append(os.readlink(f"{where}/{fd}"))
+        except FileNotFoundError:
+            continue
+    return any("pidfd" in name for name in names)
+
+
+def test_commands_of_this_page_have_json(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """One object with a schema."""
+    reg.register("a", lease=True)
+    reg.register("b", pid=crew.sleeper().pid)
+    for words in (
+        ("beat", "a"),
+        ("explain", "a"),
+        ("gc",),
+        ("gc", "--plan", cli.place.parent / "p"),
+    ):
+        cli.json(*words)
+    assert cli.json("ls")["workers"][0]["flags"] == []  # type: ignore[index]
+
+
+def test_module_runs_without_the_current_directory_on_its_path(
+    cli: Cli, reg: Registry, tmp_path: Path
+) -> None:
+    """A spawned program's launcher takes nothing from a hostile directory."""
+    for name in ("signal.py", "os.py", "sitecustomize.py"):
+        (tmp_path / name).write_text("raise SystemExit('hijacked')")
+    reg.spawn("a", [sys.executable, "-I", "-c", "print(1)"], cwd=tmp_path)
+    until(lambda: (worker := reg.get("a")) is not None and worker.final)
+    worker = reg.get("a")
+    assert worker is not None
+    assert worker.state == "exited"

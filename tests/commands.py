@@ -1,0 +1,41 @@
+"""Run the command line as scripts do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CREWLOG = [sys.executable, "-c", "from crewlog_cli.main import main; main()"]
+
+
+class Cli:
+    """Run `crewlog` on one store."""
+
+    def __init__(self, place: Path) -> None:
+        """Use the store at `place`."""
+        self.place = place
+
+    def __call__(
+        self, *arguments: object, code: int = 0, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*CREWLOG, "--dir", str(self.place), *map(str, arguments)],
+            check=False, capture_output=True, text=True, timeout=60, **options,  # type: ignore[call-overload]
+        )  # fmt: skip
+        assert done.returncode == code, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done  # type: ignore[no-any-return]
+
+    def json(self, *arguments: object, code: int = 0) -> dict[str, object]:
+        done = self(*arguments, "--json", code=code)
+        assert done.stdout.count("\n") == 1, "one object on one line"
+        assert done.stdout.isascii()
+        found = json.loads(done.stdout)
+        assert found["schema"] == 1
+        return found  # type: ignore[no-any-return]
+
+    def workers(self) -> list[dict[str, object]]:
+        """Return what ls shows."""
+        found: object = self.json("ls")["workers"]
+        assert isinstance(found, list)
+        return found
