@@ -84,7 +84,7 @@ def _round(reg: Registry, workers: list[Worker]) -> dict[str, float]:
 
 
 def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
-    """Collect 1,000 dead workers; how long writers were kept out, and the whole, in milliseconds."""
+    """Collect 1,000 dead workers; how long writers were kept out, and the whole, in ms."""
     held: list[float] = []
     enter, leave = Writing.__enter__, Writing.__exit__
     since: list[float] = []

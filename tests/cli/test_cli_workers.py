@@ -102,15 +102,17 @@ def test_stop_of_what_may_not_be_stopped_is_1_and_tells_all(
     cli: Cli, reg: Registry, crew: Crew
 ) -> None:
     """Those that can be stopped are; the others are named, each with its reason."""
-    reg.register("me", pid=os.getpid())  # an ancestor of the command
-    reg.register("init", pid=1)
     reg.register("a", pid=crew.sleeper().pid)
-    done = cli("stop", "me", "a", "init", code=1)
+    words = " ".join(f"'{word}'" for word in [*CREWLOG, "--dir", str(cli.place)])
+    stop = f"{words} register me --pid $$ >/dev/null && {words} stop me a $0; echo $?"
+    done = subprocess.run(["sh", "-c", stop, "-q"], capture_output=True, text=True, check=True)
     assert "signal=15" in done.stdout
+    assert done.stdout.endswith("1\n")
     assert "descends from it" in done.stderr
-    assert "pid 1" in done.stderr
-    found = json.loads(cli("stop", "me", "--json", code=1).stdout)
+    done = subprocess.run(["sh", "-c", stop, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[0])
     assert [row["code"] for row in found["failed"]] == ["stop_refused"]
+    reg.register("me", pid=crew.sleeper().pid)
     assert cli("stop", "mee", code=1).stderr.count("Did you mean me") == 1
 
 

@@ -196,6 +196,19 @@ def test_collection_sweeps_leases_of_the_dead_only(reg: Registry) -> None:
     assert os.listdir(reg.path / layout.LEASES) == [mine.lease]
 
 
+def test_sweep_leaves_the_lease_that_a_living_record_names(reg: Registry) -> None:
+    """Nobody holds it, but it is the evidence of a worker that is not ended on record."""
+    worker = reg.register("a", lease=True)
+    for held in registry_leases():
+        if held.name == worker.lease:
+            held.hand_over()
+    collect(reg)
+    assert os.listdir(reg.path / layout.LEASES) == [worker.lease]
+    reg.exited("a", code=0)
+    collect(reg)
+    assert os.listdir(reg.path / layout.LEASES) == []
+
+
 def test_beats_add_nothing_to_the_log_and_a_missing_one_stalls(reg: Registry) -> None:
     """A thousand beats, not one byte; silence is a flag, not a death, and ends with a beat."""
     reg.register("a", heartbeat_s=0.1)

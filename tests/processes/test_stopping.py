@@ -184,8 +184,9 @@ def test_pidfd_of_another_process_is_not_held(reg: Registry, crew: Crew) -> None
         Process(replace(mine, pidfd_id=None, start_ticks=1))
 
 
-def test_refused_before_anything_is_written(reg: Registry, crew: Crew) -> None:
+def test_refused_before_anything_is_written(reg: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ourselves, our ancestors, pid 1: no event, no signal."""
+    monkeypatch.setattr(Process, "send", lambda *_: pytest.fail("a signal was sent"))
     for sid, pid in (("self", os.getpid()), ("parent", os.getppid()), ("init", 1)):
         reg.register(sid, pid=pid)
         before = reg.last_seq
