@@ -1,6 +1,5 @@
-"""Do the work of cron by hand: gc, compact, verify."""
+"""Do the work of cron by hand: gc and compact."""
 
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -11,7 +10,7 @@ from crewlog import disk, layout
 from crewlog.disk import Disk
 from crewlog.errors import PlanInvalid
 from crewlog.registry import Registry
-from crewlog_cli import reading, shell, times
+from crewlog_cli import reading, shell
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import (
@@ -23,17 +22,13 @@ from crewlog_compactor import (
     compact,
     make_plan,
     plan,
-    verify,
 )
 
 _KEEP: Final = "1d"
 
 
 def _span(words: str) -> timedelta:
-    try:
-        return times.duration(words)
-    except times.TimeError as error:
-        raise click.UsageError(str(error)) from error
+    return timedelta(seconds=reading.span_s(words))
 
 
 _SIZES: Final = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -208,28 +203,4 @@ def compact_(sh: Shell, *, gc_: bool, force: bool, keep_history: str) -> None:
         shell.fail(sh, report.refused)
 
 
-@command("verify", examples="crewlog verify && echo whole\ncrewlog verify --json | jq .findings")
-def verify_(sh: Shell) -> None:
-    """Read everything, change nothing, report every finding; 1 if there is any."""
-    report = verify(sh.registry().path)
-    if sh.json:
-        sh.document(
-            {
-                "ok": report.ok,
-                "events": report.events,
-                "last_seq": report.last_seq,
-                "findings": [asdict(finding) for finding in report.findings],
-            }
-        )
-    else:
-        for found in report.findings:
-            at = "" if found.offset is None else f" at byte {found.offset}"
-            sh.line(f"{found.code}  {found.path}{at}: {found.message}")
-        sh.note(
-            f"{report.events} events up to seq {report.last_seq}: {len(report.findings)} findings"
-        )
-    if not report.ok:
-        raise SystemExit(shell.EXIT_NO)
-
-
-COMMANDS: Final = {"gc": gc, "compact": compact_, "verify": verify_}
+COMMANDS: Final = {"gc": gc, "compact": compact_}

@@ -327,6 +327,8 @@ def _by(found: Iterable[Event], actor: str | None) -> Iterator[Event]:
 
 def _print_period(sh: Shell, reg: Registry) -> None:
     """Say what the answer can cover at all, so that silence is not mistaken for peace."""
+    for gap in reg.history(types=["_gap"]):
+        sh.note(f"events {gap.data.get('first')} to {gap.seq} are lost; a repair gave them up")
     oldest = next(reg.history(types=["_segment"]), None)
     if oldest is not None:
         kept = "everything since" if oldest.seq == 1 else f"kept from seq {oldest.seq},"

@@ -1,5 +1,6 @@
 """Do the work of cron: collect the dead, compact the log, verify the store, import an older one."""
 
+from crewlog_compactor.anchor import Anchor, anchor
 from crewlog_compactor.collect import (
     CollectReport,
     apply_plan,
@@ -10,20 +11,25 @@ from crewlog_compactor.collect import (
 from crewlog_compactor.compact import CompactReport, compact
 from crewlog_compactor.legacy import ImportReport, import_legacy
 from crewlog_compactor.plan import Plan
+from crewlog_compactor.repair import RepairReport, repair
 from crewlog_compactor.verify import Finding, VerifyReport, verify
 
 __all__ = [
+    "Anchor",
     "CollectReport",
     "CompactReport",
     "Finding",
     "ImportReport",
     "Plan",
+    "RepairReport",
     "VerifyReport",
+    "anchor",
     "apply_plan",
     "assume_dead",
     "collect",
     "compact",
     "import_legacy",
     "make_plan",
+    "repair",
     "verify",
 ]

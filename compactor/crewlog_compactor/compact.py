@@ -8,7 +8,7 @@ needs are in place, killed after it, the next compaction archives what this one 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from crewlog import codec, disk, events, fold, layout, segments, snapshot, tail
+from crewlog import disk, events, fold, layout, segments, snapshot, tail
 from crewlog.codec import Snapshot
 from crewlog.errors import CollectRefused, HistoryDiverged, LogCorrupt
 from crewlog.fold import Fold, FoldError
@@ -122,7 +122,7 @@ def _fold(log: Log) -> tuple[int, Snapshot]:
                     directory.where(layout.LOG, layout.segment_name(reader.position.segment)),
                     seq=line["seq"] - 1,
                 )
-            prev = codec.digest(raw).hex()
+            prev = segments.hash_after(line, raw).hex()
             _apply(state, line, reader, raw)
     finally:
         reader.close()

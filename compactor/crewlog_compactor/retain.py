@@ -50,7 +50,7 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     if not going:
         return None
     first, last = going[0].first, going[-1].last
-    log.note("_archive_dropped", {"first": first, "last": last, "head": _hash_after(log, last)})
+    log.note(events.DROPPED, {"first": first, "last": last, "head": _hash_after(log, last)})
     for part in going:
         log.directory.disk.unlink(layout.archive_name(part.first), at=log.directory[layout.ARCHIVE])
     log.directory.disk.sync_directory(log.directory[layout.ARCHIVE])

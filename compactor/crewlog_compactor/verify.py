@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from crewlog import (
     codec,
@@ -28,6 +29,13 @@ from crewlog.errors import CrewlogError, FormatTooNew, StoreMissing
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.states import States
+from crewlog_compactor.anchor import Anchor
+
+# The place in a batch that a line behind a gap may have: any.
+_ANY: Final = (-1, -1)
+_REPAIRABLE: Final = frozenset(
+    {"store_poisoned", "log_corrupt", "log_regressed", "segment_missing", "archive_damaged"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,7 @@ class VerifyReport:
     events: int
     last_seq: int
     findings: tuple[Finding, ...]
+    gaps: tuple[tuple[int, int], ...] = ()  # lost events (first, last) that a repair gave up
 
     @property
     def ok(self) -> bool:
@@ -56,10 +65,14 @@ class VerifyReport:
         return not self.findings
 
 
-def verify(where: str | os.PathLike[str] | None = None) -> VerifyReport:
+def verify(
+    where: str | os.PathLike[str] | None = None, *, anchor: Anchor | None = None
+) -> VerifyReport:
     """Check a whole store: every line, the chain, the files, and the snapshots against the history.
 
-    *Raises* StoreMissing if there is none; an unreadable file is StorageFailed, never a finding.
+    An `anchor` that was kept elsewhere shows what no store can show of itself: a history that was
+    rewritten or cut by somebody who may write it. *Raises* StoreMissing if there is none; an
+    unreadable file is StorageFailed, never a finding.
     """
     path = directory.locate(where)
     try:
@@ -71,7 +84,7 @@ def verify(where: str | os.PathLike[str] | None = None) -> VerifyReport:
             raise
         finding = Finding(code=error.code, path=str(path), message=str(error))
         return VerifyReport(events=0, last_seq=0, findings=(finding,))
-    return _Check(opened).run()
+    return _Check(opened, anchor=anchor).run()
 
 
 @dataclass(slots=True)
@@ -79,10 +92,13 @@ class _Check:
     """One verification: the findings so far, and the history as far as it could be followed."""
 
     directory: Directory
+    anchor: Anchor | None = None
     findings: list[Finding] = field(default_factory=list)
+    gaps: list[tuple[int, int]] = field(default_factory=list)
     events: int = 0
     seq: int = 0
     hash: str = ""
+    anchored: str = ""
     hole: bool = False  # damage so far: the fold is no longer the truth
     partial: bool = False  # retention took the beginning: the fold begins at the older snapshot
     bases: dict[int, Snapshot] = field(default_factory=dict)
@@ -95,7 +111,7 @@ class _Check:
         snapshots = list(self._snapshots())
         head = self._head()
         self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
-        self.bases = {found.last_seq: found for _, found in snapshots[:1]}
+        self.bases = {found.last_seq: found for _, found in snapshots}
         self.hash = self.directory.digest.hex()
         firsts = segments.all_of(self.directory)
         if not firsts:
@@ -103,6 +119,7 @@ class _Check:
         end = self._walk_all(firsts, head)
         for name, found in snapshots:
             self._compare(name, found)
+        self._anchored()
         self._files()
         if head is not None and end < head.seq:
             self._report(
@@ -111,7 +128,12 @@ class _Check:
                 f"seq {head.seq} was durable, the log ends at {end}",
                 seq=head.seq,
             )
-        return VerifyReport(events=self.events, last_seq=end, findings=tuple(self.findings))
+        return VerifyReport(
+            events=self.events,
+            last_seq=end,
+            findings=tuple(self.findings),
+            gaps=tuple(self.gaps),
+        )
 
     def _report(
         self,
@@ -124,7 +146,12 @@ class _Check:
     ) -> None:
         self.findings.append(
             Finding(
-                code=code, path=self.directory.where(name), offset=offset, seq=seq, message=message
+                code=code,
+                path=self.directory.where(name),
+                offset=offset,
+                seq=seq,
+                message=message,
+                repairable=code in _REPAIRABLE,
             )
         )
 
@@ -250,7 +277,7 @@ class _Check:
 
     def _walk(self, name: str, first: int, data: bytes, *, active: bool) -> None:
         """Check one segment line by line; after a bad line, go on at the next newline."""
-        offset, kind = 0, ""
+        offset, ended = 0, False
         batch = (0, 0)
         while offset < len(data):
             newline = data.find(b"\n", offset)
@@ -263,11 +290,11 @@ class _Check:
                 self._bad_line(name, offset, str(error))
             else:
                 batch = self._good_line(name, offset, line, raw, batch)
-                kind = line["type"]
+                ended = segments.is_end(line)
                 if offset == 0:
                     self._header(name, first, line)
             offset += len(raw) + 1
-        if not active and kind != events.SEAL:
+        if not active and not ended:
             self._report(
                 "log_corrupt",
                 name,
@@ -286,7 +313,7 @@ class _Check:
         self, name: str, offset: int, line: Line, raw: bytes, batch: tuple[int, int]
     ) -> tuple[int, int]:
         """Check a line against its neighbours and fold it; return its place in the open batch."""
-        if line["seq"] != self.seq + 1:
+        if not segments.follows(line, self.seq + 1):
             self._report(
                 "log_corrupt",
                 name,
@@ -305,10 +332,15 @@ class _Check:
             )
             self.hole = True
         index, count = line.get("b", (0, 1))
-        if ((index, count) != batch) if batch != (0, 0) else index != 0:
+        if batch != _ANY and (((index, count) != batch) if batch != (0, 0) else index != 0):
             self._report("log_corrupt", name, "it is out of place in its batch", offset=offset)
-        self.seq, self.hash = line["seq"], codec.digest(raw).hex()
+        self.seq, self.hash = line["seq"], segments.hash_after(line, raw).hex()
         self.events += 1
+        if self.anchor is not None and self.seq == self.anchor.seq:
+            self.anchored = codec.digest(raw).hex()
+        if line["type"] == events.GAP:
+            self._gap(line)
+            return _ANY
         try:
             if not self.partial:
                 self.state.apply(line)
@@ -316,9 +348,7 @@ class _Check:
             if not self.hole:  # behind a hole, it tells only of the hole
                 self._report("log_corrupt", name, str(error), offset=offset, seq=line["seq"])
         self._rebase()
-        if self.seq in self.checkpoints:
-            copied = self.state.copy()
-            self.checkpoints[self.seq] = (self.hash, copied.records, copied.totals)
+        self._checkpoint()
         return (index + 1, count) if index + 1 < count else (0, 0)
 
     def _rebase(self) -> None:
@@ -327,11 +357,30 @@ class _Check:
         if base is not None:
             self.state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
             self.partial = False
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Keep the state where a snapshot claims to be it."""
+        if self.seq in self.checkpoints:
             copied = self.state.copy()
             self.checkpoints[self.seq] = (self.hash, copied.records, copied.totals)
 
+    def _gap(self, line: Line) -> None:
+        """Take note of a loss that was given up; the next snapshot tells what it had led to."""
+        begin, last = line["data"].get("first"), line["seq"]
+        first = begin if isinstance(begin, int) else last
+        self.gaps.append((first, last))
+        inside = [seq for seq in self.bases if first <= seq <= last]
+        if inside:
+            base = self.bases[max(inside)]
+            self.state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+        self.state.apply(line)
+        self.partial = any(seq > last for seq in self.bases)
+
     def _header(self, name: str, first: int, line: Line) -> None:
         data = line["data"]
+        if line["type"] == events.GAP:
+            return
         if line["type"] != events.SEGMENT:
             self._report(
                 "log_corrupt", name, "it does not begin with a header", offset=0, seq=first
@@ -345,7 +394,7 @@ class _Check:
         """Hold a snapshot against the refolded history, where there is a whole one."""
         there = self.checkpoints.get(found.last_seq)
         if there is None:
-            if not self.hole:
+            if not self.hole and not any(a <= found.last_seq <= b for a, b in self.gaps):
                 self._report(
                     "log_regressed",
                     name,
@@ -372,6 +421,21 @@ class _Check:
                     f"refolding the history gives other workers: {wrong[:5]}",
                     seq=found.last_seq,
                 )
+
+    def _anchored(self) -> None:
+        """Hold the history against the anchor that was kept elsewhere."""
+        anchor = self.anchor
+        if anchor is None or self.anchored == anchor.hash:
+            return
+        if self.anchored:
+            message = f"event {anchor.seq} is not the one that was anchored"
+            self._report("history_diverged", layout.LOG, message, seq=anchor.seq)
+        elif anchor.seq > self.seq:
+            message = f"event {anchor.seq} was anchored, the log ends at {self.seq}"
+            self._report("log_regressed", layout.LOG, message, seq=anchor.seq)
+        else:
+            message = f"event {anchor.seq} was anchored and is no longer kept, or is lost"
+            self._report("anchor_unverifiable", layout.LOG, message, seq=anchor.seq)
 
     # -- files ------------------------------------------------------------------------------
 

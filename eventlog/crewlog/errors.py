@@ -9,6 +9,7 @@ A return value means durable. Errors of reading carry ``"not_written"`` too.
 """
 
 import errno
+from collections.abc import Sequence
 from typing import ClassVar, Final, Literal, TypeAlias
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -419,7 +420,7 @@ class StorePoisoned(CrewlogError):
             "the store takes no more changes",
             where=where,
             why=why,
-            remedy="What was acknowledged stays readable; check the disk, then restore from it",
+            remedy="What was acknowledged stays readable; check the disk, then: crewlog repair",
             outcome=outcome,
         )
 
@@ -467,7 +468,7 @@ class LogCorrupt(DataDamaged):
             "the log is damaged",
             where=f"{segment} at byte {offset}, where seq {seq} should stand",
             why=f"{reason} ({proof})",
-            remedy="Nothing was changed; run `crewlog verify` for the whole picture",
+            remedy="Nothing was changed; `crewlog repair` says what can be saved",
         )
 
 
@@ -535,6 +536,23 @@ class HistoryDiverged(DataDamaged):
             where=where,
             why=f"the hash of event {seq} differs",
             remedy="Nothing was changed; one of them is from another store or time",
+        )
+
+
+class LossRefused(DataDamaged):
+    """A repair would give up acknowledged events that nobody has agreed to lose."""
+
+    code = "loss_refused"
+
+    def __init__(self, where: str, *, losses: Sequence[tuple[int, int]]) -> None:
+        """Name the ranges of seqs, both ends included."""
+        self.losses = tuple(losses)
+        ranges = " ".join(f"--accept-loss {first}..{last}" for first, last in losses)
+        super().__init__(
+            "events would be lost for good",
+            where=where,
+            why=", ".join(f"{first} to {last}" for first, last in losses),
+            remedy=f"Restore a backup; or, if there is none: crewlog repair --yes {ranges}",
         )
 
 

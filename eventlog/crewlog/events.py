@@ -31,7 +31,10 @@ SEGMENT = "_segment"
 SEAL = "_seal"
 SNAPSHOT = "_snapshot"
 RECOVERED = "_recovered"
-OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, "_gap", "_repaired", "_archive_dropped"})
+GAP = "_gap"  # stands for the lost events data.first to data.last, the latter being its own seq
+REPAIRED = "_repaired"
+DROPPED = "_archive_dropped"
+OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, GAP, REPAIRED, DROPPED})
 
 
 class WorkerState(StrEnum):
@@ -291,13 +294,15 @@ class Synced:
 class Reset:
     """A watcher's item: events were not delivered and will not be; go on from `state`.
 
-    `lost` is their exact range (first, last), None where another store took the place of this
-    one. `diff` compares with what the watcher had, None where it had not begun with a state.
+    Their reason: `compacted` by retention, `lost` to damage that a repair gave up, or `replaced` by
+    another store. `lost` is their exact range (first, last), None where another store took the
+    place of this one. `diff` compares with what the watcher had, None where it had not begun with a
+    state.
     """
 
     kind: Literal["reset"] = "reset"
     seq: int
-    reason: Literal["compacted", "replaced"]
+    reason: Literal["compacted", "lost", "replaced"]
     lost: tuple[int, int] | None
     state: State
     diff: Diff | None

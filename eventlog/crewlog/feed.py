@@ -152,6 +152,8 @@ class Feed:
                 continue  # the segment began before the position
             self.position = line["seq"]
             self._passed = (self.position, raw)
+            if line["type"] == events.GAP:
+                return self._gap(line)
             if self._revs is not None:
                 self._remember(line)
             if self._wanted.wants(line):
@@ -186,12 +188,22 @@ class Feed:
             raise error
         return self._reset("compacted")
 
-    def _reset(self, reason: Literal["compacted", "replaced"]) -> Reset:
+    def _gap(self, line: Line) -> Reset:
+        """Tell of events that a repair gave up."""
+        first = line["data"].get("first")
+        self.position = first - 1 if isinstance(first, int) else line["seq"] - 1
+        self._drop_reader()
+        if self._on_compacted == "raise":
+            last = line["seq"]
+            raise CompactedError(requested=self.position + 1, oldest=last + 1, snapshot_seq=last)
+        return self._reset("lost")
+
+    def _reset(self, reason: Literal["compacted", "lost", "replaced"]) -> Reset:
         """Go on from the state of now; it makes good what cannot be delivered."""
         state = self._state()
         before, self._revs = self._revs, self._revs and state.workers.revs()
         self._passed = None
-        lost = (self.position + 1, state.seq) if reason == "compacted" else None
+        lost = None if reason == "replaced" else (self.position + 1, state.seq)
         self.position = state.seq
         self._first = None
         return Reset(

@@ -200,12 +200,14 @@ def _exit(data: JsonObject, source: str) -> ExitRecord:
 class Fold:
     """The state after every event up to `seq`; `apply` moves it on by one line.
 
-    `totals` counts worker events by type since the store began.
+    `totals` counts worker events by type since the store began. Behind a gap, up to the note of
+    its repair, it is `lenient`: what the lost events would have explained is taken as it comes.
     """
 
     seq: int
     records: dict[str, Record]
     totals: dict[str, int]
+    lenient: bool = False
 
     def get(self, sid: str) -> Record | None:
         """Return the record of that sid."""
@@ -220,14 +222,16 @@ class Fold:
         kind = line["type"]
         if kind in _ALLOWED:
             sid = line["sid"]
-            record = after(line, self.records.get(sid))
+            record = after(line, self.records.get(sid), lenient=self.lenient)
             if record is None:
-                del self.records[sid]
+                self.records.pop(sid, None)
             else:
                 if kind == events.REGISTERED:
                     self.records.pop(sid, None)  # so that the order is that of registration
                 self.records[sid] = record
             self.totals[kind] = self.totals.get(kind, 0) + 1
+        elif kind in {events.GAP, events.REPAIRED}:
+            self.lenient = kind == events.GAP
         self.seq = line["seq"]
 
     def sessions(self) -> Iterator[Record]:
@@ -240,19 +244,20 @@ class Fold:
 
     def copy(self) -> "Fold":
         """Return a fold that moves on by itself; the records are shared, being never changed."""
-        return Fold(self.seq, self.records.copy(), self.totals.copy())
+        return Fold(self.seq, self.records.copy(), self.totals.copy(), self.lenient)
 
 
-def after(line: Line, old: Record | None) -> Record | None:
+def after(line: Line, old: Record | None, *, lenient: bool = False) -> Record | None:
     """Return the worker's record after this line, None once it is pruned.
 
-    Types this version does not know leave the record as it is. Raises FoldError.
+    Types this version does not know leave the record as it is. Raises FoldError; `lenient`: an
+    event of a worker whose registration was lost tells nothing, any other is taken as it comes.
     """
     kind = line["type"]
     if kind not in _ALLOWED:
         return old
     state = None if old is None else WorkerState(old["state"])
-    if state not in _ALLOWED[kind]:
+    if state not in _ALLOWED[kind] and not lenient:
         message = f"{kind} cannot follow state {state!r} of worker {line['sid']!r}"
         raise FoldError(message)
     try:

@@ -63,7 +63,7 @@ from crewlog.events import JsonObject, Line
 from crewlog.fold import Fold
 from crewlog.lock import Lock, take
 from crewlog.recovery import Found
-from crewlog.segments import Needles, Position, Reader, Source
+from crewlog.segments import Needles, Reader, Source
 from crewlog.states import States
 from crewlog.store import Appended, Decide
 from crewlog.sync import Syncer
@@ -152,7 +152,7 @@ class Log:
         """Hold the durable state of now still, while something is copied out of it."""
         head = self.head()  # before the log: else a busy writer looks like a shortened log
         with disk.failures("cannot read the log", where=self._where()), self.mutex:
-            yield self._current.durable(_position(head))
+            yield self._current.durable(segments.durable_end(head))
 
     def read(self, after: int, *, needles: Needles = None) -> Iterator[tuple[Line, bytes]]:
         """Yield the durable lines after seq `after` that hold a needle, up to the last of now.
@@ -165,7 +165,7 @@ class Log:
                 return
             reader = self.reader(after, needles=needles)
             try:
-                for line, raw in reader.read(_position(head)):
+                for line, raw in reader.read(segments.durable_end(head)):
                     if line["seq"] > after:
                         yield line, raw
             finally:
@@ -212,7 +212,9 @@ class Log:
         return result
 
     def _written(self, state: AppendState, head: DurableHead) -> Written:
-        return Written(self._current, head=_position(head), end=_end(state))
+        return Written(
+            self._current, head=segments.durable_end(head), end=segments.written_end(state)
+        )
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
@@ -246,7 +248,7 @@ class Log:
                 return
         if self._current.lag(state.seq) > layout.CATCH_UP_LINES_MAX:
             with disk.failures("cannot read the log", where=self._where()), self.mutex:
-                self._current.catch_up(_end(state))
+                self._current.catch_up(segments.written_end(state))
 
     def _ready(self) -> tuple[AppendState, DurableHead]:
         """Bring log and states into the order that an append starts from. Held: append."""
@@ -274,7 +276,7 @@ class Log:
         if state.sealed:
             state = self._begin_next(state)
             head = self._states.head() or head
-        self._current.catch_up(_end(state))
+        self._current.catch_up(segments.written_end(state))
         return state, head
 
     def _require_one_name(self, active: Source) -> None:
@@ -327,7 +329,7 @@ class Log:
         data = b"".join(raws)
         after = state._replace(end=state.end + len(data), seq=seq, hash=prev, sealed=False)
         self._put(data, state, after)
-        self._current.advance(lines, _end(after))
+        self._current.advance(lines, segments.written_end(after))
         return [raw[:-1] for raw in raws], after
 
     def _put(self, data: bytes, state: AppendState, after: AppendState) -> None:
@@ -369,9 +371,9 @@ class Log:
             hash=codec.digest(raw[:-1]),
             sealed=kind == events.SEAL,
         )
-        self._current.catch_up(_end(state))
+        self._current.catch_up(segments.written_end(state))
         self._put(raw, state, after)
-        self._current.advance([line], _end(after))
+        self._current.advance([line], segments.written_end(after))
         return after
 
     # -- rotation ---------------------------------------------------------------------------
@@ -415,7 +417,7 @@ class Log:
             )
         begun = AppendState(sealed.boot, first, found.end, found.seq, found.hash, sealed=False)
         self._states.put_append_state(begun)
-        self._current.catch_up(_end(begun))
+        self._current.catch_up(segments.written_end(begun))
         self._sync.make_durable(begun.seq)
         return begun
 
@@ -453,6 +455,12 @@ class Log:
         name = layout.LOCK_COMPACT
         return take(name, at=self.directory[layout.LOCKS], where=self.directory.lock_path(name))
 
+    @contextmanager
+    def alone(self) -> Iterator[States]:
+        """Keep every writer and sync leader out, for a repair; yield the states. Held: compact."""
+        with self._writing(), self._sync.nobody_leads():
+            yield self._states
+
     def after_fork(self) -> None:
         """Begin anew in a forked child: the state may be half moved; locks mind themselves."""
         self._new_mutexes()
@@ -479,14 +487,6 @@ class Log:
         if self._active is not None:
             self._active.close()
             self._active = None
-
-
-def _position(head: DurableHead) -> Position:
-    return Position(head.segment, head.end, head.seq)
-
-
-def _end(state: AppendState) -> Position:
-    return Position(state.segment, state.end, state.seq)
 
 
 _living: "weakref.WeakSet[Log]" = weakref.WeakSet()

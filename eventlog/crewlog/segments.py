@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from crewlog import codec, disk, events, layout
-from crewlog.codec import LineError
+from crewlog.codec import AppendState, DurableHead, LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing
 from crewlog.events import JsonObject, Line
 from crewlog.recovery import Found
 
 STORE_ACTOR: Final = b"{}"
+_GAP: Final = b'"type":"_gap"'
 # Byte strings of which a line must hold one to be looked at; None: every line is.
 Needles: TypeAlias = Sequence[bytes] | None
 
@@ -29,6 +30,16 @@ class Position(NamedTuple):
     segment: int
     offset: int
     seq: int
+
+
+def durable_end(head: DurableHead) -> Position:
+    """Return the position up to which events are durable."""
+    return Position(head.segment, head.end, head.seq)
+
+
+def written_end(state: AppendState) -> Position:
+    """Return the position up to which lines are written."""
+    return Position(state.segment, state.end, state.seq)
 
 
 # -- finding --------------------------------------------------------------------------------
@@ -78,6 +89,10 @@ class Source:
     def size(self) -> int:
         """Return how many bytes it has at this moment."""
         return os.fstat(self._fd).st_size if self._data is None else len(self._data)
+
+    def is_gone(self) -> bool:
+        """Say whether the open file lost its name: archived, or rewritten by a repair."""
+        return self._data is None and os.fstat(self._fd).st_nlink == 0
 
     def read(self, offset: int, size: int) -> bytes:
         """Read up to `size` bytes at `offset`."""
@@ -172,6 +187,8 @@ def walk(
     durable.
     """
     offset, seq = start.offset, start.seq
+    if needles is not None:
+        needles = (*needles, _GAP)  # never passed over: it stands for many events
     rest = b""
     stop = source.size() if end is None else end
     while offset + len(rest) < stop:
@@ -191,7 +208,7 @@ def walk(
             line = None
             if needles is None or _any(needles, raw):
                 line = _parsed(source, raw, offset, seq + 1)
-            offset, seq = offset + len(raw) + 1, seq + 1
+            offset, seq = offset + len(raw) + 1, seq + 1 if line is None else line["seq"]
             yield Step(line, raw, offset, seq)
     if rest:
         raise _damaged(source, offset, seq + 1, "no newline at the end of a durable line")
@@ -206,9 +223,29 @@ def _parsed(source: Source, raw: bytes, offset: int, seq: int) -> Line:
         line = codec.parse(raw)
     except LineError as error:
         raise _damaged(source, offset, seq, str(error)) from error
-    if line["seq"] != seq:
+    if not follows(line, seq):
         raise _damaged(source, offset, seq, f"seq is {line['seq']}")
     return line
+
+
+def follows(line: Line, seq: int) -> bool:
+    """Say whether a line may stand where `seq` is due; a gap stands for all that it names."""
+    if line["type"] != events.GAP:
+        return line["seq"] == seq
+    told = line["data"]
+    return told.get("first") == seq and told.get("last") == line["seq"] >= seq
+
+
+def is_end(line: Line) -> bool:
+    """Say whether a line ends its segment: a seal, or a gap that stands for one."""
+    kind = line["type"]
+    return kind == events.SEAL or (kind == events.GAP and line["data"].get("sealed") is True)
+
+
+def hash_after(line: Line, raw: bytes) -> bytes:
+    """Return the `prev` that the next line must have; behind a gap the lost line's is kept."""
+    kept = line["data"].get("next_prev") if line["type"] == events.GAP else None
+    return bytes.fromhex(kept) if isinstance(kept, str) else codec.digest(raw)
 
 
 def _damaged(source: Source, offset: int, seq: int, reason: str) -> LogCorrupt | ArchiveDamaged:
@@ -243,7 +280,7 @@ def find(directory: Directory, after: int) -> Position:
 class Reader:
     """Read on from a position, through rotations and the archive, one segment open at a time."""
 
-    __slots__ = ("_directory", "_needles", "_source", "position")
+    __slots__ = ("_directory", "_needles", "_skip", "_source", "position")
 
     def __init__(
         self, directory: Directory, position: Position, *, needles: Needles = None
@@ -252,6 +289,7 @@ class Reader:
         self._directory = directory
         self._source: Source | None = None
         self._needles = needles
+        self._skip = 0  # lines up to this seq were read in a file that was replaced since
         self.position = position
 
     def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
@@ -262,19 +300,19 @@ class Reader:
         while self.position.seq < stop.seq:
             segment = self.position.segment
             end = stop.offset if segment == stop.segment else None
-            kind = ""
+            ended = True
+            source = self._open(segment)
             begun = self.position
-            for step in walk(self._open(segment), self.position, end=end, needles=self._needles):
+            for step in walk(source, self.position, end=end, needles=self._needles):
                 self.position = Position(segment, step.offset, step.seq)
-                kind = ""
-                if step.line is not None:
-                    kind = step.line["type"]
+                ended = step.line is None or is_end(step.line)
+                if step.line is not None and step.seq > self._skip:
                     yield step.line, step.raw
             if self.position.seq >= stop.seq:
                 return
             if self.position == begun and begun.offset == 0:
                 raise _damaged(self._open(segment), 0, segment, "it is empty")
-            if kind not in {"", events.SEAL}:
+            if not ended:
                 raise self._unsealed()
             self.position = start_of(self.position.seq + 1)
 
@@ -288,6 +326,10 @@ class Reader:
         )
 
     def _open(self, segment: int) -> Source:
+        if self._source is not None and self._source.is_gone():
+            self._skip = self.position.seq  # offsets may differ in what took its place
+            self.position = start_of(segment)
+            self.close()
         if self._source is None or self._source.first != segment:
             self.close()
             self._source = open_segment(self._directory, segment)
@@ -344,7 +386,8 @@ def scan(data: bytes, *, offset: int, seq: int, prev: bytes | None, sealed: bool
         line, reason = _try(raw, last + 1, hashed, batch, whole=newline >= 0, sealed=good.sealed)
         if line is None:
             break
-        at, end, last, hashed = newline + 1, end + len(raw) + 1, last + 1, codec.digest(raw)
+        at, end, last = newline + 1, end + len(raw) + 1, line["seq"]
+        hashed = hash_after(line, raw)
         synced = max(synced, line["synced"])
         index, count = line.get("b", (0, 1))
         batch = (index + 1, count) if index + 1 < count else (0, 0)
@@ -354,7 +397,7 @@ def scan(data: bytes, *, offset: int, seq: int, prev: bytes | None, sealed: bool
                 size=good.size,
                 seq=last,
                 hash=hashed,
-                sealed=line["type"] == events.SEAL,
+                sealed=is_end(line),
                 reason=None,
                 synced=0,
             )
@@ -385,7 +428,7 @@ def _try(
         return None, str(error)
     if sealed:
         return None, "a line stands after the seal"
-    if line["seq"] != seq:
+    if not follows(line, seq):
         return None, f"seq is {line['seq']}"
     if prev is not None and line["prev"] != prev.hex():
         return None, "prev differs from the hash of the line before"

@@ -95,8 +95,9 @@ def _check_header(directory: Directory, source: Source, raw: bytes, *, snapshot_
     except SegmentMissing as error:
         raise SegmentMissing(directory.where(layout.LOG), first=first, last=last) from error
     found = before.size()
+    rewritten = found != size and events.GAP.encode() in before.read(0, found)
     before.close()
-    if found != size:
+    if found != size and not rewritten:  # a repair told there what it gave up
         raise LogCorrupt(
             before.name,
             offset=min(found, int(size) if isinstance(size, int) else 0),

@@ -42,13 +42,14 @@ def test_commands_print_one_json_object(cli: Cli, crew: Crew) -> None:
     cli("register", "a", "--pid", crew.sleeper().pid)
     for command in (
         ("ls",), ("show", "a"), ("alive", "a"), ("stats",), ("path",), ("gc",), ("gc", "--dry-run"),
-        ("compact",), ("verify",), ("update", "a", "--state", "ready"),
+        ("compact",), ("verify",), ("repair",), ("anchor",), ("explain", "a"),
+        ("update", "a", "--state", "ready"),
         ("remove", "a", "--reason", "x"),
     ):  # fmt: skip
         cli.json(*command)
     assert cli.json("verify") == {
         "schema": 1, "ok": True, "events": cli.json("stats")["last_seq"],
-        "last_seq": cli.json("stats")["last_seq"], "findings": [],
+        "last_seq": cli.json("stats")["last_seq"], "findings": [], "gaps": [],
     }  # fmt: skip
 
 
@@ -143,6 +144,30 @@ def test_verify_of_a_damaged_store_is_one_with_every_finding(cli: Cli, reg: Regi
     assert found["ok"] is False
     assert [f["code"] for f in found["findings"]] == ["log_corrupt"] * 2  # type: ignore[attr-defined]
     assert "damaged" in cli("ls", code=65).stderr
+
+
+def test_repair_says_then_does_and_history_tells(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """The plan is 1 and changes nothing; a loss must be named; afterwards everything works."""
+    for sid in ("a", "b"):
+        reg.register(sid, pid=crew.sleeper().pid)
+    kept = cli("anchor").stdout.strip()
+    assert cli("verify", "--anchor", kept).stdout == ""
+    assert "nothing to repair" in cli("repair").stderr
+    cli("verify", "--anchor", "nonsense", code=2)
+    cli("repair", "--yes", "--accept-loss", "5", code=2)
+    segment = next((cli.place / layout.LOG).iterdir())
+    data = segment.read_bytes()
+    segment.write_bytes(data.replace(b'"sid":"a"', b'"sid":"x"', 1))
+    assert "repairable" not in cli("verify", code=1).stdout
+    found = cli.json("repair", code=1)
+    assert (found["needed"], found["done"], found["losses"]) == (True, False, [[2, 2]])
+    assert "--accept-loss 2..2" in cli("repair", "--yes", code=65).stderr
+    assert "gave" not in cli("repair", code=1).stdout
+    assert "kept in quarantine" in cli("repair", "--yes", "--accept-loss", "2..2").stdout
+    assert cli("ls", "--sids").stdout == "b\n"
+    assert "events 2 to 2 are lost" in cli("history").stderr
+    assert cli.json("verify")["gaps"] == [[2, 2]]
+    assert cli("verify", "--anchor", kept).stdout == "", "what is left is still the one history"
 
 
 def test_newer_format_is_78_and_open_permissions_77(cli: Cli, reg: Registry) -> None:
