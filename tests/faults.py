@@ -29,6 +29,10 @@ class FailingDisk(Disk):
         if number is not None:
             raise OSError(number, os.strerror(number))
 
+    def make_directory(self, name: str, *, at: int | None = None) -> None:
+        self._meet("make_directory")
+        super().make_directory(name, at=at)
+
     def create(self, name: str, *, at: int, append: bool = False) -> int:
         self._meet("create")
         return super().create(name, at=at, append=append)

@@ -29,7 +29,10 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
                 "ok": report.ok,
                 "events": report.events,
                 "last_seq": report.last_seq,
-                "findings": [asdict(finding) for finding in report.findings],
+                "findings": [
+                    {**asdict(finding), "repairable": finding.repairable}
+                    for finding in report.findings
+                ],
                 "gaps": report.gaps,
             }
         )

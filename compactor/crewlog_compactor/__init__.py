@@ -9,10 +9,11 @@ from crewlog_compactor.collect import (
     make_plan,
 )
 from crewlog_compactor.compact import CompactReport, compact
+from crewlog_compactor.findings import Finding, VerifyReport
 from crewlog_compactor.legacy import ImportReport, import_legacy
 from crewlog_compactor.plan import Plan
 from crewlog_compactor.repair import RepairReport, repair
-from crewlog_compactor.verify import Finding, VerifyReport, verify
+from crewlog_compactor.verify import verify
 
 __all__ = [
     "Anchor",

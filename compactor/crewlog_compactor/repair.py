@@ -130,6 +130,7 @@ class _Part:
 class _Survey:
     """The log as far as it can be followed: parts, losses, and where it ends."""
 
+    store: str
     poisoned: bool
     head: DurableHead | None
     hashes: dict[int, str]  # what snapshots know of lines that may be lost
@@ -148,7 +149,7 @@ class _Survey:
         first = self.seq + 1
         self.losses.append((first, last))
         next_prev = next_prev or self.hashes.get(last)
-        told: JsonObject = {"first": first, "last": last}
+        told: JsonObject = {"store": self.store, "first": first, "last": last}
         if end:
             told["sealed"] = part.sealed = True
         if next_prev is not None:
@@ -198,7 +199,7 @@ def _survey(at: Directory) -> _Survey:
     known = max((last_seq for last_seq, _ in snapshots), default=0)
     known = max(known, 0 if head is None else head.seq)
     begin = at.digest.hex()
-    found = _Survey(poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
+    found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
     firsts = segments.all_of(at)
     shelved = set(segments.archived(at))
     for index, first in enumerate(firsts):
@@ -336,7 +337,7 @@ def _end(found: _Survey) -> None:
 def _beginning(found: _Survey, begin: int) -> None:
     """Put gaps for a beginning that is lost without a word."""
     last, hash_ = found.dropped
-    before = _Survey(found.poisoned, None, found.hashes, seq=last, hash=hash_)
+    before = _Survey(found.store, found.poisoned, None, found.hashes, seq=last, hash=hash_)
     part = _Part(last + 1, found.parts[0].archived, None)
     before.lose_rest(part, begin - 1, _prev_of(b"".join(found.parts[0].lines[:1])))
     found.parts[:0] = before.parts

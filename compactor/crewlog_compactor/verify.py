@@ -13,6 +13,7 @@ from typing import Final
 
 from crewlog import (
     codec,
+    cursor,
     directory,
     disk,
     events,
@@ -23,46 +24,17 @@ from crewlog import (
     segments,
     snapshot,
 )
-from crewlog.codec import DurableHead, LineError, Snapshot
+from crewlog.codec import AppendState, DurableHead, LineError, Snapshot
 from crewlog.directory import Directory
-from crewlog.errors import CrewlogError, FormatTooNew, StoreMissing
+from crewlog.errors import CrewlogError, FormatTooNew, SnapshotCorrupt, StoreMissing
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.states import States
 from crewlog_compactor.anchor import Anchor
+from crewlog_compactor.findings import Finding, VerifyReport
 
 # The place in a batch that a line behind a gap may have: any.
 _ANY: Final = (-1, -1)
-_REPAIRABLE: Final = frozenset(
-    {"store_poisoned", "log_corrupt", "log_regressed", "segment_missing", "archive_damaged"}
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that is wrong, and where: offset in bytes, None where it does not apply."""
-
-    code: str
-    path: str
-    offset: int | None = None
-    seq: int | None = None
-    message: str
-    repairable: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What a verification read and found."""
-
-    events: int
-    last_seq: int
-    findings: tuple[Finding, ...]
-    gaps: tuple[tuple[int, int], ...] = ()  # lost events (first, last) that a repair gave up
-
-    @property
-    def ok(self) -> bool:
-        """Say whether nothing is wrong."""
-        return not self.findings
 
 
 def verify(
@@ -99,6 +71,7 @@ class _Check:
     seq: int = 0
     hash: str = ""
     anchored: str = ""
+    snapshot_told: int = 0  # the log tells of a snapshot up to here
     hole: bool = False  # damage so far: the fold is no longer the truth
     partial: bool = False  # retention took the beginning: the fold begins at the older snapshot
     bases: dict[int, Snapshot] = field(default_factory=dict)
@@ -109,7 +82,7 @@ class _Check:
 
     def run(self) -> VerifyReport:
         snapshots = list(self._snapshots())
-        head = self._head()
+        head, written = self._states()
         self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
         self.bases = {found.last_seq: found for _, found in snapshots}
         self.hash = self.directory.digest.hex()
@@ -119,6 +92,9 @@ class _Check:
         end = self._walk_all(firsts, head)
         for name, found in snapshots:
             self._compare(name, found)
+        self._newest()
+        if head is not None and written is not None:
+            self._hold_together(head, written)
         self._anchored()
         self._files()
         if head is not None and end < head.seq:
@@ -151,7 +127,6 @@ class _Check:
                 offset=offset,
                 seq=seq,
                 message=message,
-                repairable=code in _REPAIRABLE,
             )
         )
 
@@ -170,7 +145,7 @@ class _Check:
             if found is not None:
                 yield name, found
 
-    def _head(self) -> DurableHead | None:
+    def _states(self) -> tuple[DurableHead | None, AppendState | None]:
         states = States(self.directory)
         name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
         try:
@@ -183,7 +158,22 @@ class _Check:
             self._report("store_poisoned", name, f"a sync failed: {os.strerror(head.errno)}")
         if written is None:
             self._report("state_unreadable", layout.APPEND_STATE, "it is missing or damaged")
-        return head
+        return head, written
+
+    def _hold_together(self, head: DurableHead, written: AppendState) -> None:
+        """Hold the two states against each other and the log; of another boot they may be old."""
+        boot = identity.boot_bytes()
+        if head.boot != boot or written.boot != boot:
+            return
+        why = None
+        if written.seq < head.seq:  # read after the head, and never behind it
+            why = f"seq {head.seq} is durable, and only {written.seq} written"
+        elif written.seq == head.seq == self.seq and not self.hole:
+            end = (written.segment, written.end, written.hash.hex())
+            if end != (head.segment, head.end, self.hash):
+                why = "it tells of another end of the log"
+        if why is not None:
+            self._report("state_differs", layout.APPEND_STATE, why, seq=written.seq)
 
     # -- the log ----------------------------------------------------------------------------
 
@@ -341,6 +331,9 @@ class _Check:
         if line["type"] == events.GAP:
             self._gap(line)
             return _ANY
+        if line["type"] == events.SNAPSHOT:
+            told = line["data"].get("last_seq")
+            self.snapshot_told = told if isinstance(told, int) else 0
         try:
             if not self.partial:
                 self.state.apply(line)
@@ -437,6 +430,18 @@ class _Check:
             message = f"event {anchor.seq} was anchored and is no longer kept, or is lost"
             self._report("anchor_unverifiable", layout.LOG, message, seq=anchor.seq)
 
+    def _newest(self) -> None:
+        """Hold registry.json, read again, against the snapshots that the log tells of."""
+        with contextlib.suppress(SnapshotCorrupt):  # reported before
+            now = snapshot.read(self.directory, layout.SNAPSHOT)
+            covered = 0 if now is None else now.last_seq
+            if covered < self.snapshot_told:
+                self._report(
+                    "snapshot_regressed",
+                    layout.SNAPSHOT,
+                    f"it covers seq {covered}, the log tells of one up to {self.snapshot_told}",
+                )
+
     # -- files ------------------------------------------------------------------------------
 
     def _files(self) -> None:
@@ -460,8 +465,16 @@ class _Check:
                         self._report("stray_file", relative, "this is no segment")
                 elif not folder and name in layout.DIRECTORIES:
                     continue
+                elif folder == layout.CURSORS and not _temporary(name):
+                    self._cursor(relative, name)
                 else:
                     self._permissions(relative, name, fd)
+
+    def _cursor(self, relative: str, name: str) -> None:
+        try:
+            cursor.read(self.directory, name)
+        except CrewlogError as error:
+            self._report(error.code, relative, error.why)
 
     def _permissions(self, relative: str, name: str, at: int) -> None:
         try:

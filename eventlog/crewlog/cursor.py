@@ -133,8 +133,10 @@ class Cursor:
         """Make the position durable and let go of it; idempotent."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
+            where = self._directory.where(layout.CURSORS, self.name)
             try:
-                self._directory.disk.sync(fd)
+                with disk.failures("cannot make the cursor durable", where=where):
+                    self._directory.disk.sync(fd)
             finally:
                 os.close(fd)
                 self._lock.close()
@@ -181,9 +183,10 @@ def remove(directory: Directory, name: str) -> bool:
         lock = take(name, at=at, where=where)
     except LockBusy as error:
         raise CursorBusy(name, holder=error.holder) from error
-    try:
-        directory.disk.unlink(name, at=at)
-    finally:
-        lock.close()
-    directory.disk.sync_directory(directory[layout.CURSORS])
+    with disk.failures("cannot remove the cursor", where=where):
+        try:
+            directory.disk.unlink(name, at=at)
+        finally:
+            lock.close()
+        directory.disk.sync_directory(directory[layout.CURSORS])
     return True

@@ -60,6 +60,7 @@ FILE_MODE: Final = 0o600
 LINE_BYTES_MAX: Final = 64 * 1024
 LINE_BYTES_CEILING: Final = 1024 * 1024
 # More than seq, ts, place, synced, prev and crc take.
+HEADER_BYTES: Final = 1024  # a segment's first line names the store within these
 LINE_OVERHEAD_BYTES: Final = 256
 SEGMENT_BYTES_MAX: Final = 8 * 1024 * 1024
 BATCH_EVENTS_MAX: Final = 10_000

@@ -7,6 +7,7 @@ it never speaks for an earlier or later worker of the same sid. Nothing here is 
 beats end with the boot.
 """
 
+import contextlib
 import os
 import secrets
 import time
@@ -49,7 +50,7 @@ class Lease:
     def drop(self) -> None:
         """Give the lease back, and remove its file: the worker was not registered, or has ended."""
         via, at = self._directory.disk, self._directory[layout.LEASES]
-        if disk.exists(self.name, at=at):
+        with contextlib.suppress(OSError):  # a sweep removes what stays: nobody holds or needs it
             via.unlink(self.name, at=at)
         self._lock.close()
 
@@ -59,11 +60,11 @@ def _create(directory: Directory, name: str) -> Lock | None:
     via, at = directory.disk, directory[layout.LEASES]
     where = directory.where(layout.LEASES, name)
     try:
-        os.close(via.create(name, at=at))
-        lock = take(name, at=at, where=where)
-    except (FileExistsError, FileNotFoundError, StoreMissing, LockBusy):
+        with disk.failures("cannot make a lease", where=where):
+            os.close(via.create(name, at=at))
+            return take(name, at=at, where=where)
+    except (FileNotFoundError, StoreMissing, LockBusy):
         return None
-    return lock
 
 
 def beat(directory: Directory, name: str) -> bool:

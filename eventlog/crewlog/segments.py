@@ -326,14 +326,28 @@ class Reader:
         )
 
     def _open(self, segment: int) -> Source:
-        if self._source is not None and self._source.is_gone():
+        held = self._source
+        if held is not None and held.first == segment:
+            if not held.is_gone():
+                return held
+            try:
+                fresh = open_segment(self._directory, segment)
+            except SegmentMissing:  # nothing took its place: what we hold is what there was
+                return held
             self._skip = self.position.seq  # offsets may differ in what took its place
             self.position = start_of(segment)
-            self.close()
-        if self._source is None or self._source.first != segment:
-            self.close()
-            self._source = open_segment(self._directory, segment)
-        return self._source
+        else:
+            fresh = open_segment(self._directory, segment)
+        self.close()
+        self._source = fresh
+        self._require_ours(fresh)
+        return fresh
+
+    def _require_ours(self, source: Source) -> None:
+        """Refuse a segment that another store's was put in the place of."""
+        store = self._directory.store.encode()
+        if store not in source.read(0, layout.HEADER_BYTES):
+            raise _damaged(source, 0, source.first, "its first line does not name this store")
 
     def close(self) -> None:
         """Close the open segment."""

@@ -15,7 +15,7 @@ import pytest
 
 import crewlog
 from crewlog import layout
-from procs import Crew
+from procs import Crew, kill
 
 pytestmark = pytest.mark.skipif(
     shutil.which("strace") is None, reason="strace is not installed (Debian: strace)"
@@ -95,8 +95,8 @@ def traced(place: Path, tmp_path: Path, *arguments: object, code: str = MAIN) ->
 def test_every_command_acknowledges_after_its_syncs(
     place: Path, tmp_path: Path, crew: Crew
 ) -> None:
-    """Creation, changes, batches, rotation, compaction, archive, retention, cursors, import."""
-    worker = crew.sleeper()
+    """Creation, changes, rotation, compaction, retention, cursors, import, stop, repair."""
+    worker, ended = crew.sleeper(), crew.sleeper()
     old = tmp_path / "old.json"
     entry = {"sid": "old", "pid": worker.pid, "sock": "", "version": "", "created_at": ""}
     old.write_text(json.dumps({"sessions": [entry]}))
@@ -110,17 +110,31 @@ def test_every_command_acknowledges_after_its_syncs(
         ("compact",),
         ("gc", "--keep", "0s"),
         ("compact",),
+        ("run", "leased", "--lease", "--", "true"),
+        ("register", "s", "--pid", crew.sleeper().pid),
+        ("stop", "s"),
+        ("register", "d", "--pid", ended.pid),
+        ("gc", "--plan", tmp_path / "plan"),
+        ("gc", "--apply", tmp_path / "plan"),
         ("cursor", "set", "c", 1),
         ("cursor", "rm", "c"),
         ("compact", "--keep-history", "0s"),
     ]
     for command in commands:
+        if command == ("gc", "--plan", tmp_path / "plan"):
+            kill(ended)
+            traced(place, tmp_path, *command)  # changes nothing in the store
+            continue
         trace = traced(place, tmp_path, *command)
         assert trace.early == [], command
         assert trace.acknowledgements > 0, command
         assert trace.syncs > 0, command
     with crewlog.open(place) as reg:
         assert reg.last_seq > 10
+    (place / layout.POISON).touch(mode=0o600)
+    trace = traced(place, tmp_path, "repair", "--yes")
+    assert trace.early == []
+    assert trace.syncs > 5
 
 
 @pytest.mark.parametrize("forgotten", ["sync", "sync_directory"])
