@@ -120,8 +120,8 @@ def open_file(name: str, *, at: int, where: str, change: bool = False, append: b
     try:
         fd = os.open(name, flags | _SAFE | os.O_NONBLOCK, dir_fd=at)
     except OSError as error:
-        if error.errno in {errno.ELOOP, errno.ENXIO}:
-            raise _unsafe(where, "it is a link or a special file", "Remove it") from error
+        if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            raise _unsafe(where, "it is a link or no plain file", "Remove it") from error
         raise
     try:
         _check(os.fstat(fd), where=where, regular=True)

@@ -76,6 +76,7 @@ def beat(directory: Directory, name: str) -> bool:
         except FileNotFoundError:
             return False
         try:
+            disk.require_one_name(fd, where=where)
             now = Beat(identity.boot_bytes(), time.monotonic_ns())
             directory.disk.overwrite(fd, codec.encode_beat(now))
         finally:
