@@ -41,8 +41,8 @@ class File:
             if number == torn:
                 hole = len(written) > 2 * SECTOR
                 part = b"\0" * SECTOR + written[SECTOR:] if hole else written[: len(written) // 2]
-            if part is None and zeros:
-                part = b"\0" * len(written)
+            if part is None and zeros and at + len(written) > len(data):  # a size, not an overwrite
+                part = bytes(data[at:]) + b"\0" * (at + len(written) - max(at, len(data)))
             if part is not None:
                 if len(data) < at:
                     data += b"\0" * (at - len(data))

@@ -51,9 +51,10 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
         return None
     first, last = going[0].first, going[-1].last
     log.note(events.DROPPED, {"first": first, "last": last, "head": _hash_after(log, last)})
-    for part in going:
-        log.directory.disk.unlink(layout.archive_name(part.first), at=log.directory[layout.ARCHIVE])
-    log.directory.disk.sync_directory(log.directory[layout.ARCHIVE])
+    via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
+    for part in going:  # one by one, so that a power cut leaves no hole behind an older one
+        via.unlink(layout.archive_name(part.first), at=shelf)
+        via.sync_directory(shelf)
     return first, last
 
 
