@@ -22,7 +22,8 @@ crewlog verify --json | jq .findings""",
 def verify_(sh: Shell, *, kept: str | None) -> None:
     """Read everything, change nothing, report every finding; 1 if there is any."""
     held = None if kept is None else tried(lambda: Anchor.parse(kept))
-    report = verify(sh.registry().path, anchor=held)
+    with shell.progress("verify") as told:
+        report = verify(sh.registry().path, anchor=held, progress=told)
     if sh.json:
         sh.document(
             {

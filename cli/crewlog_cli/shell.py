@@ -5,10 +5,21 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Concatenate, Final, NoReturn, ParamSpec, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Concatenate,
+    Final,
+    NoReturn,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    cast,
+)
 
 import click
 
@@ -19,6 +30,11 @@ from crewlog.events import Event, Worker, timestamp
 from crewlog.liveness import Liveness
 from crewlog.registry import Registry
 from crewlog_cli import text
+
+if TYPE_CHECKING:
+    from click._termui_impl import ProgressBar
+
+    Bar: TypeAlias = ProgressBar[int]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,6 +145,27 @@ class Shell:
     def offset(self) -> str:
         """Write the offset that the table's times have."""
         return text.offset(datetime.now(UTC), utc=self.utc)
+
+
+_PROGRESS_AFTER_S: Final = 0.5
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far long work is, on stderr, only on a terminal, only after half a second."""
+    began = time.monotonic()
+    with ExitStack() as open_bar:
+        bars: list[Bar] = []
+
+        def told(done: int, whole: int) -> None:
+            if not sys.stderr.isatty() or time.monotonic() - began < _PROGRESS_AFTER_S:
+                return
+            if not bars:
+                bar = click.progressbar(length=whole, label=label, file=sys.stderr)
+                bars.append(open_bar.enter_context(bar))
+            bars[0].update(done - bars[0].pos)
+
+        yield told
 
 
 # -- options --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ before the log, and only what the head covers is judged. A finding never stops t
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -38,12 +38,16 @@ _ANY: Final = (-1, -1)
 
 
 def verify(
-    where: str | os.PathLike[str] | None = None, *, anchor: Anchor | None = None
+    where: str | os.PathLike[str] | None = None,
+    *,
+    anchor: Anchor | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check a whole store: every line, the chain, the files, and the snapshots against the history.
 
     An `anchor` that was kept elsewhere shows what no store can show of itself: a history that was
-    rewritten or cut by somebody who may write it. *Raises* StoreMissing if there is none; an
+    rewritten or cut by somebody who may write it. `progress` is told how many segments of how many
+    are read. *Raises* StoreMissing if there is none; an
     unreadable file is StorageFailed, never a finding.
     """
     path = directory.locate(where)
@@ -56,7 +60,7 @@ def verify(
             raise
         finding = Finding(code=error.code, path=str(path), message=str(error))
         return VerifyReport(events=0, last_seq=0, findings=(finding,))
-    return _Check(opened, anchor=anchor).run()
+    return _Check(opened, anchor=anchor, progress=progress).run()
 
 
 @dataclass(slots=True)
@@ -65,6 +69,7 @@ class _Check:
 
     directory: Directory
     anchor: Anchor | None = None
+    progress: Callable[[int, int], None] | None = None
     findings: list[Finding] = field(default_factory=list)
     gaps: list[tuple[int, int]] = field(default_factory=list)
     events: int = 0
@@ -197,6 +202,8 @@ class _Check:
             if active:
                 data = self._durable_part(name, first, data, head)
             self._walk(name, first, data, active=active)
+            if self.progress is not None:
+                self.progress(index + 1, last + 1)
         return self.seq
 
     def _begin(self, firsts: list[int]) -> None:

@@ -150,6 +150,7 @@ class Log:
     @contextmanager
     def state(self) -> Iterator[Fold]:
         """Hold the durable state of now still, while something is copied out of it."""
+        self._states.renew()
         head = self.head()  # before the log: else a busy writer looks like a shortened log
         with disk.failures("cannot read the log", where=self._where()), self.mutex:
             yield self._current.durable(segments.durable_end(head))
@@ -350,8 +351,7 @@ class Log:
                 self._states.put_append_state(state)
             except OSError as second:
                 raise self._sync.poison_alone(second.errno or errno.EIO) from error
-            where = self.directory.where(layout.LOG, active.name)
-            raise from_oserror(error, "cannot append", where=where) from error
+            raise from_oserror(error, "cannot append", where=active.name) from error
 
     def _put_own(
         self, kind: str, data: JsonObject, state: AppendState, head: DurableHead

@@ -1,0 +1,46 @@
+"""Fuzz whatever reads bytes that a store holds: lines, snapshots, states, cursors, plans, tails.
+
+By hand, with the extra `fuzz` (atheris, libFuzzer):
+
+    python tests/fuzz/fuzz_readers.py -max_total_time=600
+
+Each reader either returns what the bytes say or raises its own error; anything else is a fault.
+"""
+
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["crewlog", "crewlog_compactor"]):
+    from crewlog import codec, segments
+    from crewlog.codec import DocumentError, LineError
+    from crewlog.cursor import _decode
+    from crewlog.errors import CrewlogError
+    from crewlog_compactor import plan
+
+
+def one(data: bytes) -> None:
+    """Try every reader on some bytes."""
+    kind, rest = data[:1], data[1:]
+    try:
+        match kind:
+            case b"l":
+                codec.parse(rest)
+            case b"s":
+                codec.decode_snapshot(rest)
+            case b"t":
+                segments.scan(rest, offset=0, seq=0, prev=None)
+            case b"p":
+                plan.decode(rest, where="fuzz")
+            case _:
+                codec.decode_append_state(rest)
+                codec.decode_durable_head(rest)
+                codec.decode_beat(rest)
+                _decode(rest)
+    except (LineError, DocumentError, CrewlogError):
+        return
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
