@@ -345,8 +345,8 @@ class Reader:
 
     def _require_ours(self, source: Source) -> None:
         """Refuse a segment that another store's was put in the place of."""
-        store = self._directory.store.encode()
-        if store not in source.read(0, layout.HEADER_BYTES):
+        first = source.read(0, layout.HEADER_BYTES)
+        if first and self._directory.store.encode() not in first:
             raise _damaged(source, 0, source.first, "its first line does not name this store")
 
     def close(self) -> None:
