@@ -129,7 +129,7 @@ def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Opti
                 held.drop()
             raise
         if held is not None:
-            os.set_inheritable(held.fd, True)  # noqa: FBT003 (its only argument)
+            held.keep_over_exec()
         shell.flush()
         code = _replace(argv)
         reg.exited(sid, code=code)

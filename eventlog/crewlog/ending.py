@@ -18,7 +18,7 @@ from crewlog.errors import (
 )
 from crewlog.events import Event, Worker, WorkerState
 from crewlog.identity import Status
-from crewlog.judging import Judging, death, hold
+from crewlog.judging import Judging, death, hold, status_in
 from crewlog.process import Process
 
 
@@ -100,7 +100,7 @@ class Ending(Judging):
     def _ended(self, worker: Worker, status: Status | None, *, proven: bool = False) -> Event:
         """Record the proven end of a worker, unless it is recorded as well as we could."""
         for _ in range(layout.CHANGE_TRIES):
-            now = self.same(worker)
+            now = self.same(worker) if status is not None else self._told_by_owner(worker)
             if now.final and (status is None or now.state != WorkerState.LOST):
                 return self.last_event(now)
             found = self.judge([now])[0]
@@ -111,6 +111,18 @@ class Ending(Judging):
             except (StaleRevision, InvalidTransition):
                 continue
         raise StaleRevision(worker.sid, expected=worker.rev, actual=self.same(worker).rev)
+
+    def _told_by_owner(self, worker: Worker) -> Worker:
+        """Return the worker as it is once its owner, who may be its parent, had time to tell."""
+        deadline = time.monotonic() + layout.REAP_WAIT_S
+        while True:
+            now = self.same(worker)
+            if now.final or now.owner is None or time.monotonic() > deadline:
+                return now
+            found = self.judge([now])[0]
+            if found.evidence.owner_dead or status_in(found) is not None:
+                return now
+            time.sleep(layout.REAP_LOOK_S)
 
     def observe(self, sid: str, *, timeout_s: float | None = None) -> Event:
         """Wait for the end of a worker that need not be our child; record it, and how it ended.

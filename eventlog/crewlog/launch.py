@@ -9,17 +9,20 @@ the end of the pipe and ends without having begun.
 import contextlib
 import errno
 import os
+import select
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Final, TypeAlias
 
+from crewlog import layout
 from crewlog.errors import SpawnFailed
 
 Stream: TypeAlias = int | IO[bytes] | IO[str] | None
 Words: TypeAlias = Sequence[str | os.PathLike[str]]
 NOWHERE: Final = subprocess.DEVNULL
+_STDERR: Final = 2
 NOT_RUN: Final = 126
 NOT_FOUND: Final = 127
 
@@ -72,9 +75,11 @@ class Launch:
 
         `keep` are descriptors that the program inherits. *Raises* SpawnFailed.
         """
+        self._go = self._told = -1
         self.argv = check_argv(argv)
-        held, self._go = os.pipe()
-        self._told, told = os.pipe()
+        held, self._go = _pipe()
+        self._told, told = _pipe()
+        kept = [_above_standard(os.dup(fd)) for fd in keep]
         variables = os.environ if env is None else env
         locale = "1" if "LC_CTYPE" in variables else "0"
         words = [_interpreter(), "-I", "-S", "-c", _WAITING, str(held), str(told), locale]
@@ -86,7 +91,7 @@ class Launch:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                pass_fds=(held, told, *keep),
+                pass_fds=(held, told, *kept),
                 start_new_session=own_session,
             )
         except OSError as error:
@@ -96,25 +101,32 @@ class Launch:
             self._close()
             raise
         finally:
-            os.close(held)
-            os.close(told)
+            for fd in (held, told, *kept):
+                os.close(fd)
         self.pid = self._child.pid
 
     def go(self) -> None:
         """Let the program begin. *Raises* SpawnFailed if it cannot.
 
-        Returns once the program is in place of the waiting process.
+        Returns once the program is in place of the waiting process, or after LAUNCH_WAIT_S if that
+        hangs; it is listed by then.
         """
         try:
             with contextlib.suppress(BrokenPipeError):  # killed meanwhile: told by how it ended
                 os.write(self._go, b".")
-            reason = os.read(self._told, 64)
+            poll = select.poll()
+            poll.register(self._told, select.POLLIN)
+            reason = os.read(self._told, 64) if poll.poll(layout.LAUNCH_WAIT_S * 1000) else b""
         finally:
             self._close()  # interrupted before the word, it ends without having begun
         if reason:
             number = int(reason)
             why = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
             raise SpawnFailed(self.argv[0], why=why)
+
+    def __del__(self) -> None:
+        """Let a waiting process end that was forgotten, by an interrupt at the wrong moment."""
+        self._close()
 
     def give_up(self) -> None:
         """Let the waiting process end without having begun."""
@@ -130,6 +142,23 @@ class Launch:
             if fd >= 0:
                 os.close(fd)
         self._go = self._told = -1
+
+
+def _pipe() -> tuple[int, int]:
+    """Make a pipe whose ends no standard stream of the program can replace."""
+    reading, writing = os.pipe()
+    return _above_standard(reading), _above_standard(writing)
+
+
+def _above_standard(fd: int) -> int:
+    """Return the descriptor under a number above 2: a host may have closed its standard streams."""
+    low: list[int] = []
+    while fd <= _STDERR:
+        low.append(fd)
+        fd = os.dup(fd)
+    for number in low:
+        os.close(number)
+    return fd
 
 
 def check_argv(argv: Words) -> list[str]:

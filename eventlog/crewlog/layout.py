@@ -107,9 +107,11 @@ CHANGE_TRIES: Final = 16
 GRACE_S: Final = 10.0
 # A process that SIGKILL has not ended by then waits inside the kernel.
 KILL_WAIT_S: Final = 30.0
+LAUNCH_WAIT_S: Final = 30.0
 ENSURE_WAIT_S: Final = 30.0
 # How long after its end a process that is not our child is given to be reaped.
 REAP_WAIT_S: Final = 0.5
+REAP_LOOK_S: Final = 0.01
 DEATH_LOOK_S: Final = 0.05
 HEARTBEAT_MIN_S: Final = 0.1
 HEARTBEAT_MAX_S: Final = 7 * 86_400.0

@@ -43,6 +43,10 @@ class Lease:
         """Return the descriptor whose last copy holds the lease."""
         return self._lock.share()
 
+    def keep_over_exec(self) -> None:
+        """Stay held when this process becomes another program: it lives on, after all."""
+        os.set_inheritable(self.fd, True)  # noqa: FBT003 (its only argument)
+
     def hand_over(self) -> None:
         """Close our copy: from here on the process that inherited one holds the lease."""
         self._lock.abandon()

@@ -7,15 +7,12 @@ the identity and the signal can make the signal reach another process.
 import os
 import signal
 import time
-from typing import Final
 
 from crewlog import identity, layout
 from crewlog.closing import Closing
 from crewlog.errors import ProcessNotFound
 from crewlog.events import Identity
 from crewlog.identity import Status
-
-_LOOK_S: Final = 0.01
 
 
 class Process(Closing):
@@ -60,7 +57,7 @@ class Process(Closing):
         while self._is_same():
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_LOOK_S)
+            time.sleep(layout.REAP_LOOK_S)
         return True
 
     def status(self) -> Status | None:
@@ -72,7 +69,7 @@ class Process(Closing):
             found = identity.exit_status(self.who.pid, self._fd)
             if found is not None or time.monotonic() > deadline:
                 return found
-            time.sleep(_LOOK_S)
+            time.sleep(layout.REAP_LOOK_S)
 
     def close(self) -> None:
         """Let go of it; idempotent."""

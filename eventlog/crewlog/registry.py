@@ -220,6 +220,7 @@ class Registry(Following, Starting, Ending, Closing):
                 held.drop()
             raise
         if held is not None:
+            held.keep_over_exec()
             _leases.append(held)
         return worker
 

@@ -159,6 +159,22 @@ def test_lease_survives_the_registry_and_ends_with_the_process(place: Path) -> N
         os.close(fd)
 
 
+def test_lease_survives_an_exec_of_its_worker(reg: Registry, place: Path, crew: Crew) -> None:
+    """A worker that becomes another program lives on, and is not judged dead from elsewhere."""
+    code = (
+        "import os, sys, crewlog; crewlog.open(sys.argv[1]).register('a', lease=True)\n"
+        "os.execvp('sleep', ['sleep', '300'])"
+    )
+    worker = crew.python(code, place)
+    until(lambda: b"sleep\0" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()[:6])
+    found = reg.get("a")
+    assert found is not None
+    assert found.lease is not None
+    assert lease.look(reg.log().directory, found.lease)[0] == "held"
+    kill(worker)
+    assert lease.look(reg.log().directory, found.lease)[0] == "free"
+
+
 def test_spawned_program_inherits_its_lease(reg: Registry) -> None:
     """The spawner hands it over: held while the program lives, free at its end."""
     worker = reg.spawn("a", ["sleep", "300"], lease=True)

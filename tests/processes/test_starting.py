@@ -359,6 +359,14 @@ def test_spawner_that_is_stopped_by_a_full_disk_starts_nothing(
     assert reg.get("a") is None
 
 
+def test_end_that_the_spawner_is_about_to_record_is_waited_for(reg: Registry) -> None:
+    """Reaped and not yet recorded: an observer gets the code, not a loss, every time."""
+    for number in range(15):
+        reg.spawn(f"a-{number}", ["sh", "-c", "exit 7"])
+        event = reg.observe(f"a-{number}", timeout_s=20)
+        assert (event.type, event.data["code"]) == ("worker.exited", 7)
+
+
 def test_frozen_host_program_is_not_taken_for_an_interpreter(
     reg: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +381,34 @@ def test_frozen_host_program_is_not_taken_for_an_interpreter(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SpawnFailed, match="interpreter"):
         reg.spawn("b", ["true"])
+
+
+@pytest.mark.parametrize("closed", [(0,), (0, 1, 2), (1, 2)])
+def test_host_without_standard_streams_starts_programs(
+    place: Path, crew: Crew, closed: tuple[int, ...]
+) -> None:
+    """The numbers 0 to 2 are free in it, and none of our descriptors may take them."""
+    code = f"""
+import os, sys, crewlog
+for fd in {closed!r}:
+    os.close(fd)
+with crewlog.open(sys.argv[1]) as reg:
+    reg.spawn("a", ["sh", "-c", "exit 7"], lease=True, stderr=-3)
+    os._exit(reg.observe("a", timeout_s=20).data["code"])
+"""
+    assert crew.python(code, place).wait(30) == 7
+
+
+def test_forgotten_launch_ends_its_waiting_process(place: Path) -> None:
+    """An interrupt at the wrong moment leaves no process that waits for ever."""
+    place.mkdir(mode=0o700)
+    started = Launch(marking(place))
+    pid = started.pid
+    until(lambda: _waiting(place) == [str(pid)])
+    del started
+    until(lambda: state_of(pid) in {"", "Z"})
+    os.waitpid(pid, 0)
+    assert marks(place) == []
 
 
 def test_spawner_in_a_pipeline_does_not_hold_it_open(place: Path) -> None:
