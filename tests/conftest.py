@@ -1,6 +1,8 @@
 """Give tests a store of their own, real workers, and nothing of the user's."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,15 @@ def reg(place: Path) -> Iterator[Registry]:
 def cli(place: Path) -> Cli:
     """Run the command line on the test's store."""
     return Cli(place)
+
+
+@pytest.fixture
+def fast() -> Iterator[Path]:
+    """Give a directory in memory, for tests that make thousands of stores."""
+    memory = Path("/dev/shm")  # noqa: S108 (only for speed)
+    home = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    yield home
+    shutil.rmtree(home)
 
 
 @pytest.fixture

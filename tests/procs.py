@@ -91,6 +91,21 @@ def slay(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+
+
+def stranger_with(pid: int) -> int:
+    """Fork a process that bears a given, free pid; only where ns_last_pid can be set."""
+    for _ in range(200):
+        LAST_PID.write_text(str(pid - 1))
+        stranger = forked(signal.pause)
+        if stranger == pid:
+            return stranger
+        slay(stranger)
+    message = "the pid could not be brought back"
+    raise AssertionError(message)
+
+
 def tree(place: Path) -> dict[str, bytes | None]:
     """Return every file below a place with its content, directories as None."""
     return {

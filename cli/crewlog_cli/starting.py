@@ -9,6 +9,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
@@ -84,6 +85,11 @@ def _wish(options: _Options) -> _Wish:
     )
 
 
+def _leasing(reg: Registry, sid: str, wish: _Wish) -> AbstractContextManager[Lease | None]:
+    tried(lambda: changes.check_sid(sid))
+    return reg.leasing(sid, wanted=wish.leased)
+
+
 def _register(
     reg: Registry, sid: str, pid: int, wish: _Wish, *, held: Lease | None, owner: int | None = None
 ) -> Worker:
@@ -121,13 +127,8 @@ def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Opti
     """Register this process as SID, then become CMD: same pid, no code needed in the program."""
     wish = _wish(options)
     with sh.registry() as reg:
-        held = tried(lambda: reg.leased(sid, wanted=wish.leased))
-        try:
+        with _leasing(reg, sid, wish) as held:
             _register(reg, sid, os.getpid(), wish, held=held)
-        except BaseException:
-            if held is not None:
-                held.drop()
-            raise
         if held is not None:
             held.keep_over_exec()
         shell.flush()
@@ -162,17 +163,15 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     """
     wish = _wish(options)
     with sh.registry() as reg:
-        held = tried(lambda: reg.leased(sid, wanted=wish.leased))
-        started = tried(lambda: _waiting(argv, held))
-        try:
-            # Before the registration: a signal of now must reach the worker, or find none.
-            signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
-            worker = _register(reg, sid, started.pid, wish, held=held, owner=os.getpid())
-        except BaseException:
-            started.give_up()
-            if held is not None:
-                held.drop()
-            raise
+        with _leasing(reg, sid, wish) as held:
+            started = tried(lambda: _waiting(argv, held))
+            try:
+                # Before the registration: a signal of now must reach the worker, or find none.
+                signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+                worker = _register(reg, sid, started.pid, wish, held=held, owner=os.getpid())
+            except BaseException:
+                started.give_up()
+                raise
         if held is not None:
             held.hand_over()
         begun = _begin(started)

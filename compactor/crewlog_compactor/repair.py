@@ -21,13 +21,24 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from crewlog import codec, directory, disk, events, identity, layout, recovery, segments, snapshot
+from crewlog import (
+    codec,
+    directory,
+    disk,
+    events,
+    identity,
+    layout,
+    recovery,
+    segments,
+    snapshot,
+    tail,
+)
 from crewlog.codec import AppendState, DurableHead, LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
 from crewlog.events import JsonObject, Line
 from crewlog.log import Log
-from crewlog.recovery import Action, Known
+from crewlog.recovery import Action
 from crewlog.states import States
 
 Range: TypeAlias = tuple[int, int]
@@ -250,14 +261,7 @@ def _acknowledged(first: int, data: bytes, head: DurableHead | None, *, snapshot
     if head is not None and head.boot == identity.boot_bytes() and head.segment == first:
         return data[: head.end]
     found = segments.scan(data, offset=0, seq=first - 1, prev=None)
-    known = Known(snapshot_seq=snapshot_seq)
-    if head is not None:
-        known = Known(
-            head_segment=head.segment,
-            head_end=head.end,
-            head_seq=head.seq,
-            snapshot_seq=snapshot_seq,
-        )
+    known = tail.known(head, snapshot_seq=snapshot_seq)
     return data[: found.end] if recovery.decide(first, found, known).action is Action.CUT else data
 
 

@@ -23,6 +23,7 @@ from crewlog import (
     recovery,
     segments,
     snapshot,
+    tail,
 )
 from crewlog.codec import AppendState, DurableHead, LineError, Snapshot
 from crewlog.directory import Directory
@@ -266,9 +267,7 @@ class _Check:
                 )
             return data[: head.end]
         found = segments.scan(data, offset=0, seq=first - 1, prev=None)
-        known = recovery.Known()
-        if head is not None:
-            known = recovery.Known(head_segment=head.segment, head_end=head.end, head_seq=head.seq)
+        known = tail.known(head, snapshot_seq=0)
         cut = recovery.decide(first, found, known).action is recovery.Action.CUT
         return data[: found.end] if cut else data
 

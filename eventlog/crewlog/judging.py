@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -126,15 +127,24 @@ class Judging(ABC):
         if worker.lease is None or not lease.beat(self.log().directory, worker.lease):
             raise LeaseMissing(sid)
 
-    def leased(self, sid: str, *, wanted: bool) -> Lease | None:
-        """Make a lease, with its first beat, for a worker that is about to be registered."""
+    @contextmanager
+    def leasing(self, sid: str, *, wanted: bool) -> Iterator[Lease | None]:
+        """Make a lease, with its first beat, for a worker that is registered in this block.
+
+        If the block raises, the worker is not registered and the lease goes.
+        """
         changes.check_sid(sid)
         if not wanted:
-            return None
+            yield None
+            return
         at = self.created().directory
         made = Lease(at, sid)
-        lease.beat(at, made.name)
-        return made
+        try:
+            lease.beat(at, made.name)
+            yield made
+        except BaseException:
+            made.drop()
+            raise
 
     # -- ends -------------------------------------------------------------------------------
 

@@ -197,19 +197,19 @@ class Log:
         upon is durable by then.
         """
         self._prepare(about)
-        refused: CrewlogError | None = None
+        refused: list[CrewlogError] = []
         with self._writing():
             state, head = self._ready()
             try:
                 drafts = decide(self._written(state, head))
             except CrewlogError as error:
-                refused, drafts = error, []
+                refused, drafts = [error], []
             raws, state = self._write(drafts, state, head) if drafts else ([], state)
             written = self._written(state, head)
             result = Appended(raws, {d.sid: written.get(d.sid) for d in drafts}, state.seq)
         self._sync.make_durable(state.seq, head.generation)
-        if refused is not None:
-            raise refused
+        if refused:
+            raise refused.pop()  # kept in this frame, its traceback would keep us alive
         return result
 
     def _written(self, state: AppendState, head: DurableHead) -> Written:

@@ -199,8 +199,7 @@ class Registry(Following, Starting, Ending, Closing):
             message = "a lease is held by the worker: register it from inside, or spawn it"
             raise ValueError(message)
         heartbeat_s = changes.check_heartbeat(heartbeat_s)
-        held = self.leased(sid, wanted=lease or heartbeat_s is not None)
-        try:
+        with self.leasing(sid, wanted=lease or heartbeat_s is not None) as held:
             step = changes.registered(
                 self.author(),
                 sid,
@@ -215,10 +214,6 @@ class Registry(Following, Starting, Ending, Closing):
                 heartbeat_s=heartbeat_s,
             )
             worker = self.claim(sid, step)
-        except BaseException:
-            if held is not None:
-                held.drop()
-            raise
         if held is not None:
             held.keep_over_exec()
             _leases.append(held)

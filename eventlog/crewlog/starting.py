@@ -86,8 +86,7 @@ class Starting(Judging):
         """
         launch.check_argv(argv)
         heartbeat_s = changes.check_heartbeat(heartbeat_s)
-        held = self.leased(sid, wanted=lease or heartbeat_s is not None)
-        try:
+        with self.leasing(sid, wanted=lease or heartbeat_s is not None) as held:
             keep = () if held is None else (held.fd,)
             started = Launch(argv, cwd=cwd, env=env, stdout=stdout, stderr=stderr, keep=keep)
             try:
@@ -108,10 +107,6 @@ class Starting(Judging):
             except BaseException:
                 started.give_up()
                 raise
-        except BaseException:
-            if held is not None:
-                held.drop()
-            raise
         if held is not None:
             held.hand_over()
         return self._begun(worker, started)

@@ -31,6 +31,15 @@ def adopt(directory: Directory, source: Source, state: AppendState) -> tuple[App
     return after, found
 
 
+def known(head: DurableHead | None, *, snapshot_seq: int) -> Known:
+    """Return what a head and the snapshots say to have been durable."""
+    if head is None:
+        return Known(snapshot_seq=snapshot_seq)
+    return Known(
+        head_segment=head.segment, head_end=head.end, head_seq=head.seq, snapshot_seq=snapshot_seq
+    )
+
+
 def judge(
     directory: Directory, head: DurableHead | None, *, snapshot_seq: int
 ) -> tuple[int, Found, Action]:
@@ -49,15 +58,7 @@ def judge(
     finally:
         source.close()
     found = segments.scan(data, offset=0, seq=last - 1, prev=None)
-    known = Known(snapshot_seq=snapshot_seq)
-    if head is not None:
-        known = Known(
-            head_segment=head.segment,
-            head_end=head.end,
-            head_seq=head.seq,
-            snapshot_seq=snapshot_seq,
-        )
-    decision = recovery.decide(last, found, known)
+    decision = recovery.decide(last, found, known(head, snapshot_seq=snapshot_seq))
     if decision.action is Action.CORRUPT:
         raise LogCorrupt(
             source.name,

@@ -6,8 +6,7 @@ batches are whole, the next change goes through, and verify finds nothing.
 """
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,6 @@ from faults import another_boot, registry_on
 from recording import CrashState, File, RecordingDisk
 
 Story = Callable[[Registry, "Witness"], None]
-
-
-@pytest.fixture
-def fast() -> Iterator[Path]:
-    """Give a directory in memory: thousands of states are written and read."""
-    memory = Path("/dev/shm")  # noqa: S108 (only for speed)
-    home = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
-    yield home
-    shutil.rmtree(home)
 
 
 class Witness(RecordingDisk):

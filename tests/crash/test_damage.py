@@ -8,8 +8,6 @@ taken from another store; snapshots that are older or newer than the log.
 import gzip
 import itertools
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,15 +22,6 @@ from faults import active_segment
 
 # What tells of nothing that must be kept: locks are empty, a beat is a beat.
 NOT_DATA = {layout.LOCKS, layout.LEASES}
-
-
-@pytest.fixture
-def fast() -> Iterator[Path]:
-    """Give a directory in memory: thousands of stores are read."""
-    memory = Path("/dev/shm")  # noqa: S108 (only for speed)
-    home = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
-    yield home
-    shutil.rmtree(home)
 
 
 def small(place: Path, *, sids: str = "ab") -> None:

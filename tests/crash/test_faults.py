@@ -10,8 +10,7 @@ import errno
 import os
 import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +26,6 @@ from procs import forked
 
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EINTR]
 CALLS_MAX = 400
-
-
-@pytest.fixture
-def fast() -> Iterator[Path]:
-    """Give a directory in memory: thousands of stores are made."""
-    memory = Path("/dev/shm")  # noqa: S108 (only for speed)
-    home = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
-    yield home
-    shutil.rmtree(home)
 
 
 @dataclass(frozen=True)

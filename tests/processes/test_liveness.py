@@ -12,7 +12,7 @@ import pytest
 from crewlog import identity, witness
 from crewlog.errors import ProcessNotFound, WorkerExists
 from crewlog.registry import Registry
-from procs import Crew, forked, kill, until
+from procs import LAST_PID, Crew, forked, kill, slay, stranger_with, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and pidfd")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused as another user")
@@ -150,9 +150,6 @@ def test_thread_id_is_no_worker(reg: Registry) -> None:
         thread.join()
 
 
-LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
-
-
 @LINUX
 @pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason="needs to set ns_last_pid")
 def test_reused_pid_is_dead_and_the_stranger_untouched(reg: Registry, crew: Crew) -> None:
@@ -162,15 +159,7 @@ def test_reused_pid_is_dead_and_the_stranger_untouched(reg: Registry, crew: Crew
     worker = crew.sleeper()
     reg.register("a", pid=worker.pid)
     kill(worker)
-    stranger = 0
-    for _ in range(200):
-        LAST_PID.write_text(str(worker.pid - 1))
-        stranger = forked(signal.pause)
-        if stranger == worker.pid:
-            break
-        os.kill(stranger, signal.SIGKILL)
-        os.waitpid(stranger, 0)
-    assert stranger == worker.pid, "the pid could not be brought back"
+    stranger = stranger_with(worker.pid)
     try:
         found = reg.liveness("a")
         assert found.dead
@@ -178,8 +167,7 @@ def test_reused_pid_is_dead_and_the_stranger_untouched(reg: Registry, crew: Crew
         assert collect(reg).lost == ("a",)
         assert os.waitpid(stranger, os.WNOHANG) == (0, 0), "the stranger lives"
     finally:
-        os.kill(stranger, signal.SIGKILL)
-        os.waitpid(stranger, 0)
+        slay(stranger)
 
 
 @LINUX

@@ -24,7 +24,7 @@ from crewlog.errors import (
 )
 from crewlog.process import Process
 from crewlog.registry import Registry
-from procs import Crew, forked, joined, kill, state_of, until
+from procs import LAST_PID, Crew, forked, joined, kill, slay, state_of, stranger_with, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfds")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
@@ -123,9 +123,6 @@ def test_stop_of_one_that_ended_returns_its_end(reg: Registry, crew: Crew) -> No
         reg.stop("b", reason="r")
 
 
-LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
-
-
 @LINUX
 @pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason="needs to set ns_last_pid")
 def test_stranger_with_the_workers_pid_gets_no_signal(reg: Registry, crew: Crew) -> None:
@@ -133,20 +130,12 @@ def test_stranger_with_the_workers_pid_gets_no_signal(reg: Registry, crew: Crew)
     worker = crew.sleeper()
     reg.register("a", pid=worker.pid)
     kill(worker)
-    for _ in range(200):
-        LAST_PID.write_text(str(worker.pid - 1))
-        stranger = forked(signal.pause)
-        if stranger == worker.pid:
-            break
-        os.kill(stranger, signal.SIGKILL)
-        os.waitpid(stranger, 0)
-    assert stranger == worker.pid, "the pid could not be brought back"
+    stranger = stranger_with(worker.pid)
     try:
         assert reg.stop("a", reason="r").data["cause"] == "pid_reused"
         assert os.waitpid(stranger, os.WNOHANG) == (0, 0), "the stranger lives"
     finally:
-        os.kill(stranger, signal.SIGKILL)
-        os.waitpid(stranger, 0)
+        slay(stranger)
 
 
 @LINUX
