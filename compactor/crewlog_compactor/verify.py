@@ -27,7 +27,7 @@ from crewlog import (
 )
 from crewlog.codec import AppendState, DurableHead, LineError, Snapshot
 from crewlog.directory import Directory
-from crewlog.errors import CrewlogError, FormatTooNew, SnapshotCorrupt, StoreMissing
+from crewlog.errors import CrewlogError, FormatTooNew, SegmentMissing, SnapshotCorrupt, StoreMissing
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.states import States
@@ -61,6 +61,13 @@ def verify(
             raise
         finding = Finding(code=error.code, path=str(path), message=str(error))
         return VerifyReport(events=0, last_seq=0, findings=(finding,))
+    for _ in range(layout.VERIFY_TRIES):
+        oldest = segments.all_of(opened)[:1]
+        try:
+            return _Check(opened, anchor=anchor, progress=progress).run()
+        except SegmentMissing:  # a retention took it while we read; else it would be a finding
+            if segments.all_of(opened)[:1] == oldest:
+                raise
     return _Check(opened, anchor=anchor, progress=progress).run()
 
 

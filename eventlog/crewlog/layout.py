@@ -100,6 +100,7 @@ WAKE_GRACE_S: Final = 0.1
 CURSOR_HOLD_BYTES_MAX: Final = 1024 * 1024 * 1024
 TORN_READ_TRIES: Final = 50
 SEGMENT_OPEN_TRIES: Final = 8
+VERIFY_TRIES: Final = 50
 QUARANTINE_MAX: Final = 10_000
 LEASE_TRIES: Final = 8
 # A sid whose dead holder is replaced, or whose record changes, under us again and again.

@@ -224,6 +224,39 @@ def test_reader_never_sees_the_state_go_backwards(place: Path) -> None:
     assert verify(place).ok
 
 
+def test_verify_beside_live_writers_and_compactions_finds_nothing(place: Path) -> None:
+    """Writers, rotations, compactions, retention and cursors at work: no false alarm."""
+    from crewlog_compactor import compact
+
+    with crewlog.open(place) as reg:
+        reg.register("a")
+    deadline = time.monotonic() + 3
+
+    def write(sid: str) -> None:
+        layout.SEGMENT_BYTES_MAX = 4000  # type: ignore[misc]
+        with crewlog.open(place) as mine:
+            mine.register(sid, lease=True)
+            while time.monotonic() < deadline:
+                with mine.batch() as batch:
+                    batch.update(sid, meta={"n": time.monotonic_ns()})
+                    batch.update("a", meta={"n": time.monotonic_ns()})
+
+    def fold() -> None:
+        with crewlog.open(place) as mine, mine.watch(cursor="c", after="now") as items:
+            while time.monotonic() < deadline:
+                items.drain()
+                compact(mine, gc=False, keep_history=20_000)
+
+    pids = [forked(lambda: write("b")), forked(lambda: write("c")), forked(fold)]
+    looks = 0
+    while time.monotonic() < deadline:
+        assert verify(place).findings == ()
+        looks += 1
+    joined(*pids)
+    assert looks > 5
+    assert verify(place).findings == ()
+
+
 def test_error_of_the_command_line_says_what_became_of_the_change(place: Path, crew: Crew) -> None:
     """A full disk at the border of the process: not written, and said so as JSON too."""
     import resource
