@@ -72,7 +72,7 @@ class Current:
         if self._loaded is None:
             found = snapshot.load(self._directory)
             for complaint in found.complaints:
-                _logger.warning("%s", complaint)
+                _logger.warning("%s", str(complaint))  # not what its traceback holds
             base = fold.empty()
             kept = found.snapshot
             if kept is not None:

@@ -102,9 +102,9 @@ def each_byte(place: Path, values: Callable[[int], Iterator[int]]) -> int:
                 path.write_bytes(changed)
                 if not _tolerated(path, place, data):
                     assert found(place), (path, index, old, value)
-                if path.name in {layout.STORE, layout.SNAPSHOT} or index % 97 == 0:
-                    story.is_told(place)
                 cases += 1
+                if cases % 97 == 0:
+                    story.is_told(place)
         path.write_bytes(data)
     assert not found(place)
     return cases
@@ -119,7 +119,7 @@ def test_every_byte_flipped_is_found(fast: Path) -> None:
 
 @pytest.mark.soak
 def test_every_byte_to_every_value_is_found(fast: Path) -> None:
-    """Over a hundred thousand cases, by hand."""
+    """Over a hundred thousand cases, by hand (more than an hour)."""
     place = fast / "store"
     small(place, sids="a")
     cases = each_byte(place, lambda old: (value for value in range(256) if value != old))
