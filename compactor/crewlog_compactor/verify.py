@@ -471,14 +471,14 @@ class _Check:
         for folder, fd in places:
             for name in disk.names(fd):
                 relative = str(Path(folder) / name)
-                if not folder and name not in known and not _temporary(name):
+                if not folder and name not in known and not layout.is_temporary(name):
                     self._report("stray_file", relative, "this is no file of a store")
                 elif folder in {layout.LOG, layout.ARCHIVE} and layout.first_seq_of(name) is None:
-                    if not _temporary(name):
+                    if not layout.is_temporary(name):
                         self._report("stray_file", relative, "this is no segment")
                 elif not folder and name in layout.DIRECTORIES:
                     continue
-                elif folder == layout.CURSORS and not _temporary(name):
+                elif folder == layout.CURSORS and not layout.is_temporary(name):
                     self._cursor(relative, name)
                 else:
                     self._permissions(relative, name, fd)
@@ -496,7 +496,3 @@ class _Check:
             return
         except CrewlogError as error:
             self._report(error.code, relative, error.why)
-
-
-def _temporary(name: str) -> bool:
-    return name.startswith(layout.TEMPORARY_PREFIX)

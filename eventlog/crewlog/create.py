@@ -10,9 +10,16 @@ from pathlib import Path
 
 from crewlog import codec, disk, events, identity, layout, segments, tail
 from crewlog.codec import AppendState, DurableHead
-from crewlog.directory import Descriptors, Directory, new_identity, open_existing, require_newborn
+from crewlog.directory import (
+    Descriptors,
+    Directory,
+    new_identity,
+    open_existing,
+    require_newborn,
+    unsafe,
+)
 from crewlog.disk import Disk
-from crewlog.errors import NotAStore, StoreMissing, from_oserror
+from crewlog.errors import NotAStore, StoreMissing, UnsafePermissions, from_oserror
 from crewlog.lock import Lock
 from crewlog.states import States
 
@@ -37,7 +44,10 @@ def _create(path: Path, via: Disk, *, wait_s: float) -> None:
     real = path.resolve()
     _make_directories(real, via)
     opened = Descriptors()
-    root = opened.fds[""] = disk.open_directory(str(real), where=str(path))
+    try:
+        root = opened.fds[""] = disk.open_directory(str(real), where=str(path))
+    except UnsafePermissions as error:
+        raise unsafe(real, error, where=str(path)) from error
     disk.check_ancestors(real)
     require_newborn(root, path)
     for name in layout.DIRECTORIES:
@@ -133,7 +143,7 @@ def _sweep_leftovers(opened: Descriptors, via: Disk) -> None:
     """Remove what an interrupted creation left; require_newborn made sure that it is only that."""
     root = opened.fds[""]
     for name in disk.names(root):
-        if name == layout.APPEND_STATE or name.startswith(layout.TEMPORARY_PREFIX):
+        if name == layout.APPEND_STATE or layout.is_temporary(name):
             via.unlink(name, at=root)
     for directory in (layout.LOG, layout.HEAD):
         for name in disk.names(opened.fds[directory]):

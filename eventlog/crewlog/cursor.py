@@ -73,7 +73,7 @@ def every(directory: Directory) -> list[Place]:
     """Read every cursor; a damaged one hides no other."""
     found = []
     for name in disk.names(directory[layout.CURSORS]):
-        if name.startswith(layout.TEMPORARY_PREFIX):
+        if layout.is_temporary(name):
             continue
         try:
             place = read(directory, name)

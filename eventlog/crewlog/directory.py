@@ -9,7 +9,14 @@ from urllib.parse import unquote, urlsplit
 
 from crewlog import codec, disk, layout
 from crewlog.disk import Disk
-from crewlog.errors import FormatTooNew, NotAStore, StoreMissing, Unsupported
+from crewlog.errors import (
+    CrewlogError,
+    FormatTooNew,
+    NotAStore,
+    StoreMissing,
+    UnsafePermissions,
+    Unsupported,
+)
 
 ENVIRONMENT: Final = "CREWLOG_DIR"
 FORCE_NETWORK: Final = "CREWLOG_FORCE_NETWORK_FS"
@@ -116,6 +123,8 @@ def open_existing(path: Path, *, via: Disk | None = None) -> Directory:
             raise NotAStore(
                 "not a registry", where=str(path), why="it is not a directory", remedy="Check --dir"
             ) from error
+        except UnsafePermissions as error:
+            raise unsafe(real, error, where=str(path)) from error
         opened = Descriptors()
         opened.fds[""] = root
         disk.check_ancestors(real)
@@ -131,6 +140,23 @@ def open_existing(path: Path, *, via: Disk | None = None) -> Directory:
                 remedy="Restore it from a backup",
             ) from error
     return Directory(path, opened, store, digest, via or Disk(), _require_local(root, path))
+
+
+def unsafe(real: Path, error: UnsafePermissions, *, where: str) -> CrewlogError:
+    """Return what to say of a directory that is open to others: nobody must close /etc for us."""
+    try:
+        found = os.listdir(real)
+    except OSError:  # not even that is allowed
+        return error
+    strangers = sorted(set(found) - {*layout.DIRECTORIES, layout.APPEND_STATE})
+    if layout.STORE in found or not strangers:
+        return error
+    return NotAStore(
+        "not a registry",
+        where=where,
+        why=f"there is no {layout.STORE}, but {', '.join(strangers[:3])}",
+        remedy="Choose an empty or a new directory",
+    )
 
 
 def _identity(root: int, path: Path) -> tuple[bytes, str]:
@@ -172,7 +198,7 @@ def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
     found = disk.names(root)
     known = {*layout.DIRECTORIES, layout.APPEND_STATE}
-    strangers = [name for name in found if name not in known and not _temporary(name)]
+    strangers = [name for name in found if name not in known and not layout.is_temporary(name)]
     for name in layout.DIRECTORIES:
         if name in found:
             strangers += _strangers(root, path, name)
@@ -196,7 +222,7 @@ def _strangers(root: int, path: Path, name: str) -> list[str]:
     fd = disk.open_directory(name, at=root, where=str(path / name))
     try:
         allowed = _NEWBORN.get(name, frozenset())
-        found = [n for n in disk.names(fd) if n not in allowed and not _temporary(n)]
+        found = [n for n in disk.names(fd) if n not in allowed and not layout.is_temporary(n)]
         first = layout.segment_name(1)
         if name == layout.LOG and first in disk.names(fd):
             where = str(path / name / first)
@@ -206,10 +232,6 @@ def _strangers(root: int, path: Path, name: str) -> list[str]:
     finally:
         os.close(fd)
     return [f"{name}/{n}" for n in found]
-
-
-def _temporary(name: str) -> bool:
-    return name.startswith(layout.TEMPORARY_PREFIX)
 
 
 def _require_local(root: int, path: Path) -> bool:

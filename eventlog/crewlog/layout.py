@@ -122,6 +122,11 @@ PLAN_BYTES_MAX: Final = 256 * 1024 * 1024
 SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 
 
+def is_temporary(name: str) -> bool:
+    """Say whether a file is one that its writer had not finished."""
+    return name.startswith(TEMPORARY_PREFIX)
+
+
 def segment_name(first_seq: int) -> str:
     """Name the segment whose header line carries `first_seq`."""
     return f"{first_seq:0{SEGMENT_DIGITS}d}{SEGMENT_SUFFIX}"

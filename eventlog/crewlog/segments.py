@@ -494,5 +494,5 @@ def put(directory: Directory, first: int, header: bytes) -> None:
 def sweep(directory: Directory, at: int) -> None:
     """Remove temporary files; the lock that the caller holds proves that no writer has one open."""
     for name in disk.names(at):
-        if name.startswith(layout.TEMPORARY_PREFIX):
+        if layout.is_temporary(name):
             directory.disk.unlink(name, at=at)

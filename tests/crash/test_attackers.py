@@ -153,6 +153,21 @@ def test_directory_that_is_a_link_or_open_is_refused(
         path.chmod(0o700)
 
 
+def test_directory_of_something_else_is_named_as_that(tmp_path: Path) -> None:
+    """A wrong path is no reason to close somebody's directory: no chmod is advised."""
+    wrong = tmp_path / "wrong"
+    wrong.mkdir(mode=0o755)
+    (wrong / "passwd").touch()
+    for work in ("workers", "register"):
+        with crewlog.open(wrong) as reg, pytest.raises(crewlog.NotAStore) as caught:
+            reg.workers() if work == "workers" else reg.register("a")
+        assert "passwd" in caught.value.why
+        assert "chmod" not in str(caught.value)
+    (wrong / "passwd").unlink()
+    with crewlog.open(wrong) as reg, pytest.raises(UnsafePermissions, match="chmod"):
+        reg.register("a")
+
+
 def test_parent_that_others_may_write_is_refused(tmp_path: Path) -> None:
     """They could put another store in its place; the sticky bit keeps them from it."""
     shared = tmp_path / "shared"
