@@ -9,6 +9,7 @@ anything.
 
 import itertools
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,10 @@ from pathlib import Path
 from crewlog.disk import Disk
 
 SECTOR = 512
+_ALL_SUBSETS = 4
+_SOME_SUBSETS = 6
+# ("w" or "n", file or folder, which of its changes)
+Pending = tuple[str, int, int]
 
 
 @dataclass
@@ -193,7 +198,8 @@ class RecordingDisk(Disk):
         """Yield what a power cut at this moment may leave.
 
         Nothing of what is pending; all of it; only names, only bytes; zeros for a size; each
-        pending change lost alone and kept alone; each write torn.
+        pending change lost alone and kept alone; each write torn; of a few pending changes every
+        subset, of many some by chance.
         """
         writes = [(n, i) for n, f in self.files.items() for i in range(len(f.pending))]
         names = [(n, i) for n, f in self.folders.items() for i in range(len(f.pending))]
@@ -207,6 +213,7 @@ class RecordingDisk(Disk):
         for one in everything:
             yield CrashState(everything - {one})
             yield CrashState(frozenset({one}))
+        yield from (CrashState(kept) for kept in _subsets(sorted(everything)))
         for number, index in writes:
             yield CrashState(everything - {("w", number, index)}, torn=(number, index))
 
@@ -230,10 +237,20 @@ class RecordingDisk(Disk):
             os.close(fd)
 
 
+def _subsets(pending: list[Pending]) -> Iterator[frozenset[Pending]]:
+    if len(pending) <= _ALL_SUBSETS:
+        for size in range(2, len(pending) - 1):
+            yield from map(frozenset, itertools.combinations(pending, size))
+        return
+    dice = random.Random(len(pending))
+    for _ in range(_SOME_SUBSETS):
+        yield frozenset(one for one in pending if dice.random() < 0.5)
+
+
 @dataclass(frozen=True)
 class CrashState:
-    """Which pending changes arrived: ("w" or "n", file or folder, which of its changes)."""
+    """Which pending changes arrived."""
 
-    kept: frozenset[tuple[str, int, int]]
+    kept: frozenset[Pending]
     torn: tuple[int, int] | None = None
     zeros: bool = False

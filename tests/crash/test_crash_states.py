@@ -27,9 +27,11 @@ class Witness(RecordingDisk):
 
     def __init__(self, home: Path, *, every: int = 1) -> None:
         """Record below home/live; look at every `every`th moment."""
-        (home / "live").mkdir(mode=0o700)
-        super().__init__(home / "live")
+        self.root_path = home / "live"
+        self.root_path.mkdir(mode=0o700)
+        super().__init__(self.root_path)
         self.home = home
+        self.shown: list[tuple[str, str]] = []
         self.acknowledged: list[tuple[str, str]] = []
         self.asked: list[tuple[str, str]] = []
         self.units: set[int] = {0}
@@ -54,6 +56,7 @@ class Witness(RecordingDisk):
         self.counts["moments"] += 1
         if not self.looking or self.counts["moments"] % self.every:
             return
+        self.shown = self._shown()
         for state in self.states():
             target = self.home / "crashed"
             target.mkdir(mode=0o700)
@@ -68,6 +71,14 @@ class Witness(RecordingDisk):
                 shutil.rmtree(target)
             if self.failures and self.stop_at_first:
                 return
+
+    def _shown(self) -> list[tuple[str, str]]:
+        """Return what a reader is shown at this moment: nothing of it may ever be taken back."""
+        try:
+            with crewlog.open(self.root_path / "store") as reader:
+                return [(e.type, e.sid) for e in reader.history()]
+        except (CrewlogError, OSError):  # not created yet, or just being mended
+            return []
 
     def _check(self, place: Path, call: str, state: CrashState) -> None:
         try:
@@ -99,6 +110,7 @@ class Witness(RecordingDisk):
             assert found in kept, "more is gone than the oldest"
             return
         assert found[: len(self.acknowledged)] == self.acknowledged, "acknowledged events are lost"
+        assert found[: len(self.shown)] == self.shown, "what a reader was shown is taken back"
         assert found == self.asked[: len(found)], "there is something that nobody asked for"
         assert len(found) in self.units, "a batch is split"
 

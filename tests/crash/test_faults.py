@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import cursor, layout
+from crewlog import codec, cursor, layout, segments
 from crewlog.errors import CrewlogError, StorePoisoned
+from crewlog.recovery import Found
 from crewlog.registry import Registry
 from crewlog_compactor import compact, repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
@@ -325,6 +326,26 @@ def _killed(place: Path, operation: Operation, k: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     assert code in {0, -signal.SIGKILL}
     return code
+
+
+def test_negative_control_a_tail_glued_to_the_next_line_is_caught(
+    fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that does not cut a dead one's half line makes one broken line of two."""
+    from crewlog import tail
+
+    place = fast / "store"
+    torn(place)
+
+    def glued(_: object, source: segments.Source, state: codec.AppendState) -> tuple[object, Found]:
+        found = segments.scan(b"", offset=source.size(), seq=state.seq, prev=state.hash)
+        return state._replace(end=source.size()), found
+
+    monkeypatch.setattr(tail, "adopt", glued)
+    with crewlog.open(place) as reg, pytest.raises(CrewlogError):
+        reg.register("new")
+        reg.workers()
+    assert verify(place).findings != ()
 
 
 def test_negative_control_an_unpoisoned_failure_is_caught(

@@ -257,6 +257,42 @@ def test_verify_beside_live_writers_and_compactions_finds_nothing(place: Path) -
     assert verify(place).findings == ()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
+def test_full_file_system_refuses_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    """A real full disk: typed, not written, nothing lost; compaction fails cleanly too."""
+    from crewlog_compactor import compact
+
+    small = tmp_path / "small"
+    small.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(small)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with crewlog.open(small / "store") as reg:
+            reg.register("a")
+            acknowledged = 0
+            with pytest.raises(crewlog.StorageFull) as caught:
+                while True:
+                    reg.update("a", meta={"n": acknowledged + 1, "pad": "x" * 2000})
+                    acknowledged += 1
+            assert caught.value.outcome == "not_written"
+            with pytest.raises(CrewlogError) as full:
+                compact(reg, gc=False)
+            assert full.value.code in {"storage_full", "storage_failed"}
+            worker = reg.get("a")
+            assert worker is not None
+            assert worker.meta["n"] == acknowledged > 10
+            subprocess.run(["mount", "-o", "remount,size=4m", str(small)], check=True)
+            reg.update("a", meta={"n": acknowledged + 1})
+            compact(reg, gc=False)
+        assert verify(small / "store").ok
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
 def test_error_of_the_command_line_says_what_became_of_the_change(place: Path, crew: Crew) -> None:
     """A full disk at the border of the process: not written, and said so as JSON too."""
     import resource

@@ -3,6 +3,7 @@
 import errno
 import functools
 import gzip
+import os
 import random
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from crewlog.errors import (
 )
 from crewlog_compactor import Anchor, RepairReport, anchor, compact, repair, verify
 from faults import EIO, FailingDisk, active_segment, another_boot, only, registry_on
-from procs import tree
+from procs import forked, tree
 
 
 def grown(place: Path, monkeypatch: pytest.MonkeyPatch, *, compactions: int = 2) -> None:
@@ -178,6 +179,42 @@ def test_watcher_of_a_poisoned_store_never_sees_what_a_repair_takes_out(place: P
             if item.kind == "change":
                 seen.append(item.event.sid)
     assert seen == ["a", "c"]
+
+
+def test_mark_of_a_failed_sync_goes_last(place: Path, tmp_path: Path) -> None:
+    """Killed at any call of a repair: while the unacknowledged line is there, so is the mark."""
+    disk = FailingDisk()
+    reg = registry_on(place, disk)
+    reg.register("a")
+    disk.fault = only("sync", EIO)
+    with pytest.raises(StorageFailed):
+        reg.register("b")
+    lifted = 0
+    for k in range(60):
+        here = tmp_path / f"copy-{k}"
+        shutil.copytree(place, here)
+
+        def work(here: Path = here, k: int = k) -> None:
+            deadly = FailingDisk()
+            deadly.fault = lambda _: os.kill(os.getpid(), 9) if len(deadly.calls) > k else None
+            with pytest.MonkeyPatch.context() as patch:
+                opening = functools.partial(directory.open_existing, via=deadly)
+                patch.setattr(directory, "open_existing", opening)
+                repair(here, yes=True)
+
+        code = os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
+        unacknowledged = any(
+            b'"sid":"b"' in path.read_bytes() for path in (here / layout.LOG).iterdir()
+        )
+        if unacknowledged:
+            with crewlog.open(here) as fresh, pytest.raises(StorePoisoned):
+                fresh.register("c")
+        else:
+            lifted += 1
+        if code == 0:
+            break
+    assert code == 0
+    assert lifted > 3
 
 
 # -- damage ---------------------------------------------------------------------------------
