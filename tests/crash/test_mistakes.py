@@ -105,6 +105,18 @@ def test_replaced_lock_file_is_noticed(place: Path, name: str) -> None:
         assert verify(place).ok
 
 
+def test_reader_follows_a_head_that_was_removed_and_made_again(place: Path) -> None:
+    """It is a cache: whoever has the old file open must not go on believing it."""
+    reader, writer = crewlog.open(place), crewlog.open(place)
+    writer.register("a")
+    assert [w.sid for w in reader.workers()] == ["a"]
+    (place / layout.HEAD / layout.HEAD_DURABLE).unlink()
+    writer.register("b")
+    assert [w.sid for w in reader.workers()] == ["a", "b"]
+    reader.close()
+    writer.close()
+
+
 def test_poison_is_not_undone_by_a_leader(place: Path) -> None:
     """A cut that fails poisons with no leader at work, and the flag stays."""
     disk = FailingDisk()

@@ -55,6 +55,8 @@ class Trace:
             self.syncs += 1
             self.unsynced.discard(fd[2])
             self.unnamed.discard(fd[2])
+        elif name == "unlinkat" and layout.POISON in arguments:
+            self._acknowledged("the end of a repair")
         elif name in {"linkat", "renameat", "renameat2"}:
             (_, source_at, source), (_, at, new) = AT.findall(arguments)
             if at.startswith(self.place):
@@ -85,7 +87,7 @@ def traced(place: Path, tmp_path: Path, *arguments: object, code: str = MAIN) ->
     out = tmp_path / "trace"
     subprocess.run(
         ["strace", "-f", "-y", "-o", str(out),
-         "-e", "trace=write,pwrite64,fsync,fdatasync,linkat,renameat,renameat2",
+         "-e", "trace=write,pwrite64,fsync,fdatasync,linkat,renameat,renameat2,unlinkat",
          sys.executable, "-c", code, "--dir", str(place), *map(str, arguments)],
         check=True, stdout=subprocess.PIPE, timeout=120,
     )  # fmt: skip
