@@ -193,8 +193,7 @@ class Log:
 
         *Raises* whatever `decide` raises; LockBusy, StorageFull, StorageFailed, StorePoisoned and
         all kinds of DataDamaged with nothing written; AppendUncertain, StorageFailed and
-        StorePoisoned with the outcome "unknown" once lines were written. What `decide` refuses
-        upon is durable by then.
+        StorePoisoned with the outcome "unknown" once lines were written. A refusal is durable too.
         """
         self._prepare(about)
         refused: list[CrewlogError] = []
@@ -207,9 +206,11 @@ class Log:
             raws, state = self._write(drafts, state, head) if drafts else ([], state)
             written = self._written(state, head)
             result = Appended(raws, {d.sid: written.get(d.sid) for d in drafts}, state.seq)
-        self._sync.make_durable(state.seq, head.generation)
-        if refused:
-            raise refused.pop()  # kept in this frame, its traceback would keep us alive
+        try:
+            self._sync.make_durable(state.seq, head.generation)
+        finally:
+            if refused:  # it wrote nothing; kept in this frame, its traceback would keep us alive
+                raise refused.pop()
         return result
 
     def _written(self, state: AppendState, head: DurableHead) -> Written:

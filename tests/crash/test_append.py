@@ -16,6 +16,7 @@ from crewlog.errors import (
     StorageFull,
     StoreMissing,
     StorePoisoned,
+    WorkerExists,
 )
 from crewlog_compactor import verify
 from faults import EIO, ENOSPC, FailingDisk, active_segment, only, registry_on
@@ -110,6 +111,25 @@ def test_waiting_writer_of_a_poisoned_store_is_told_that_nothing_is_known(place:
     with pytest.raises(AppendUncertain) as caught:
         log._sync.make_durable(3)
     assert caught.value.outcome == "unknown"
+
+
+def test_refusal_stays_a_refusal_where_a_sync_fails(place: Path) -> None:
+    """Nothing of it was written: not "unknown", whatever becomes of what it was decided upon."""
+    disk = FailingDisk()
+    reg = registry_on(place, disk)
+    reg.register("a")
+    disk.fault = only("sync", EIO)
+    with pytest.raises(StorageFailed):
+        reg.register("b")
+    disk.fault = lambda _: None
+    log = reg.log()
+    log._sync._failed = 0
+    (place / layout.POISON).unlink()
+    log._states.put_head(log.head()._replace(poisoned=False))
+    disk.fault = only("sync", EIO)
+    with pytest.raises(WorkerExists) as caught:
+        reg.register("b")
+    assert caught.value.outcome == "not_written"
 
 
 def test_cut_that_fails_poisons_before_anyone_can_append(place: Path) -> None:
