@@ -78,8 +78,7 @@ class Log:
     def __init__(self, directory: Directory, *, wait_s: float = layout.LOCK_WAIT_S) -> None:
         """Use an open directory; nothing is read yet."""
         self.directory = directory
-        self.recovery_pending = False
-        self.closed = False
+        self.recovery_pending = self.closed = False
         self.wait_s = wait_s
         self.append_lock = self._lock(layout.LOCK_APPEND)
         self._boot = identity.boot_bytes()
