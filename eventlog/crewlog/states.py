@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 from crewlog import codec, disk, layout
 from crewlog.codec import AppendState, DurableHead
@@ -20,23 +20,38 @@ T = TypeVar("T")
 _NONE: Final = -1
 
 
-class StateFile:
-    """One state file, opened on first use, for reading until something is to be written."""
+class StateFile(Generic[T]):
+    """One state file, opened on first use, for reading until something is to be written.
+
+    What was read or written last is kept decoded: as long as the bytes are the same, so is it.
+    """
 
     __slots__ = (
         "_at",
         "_closed",
+        "_decode",
         "_directory",
         "_fd",
         "_guard",
+        "_kept",
         "_name",
         "_size",
         "_where",
         "_writable",
     )
 
-    def __init__(self, directory: Directory, name: str, *, inside: str, size: int) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        name: str,
+        *,
+        inside: str,
+        size: int,
+        decode: Callable[[bytes], T | None],
+    ) -> None:
         """Name the file, in the directory `inside` of the store ("" for the store itself)."""
+        self._decode = decode
+        self._kept: tuple[bytes, T] | None = None
         self._directory = directory
         self._name = name
         self._at = directory[inside] if inside else directory.root
@@ -47,7 +62,7 @@ class StateFile:
         self._closed = False
         self._guard = threading.Lock()  # so that nobody uses a number that was closed
 
-    def load(self, decode: Callable[[bytes], T | None]) -> T | None:
+    def load(self) -> T | None:
         """Read it; None if it is absent or stays unreadable."""
         for _ in range(layout.TORN_READ_TRIES):
             with self._guard:
@@ -55,14 +70,19 @@ class StateFile:
                     data = os.pread(self._open(change=False), self._size, 0)
                 except FileNotFoundError:
                     return None
-            found = decode(data)
+            kept = self._kept  # one look: another thread may put a newer one in its place
+            if kept is not None and kept[0] == data:
+                return kept[1]
+            found = self._decode(data)
             if found is not None:
+                self._kept = data, found
                 return found
             time.sleep(0)  # a writer on another core is in the middle of its pwrite
         return None
 
-    def store(self, data: bytes) -> None:
+    def store(self, data: bytes, value: T) -> None:
         """Write it, creating the file durably if it is absent. Held by the caller: its lock."""
+        self._kept = data, value
         with self._guard:
             try:
                 fd = self._open(change=True)
@@ -116,27 +136,35 @@ class States:
     def __init__(self, directory: Directory) -> None:
         """Prepare both; nothing is opened yet."""
         self._append = StateFile(
-            directory, layout.APPEND_STATE, inside="", size=codec.APPEND_STATE_BYTES
+            directory,
+            layout.APPEND_STATE,
+            inside="",
+            size=codec.APPEND_STATE_BYTES,
+            decode=codec.decode_append_state,
         )
         self._head = StateFile(
-            directory, layout.HEAD_DURABLE, inside=layout.HEAD, size=codec.DURABLE_HEAD_BYTES
+            directory,
+            layout.HEAD_DURABLE,
+            inside=layout.HEAD,
+            size=codec.DURABLE_HEAD_BYTES,
+            decode=codec.decode_durable_head,
         )
 
     def append_state(self) -> AppendState | None:
         """Read append.state."""
-        return self._append.load(codec.decode_append_state)
+        return self._append.load()
 
     def head(self) -> DurableHead | None:
         """Read head/durable."""
-        return self._head.load(codec.decode_durable_head)
+        return self._head.load()
 
     def put_append_state(self, state: AppendState) -> None:
         """Write append.state. Held: locks/append."""
-        self._append.store(codec.encode_append_state(state))
+        self._append.store(codec.encode_append_state(state), state)
 
     def put_head(self, head: DurableHead) -> None:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
-        self._head.store(codec.encode_durable_head(head))
+        self._head.store(codec.encode_durable_head(head), head)
 
     def renew(self) -> None:
         """Let go of files that are no longer in place."""
