@@ -23,7 +23,8 @@ from crewlog.segments import Source
 def adopt(directory: Directory, source: Source, state: AppendState) -> tuple[AppendState, Found]:
     """Take whole lines beyond the written end into the state; cut what is left."""
     data = source.read(state.end, source.size() - state.end)
-    found = segments.scan(data, offset=state.end, seq=state.seq, prev=state.hash)
+    at, sealed = state.end, state.sealed  # nothing that comes behind a seal undoes it
+    found = segments.scan(data, offset=at, seq=state.seq, prev=state.hash, sealed=sealed)
     if found.reason is not None:
         quarantine(directory, source, found, data[found.end - state.end :])
         directory.disk.cut(source.fd, found.end)

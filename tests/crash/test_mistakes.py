@@ -105,6 +105,23 @@ def test_replaced_lock_file_is_noticed(place: Path, name: str) -> None:
         assert verify(place).ok
 
 
+def test_half_line_behind_a_seal_does_not_undo_the_seal(place: Path) -> None:
+    """A rotation was interrupted behind its seal, and bytes came after it: the seal stands."""
+    with crewlog.open(place) as reg:
+        reg.register("a")
+        log = reg.log()
+        with log._writing():
+            state, head = log._ready()
+            sealed = log._seal(state, head)
+        segment = place / layout.LOG / layout.segment_name(1)
+        with segment.open("ab") as file:
+            file.write(b'{"v":1,"seq":')
+    with crewlog.open(place) as other:
+        other.register("b")
+        assert other.log().head().segment == sealed.seq + 1, "it went on in the next segment"
+    assert verify(place).findings == ()
+
+
 def test_reader_follows_a_head_that_was_removed_and_made_again(place: Path) -> None:
     """It is a cache: whoever has the old file open must not go on believing it."""
     reader, writer = crewlog.open(place), crewlog.open(place)

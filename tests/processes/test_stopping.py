@@ -292,15 +292,25 @@ def test_stop_of_our_own_spawned_child_keeps_one_end(reg: Registry) -> None:
 
 
 @LINUX
-def test_observer_learns_the_code_that_the_parent_throws_away(reg: Registry, place: Path) -> None:
+def test_observer_learns_the_code_that_the_parent_throws_away(
+    reg: Registry, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Held before the end, read after it was reaped: the kernel keeps it for the holder."""
     if not _kernel_keeps_status():
         pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     pid = orphan(place, "a", "import signal, sys; signal.signal(10, lambda *_: sys.exit(42)); "
                  "signal.pause()")  # fmt: skip
     ends: list[crewlog.Event] = []
+    holding, wait = threading.Event(), Process.wait
+
+    def waits(self: Process, wait_s: float) -> bool:
+        holding.set()
+        return wait(self, wait_s)
+
+    monkeypatch.setattr(Process, "wait", waits)
     observer = threading.Thread(target=lambda: ends.append(reg.observe("a")))
     observer.start()
+    assert holding.wait(20)
     until(lambda: b"\0-c\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
     until(
         lambda: (
