@@ -20,6 +20,7 @@ from crewlog.errors import CrewlogError, SpawnFailed, StaleRevision
 from crewlog.events import Worker
 from crewlog.launch import Launch
 from crewlog.lease import Lease
+from crewlog.lock import Lock
 from crewlog.registry import Registry
 from crewlog_cli import reading, shell
 from crewlog_cli.changing import safe, tried
@@ -163,18 +164,19 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     """
     wish = _wish(options)
     with sh.registry() as reg:
-        with _leasing(reg, sid, wish) as held:
-            started = tried(lambda: _waiting(argv, held))
-            try:
-                # Before the registration: a signal of now must reach the worker, or find none.
-                signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
-                worker = _register(reg, sid, started.pid, wish, held=held, owner=os.getpid())
-            except BaseException:
-                started.give_up()
-                raise
-        if held is not None:
-            held.hand_over()
-        begun = _begin(started)
+        with tried(lambda: reg.turn(sid)) as turn:
+            with _leasing(reg, sid, wish) as held:
+                started = tried(lambda: _waiting(argv, held, turn))
+                try:
+                    # Before the registration: a signal of now must reach the worker, or find none.
+                    signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+                    worker = _register(reg, sid, started.pid, wish, held=held, owner=os.getpid())
+                except BaseException:
+                    started.give_up()
+                    raise
+            if held is not None:
+                held.hand_over()
+            begun = _begin(started)
         code = os.waitstatus_to_exitcode(_wait(sh, reg, worker))
         _tell_end(sh, reg, worker, code)
     if not begun:
@@ -182,10 +184,10 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _waiting(argv: Sequence[str], held: Lease | None) -> Launch:
+def _waiting(argv: Sequence[str], held: Lease | None, turn: Lock) -> Launch:
     shell.flush()
     keep = () if held is None else (held.fd,)
-    return Launch(argv, stdin=None, own_session=False, keep=keep)
+    return Launch(argv, stdin=None, own_session=False, keep=keep, turn=turn.share())
 
 
 def _begin(started: Launch) -> bool:

@@ -30,8 +30,10 @@ NOT_FOUND: Final = 127
 # the C locale is taken away again (PEP 538).
 _WAITING: Final = """
 import os, signal, sys
-held, told, locale = map(int, sys.argv[1:4])
+held, told, locale, turn = map(int, sys.argv[1:5])
 os.set_inheritable(told, False)
+if turn >= 0:
+    os.set_inheritable(turn, False)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 if os.read(held, 1) != b".":
@@ -42,7 +44,7 @@ for name in ("SIGPIPE", "SIGXFSZ"):
 if not locale:
     os.environ.pop("LC_CTYPE", None)
 try:
-    os.execvp(sys.argv[4], sys.argv[4:])
+    os.execvp(sys.argv[5], sys.argv[5:])
 except OSError as error:
     os.write(told, str(error.errno).encode())
     os._exit(127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126)
@@ -70,19 +72,23 @@ class Launch:
         stderr: Stream = None,
         own_session: bool = True,
         keep: Sequence[int] = (),
+        turn: int = -1,
     ) -> None:
         """Start it, by default in a session of its own and with nothing on stdin.
 
-        `keep` are descriptors that the program inherits. *Raises* SpawnFailed.
+        `keep` are descriptors that the program inherits; `turn` is one that only the waiting
+        process holds. *Raises* SpawnFailed.
         """
         self._go = self._told = -1
         self.argv = check_argv(argv)
         held, self._go = _pipe()
         self._told, told = _pipe()
-        kept = [_above_standard(os.dup(fd)) for fd in keep]
+        kept = [_above_standard(os.dup(fd)) for fd in (*keep, *([turn] if turn >= 0 else []))]
+        mine = str(kept[-1] if turn >= 0 else -1)
         variables = os.environ if env is None else env
         locale = "1" if "LC_CTYPE" in variables else "0"
-        words = [_interpreter(), "-I", "-S", "-c", _WAITING, str(held), str(told), locale]
+        numbers = [str(held), str(told), locale, mine]
+        words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
         try:
             self._child = _Child(
                 [*words, *self.argv],

@@ -11,7 +11,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from crewlog import codec, disk, identity, layout, liveness
 from crewlog.codec import Beat
@@ -57,6 +58,32 @@ class Lease:
         with contextlib.suppress(OSError):  # a sweep removes what stays: nobody holds or needs it
             via.unlink(self.name, at=at)
         self._lock.close()
+
+
+@contextmanager
+def turn(directory: Directory, sid: str, *, wait_s: float) -> Iterator[Lock]:
+    """Hold the turn to start a worker of one sid; a waiting process of ours may inherit it.
+
+    It ends with the last descriptor: when its holder was killed, once the process that waited to
+    become the program has ended too. *Raises* LockBusy after `wait_s` seconds.
+    """
+    at, name = directory[layout.LEASES], f"{sid}{_MARK}turn"
+    where = directory.where(layout.LEASES, name)
+    deadline = time.monotonic() + wait_s
+    lock = Lock(name, at=at, where=where)
+    with disk.failures("cannot take the turn to start", where=where):
+        for _ in range(layout.LEASE_TRIES):
+            with contextlib.suppress(FileExistsError):
+                os.close(directory.disk.create(name, at=at))
+            try:
+                lock.acquire(wait_s=max(0.0, deadline - time.monotonic()))
+                break
+            except (FileNotFoundError, StoreMissing):  # swept meanwhile
+                lock.close()
+    try:
+        yield lock
+    finally:
+        lock.close()
 
 
 def _create(directory: Directory, name: str) -> Lock | None:

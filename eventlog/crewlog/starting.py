@@ -2,7 +2,8 @@
 
 A process waits while it is registered and becomes the program only then (launch.py), so a SIGKILL
 of the starter at any moment leaves no running program that is not listed. Of many that start one
-sid at once, the registration of one is accepted; the others' processes end without having begun.
+sid at once, one has the turn, a lock that its waiting process holds too: whoever comes next finds
+either a program that has begun or nothing.
 """
 
 import logging
@@ -11,14 +12,17 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Final, TypedDict, Unpack
 
 from crewlog import changes, launch, layout
+from crewlog import lease as lease_files
 from crewlog.changes import Step
 from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.events import JsonValue, Worker, WorkerState
 from crewlog.judging import Judging, exit_of, hold
 from crewlog.launch import Launch, Stream, Words
+from crewlog.lock import Lock
 
 _logger = logging.getLogger("crewlog.starting")
 _LEAVING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
@@ -85,20 +89,58 @@ class Starting(Judging):
         SpawnFailed, and the worker is then recorded as ended.
         """
         launch.check_argv(argv)
-        heartbeat_s = changes.check_heartbeat(heartbeat_s)
-        with self.leasing(sid, wanted=lease or heartbeat_s is not None) as held:
-            keep = () if held is None else (held.fd,)
-            started = Launch(argv, cwd=cwd, env=env, stdout=stdout, stderr=stderr, keep=keep)
+        changes.check_heartbeat(heartbeat_s)
+        with self.turn(sid) as turn:
+            return self._spawn(
+                sid,
+                argv,
+                turn,
+                sock=sock,
+                version=version,
+                labels=labels,
+                meta=meta,
+                ready=ready,
+                owner=owner,
+                lease=lease,
+                heartbeat_s=heartbeat_s,
+                cwd=cwd,
+                env=env,
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    def turn(
+        self, sid: str, *, wait_s: float = layout.ENSURE_WAIT_S
+    ) -> AbstractContextManager[Lock]:
+        """Hold the turn to start a worker of that sid; see lease.turn."""
+        changes.check_sid(sid)
+        return lease_files.turn(self.created().directory, sid, wait_s=wait_s)
+
+    def _spawn(self, sid: str, argv: Words, turn: Lock, **options: Unpack[SpawnOptions]) -> Worker:
+        """Start a process that waits, register it, let it begin. Held: the sid's turn."""
+        heartbeat_s = changes.check_heartbeat(options.get("heartbeat_s"))
+        wanted = options.get("lease", False) or heartbeat_s is not None
+        with self.leasing(sid, wanted=wanted) as held:
+            started = Launch(
+                argv,
+                cwd=options.get("cwd"),
+                env=options.get("env"),
+                stdout=options.get("stdout", launch.NOWHERE),
+                stderr=options.get("stderr"),
+                keep=() if held is None else (held.fd,),
+                turn=turn.share(),
+            )
+            owner = options.get("owner")
             try:
                 step = changes.registered(
                     self.author(),
                     sid,
                     pid=started.pid,
-                    sock=sock,
-                    version=version,
-                    labels=labels,
-                    meta=meta,
-                    ready=ready,
+                    sock=options.get("sock", ""),
+                    version=options.get("version", ""),
+                    labels=options.get("labels"),
+                    meta=options.get("meta"),
+                    ready=options.get("ready", False),
                     owner=os.getpid() if owner is None else owner,
                     lease=None if held is None else held.name,
                     heartbeat_s=heartbeat_s,
@@ -138,25 +180,25 @@ class Starting(Judging):
         """Return the living worker of that sid, or start it; see `spawn` for the arguments.
 
         *Guarantee*: of any number of callers, in any processes, one starts the program and all
-        return its worker. One that is draining or stopping is waited for and started anew.
-        *Raises* WorkerExists while it cannot be judged; WaitTimeout after `timeout_s`.
+        return its worker, once it has begun. One that is draining or stopping is waited for and
+        started anew. *Raises* WorkerExists while it cannot be judged; WaitTimeout and LockBusy
+        after `timeout_s`.
         """
         launch.check_argv(argv)
+        changes.check_heartbeat(options.get("heartbeat_s"))
         deadline = time.monotonic() + changes.check_wait(timeout_s)
         while True:
-            found = self._running(sid)
-            if found is not None and found.state not in _LEAVING:
+            left_s = max(0.0, deadline - time.monotonic())
+            with self.turn(sid, wait_s=left_s) as turn:
+                found = self._running(sid)
+                if found is None:
+                    return self._spawn(sid, argv, turn, **options)
+            if found.state not in _LEAVING:
                 return found
-            if time.monotonic() > deadline:
+            if not left_s:
                 what = f"the end of worker {sid!r}, which is leaving,"
                 raise WaitTimeout(what, waited_s=timeout_s)
-            if found is not None:
-                _await_end(found, min(layout.DEATH_LOOK_S, deadline - time.monotonic()))
-                continue
-            try:
-                return self.spawn(sid, argv, **options)
-            except WorkerExists:  # another caller was first: it is the one to return
-                continue
+            _await_end(found, min(layout.DEATH_LOOK_S, left_s))
 
     def _running(self, sid: str) -> Worker | None:
         """Return the worker that lives under that sid, None if there is none."""

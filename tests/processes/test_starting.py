@@ -120,7 +120,7 @@ def test_wrong_directory_or_arguments_start_nothing(reg: Registry, place: Path) 
             reg.spawn("a", argv)
     with pytest.raises(ValueError, match="sid"):
         reg.spawn("no sid", marking(place))
-    assert not reg.exists
+    assert reg.workers(all=True) == []
     assert marks(place) == []
 
 
@@ -205,6 +205,34 @@ def test_twenty_callers_at_once_start_one_program(place: Path, where: str) -> No
         until(lambda: reg.liveness("one").dead)
     for fd in gate:
         os.close(fd)
+
+
+def test_ensure_never_returns_a_process_that_will_not_begin(place: Path) -> None:
+    """A starter was killed, and its waiting process does not end yet: the turn is still its own."""
+    with crewlog.open(place) as reg:
+        reg.register("first")
+
+        def work() -> None:
+            def stop_and_die(self: Launch) -> None:
+                os.kill(self.pid, signal.SIGSTOP)
+                _die()
+
+            with pytest.MonkeyPatch.context() as patch, crewlog.open(place) as mine:
+                patch.setattr(Launch, "go", stop_and_die)
+                mine.ensure("a", marking(place))
+
+        os.waitpid(forked(work), 0)
+        waiting = reg.get("a")
+        assert waiting is not None
+        assert reg.liveness("a").alive
+        with pytest.raises(crewlog.LockBusy):
+            reg.ensure("a", marking(place), timeout_s=0.1)
+        os.kill(waiting.pid, signal.SIGCONT)
+        worker = reg.ensure("a", marking(place))
+        assert worker.pid != waiting.pid
+        until(lambda: marks(place) == [worker.pid])
+        end_all(reg)
+        until(lambda: final(reg, "a"))
 
 
 def test_ensure_waits_for_one_that_is_leaving(reg: Registry, place: Path, crew: Crew) -> None:
