@@ -113,3 +113,24 @@ def test_files_section_names_what_a_store_holds(place: Path) -> None:
     for path in place.iterdir():
         assert path.name in section, path
     assert layout.QUARANTINE in section
+
+
+def test_audit_page_runs_as_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python block redacts; its commands parse."""
+    from click.testing import CliRunner
+
+    from crewlog_cli.main import crewlog as group
+    from crewlog_cli.shell import Shell
+
+    found = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs/audit.md").read_text(), re.DOTALL)
+    code = next(block for name, block in found if name == "python")
+    monkeypatch.setenv("CREWLOG_DIR", str(place))
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "{'token': '***', 'tenant': 't-9'}\n"
+    rows = [row for name, block in found if name == "sh" for row in block.splitlines()]
+    assert len(rows) >= 12
+    for row in rows:
+        words = shlex.split(row.split(" #")[0])
+        assert words[1] in _COMMANDS
+        result = CliRunner().invoke(group, [*words[1:], "--help"], obj=Shell())
+        assert result.exit_code == 0, row

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 import click
 
 from crewlog.events import JsonValue
-from crewlog_cli import reading, shell
+from crewlog_cli import reading, shell, words
 from crewlog_cli.shell import Shell, command
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def register(
     ready: bool,
 ) -> None:
     """Register a running process; prints the seq once it is durable."""
-    found = reading.pairs([safe(row) for row in labels])
+    found = words.pairs([safe(row) for row in labels])
     with sh.registry() as reg:
         worker = tried(
             lambda: reg.register(
@@ -126,7 +126,7 @@ def update(
     expect: int | None,
 ) -> None:
     """Move a worker to another state, or change what is known of it; prints its rev."""
-    patch: dict[str, str | None] = {**reading.pairs([safe(row) for row in labels])}
+    patch: dict[str, str | None] = {**words.pairs([safe(row) for row in labels])}
     patch |= dict.fromkeys((safe(key) for key in unlabel), None)
     with sh.existing() as reg:
         if reg.get(sid) is None:

@@ -107,6 +107,7 @@ def _play(stage: _Stage, reg: Registry) -> None:
     _compaction_tells(stage, reg, killed)
     _watcher_saw(stage, watcher, killed)
     _history_tells(stage, reg)
+    _timeline_shows(stage, killed)
 
 
 def _this_program() -> tuple[str, ...]:
@@ -190,6 +191,24 @@ def _history_tells(stage: _Stage, reg: Registry) -> None:
     reading.print_events(stage.sh, found)
     stage.say("")
     stage.claim("four events, each with its author", len(found) == len(_SIDS) + 1)
+
+
+def _timeline_shows(stage: _Stage, killed: str) -> None:
+    stage.say("\n7. `crewlog timeline` draws who lived when, and how each ended:\n")
+    drawn = _crewlog(stage, "timeline", "-q")
+    stage.say("\n".join(f"      {row}" for row in drawn.splitlines()))
+    stage.say("")
+    rows = {row.split()[0]: row for row in drawn.splitlines()[1:]}
+    stage.claim("the living go on, the killed one does not",
+                all(row.endswith(">") == (sid != killed) for sid, row in rows.items()))  # fmt: skip
+    page = stage.place.parent / "timeline.html"
+    _crewlog(stage, "timeline", "-q", "--html", str(page))
+    stage.claim("the same as a page: --html timeline.html", killed in page.read_text())
+
+
+def _crewlog(stage: _Stage, *arguments: str) -> str:
+    argv = [*_this_program(), "--dir", str(stage.place), *arguments]
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
 COMMANDS: Final = {"demo": demo}

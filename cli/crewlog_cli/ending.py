@@ -11,7 +11,7 @@ from crewlog.errors import CrewlogError
 from crewlog.events import Event, Worker
 from crewlog.liveness import Liveness
 from crewlog.registry import Registry
-from crewlog_cli import reading, shell
+from crewlog_cli import reading, shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 
@@ -53,7 +53,7 @@ def stop(
     if all_ == bool(sids):
         message = "name workers, or --all"
         raise click.UsageError(message)
-    grace_s, number = reading.span_s(grace), signal.Signals[f"SIG{name.upper()}"]
+    grace_s, number = words.span_s(grace), signal.Signals[f"SIG{name.upper()}"]
     reg = sh.existing()
     workers = reg.workers() if all_ else [_known(reg, sid) for sid in dict.fromkeys(sids)]
     if dry_run:
@@ -139,7 +139,7 @@ def beat(sh: Shell, *, sid: str) -> None:
 @click.option("--timeout", metavar="SPAN", help="Give up after this long (exit code 124).")
 def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
     """Wait for the end of a worker that need not be our child, and record how it ended."""
-    wait_s = None if timeout is None else reading.span_s(timeout)
+    wait_s = None if timeout is None else words.span_s(timeout)
     reg = sh.existing()
     _known(reg, sid)
     event = reg.observe(sid, timeout_s=wait_s)

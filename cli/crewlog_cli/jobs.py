@@ -1,5 +1,6 @@
 """Do the work of cron by hand: gc and compact."""
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -9,12 +10,14 @@ import click
 from crewlog import disk, layout
 from crewlog.disk import Disk
 from crewlog.errors import PlanInvalid
+from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
-from crewlog_cli import reading, shell
+from crewlog_cli import metrics, reading, shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import (
     CollectReport,
+    KeepEvents,
     Plan,
     apply_plan,
     assume_dead,
@@ -27,21 +30,23 @@ from crewlog_compactor import (
 _KEEP: Final = "1d"
 
 
-def _span(words: str) -> timedelta:
-    return timedelta(seconds=reading.span_s(words))
+def _span(given: str) -> timedelta:
+    return timedelta(seconds=words.span_s(given))
 
 
 _SIZES: Final = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 
 
-def _keep(words: str) -> timedelta | int | None:
-    if words == "all":
+def _keep(given: str) -> timedelta | int | KeepEvents | None:
+    if given == "all":
         return None
+    if given.isascii() and given.isdigit():
+        return KeepEvents(int(given))
     for unit, factor in _SIZES.items():
-        number = words.removesuffix(unit)
-        if number != words and number.isdigit():
+        number = given.removesuffix(unit)
+        if number != given and number.isdigit():
             return int(number) * factor
-    return _span(words)
+    return _span(given)
 
 
 def _told(report: CollectReport) -> dict[str, object]:
@@ -159,6 +164,7 @@ def _read_plan(path: Path) -> Plan:
 @command(
     "compact",
     examples="""crewlog compact
+crewlog compact --keep-history 90d --pack zstd
 */5 * * * * crewlog compact -q      # the cron line""",
 )
 @click.option("--gc/--no-gc", "gc_", default=True, help="Collect the dead first.")
@@ -167,17 +173,26 @@ def _read_plan(path: Path) -> Plan:
     "--keep-history",
     default="all",
     show_default=True,
-    metavar="90d|1GiB|all",
-    help="Drop archived history that is older, or more than so many bytes.",
+    metavar="90d|1GiB|100000|all",
+    help="Drop archived history that is older, or beyond so many bytes or events.",
 )
-def compact_(sh: Shell, *, gc_: bool, force: bool, keep_history: str) -> None:
+@click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
+              help="How to compress what is archived now; zstd is an extra.")  # fmt: skip
+@click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
+def compact_(
+    sh: Shell, *, gc_: bool, force: bool, keep_history: str, pack: Packing, prometheus: str | None
+) -> None:
     """Collect, fold the log into registry.json, and archive: the command for cron.
 
     Silent with -q unless something is wrong; 75 if another compaction runs.
     """
     keep = _keep(keep_history)
     reg = sh.existing()
-    report = compact(reg, gc=gc_, force=force, keep_history=keep)
+    began = time.monotonic()
+    report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack)
+    if prometheus is not None:
+        took_s = time.monotonic() - began
+        metrics.write(reg, Path(prometheus), took_s=took_s, refused=report.refused is not None)
     if sh.json:
         sh.document(
             {

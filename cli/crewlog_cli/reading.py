@@ -1,7 +1,7 @@
-"""Read: ls, show, alive, history, stats, path. No lock is taken and nothing is written."""
+"""Read: ls, show, alive, history, path. No lock is taken and nothing is written."""
 
+import itertools
 import time
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -9,41 +9,15 @@ from typing import Final
 
 import click
 
-from crewlog import layout
 from crewlog.errors import WorkerNotFound
-from crewlog.events import FINAL, Event, Worker, WorkerState, timestamp
-from crewlog.liveness import Liveness, Verdict
+from crewlog.events import FINAL, Event, Past, State, Worker, WorkerState, timestamp
+from crewlog.liveness import Liveness
 from crewlog.registry import Registry
-from crewlog_cli import shell, text, times
+from crewlog_cli import past, shell, text, words
 from crewlog_cli.shell import Shell, command
 
 _LAST_EVENTS: Final = 10
 _LOOK_S: Final = 0.05  # a death is no event: it is looked for
-
-
-def moment(words: str | None, sh: Shell) -> datetime | None:
-    """Read a time given on the command line."""
-    if words is None:
-        return None
-    try:
-        found, assumed = times.moment(words, now=datetime.now(UTC))
-    except times.TimeError as error:
-        raise click.UsageError(str(error)) from error
-    if assumed:
-        sh.note(f"note: {assumed}")
-    return found
-
-
-def pairs(rows: Iterable[str]) -> dict[str, str]:
-    """Read labels given as KEY=VALUE."""
-    found: dict[str, str] = {}
-    for row in rows:
-        key, equals, value = row.partition("=")
-        if not key or not equals:
-            message = f"a label is KEY=VALUE, not {row!r}"
-            raise click.UsageError(message)
-        found[key] = value
-    return found
 
 
 def not_found(reg: Registry, sid: str) -> WorkerNotFound:
@@ -59,20 +33,29 @@ def not_found(reg: Registry, sid: str) -> WorkerNotFound:
     "ls",
     examples="""crewlog ls
 crewlog ls --all --state lost
-crewlog ls -l role=web --json | jq -r '.workers[].sid'""",
+crewlog ls -l role=web --json | jq -r '.workers[].sid'
+crewlog ls --at yesterday""",
 )
 @click.option("-a", "--all", "all_", is_flag=True, help="Show the dead and the ended too.")
 @click.option("--state", type=click.Choice([s.value for s in WorkerState]), help="Only this state.")
 @click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Only with this label.")
+@click.option("--at", "at_", metavar="TIME|SEQ", help="As it was then; nothing is probed.")
 @click.option("--no-probe", is_flag=True, help="Do not look at the processes.")
 @click.option("--sids", is_flag=True, help="Print the sids only, one a line.")
 def ls(
-    sh: Shell, *, all_: bool, state: str | None, labels: tuple[str, ...], no_probe: bool, sids: bool
+    sh: Shell,
+    *,
+    all_: bool,
+    state: str | None,
+    labels: tuple[str, ...],
+    at_: str | None,
+    no_probe: bool,
+    sids: bool,
 ) -> None:
     """List the workers that live or cannot be judged; read only, nothing is collected."""
     reg = sh.existing()
-    wanted = pairs(labels).items()
-    seen = reg.state()
+    wanted = words.pairs(labels).items()
+    seen: State = reg.state() if at_ is None else past.at(sh, reg, at_)
     final = all_ or (state is not None and WorkerState(state) in FINAL)
     workers = [
         worker
@@ -81,7 +64,9 @@ def ls(
         and state in {None, worker.state.value}
         and wanted <= worker.labels.items()
     ]
-    judged: list[Liveness | None] = [None] * len(workers) if no_probe else [*reg.judge(workers)]
+    judged: list[Liveness | None] = [None] * len(workers)
+    if at_ is None and not no_probe:
+        judged = [*reg.judge(workers)]
     shown = [
         (worker, found)
         for worker, found in zip(workers, judged, strict=True)
@@ -95,6 +80,7 @@ def ls(
             {
                 "seq": seen.seq,
                 "at": timestamp(datetime.now(UTC)),
+                **(past.window(seen) if isinstance(seen, Past) else {}),
                 "workers": [shell.worker_json(worker, found) for worker, found in shown],
             }
         )
@@ -124,6 +110,10 @@ def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]]) -> No
     sh.table(["sid", "pid", "state", "liveness", started, "age", "version", "labels"], rows)
 
 
+def _verdict(found: Liveness) -> str:
+    return f"{liveness_text(found)} ({found.cause})" if found.alive else liveness_text(found)
+
+
 def liveness_text(found: Liveness) -> str:
     """Say a verdict, with its flags, and its cause where it does not go without saying."""
     if found.alive:
@@ -133,19 +123,29 @@ def liveness_text(found: Liveness) -> str:
     return f"{found.verdict.value} ({found.cause})"
 
 
-@command("show", examples="crewlog show web-1\ncrewlog show web-1 --json | jq .worker.exit")
+@command(
+    "show",
+    examples="""crewlog show web-1
+crewlog show web-1 --json | jq .worker.exit
+crewlog show web-1 --at '2 hours ago'""",
+)
 @click.argument("sid")
-def show(sh: Shell, *, sid: str) -> None:
+@click.option("--at", "at_", metavar="TIME|SEQ", help="As it was then; nothing is probed.")
+def show(sh: Shell, *, sid: str, at_: str | None) -> None:
     """Show one worker, whether it lives, and its last events."""
     reg = sh.existing()
-    worker = reg.get(sid)
+    seen = None if at_ is None else past.at(sh, reg, at_)
+    worker = reg.get(sid) if seen is None else seen.get(sid)
     if worker is None:
         raise not_found(reg, sid)
-    found = reg.liveness(sid)
-    last = deque(reg.history(sid=sid), maxlen=_LAST_EVENTS)
+    found = reg.liveness(sid) if seen is None else None
+    newest = reg.history(sid=sid, newest_first=True)
+    told = (event for event in newest if seen is None or event.seq <= seen.seq)
+    last = list(itertools.islice(told, _LAST_EVENTS))[::-1]
     if sh.json:
         sh.document(
             {
+                **({} if seen is None else past.window(seen)),
                 "worker": shell.worker_json(worker, found),
                 "events": [shell.event_json(event) for event in last],
             }
@@ -155,9 +155,7 @@ def show(sh: Shell, *, sid: str) -> None:
         "sid": worker.sid,
         "pid": str(worker.identity or worker.pid),
         "state": worker.state.value,
-        "liveness": f"{liveness_text(found)} ({found.cause})"
-        if found.alive
-        else liveness_text(found),
+        "liveness": "" if found is None else _verdict(found),
         "started": text.exact(worker.created_at, utc=sh.utc),
         "updated": f"{text.exact(worker.updated_at, utc=sh.utc)}, rev {worker.rev}",
         "version": worker.version,
@@ -204,7 +202,7 @@ crewlog alive web-1 --for dead --timeout 1m""",
 @click.option("--timeout", metavar="TIME", help="Wait this long for it to become true; else 124.")
 def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
     """Tell by the exit code whether a worker lives: 0 yes, 1 no or not known."""
-    wait_s = None if timeout is None else span_s(timeout)
+    wait_s = None if timeout is None else words.span_s(timeout)
     reg = sh.existing()
     if wait_s is None and reg.get(sid) is None:
         raise not_found(reg, sid)
@@ -222,14 +220,6 @@ def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
         sh.line("not registered" if found is None else f"{found.verdict.value} ({found.cause})")
     if not holds:
         raise SystemExit(shell.EXIT_NO if wait_s is None else shell.EXIT_TIMEOUT)
-
-
-def span_s(words: str) -> float:
-    """Read a duration given on the command line, in seconds."""
-    try:
-        return times.duration(words).total_seconds()
-    except times.TimeError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _await(reg: Registry, sid: str, wanted: str, wait_s: float) -> tuple[bool, Liveness | None]:
@@ -289,9 +279,10 @@ def history(
     if follow and (until is not None or reverse):
         message = "--follow goes with neither --until nor --reverse"
         raise click.UsageError(message)
-    first, last = moment(since, sh), moment(until, sh)
+    first, last = words.moment(since, sh), words.moment(until, sh)
     reg = sh.existing()
     last_seq = reg.last_seq
+    newest_first = reverse or count is not None  # then the end of a long history is enough
     found: Iterable[Event] = _by(
         reg.history(
             sid=sid,
@@ -299,15 +290,16 @@ def history(
             since=first,
             until=last,
             after=after,
+            newest_first=newest_first,
         ),
         actor,
     )
     if follow:  # what comes later is followed, and must not be printed twice
         found = (event for event in found if event.seq <= last_seq)
     if count is not None:
-        found = deque(found, maxlen=count)
-    if reverse:
-        found = reversed(list(found))
+        found = itertools.islice(found, count)
+    if newest_first and not reverse:
+        found = list(found)[::-1]
     if sh.json:
         for event in found:
             sh.stream(shell.event_json(event))
@@ -362,44 +354,6 @@ def print_line(sh: Shell, event: Event) -> None:
     sh.line("  ".join(part for part in shell.event_row(sh, event) if part), flush=True)
 
 
-@command("stats", examples="crewlog stats\ncrewlog stats --json | jq .workers")
-def stats(sh: Shell) -> None:
-    """Count workers by state and liveness, events by type, and bytes."""
-    reg = sh.existing()
-    workers = list(reg.state().workers.values())
-    states = Counter(worker.state.value for worker in workers)
-    living = [worker for worker in workers if not worker.final]
-    verdicts = Counter(found.verdict.value for found in reg.judge(living))
-    where = reg.log().directory
-    sizes = {
-        name: sum(entry.stat().st_size for entry in (where.path / name).iterdir())
-        for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE)
-    }
-    compacted = reg.compacted()
-    found = {
-        "last_seq": reg.last_seq,
-        "snapshot_seq": 0 if compacted is None else compacted[0],
-        "compacted_at": None if compacted is None else timestamp(compacted[1]),
-        "workers": {state.value: states.get(state.value, 0) for state in WorkerState},
-        "liveness": {verdict.value: verdicts.get(verdict.value, 0) for verdict in Verdict},
-        "events": dict(sorted(reg.totals().items())),
-        "bytes": sizes,
-    }
-    if sh.json:
-        sh.document(found)
-        return
-    rows = [["last seq", str(found["last_seq"])], ["snapshot seq", str(found["snapshot_seq"])]]
-    if compacted is None:
-        rows.append(["compacted", "never"])
-    else:
-        rows.append(["compacted", text.exact(compacted[1], utc=sh.utc)])
-    rows += [[f"workers {name}", str(count)] for name, count in states.items()]
-    rows += [[f"liveness {name}", str(count)] for name, count in verdicts.items()]
-    rows += [[f"events {name}", str(count)] for name, count in sorted(reg.totals().items())]
-    rows += [[f"bytes {name}", text.size(count)] for name, count in sizes.items()]
-    sh.table(["what", "value"], rows)
-
-
 @command("path", examples='ls -l "$(crewlog path)"')
 def path(sh: Shell) -> None:
     """Print the registry's directory, whether or not it exists."""
@@ -415,6 +369,5 @@ COMMANDS: Final = {
     "show": show,
     "alive": alive,
     "history": history,
-    "stats": stats,
     "path": path,
 }

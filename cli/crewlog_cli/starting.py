@@ -22,7 +22,7 @@ from crewlog.launch import Launch
 from crewlog.lease import Lease
 from crewlog.lock import Lock
 from crewlog.registry import Registry
-from crewlog_cli import reading, shell
+from crewlog_cli import shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 
@@ -74,12 +74,12 @@ class _Wish:
 
 def _wish(options: _Options) -> _Wish:
     spoken = options["heartbeat"]
-    heartbeat_s = None if spoken is None else reading.span_s(spoken)
+    heartbeat_s = None if spoken is None else words.span_s(spoken)
     tried(lambda: changes.check_heartbeat(heartbeat_s))
     return _Wish(
         sock=safe(options["sock"]),
         version=safe(options["version"]),
-        labels=reading.pairs([safe(row) for row in options["labels"]]),
+        labels=words.pairs([safe(row) for row in options["labels"]]),
         ready=not options["starting"],
         leased=options["lease"] or heartbeat_s is not None,
         heartbeat_s=heartbeat_s,

@@ -15,7 +15,7 @@ from crewlog.events import Item, Reset, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
 from crewlog.watch import Watch
-from crewlog_cli import changing, reading, shell
+from crewlog_cli import changing, reading, shell, words
 from crewlog_cli.shell import Shell, command
 
 _RETRY_MIN_S: Final = 0.1
@@ -87,8 +87,8 @@ def watch(
     if run != bool(argv):
         message = "--exec goes with -- CMD…, and CMD with --exec"
         raise click.UsageError(message)
-    limit_s = None if timeout is None else reading.span_s(timeout)
-    first = reading.moment(since, sh)
+    limit_s = None if timeout is None else words.span_s(timeout)
+    first = words.moment(since, sh)
     reg = sh.existing()
     start: After = "oldest" if from_start else "now" if now else first or after
     items = changing.tried(

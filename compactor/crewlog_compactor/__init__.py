@@ -13,6 +13,7 @@ from crewlog_compactor.findings import Finding, VerifyReport
 from crewlog_compactor.legacy import ImportReport, import_legacy
 from crewlog_compactor.plan import Plan
 from crewlog_compactor.repair import RepairReport, repair
+from crewlog_compactor.retain import KeepEvents
 from crewlog_compactor.verify import verify
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "CompactReport",
     "Finding",
     "ImportReport",
+    "KeepEvents",
     "Plan",
     "RepairReport",
     "VerifyReport",

@@ -1,18 +1,15 @@
 """Move sealed segments into the archive: compressed, checked, durable before the original goes."""
 
-import gzip
 import itertools
 import os
-from typing import Final
 
-from crewlog import disk, layout, segments
+from crewlog import disk, layout, packing, segments
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged
+from crewlog.packing import Packing, PackingError
 
-_LEVEL: Final = 6
 
-
-def archive(directory: Directory, *, covered: int) -> list[int]:
+def archive(directory: Directory, *, covered: int, packing: Packing) -> list[int]:
     """Archive every sealed segment whose last seq is at most `covered`; return their first seqs.
 
     Held: locks/compact. Interrupted anywhere, a segment is in log/, in archive/, or in both with
@@ -23,12 +20,12 @@ def archive(directory: Directory, *, covered: int) -> list[int]:
     for first, following in itertools.pairwise(firsts):
         if following - 1 > covered:
             break
-        _move(directory, first)
+        _move(directory, first, packing)
         moved.append(first)
     return moved
 
 
-def _move(directory: Directory, first: int) -> None:
+def _move(directory: Directory, first: int, wanted: Packing) -> None:
     via, log, shelf = directory.disk, directory[layout.LOG], directory[layout.ARCHIVE]
     source = segments.open_segment(directory, first)
     try:
@@ -36,11 +33,16 @@ def _move(directory: Directory, first: int) -> None:
     finally:
         source.close()
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
-    name = layout.archive_name(first)
-    disk.write_new(via, temporary, gzip.compress(data, _LEVEL, mtime=0), at=shelf)
+    # one that an interrupted move left is replaced, also where it is packed another way
+    name = segments.archive_file(directory, first) or layout.archive_name(first, wanted)
+    disk.write_new(via, temporary, packing.pack(data, packing.packing_of(name)), at=shelf)
     where = directory.where(layout.ARCHIVE, temporary)
     packed = disk.read_all(temporary, at=shelf, where=where, limit=layout.SNAPSHOT_BYTES_MAX)
-    if gzip.decompress(packed) != data:
+    try:
+        same = packing.unpack(packed, name=name, where=where) == data
+    except PackingError:
+        same = False
+    if not same:
         via.unlink(temporary, at=shelf)
         raise ArchiveDamaged(name, offset=0, seq=first, reason="it does not read back as written")
     via.rename(temporary, name, at=shelf)

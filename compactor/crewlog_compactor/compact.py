@@ -6,15 +6,16 @@ needs are in place, killed after it, the next compaction archives what this one 
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from crewlog import disk, events, fold, layout, segments, snapshot, tail
+from crewlog import disk, events, layout, segments, snapshot, tail
 from crewlog.codec import Snapshot
-from crewlog.errors import CollectRefused, HistoryDiverged, LogCorrupt
-from crewlog.fold import Fold, FoldError
+from crewlog.errors import CollectRefused
 from crewlog.log import Log
+from crewlog.packing import Packing, require
+from crewlog.reader import Reader
+from crewlog.refold import refold
 from crewlog.registry import Registry
-from crewlog.segments import Position, Reader
+from crewlog.segments import Position
 from crewlog_compactor import archive
 from crewlog_compactor.collect import KEEP, CollectReport, collect
 from crewlog_compactor.retain import Keep, check_keep, retain
@@ -39,27 +40,34 @@ class CompactReport:
 
 
 def compact(
-    reg: Registry, *, gc: bool = True, force: bool = False, keep_history: Keep = None
+    reg: Registry,
+    *,
+    gc: bool = True,
+    force: bool = False,
+    keep_history: Keep = None,
+    packing: Packing = "gzip",
 ) -> CompactReport:
     """Collect the dead, fold the log into registry.json, archive what two snapshots cover.
 
     *Guarantee*: durable on return; safe to kill anywhere; writers go on meanwhile; no history is
     lost unless `keep_history` says so: None keeps all, a timedelta what is younger, an int so many
-    bytes of archive, and a cursor holds back what it needs. *Raises* LockBusy at once where
-    another compaction runs, StoreMissing, DataDamaged.
+    bytes of archive, KeepEvents so many events; a cursor holds back what it needs. *Args*:
+    `packing` of what is archived now, gzip or zstd (extra `[zstd]`). *Raises* LockBusy at once
+    where another compaction runs, StoreMissing, DataDamaged, Unsupported.
     """
     check_keep(keep_history)
+    packed = require(packing)
     log = reg.log()
     lock = log.try_compact_lock()
     try:
         with disk.failures("cannot compact", where=str(reg.path)):
-            return _compact(reg, log, gc=gc, force=force, keep_history=keep_history)
+            return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
     finally:
         lock.close()
 
 
 def _compact(
-    reg: Registry, log: Log, *, gc: bool, force: bool, keep_history: Keep
+    reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
 ) -> CompactReport:
     """Do the whole job. Held: locks/compact."""
     _sweep(log)
@@ -69,7 +77,7 @@ def _compact(
     folded, current = _fold(log)
     if folded:
         log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
-    moved = _archive(log)
+    moved = _archive(log, packing)
     dropped = retain(log, keep_history)
     return CompactReport(
         folded_events=folded,
@@ -108,68 +116,17 @@ def _has_events(log: Log) -> bool:
 def _fold(log: Log) -> tuple[int, Snapshot]:
     """Fold the sealed segments onto the snapshot and replace it, if there is anything new."""
     directory = log.directory
-    current = _base(log)
+    current = snapshot.newest(directory)
     last = log.head().segment - 1  # published once the segment's name was durable
     if last <= current.last_seq:
         return 0, current
-    state = fold.restored(current.last_seq, current.sessions, current.ended, current.totals)
-    reader = Reader(directory, segments.start_of(current.last_seq + 1))
-    prev = current.last_hash
-    try:
-        for line, raw in reader.read(Position(0, 0, last)):
-            if line["prev"] != prev:
-                raise HistoryDiverged(
-                    directory.where(layout.LOG, layout.segment_name(reader.position.segment)),
-                    seq=line["seq"] - 1,
-                )
-            prev = segments.hash_after(line, raw).hex()
-            _apply(state, line, reader, raw)
-    finally:
-        reader.close()
-    fresh = Snapshot(
-        store=directory.store,
-        last_seq=state.seq,
-        last_hash=prev,
-        written_at=events.timestamp(datetime.now(UTC)),
-        sessions=list(state.sessions()),
-        ended=list(state.ended()),
-        totals=state.totals,
-    )
-    return state.seq - current.last_seq, snapshot.replace(directory, fresh)
+    fresh = refold(directory, current, Position(0, 0, last))
+    return fresh.last_seq - current.last_seq, snapshot.replace(directory, fresh)
 
 
-def _apply(state: Fold, line: events.Line, reader: Reader, raw: bytes) -> None:
-    try:
-        state.apply(line)
-    except FoldError as error:
-        raise LogCorrupt(
-            layout.segment_name(reader.position.segment),
-            offset=reader.position.offset - len(raw) - 1,
-            seq=line["seq"],
-            reason=str(error),
-            proof="its crc is right",
-        ) from error
-
-
-def _base(log: Log) -> Snapshot:
-    """Return the newest good snapshot; before the first one, the empty state."""
-    found = snapshot.load(log.directory).snapshot
-    if found is not None:
-        return found
-    return Snapshot(
-        store=log.directory.store,
-        last_seq=0,
-        last_hash=log.directory.digest.hex(),
-        written_at="",
-        sessions=(),
-        ended=(),
-        totals={},
-    )
-
-
-def _archive(log: Log) -> int:
+def _archive(log: Log, packing: Packing) -> int:
     """Archive what the previous snapshot covers too, so that two generations can be rebuilt."""
     previous = snapshot.read(log.directory, layout.SNAPSHOT_PREV)
     if previous is None:
         return 0
-    return len(archive.archive(log.directory, covered=previous.last_seq))
+    return len(archive.archive(log.directory, covered=previous.last_seq, packing=packing))

@@ -14,7 +14,6 @@ A torn tail that was never acknowledged is no case for a repair: the next writer
 Lock order as in log.py: compact, append, sync, all held while files change.
 """
 
-import gzip
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from crewlog import (
     events,
     identity,
     layout,
+    packing,
     recovery,
     segments,
     snapshot,
@@ -122,7 +122,7 @@ class _Part:
     """One segment as it should be; `first` names it."""
 
     first: int
-    archived: bool
+    archived: str | None  # its name in archive/; None: it is in log/
     original: bytes | None  # None: there was no such file
     lines: list[bytes] = field(default_factory=list)
     changed: bool = False
@@ -130,7 +130,11 @@ class _Part:
 
     @property
     def name(self) -> str:
-        return layout.archive_name(self.first) if self.archived else layout.segment_name(self.first)
+        return self.archived or layout.segment_name(self.first)
+
+    def beside(self, first: int) -> "_Part":
+        """Return a part that was not there, where this one lies."""
+        return _Part(first, layout.archive_name(first) if self.archived else None, None)
 
     @property
     def folder(self) -> str:
@@ -183,7 +187,7 @@ class _Survey:
             if self.seq < boundary <= last:
                 if part.sealed:
                     self.parts.append(part)
-                    part = _Part(self.seq + 1, part.archived, None)
+                    part = part.beside(self.seq + 1)
                 self.lose(part, boundary, next_prev if boundary == last else None, end=True)
         self.parts.append(part)
 
@@ -212,11 +216,10 @@ def _survey(at: Directory) -> _Survey:
     begin = at.digest.hex()
     found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
     firsts = segments.all_of(at)
-    shelved = set(segments.archived(at))
     for index, first in enumerate(firsts):
         last = index == len(firsts) - 1
         data = _bytes(at, first)
-        part = _Part(first, first in shelved and not _in_log(at, first), data)
+        part = _Part(first, None if _in_log(at, first) else segments.archive_file(at, first), data)
         if last and data is not None:
             data = _acknowledged(first, data, head, snapshot_seq=known)
         if first > found.seq + 1:
@@ -242,7 +245,7 @@ def _in_log(at: Directory, first: int) -> bool:
 
 
 def _bytes(at: Directory, first: int) -> bytes | None:
-    """Read a segment; of an archive that is no gzip any more, nothing can be read."""
+    """Read a segment; of an archive that cannot be unpacked, nothing."""
     try:
         source = segments.open_segment(at, first)
     except ArchiveDamaged:
@@ -278,7 +281,7 @@ def _missing(found: _Survey, following: _Part, next_prev: str | None) -> None:
     if not found.parts and following.first > 1:
         found.seq, found.hash = following.first - 1, next_prev or "0" * 64
         return  # decided once the lines that tell of a retention were read
-    found.lose_rest(_Part(found.seq + 1, following.archived, None), following.first - 1, next_prev)
+    found.lose_rest(following.beside(found.seq + 1), following.first - 1, next_prev)
 
 
 def _follow(found: _Survey, part: _Part, data: bytes) -> None:
@@ -342,7 +345,7 @@ def _beginning(found: _Survey, begin: int) -> None:
     """Put gaps for a beginning that is lost without a word."""
     last, hash_ = found.dropped
     before = _Survey(found.store, found.poisoned, None, found.hashes, seq=last, hash=hash_)
-    part = _Part(last + 1, found.parts[0].archived, None)
+    part = found.parts[0].beside(last + 1)
     before.lose_rest(part, begin - 1, _prev_of(b"".join(found.parts[0].lines[:1])))
     found.parts[:0] = before.parts
     found.losses[:0] = before.losses
@@ -363,9 +366,9 @@ def _rewrite(at: Directory, part: _Part) -> str:
     data = b"".join(part.lines)
     temporary = f"{layout.TEMPORARY_PREFIX}repair-{os.getpid()}"
     segments.sweep(at, folder)
-    disk.write_new(
-        via, temporary, gzip.compress(data, mtime=0) if part.archived else data, at=folder
-    )
+    if part.archived:
+        data = packing.pack(data, packing.packing_of(part.archived))
+    disk.write_new(via, temporary, data, at=folder)
     via.rename(temporary, part.name, at=folder)
     via.sync_directory(folder)
     return aside

@@ -2,8 +2,9 @@
 
 Only archived segments that the previous snapshot covers are ever dropped, oldest first, and none
 that a cursor still needs, up to a cap: beyond it the history goes, and the cursor's owner hears
-of the exact range when it comes back. `_archive_dropped` is durable before the first file goes,
-so that verify can tell policy from loss.
+of the exact range when it comes back. What went is folded into archive/base.json first, so that
+the state at any time that is still kept can be told; then `_archive_dropped` is made durable, so
+that verify can tell policy from loss; then the files go.
 """
 
 import logging
@@ -11,19 +12,34 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
-from crewlog import cursor, events, layout, segments
+from crewlog import cursor, events, layout, segments, snapshot
 from crewlog.directory import Directory
+from crewlog.errors import DataDamaged
+from crewlog.events import JsonObject
 from crewlog.log import Log
+from crewlog.reader import walk
+from crewlog.refold import refold
+from crewlog.segments import Position
 
 _logger = logging.getLogger("crewlog.retain")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvents:
+    """Keep at least the newest so many events."""
+
+    count: int
+
+
 # None: everything; a timedelta: events of that age and younger; an int: bytes of archive.
-Keep: TypeAlias = timedelta | int | None
+Keep: TypeAlias = timedelta | int | KeepEvents | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Archived:
     first: int
     last: int
+    name: str
     size: int
 
 
@@ -33,7 +49,9 @@ def check_keep(keep: object) -> Keep:
         return keep
     if type(keep) is int and keep >= 0:
         return keep
-    message = f"keep_history is a timedelta, a number of bytes or None, not {keep!r}"
+    if isinstance(keep, KeepEvents) and keep.count >= 0:
+        return keep
+    message = f"keep_history is a timedelta, a number of bytes, KeepEvents or None, not {keep!r}"
     raise ValueError(message)
 
 
@@ -45,15 +63,19 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     if keep is None:
         return None
     kept = _archive(log.directory)
-    surplus = _surplus(log.directory, kept, keep)
+    surplus = _surplus(log, kept, keep)
     going = kept[: _held_back(log, kept, surplus)]
     if not going:
         return None
     first, last = going[0].first, going[-1].last
-    log.note(events.DROPPED, {"first": first, "last": last, "head": _hash_after(log, last)})
+    told: JsonObject = {"first": first, "last": last, "head": _hash_after(log, last)}
+    base = _base(log.directory, last)
+    if base is not None:
+        told["base"] = base
+    log.note(events.DROPPED, told)
     via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
     for part in going:  # one by one, so that a power cut leaves no hole behind an older one
-        via.unlink(layout.archive_name(part.first), at=shelf)
+        via.unlink(part.name, at=shelf)
         via.sync_directory(shelf)
     return first, last
 
@@ -63,21 +85,25 @@ def _archive(directory: Directory) -> list[_Archived]:
     if not firsts:
         return []
     following = [*firsts[1:], segments.active_and_sealed(directory)[0]]
-    shelf = directory.path / layout.ARCHIVE
-    return [
-        _Archived(first, after - 1, (shelf / layout.archive_name(first)).stat().st_size)
-        for first, after in zip(firsts, following, strict=True)
-    ]
+    found = []
+    for first, after in zip(firsts, following, strict=True):
+        name = segments.archive_file(directory, first) or layout.archive_name(first)
+        size = (directory.path / layout.ARCHIVE / name).stat().st_size
+        found.append(_Archived(first, after - 1, name, size))
+    return found
 
 
-def _surplus(directory: Directory, kept: list[_Archived], keep: Keep) -> int:
+def _surplus(log: Log, kept: list[_Archived], keep: Keep) -> int:
     """Count how many of the oldest segments the policy does not keep."""
     if isinstance(keep, timedelta):
         oldest = events.timestamp(datetime.now(UTC) - keep)
         count = 0
-        while count < len(kept) and _last_ts(directory, kept[count]) < oldest:
+        while count < len(kept) and _last_ts(log.directory, kept[count]) < oldest:
             count += 1
         return count
+    if isinstance(keep, KeepEvents):
+        newest = log.last_seq() - keep.count
+        return sum(1 for part in kept if part.last <= newest)
     left = sum(part.size for part in kept)
     count = 0
     while count < len(kept) and left > (keep or 0):
@@ -89,7 +115,7 @@ def _surplus(directory: Directory, kept: list[_Archived], keep: Keep) -> int:
 def _last_ts(directory: Directory, part: _Archived) -> str:
     source = segments.open_segment(directory, part.first)
     ts = ""
-    for step in segments.walk(source, segments.start_of(part.first)):
+    for step in walk(source, segments.start_of(part.first)):
         ts = max(ts, step.line["ts"]) if step.line is not None else ts
     return ts
 
@@ -113,11 +139,25 @@ def _held_back(log: Log, kept: list[_Archived], surplus: int) -> int:
     return free
 
 
+def _base(directory: Directory, last: int) -> str | None:
+    """Fold what goes into archive/base.json; return its hash, None where it cannot be folded."""
+    try:
+        start = snapshot.read_base(directory) or snapshot.empty(directory)
+        if start.last_seq + 1 < segments.archived(directory)[0]:
+            return None  # an older version dropped the history before this one without a base
+        if start.last_seq >= last:  # it was folded before a retention that was killed
+            return start.sha256
+        return snapshot.put_base(directory, refold(directory, start, Position(0, 0, last)))
+    except DataDamaged as error:
+        _logger.warning("no state can be kept for the history after seq %d: %s", last, error)
+        return None
+
+
 def _hash_after(log: Log, last: int) -> str:
     """Return the hash of the last line that goes, as the line after it tells."""
     source = segments.open_segment(log.directory, last + 1)
     try:
-        step = next(segments.walk(source, segments.start_of(last + 1)))
+        step = next(walk(source, segments.start_of(last + 1)))
     finally:
         source.close()
     return "" if step.line is None else step.line["prev"]

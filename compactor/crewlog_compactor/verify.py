@@ -8,14 +8,11 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from crewlog import (
     codec,
-    cursor,
     directory,
-    disk,
     events,
     fold,
     identity,
@@ -27,12 +24,20 @@ from crewlog import (
 )
 from crewlog.codec import AppendState, DurableHead, LineError, Snapshot
 from crewlog.directory import Directory
-from crewlog.errors import CrewlogError, FormatTooNew, SegmentMissing, SnapshotCorrupt, StoreMissing
-from crewlog.events import JsonObject, Line, Record
+from crewlog.errors import (
+    ArchiveDamaged,
+    CrewlogError,
+    FormatTooNew,
+    SegmentMissing,
+    SnapshotCorrupt,
+    StoreMissing,
+)
+from crewlog.events import JsonObject, JsonValue, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.states import States
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.findings import Finding, VerifyReport
+from crewlog_compactor.strays import strays
 
 # The place in a batch that a line behind a gap may have: any.
 _ANY: Final = (-1, -1)
@@ -85,6 +90,8 @@ class _Check:
     hash: str = ""
     anchored: str = ""
     snapshot_told: int = 0  # the log tells of a snapshot up to here
+    base: Snapshot | None = None
+    base_told: tuple[int, JsonValue] = (0, None)  # a retention left this state, and its hash
     hole: bool = False  # damage so far: the fold is no longer the truth
     partial: bool = False  # retention took the beginning: the fold begins at the older snapshot
     bases: dict[int, Snapshot] = field(default_factory=dict)
@@ -97,7 +104,10 @@ class _Check:
         snapshots = list(self._snapshots())
         head, written = self._states()
         self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
+        base = self._archive_base()
         self.bases = {found.last_seq: found for _, found in snapshots}
+        if base is not None:
+            self.bases[base.last_seq] = base
         self.hash = self.directory.digest.hex()
         firsts = segments.all_of(self.directory)
         if not firsts:
@@ -106,10 +116,11 @@ class _Check:
         for name, found in snapshots:
             self._compare(name, found)
         self._newest()
+        self._base()
         if head is not None and written is not None:
             self._hold_together(head, written)
         self._anchored()
-        self._files()
+        strays(self.directory, self._report)
         if head is not None and end < head.seq:
             self._report(
                 "log_regressed",
@@ -158,6 +169,24 @@ class _Check:
             if found is not None:
                 yield name, found
 
+    def _archive_base(self) -> Snapshot | None:
+        """Read the state that the archive begins with."""
+        try:
+            self.base = snapshot.read_base(self.directory)
+        except SnapshotCorrupt as error:
+            self._report(error.code, f"{layout.ARCHIVE}/{layout.BASE}", error.why)
+        return self.base
+
+    def _base(self) -> None:
+        """Hold the state that the archive begins with against what its retention told of it."""
+        last, told = self.base_told
+        if told is None or any(f.path.endswith(layout.BASE) for f in self.findings):
+            return
+        base = self.base
+        if base is None or base.last_seq < last or (base.last_seq == last and base.sha256 != told):
+            why = "it is missing" if base is None else "it is not the one that the log tells of"
+            self._report("snapshot_differs", f"{layout.ARCHIVE}/{layout.BASE}", why, seq=last)
+
     def _states(self) -> tuple[DurableHead | None, AppendState | None]:
         states = States(self.directory)
         name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
@@ -200,13 +229,11 @@ class _Check:
             if first != self.seq + 1:
                 self._missing(first)
             active = index == last
-            source = segments.open_segment(self.directory, first)
             try:
-                data = source.read(0, source.size())
-            finally:
-                source.close()
-            folder = layout.ARCHIVE if source.archived else layout.LOG
-            name = f"{folder}/{source.name}"
+                name, data = self._bytes(first)
+            except ArchiveDamaged as error:
+                self._unreadable(error, following=firsts[index + 1])
+                continue
             if active:
                 data = self._durable_part(name, first, data, head)
             self._walk(name, first, data, active=active)
@@ -214,15 +241,31 @@ class _Check:
                 self.progress(index + 1, last + 1)
         return self.seq
 
+    def _bytes(self, first: int) -> tuple[str, bytes]:
+        """Read a segment wherever it lies; return its name in the store, too."""
+        source = segments.open_segment(self.directory, first)
+        try:
+            data = source.read(0, source.size())
+        finally:
+            source.close()
+        folder = layout.ARCHIVE if source.archived else layout.LOG
+        return f"{folder}/{source.name}", data
+
+    def _unreadable(self, error: ArchiveDamaged, *, following: int) -> None:
+        """Report an archive that cannot be unpacked, and go on behind it."""
+        self._report(error.code, f"{layout.ARCHIVE}/{error.segment}", error.reason, seq=error.seq)
+        self.seq, self.hash, self.hole = following - 1, "", True
+
     def _begin(self, firsts: list[int]) -> None:
         """Take the beginning that retention dropped for policy, if a line of the log says so."""
         first = firsts[0] if firsts else 1
         if first == 1:
             return
         for found in reversed(firsts):
-            source = segments.open_segment(self.directory, found)
-            data = source.read(0, source.size())
-            source.close()
+            try:
+                _, data = self._bytes(found)
+            except ArchiveDamaged:  # reported when its turn comes
+                continue
             for raw in reversed(data.split(b"\n")):
                 if b'"type":"_archive_dropped"' in raw:
                     with contextlib.suppress(LineError):
@@ -239,6 +282,7 @@ class _Check:
         self.seq = first - 1
         self.hash = str(told.get("head")) if first == last + 1 else ""
         self.partial = True
+        self.base_told = last, told.get("base")
         self._rebase()
         return True
 
@@ -454,45 +498,3 @@ class _Check:
                     layout.SNAPSHOT,
                     f"it covers seq {covered}, the log tells of one up to {self.snapshot_told}",
                 )
-
-    # -- files ------------------------------------------------------------------------------
-
-    def _files(self) -> None:
-        """Report files that do not belong here, or that others could read."""
-        known = {
-            layout.STORE,
-            layout.SNAPSHOT,
-            layout.SNAPSHOT_PREV,
-            layout.APPEND_STATE,
-            layout.POISON,
-            *layout.DIRECTORIES,
-        }
-        places = [("", self.directory.root), *((n, self.directory[n]) for n in layout.DIRECTORIES)]
-        for folder, fd in places:
-            for name in disk.names(fd):
-                relative = str(Path(folder) / name)
-                if not folder and name not in known and not layout.is_temporary(name):
-                    self._report("stray_file", relative, "this is no file of a store")
-                elif folder in {layout.LOG, layout.ARCHIVE} and layout.first_seq_of(name) is None:
-                    if not layout.is_temporary(name):
-                        self._report("stray_file", relative, "this is no segment")
-                elif not folder and name in layout.DIRECTORIES:
-                    continue
-                elif folder == layout.CURSORS and not layout.is_temporary(name):
-                    self._cursor(relative, name)
-                else:
-                    self._permissions(relative, name, fd)
-
-    def _cursor(self, relative: str, name: str) -> None:
-        try:
-            cursor.read(self.directory, name)
-        except CrewlogError as error:
-            self._report(error.code, relative, error.why)
-
-    def _permissions(self, relative: str, name: str, at: int) -> None:
-        try:
-            os.close(disk.open_file(name, at=at, where=self.directory.where(relative)))
-        except FileNotFoundError:  # moved on meanwhile
-            return
-        except CrewlogError as error:
-            self._report(error.code, relative, error.why)

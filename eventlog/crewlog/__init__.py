@@ -52,6 +52,7 @@ from crewlog.events import (
     Event,
     Exit,
     Identity,
+    Past,
     Reset,
     State,
     Synced,
@@ -59,6 +60,7 @@ from crewlog.events import (
     WorkerState,
 )
 from crewlog.liveness import Evidence, Flag, Liveness, Verdict
+from crewlog.lives import Life
 from crewlog.registry import Registry, open  # noqa: A004 (crewlog.open is the promised name)
 from crewlog.subscribe import Mirror, Subscription
 from crewlog.watch import Watch
@@ -94,6 +96,7 @@ __all__ = [
     "InvalidTransition",
     "LeaseMissing",
     "LegacyCorrupt",
+    "Life",
     "Liveness",
     "LockBusy",
     "LogCorrupt",
@@ -101,6 +104,7 @@ __all__ = [
     "LossRefused",
     "Mirror",
     "NotAStore",
+    "Past",
     "PlanInvalid",
     "ProcessNotFound",
     "Registry",

@@ -5,9 +5,11 @@ to be changed; it may run more than once. Bad arguments raise ValueError or Type
 anything is written.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from crewlog import codec, endpoint, events, fold, identity, layout
 from crewlog.codec import Draft
@@ -113,11 +115,41 @@ def _small(value: object, *, name: str, low: int) -> int | None:
 # -- steps ----------------------------------------------------------------------------------
 
 
+# Takes an event's type and what its caller gave of _GIVEN, and returns what is to be written.
+Redact: TypeAlias = Callable[[str, JsonObject], Mapping[str, JsonValue]]
+_GIVEN: Final[tuple[str, ...]] = ("sock", "version", "labels", "meta", "reason")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Author:
-    """Who asks: the actor as JSON bytes, encoded once."""
+    """Who asks: the actor as JSON bytes, encoded once; and what must not be written."""
 
     actor: bytes
+    redact: Redact | None = None
+
+    def draft(self, kind: str, sid: str, data: JsonObject) -> Draft:
+        """Encode an event, redacted."""
+        if self.redact is not None:
+            data = _redacted(self.redact, kind, data)
+        return codec.draft(kind, sid, self.actor, data)
+
+
+def _redacted(redact: Redact, kind: str, data: JsonObject) -> JsonObject:
+    given: JsonObject = {key: copy.deepcopy(data[key]) for key in _GIVEN if key in data}
+    if not given:
+        return data
+    kept = redact(kind, given)
+    if not isinstance(kept, Mapping) or set(kept) != {key for key in _GIVEN if key in data}:
+        message = "redact must return a mapping with the keys that it was given"
+        raise ValueError(message)
+    checks: dict[str, Callable[[object], JsonValue]] = {
+        "sock": _sock,
+        "version": lambda value: _text(value, name="version"),
+        "labels": lambda value: _labels(value, removing=kind != events.REGISTERED),
+        "meta": lambda value: _mapping(value, name="meta"),
+        "reason": check_reason,
+    }
+    return {**data, **{key: checks[key](kept[key]) for key in given}}
 
 
 def registered(
@@ -268,7 +300,7 @@ def exited(
         fold.refuse(events.EXITED, sid, record)
         assert record is not None  # refuse() would have raised
         expected = fold.expects_end(record)
-        return codec.draft(events.EXITED, sid, author.actor, {**data, "expected": expected})
+        return author.draft(events.EXITED, sid, {**data, "expected": expected})
 
     return Step(sid, step)
 
@@ -328,7 +360,7 @@ def pruned(author: Author, sid: str, *, expect: int) -> Step:
 
 
 def _plain(author: Author, kind: str, sid: str, data: JsonObject, *, expect: int | None) -> Step:
-    part = codec.draft(kind, sid, author.actor, data)
+    part = author.draft(kind, sid, data)
 
     def step(written: Written) -> Draft | None:
         record = written.get(sid)

@@ -21,7 +21,9 @@ from crewlog.directory import Directory
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.events import Line, Record
 from crewlog.fold import Fold, FoldError
-from crewlog.segments import Position, Reader
+from crewlog.reader import Reader, raw_between, walk
+from crewlog.refold import corrupt
+from crewlog.segments import Position
 
 _logger = logging.getLogger("crewlog.current")
 # The fixed beginning of every line, up to the sid.
@@ -66,7 +68,7 @@ class Current:
         try:
             state.apply(line)
         except FoldError as error:
-            raise _corrupt(reader.position, line, raw, error) from error
+            raise corrupt(reader.position, line, raw, error) from error
 
     def _load(self) -> tuple[Fold, Reader]:
         if self._loaded is None:
@@ -86,7 +88,7 @@ class Current:
         """Hold the snapshot against the line that follows it."""
         source = segments.open_segment(self._directory, seq + 1)
         try:
-            first = next(segments.walk(source, segments.start_of(seq + 1)), None)
+            first = next(walk(source, segments.start_of(seq + 1)), None)
         finally:
             source.close()
         if first is None or first.line is None:
@@ -122,7 +124,7 @@ class Current:
 
     def _look_between(self, start: Position, end: Position) -> None:
         with self._all_or_nothing():
-            for raw in segments.raw_between(self._directory, start, end):
+            for raw in raw_between(self._directory, start, end):
                 for match in _SID.finditer(raw):
                     sid = match[1].decode()
                     if sid in self._recent:
@@ -139,7 +141,7 @@ class Current:
                         try:
                             record = fold.after(line, record)
                         except FoldError as error:
-                            raise _corrupt(reader.position, line, raw, error) from error
+                            raise corrupt(reader.position, line, raw, error) from error
             finally:
                 reader.close()
             if len(self._recent) >= layout.RECENT_MAX:
@@ -196,13 +198,3 @@ class Written:
     def get(self, sid: str) -> Record | None:
         """Return the record of that sid as of the last line written."""
         return self._current.record(sid, head=self._head, end=self._end)
-
-
-def _corrupt(place: Position, line: Line, raw: bytes, error: FoldError) -> LogCorrupt:
-    return LogCorrupt(
-        layout.segment_name(place.segment),
-        offset=place.offset - len(raw) - 1,
-        seq=line["seq"],
-        reason=str(error),
-        proof="its crc is right",
-    )

@@ -87,6 +87,10 @@ class Disk:
         """Replace `new` by `name`, atomically."""
         os.rename(name, new, src_dir_fd=at, dst_dir_fd=at)
 
+    def publish(self, name: str, *, at: int) -> None:
+        """Let everybody read a file of ours; for what is not the store's."""
+        os.chmod(name, layout.PUBLIC_MODE, dir_fd=at)
+
     def unlink(self, name: str, *, at: int) -> None:
         """Remove a name."""
         os.unlink(name, dir_fd=at)
@@ -188,16 +192,19 @@ def write_new(via: Disk, name: str, data: bytes, *, at: int) -> None:
         os.close(fd)
 
 
-def replace_file(via: Disk, path: Path, data: bytes) -> None:
-    """Put a file of ours at a path outside the store, whole or not at all, owner-only.
+def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) -> None:
+    """Put a file of ours at a path outside the store, whole or not at all.
 
-    A link at that path is replaced, never followed.
+    It is owner-only, or with `public` readable by all. A link at that path is replaced, never
+    followed.
     """
     at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     temporary = f"{layout.TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
     try:
         write_new(via, temporary, data, at=at)
         try:
+            if public:
+                via.publish(temporary, at=at)
             via.rename(temporary, path.name, at=at)
         except BaseException:
             via.unlink(temporary, at=at)

@@ -250,6 +250,20 @@ class State:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Past(State):
+    """The state as it was from `since`, the time of the event `seq`, until the next one.
+
+    `until` is None where there is none yet, `since` where the event is not kept. `disputed` is a
+    range of seqs (first, last) where the clock stepped back: these events claim times on both sides
+    of the time that was asked for.
+    """
+
+    since: datetime | None
+    until: datetime | None
+    disputed: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Diff:
     """How a state differs from the one that a watcher had last, by sid."""
 
@@ -373,6 +387,24 @@ def event_of(line: Line, raw: bytes) -> Event:
 def state_of(seq: int, records: Mapping[str, Record]) -> State:
     """Build the frozen state from records that are never changed."""
     return State(seq=seq, workers=Workers(records))
+
+
+def past_of(
+    seq: int,
+    records: Mapping[str, Record],
+    *,
+    since: str | None,
+    until: str | None,
+    disputed: tuple[int, int] | None,
+) -> Past:
+    """Build the frozen state of a time in the past."""
+    return Past(
+        seq=seq,
+        workers=Workers(records),
+        since=None if since is None else utc(since),
+        until=None if until is None else utc(until),
+        disputed=disputed,
+    )
 
 
 def diff_of(before: Mapping[str, int], after: Mapping[str, int]) -> Diff:

@@ -13,7 +13,8 @@ from crewlog import events
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of
 from crewlog.log import Log
-from crewlog.segments import Needles, Position, Reader
+from crewlog.reader import Reader, Sieve
+from crewlog.segments import Position
 
 After: TypeAlias = int | Literal["now", "oldest"] | datetime | None
 OnCompacted: TypeAlias = Literal["reset", "raise"]
@@ -36,13 +37,14 @@ class Filter:
             return False
         return self.sids is None or line["sid"] in self.sids
 
-    def needles(self) -> Needles:
-        """Return what a wanted line must hold, so that the others need not be parsed."""
+    def sieve(self, since: str = "") -> Sieve | None:
+        """Return what a wanted line must have, so that the others need not be parsed."""
+        needles = None
         if self.sids is not None:
-            return [b'"sid":"%b"' % sid.encode() for sid in sorted(self.sids)]
-        if self.types is not None:
-            return [b'"type":"%b"' % kind.encode() for kind in sorted(self.types)]
-        return None
+            needles = [b'"sid":"%b"' % sid.encode() for sid in sorted(self.sids)]
+        elif self.types is not None:
+            needles = [b'"type":"%b"' % kind.encode() for kind in sorted(self.types)]
+        return None if needles is None and not since else Sieve(needles, since.encode())
 
 
 def filter_of(sids: Collection[str] | None, types: Collection[str] | None) -> Filter:
@@ -131,7 +133,7 @@ class Feed:
                 if head.seq <= self.position:
                     return self._announce()
                 if self._reader is None:
-                    self._reader = self.log.reader(self.position, needles=self._wanted.needles())
+                    self._reader = self.log.reader(self.position, sieve=self._wanted.sieve())
                 self._lines = self._reader.read(Position(head.segment, head.end, head.seq))
         except CompactedError as error:
             return self._compacted(error)

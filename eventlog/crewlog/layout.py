@@ -47,7 +47,10 @@ LOCK_COMPACT: Final = "compact"
 LOCK_NAMES: Final = (LOCK_APPEND, *LOCK_SYNC, LOCK_COMPACT)
 
 SEGMENT_SUFFIX: Final = ".jsonl"
-ARCHIVE_SUFFIX: Final = ".jsonl.gz"
+ARCHIVE_SUFFIXES: Final = {"gzip": ".jsonl.gz", "zstd": ".jsonl.zst"}
+ZSTD_SUFFIX: Final = ".zst"
+# In archive/: the state before its oldest segment, once retention dropped what was before.
+BASE: Final = "base.json"
 SEGMENT_DIGITS: Final = 20
 # A temporary file carries the pid of its writer: the next holder of the lock sweeps it.
 TEMPORARY_PREFIX: Final = ".tmp-"
@@ -55,6 +58,7 @@ TEMPORARY_PREFIX: Final = ".tmp-"
 # -- modes ----------------------------------------------------------------------------------
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
+PUBLIC_MODE: Final = 0o644  # of metrics alone, which name no worker
 
 # -- limits ---------------------------------------------------------------------------------
 LINE_BYTES_MAX: Final = 64 * 1024
@@ -73,6 +77,7 @@ RECENT_MAX: Final = 50_000
 CATCH_UP_LINES_MAX: Final = 200
 CATCH_UP_IDLE_S: Final = 0.05
 READ_BYTES: Final = 256 * 1024
+SIEVE_BYTES: Final = 1024 * 1024
 WRITE_BYTES_MAX: Final = 16 * 1024 * 1024
 LABELS_MAX: Final = 64
 TEXT_CHARS_MAX: Final = 4096
@@ -132,15 +137,15 @@ def segment_name(first_seq: int) -> str:
     return f"{first_seq:0{SEGMENT_DIGITS}d}{SEGMENT_SUFFIX}"
 
 
-def archive_name(first_seq: int) -> str:
+def archive_name(first_seq: int, packing: str = "gzip") -> str:
     """Name the archived form of that segment."""
-    return f"{first_seq:0{SEGMENT_DIGITS}d}{ARCHIVE_SUFFIX}"
+    return f"{first_seq:0{SEGMENT_DIGITS}d}{ARCHIVE_SUFFIXES[packing]}"
 
 
 def first_seq_of(name: str) -> int | None:
     """Read the first seq out of a segment's or an archived segment's name, None for other names."""
     digits, dot, rest = name.partition(".")
-    if dot + rest not in (SEGMENT_SUFFIX, ARCHIVE_SUFFIX):
+    if dot + rest not in {SEGMENT_SUFFIX, *ARCHIVE_SUFFIXES.values()}:
         return None
     if len(digits) != SEGMENT_DIGITS or not digits.isascii() or not digits.isdigit():
         return None

@@ -62,8 +62,8 @@ from crewlog.errors import (
 from crewlog.events import JsonObject, Line
 from crewlog.fold import Fold
 from crewlog.lock import Lock, take
+from crewlog.reader import Reader, Sieve
 from crewlog.recovery import Found
-from crewlog.segments import Needles, Reader, Source
 from crewlog.states import States
 from crewlog.store import Appended, Decide
 from crewlog.sync import Syncer
@@ -85,7 +85,7 @@ class Log:
         self._states = States(directory)
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
         self._current = Current(directory)  # guarded by mutex
-        self._active: Source | None = None  # guarded by mutex
+        self._active: segments.Source | None = None  # guarded by mutex
         self._names_durable = False
         self._prepared_at = 0.0
         self._new_mutexes()
@@ -154,8 +154,8 @@ class Log:
         with disk.failures("cannot read the log", where=self._where()), self.mutex:
             yield self._current.durable(segments.durable_end(head))
 
-    def read(self, after: int, *, needles: Needles = None) -> Iterator[tuple[Line, bytes]]:
-        """Yield the durable lines after seq `after` that hold a needle, up to the last of now.
+    def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
+        """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
 
         *Raises* CompactedError where the line after `after` is no longer kept.
         """
@@ -163,7 +163,7 @@ class Log:
             head = self.head()
             if after >= head.seq:
                 return
-            reader = self.reader(after, needles=needles)
+            reader = self.reader(after, sieve=sieve)
             try:
                 for line, raw in reader.read(segments.durable_end(head)):
                     if line["seq"] > after:
@@ -171,7 +171,7 @@ class Log:
             finally:
                 reader.close()
 
-    def reader(self, after: int, *, needles: Needles = None) -> Reader:
+    def reader(self, after: int, *, sieve: Sieve | None = None) -> Reader:
         """Return a reader whose segment holds the line after seq `after`; it may begin before.
 
         *Raises* CompactedError where that line is no longer kept.
@@ -180,7 +180,7 @@ class Log:
         if after + 1 < oldest:
             snapshot_seq = self._current.snapshot_seq
             raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
-        return Reader(self.directory, segments.find(self.directory, after), needles=needles)
+        return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
 
     def _where(self) -> str:
         return str(self.directory.path)
@@ -280,7 +280,7 @@ class Log:
         self._current.catch_up(segments.written_end(state))
         return state, head
 
-    def _require_one_name(self, active: Source) -> None:
+    def _require_one_name(self, active: segments.Source) -> None:
         """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
         where = self.directory.where(layout.LOG, active.name)
         segments.sweep(self.directory, self.directory[layout.LOG])
@@ -288,13 +288,13 @@ class Log:
             raise StoreMissing(where, why="the active segment was removed")
         disk.require_one_name(active.fd, where=where)
 
-    def _open_active(self, segment: int) -> Source:
+    def _open_active(self, segment: int) -> segments.Source:
         if self._active is None or self._active.first != segment:
             self._close_active()
             self._active = segments.open_active(self.directory, segment)
         return self._active
 
-    def _adopt(self, active: Source, state: AppendState, head: DurableHead) -> AppendState:
+    def _adopt(self, active: segments.Source, state: AppendState, head: DurableHead) -> AppendState:
         state, found = tail.adopt(self.directory, active, state)
         self._states.put_append_state(state)
         if found.reason is not None and not state.sealed:

@@ -5,7 +5,7 @@ import pwd
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,12 +16,11 @@ from crewlog import (
     create,
     directory,
     events,
-    feed,
     layout,
     snapshot,
 )
 from crewlog.batch import Batch
-from crewlog.changes import Author, Step
+from crewlog.changes import Author, Redact, Step
 from crewlog.closing import Closing
 from crewlog.ending import Ending
 from crewlog.errors import (
@@ -47,6 +46,7 @@ from crewlog.events import (
 from crewlog.follow import Following
 from crewlog.lease import Lease
 from crewlog.log import Log
+from crewlog.past import Remembering
 from crewlog.starting import Starting
 from crewlog.store import Appended
 
@@ -54,7 +54,7 @@ Where: TypeAlias = str | os.PathLike[str] | None
 Via: TypeAlias = Literal["api", "cli", "gc"]
 
 
-class Registry(Following, Starting, Ending, Closing):
+class Registry(Following, Remembering, Starting, Ending, Closing):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
     *Guarantee*: a method that changes something returns once the event is durable; reading shows
@@ -68,12 +68,14 @@ class Registry(Following, Starting, Ending, Closing):
         *,
         lock_timeout_s: float = layout.LOCK_WAIT_S,
         actor: str | None = None,
+        redact: Redact | None = None,
         via: Via = "api",
     ) -> None:
         """Use `crewlog.open`, which finds the path."""
         self.path = path
         self._wait_s = changes.check_wait(lock_timeout_s)
         self._name = None if actor is None else changes.check_reason(actor)
+        self._redact = redact
         self._via: Via = via
         self._authors: dict[tuple[int, Via], Author] = {}
         self._opening = threading.Lock()
@@ -159,12 +161,18 @@ class Registry(Following, Starting, Ending, Closing):
             }
             if self._name is not None:
                 actor["name"] = self._name
-            self._authors[key] = Author(actor=codec.dump(actor))
+            self._authors[key] = Author(actor=codec.dump(actor), redact=self._redact)
         return self._authors[key]
 
     def twin(self) -> "Registry":
         """Return a registry of its own for the same place, by the same author."""
-        return Registry(self.path, lock_timeout_s=self._wait_s, actor=self._name, via=self._via)
+        return Registry(
+            self.path,
+            lock_timeout_s=self._wait_s,
+            actor=self._name,
+            redact=self._redact,
+            via=self._via,
+        )
 
     def after_fork(self) -> None:
         """Renew the mutex in a forked child: another thread of the parent may have held it."""
@@ -378,44 +386,23 @@ class Registry(Following, Starting, Ending, Closing):
         log = self._existing()
         return 0 if log is None else log.last_seq()
 
-    def history(
-        self,
-        *,
-        sid: str | None = None,
-        types: Collection[str] | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        after: int | None = None,
-    ) -> Iterator[Event]:
-        """Yield the events that match, oldest first, through log and archive.
-
-        The store's own events are left out unless `types` names them. *Args*: `since` and `until`
-        are aware times, the first included, the last not; `after` is a seq.
-        *Raises* DataDamaged where the history is.
-        """
-        wanted = feed.filter_of(None if sid is None else [sid], types)
-        first = _moment(since, name="since")
-        last = _moment(until, name="until")
-        log = self._existing()
-        if log is None:
-            return
-        start = log.first_seq() - 1 if after is None else after
-        for line, raw in log.read(start, needles=wanted.needles()):
-            if wanted.wants(line) and (first is None or line["ts"] >= first):
-                if last is not None and line["ts"] >= last:
-                    continue  # times may step back: the next one may match again
-                yield event_of(line, raw)
-
 
 def open(  # noqa: A001 (crewlog.open is the promised name)
-    where: Where = None, *, lock_timeout_s: float = layout.LOCK_WAIT_S, actor: str | None = None
+    where: Where = None,
+    *,
+    lock_timeout_s: float = layout.LOCK_WAIT_S,
+    actor: str | None = None,
+    redact: Redact | None = None,
 ) -> Registry:
     """Open the registry at `where`: a directory, a file:// URL, or None for the default place.
 
     Nothing is created before the first change. *Args*: `lock_timeout_s` is how long a change waits
-    for other writers, in seconds; `actor` names who acts, for the history.
+    for other writers, in seconds; `actor` names who acts, for the history; `redact` is called with
+    each event's type and what the caller gave (sock, version, labels, meta, reason) before anything
+    is written, and returns what is to be written instead: a chain of hashes cannot forget.
     """
-    return Registry(directory.locate(where), lock_timeout_s=lock_timeout_s, actor=actor)
+    path = directory.locate(where)
+    return Registry(path, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
 
 
 def _user() -> str:
@@ -428,15 +415,6 @@ def _user() -> str:
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _moment(when: datetime | None, *, name: str) -> str | None:
-    if when is None:
-        return None
-    if when.tzinfo is None:
-        message = f"{name} must be an aware time: give it a time zone"
-        raise ValueError(message)
-    return events.timestamp(when)
 
 
 # Held until this process ends, whatever becomes of the registry that took them.

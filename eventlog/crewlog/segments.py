@@ -1,27 +1,22 @@
-"""Read the log: list segments, walk their lines, scan a tail; and put a new segment in place.
+"""Find and open segments, wherever they are; scan a tail; put a new segment in place.
 
 A position is (segment, offset, seq): the segment by its first seq, the offset in bytes after the
 last line read there, the seq of that line. Segments move from log/ to archive/ when a compaction
 no longer needs them; a reader follows them there.
 """
 
-import gzip
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
-from crewlog import codec, disk, events, layout
+from crewlog import codec, disk, events, layout, packing
 from crewlog.codec import AppendState, DurableHead, LineError
 from crewlog.directory import Directory
-from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing
+from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
 from crewlog.events import JsonObject, Line
+from crewlog.packing import PackingError
 from crewlog.recovery import Found
 
 STORE_ACTOR: Final = b"{}"
-_GAP: Final = b'"type":"_gap"'
-# Byte strings of which a line must hold one to be looked at; None: every line is.
-Needles: TypeAlias = Sequence[bytes] | None
 
 
 class Position(NamedTuple):
@@ -54,7 +49,7 @@ def active_and_sealed(directory: Directory) -> list[int]:
 def archived(directory: Directory) -> list[int]:
     """List the archived segments by first seq."""
     found = (layout.first_seq_of(name) for name in disk.names(directory[layout.ARCHIVE]))
-    return [first for first in found if first is not None]
+    return sorted({first for first in found if first is not None})
 
 
 def all_of(directory: Directory) -> list[int]:
@@ -123,7 +118,8 @@ def open_segment(directory: Directory, first: int) -> Source:
             else:
                 return Source(first, name, fd=fd)
             try:
-                return Source(first, layout.archive_name(first), data=_unpack(directory, first))
+                name, data = _unpacked(directory, first)
+                return Source(first, name, data=data)
             except FileNotFoundError:
                 continue  # a reader may meet the moment between two directory reads
     raise SegmentMissing(
@@ -150,82 +146,28 @@ def _before_next(directory: Directory, first: int) -> int:
     return later[0] - 1 if later else first
 
 
-def _unpack(directory: Directory, first: int) -> bytes:
-    name = layout.archive_name(first)
+def archive_file(directory: Directory, first: int) -> str | None:
+    """Name the file in archive/ that holds a segment, however it is packed; None: there is none."""
+    for packing_ in layout.ARCHIVE_SUFFIXES:
+        name = layout.archive_name(first, packing_)
+        if disk.exists(name, at=directory[layout.ARCHIVE]):
+            return name
+    return None
+
+
+def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:
+    name = archive_file(directory, first) or layout.archive_name(first)
+    where = directory.where(layout.ARCHIVE, name)
     packed = disk.read_all(
-        name,
-        at=directory[layout.ARCHIVE],
-        where=directory.where(layout.ARCHIVE, name),
-        limit=layout.SNAPSHOT_BYTES_MAX,
+        name, at=directory[layout.ARCHIVE], where=where, limit=layout.SNAPSHOT_BYTES_MAX
     )
     try:
-        return gzip.decompress(packed)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ArchiveDamaged(name, offset=0, seq=first, reason=f"not gzip: {error}") from error
+        return name, packing.unpack(packed, name=name, where=where)
+    except PackingError as error:
+        raise ArchiveDamaged(name, offset=0, seq=first, reason=str(error)) from error
 
 
-# -- walking --------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """What a walk found: a line, or None where lines were passed over; where it stands after it."""
-
-    line: Line | None
-    raw: bytes
-    offset: int
-    seq: int
-
-
-def walk(
-    source: Source, start: Position, *, end: int | None = None, needles: Needles = None
-) -> Iterator[Step]:
-    """Step from a position up to `end` bytes, or to the end of the segment.
-
-    Every line is checked by itself and for its seq, but lines that hold none of the `needles` are
-    passed over unparsed. *Raises* LogCorrupt or ArchiveDamaged at the first that fails,
-    LogRegressed where the file ends before `end`: the caller has proof that these bytes were
-    durable.
-    """
-    offset, seq = start.offset, start.seq
-    if needles is not None:
-        needles = (*needles, _GAP)  # never passed over: it stands for many events
-    rest = b""
-    stop = source.size() if end is None else end
-    while offset + len(rest) < stop:
-        at = offset + len(rest)
-        chunk = source.read(at, min(layout.READ_BYTES, stop - at))
-        if not chunk:
-            raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were durable")
-        data = rest + chunk
-        whole, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-        if len(rest) > layout.LINE_BYTES_CEILING:
-            raise _damaged(source, offset, seq + 1, "no newline where one must be")
-        if needles is not None and not _any(needles, whole):
-            offset, seq = offset + len(whole), seq + whole.count(b"\n")
-            yield Step(None, b"", offset, seq)
-            continue
-        for raw in whole.split(b"\n")[:-1]:
-            line = None
-            if needles is None or _any(needles, raw):
-                line = _parsed(source, raw, offset, seq + 1)
-            offset, seq = offset + len(raw) + 1, seq + 1 if line is None else line["seq"]
-            yield Step(line, raw, offset, seq)
-    if rest:
-        raise _damaged(source, offset, seq + 1, "no newline at the end of a durable line")
-
-
-def _any(needles: Sequence[bytes], data: bytes) -> bool:
-    return any(needle in data for needle in needles)
-
-
-def _parsed(source: Source, raw: bytes, offset: int, seq: int) -> Line:
-    try:
-        line = codec.parse(raw)
-    except LineError as error:
-        raise _damaged(source, offset, seq, str(error)) from error
-    if not follows(line, seq):
-        raise _damaged(source, offset, seq, f"seq is {line['seq']}")
-    return line
+# -- following ------------------------------------------------------------------------------
 
 
 def follows(line: Line, seq: int) -> bool:
@@ -248,14 +190,6 @@ def hash_after(line: Line, raw: bytes) -> bytes:
     return bytes.fromhex(kept) if isinstance(kept, str) else codec.digest(raw)
 
 
-def _damaged(source: Source, offset: int, seq: int, reason: str) -> LogCorrupt | ArchiveDamaged:
-    if source.archived:
-        return ArchiveDamaged(source.name, offset=offset, seq=seq, reason=reason)
-    return LogCorrupt(
-        source.name, offset=offset, seq=seq, reason=reason, proof="these bytes were durable"
-    )
-
-
 def start_of(first: int) -> Position:
     """Return the position before a segment's header line."""
     return Position(first, 0, first - 1)
@@ -275,102 +209,6 @@ def find(directory: Directory, after: int) -> Position:
             last=firsts[0] - 1 if firsts else after + 1,
         )
     return start_of(fitting[-1])
-
-
-class Reader:
-    """Read on from a position, through rotations and the archive, one segment open at a time."""
-
-    __slots__ = ("_directory", "_needles", "_skip", "_source", "position")
-
-    def __init__(
-        self, directory: Directory, position: Position, *, needles: Needles = None
-    ) -> None:
-        """Begin at `position`; with `needles`, lines that hold none of them are passed over."""
-        self._directory = directory
-        self._source: Source | None = None
-        self._needles = needles
-        self._skip = 0  # lines up to this seq were read in a file that was replaced since
-        self.position = position
-
-    def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
-        """Yield (line, raw) up to the durable position `stop`; `position` moves along.
-
-        *Raises* LogCorrupt, ArchiveDamaged, SegmentMissing; the position stays before the damage.
-        """
-        while self.position.seq < stop.seq:
-            segment = self.position.segment
-            end = stop.offset if segment == stop.segment else None
-            ended = True
-            source = self._open(segment)
-            begun = self.position
-            for step in walk(source, self.position, end=end, needles=self._needles):
-                self.position = Position(segment, step.offset, step.seq)
-                ended = step.line is None or is_end(step.line)
-                if step.line is not None and step.seq > self._skip:
-                    yield step.line, step.raw
-            if self.position.seq >= stop.seq:
-                return
-            if self.position == begun and begun.offset == 0:
-                raise _damaged(self._open(segment), 0, segment, "it is empty")
-            if not ended:
-                raise self._unsealed()
-            self.position = start_of(self.position.seq + 1)
-
-    def _unsealed(self) -> LogCorrupt:
-        return LogCorrupt(
-            layout.segment_name(self.position.segment),
-            offset=self.position.offset,
-            seq=self.position.seq + 1,
-            reason="the segment ends without a seal",
-            proof="a later segment exists",
-        )
-
-    def _open(self, segment: int) -> Source:
-        held = self._source
-        if held is not None and held.first == segment:
-            if not held.is_gone():
-                return held
-            try:
-                fresh = open_segment(self._directory, segment)
-            except SegmentMissing:  # nothing took its place: what we hold is what there was
-                return held
-            self._skip = self.position.seq  # offsets may differ in what took its place
-            self.position = start_of(segment)
-        else:
-            fresh = open_segment(self._directory, segment)
-        self.close()
-        self._source = fresh
-        self._require_ours(fresh)
-        return fresh
-
-    def _require_ours(self, source: Source) -> None:
-        """Refuse a segment that another store's was put in the place of."""
-        first = source.read(0, layout.HEADER_BYTES)
-        if first and self._directory.store.encode() not in first:
-            raise _damaged(source, 0, source.first, "its first line does not name this store")
-
-    def close(self) -> None:
-        """Close the open segment."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
-
-
-def raw_between(directory: Directory, start: Position, end: Position) -> Iterator[bytes]:
-    """Yield the bytes of whole lines between two positions, unchecked."""
-    place = start
-    while place.seq < end.seq:
-        source = open_segment(directory, place.segment)
-        try:
-            stop = end.offset if place.segment == end.segment else source.size()
-            data = source.read(place.offset, stop - place.offset)
-        finally:
-            source.close()
-        yield data
-        if place.segment == end.segment:
-            return
-        later = [first for first in all_of(directory) if first > place.segment]
-        place = start_of(later[0])
 
 
 # -- scanning a tail ------------------------------------------------------------------------

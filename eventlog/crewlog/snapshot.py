@@ -8,6 +8,7 @@ That last fsync is the commit point of a compaction.
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crewlog import codec, disk, layout
@@ -24,17 +25,16 @@ class Loaded:
     complaints: tuple[SnapshotCorrupt, ...]
 
 
-def read(directory: Directory, name: str) -> Snapshot | None:
-    """Read one snapshot; None if it is absent.
+def read(directory: Directory, name: str, *, inside: str = "") -> Snapshot | None:
+    """Read one snapshot, in a directory of the store; None if it is absent.
 
     *Raises* SnapshotCorrupt if it is damaged or another store's; FormatTooNew.
     """
-    where = directory.where(name)
+    where = directory.where(inside, name)
+    at = directory[inside] if inside else directory.root
     with disk.failures("cannot read the snapshot", where=where):
         try:
-            data = disk.read_all(
-                name, at=directory.root, where=where, limit=layout.SNAPSHOT_BYTES_MAX
-            )
+            data = disk.read_all(name, at=at, where=where, limit=layout.SNAPSHOT_BYTES_MAX)
         except FileNotFoundError:
             return None
     try:
@@ -65,6 +65,60 @@ def load(directory: Directory) -> Loaded:
                 complaints.append(SnapshotCorrupt(missing, why="it is missing"))
             return Loaded(found, tuple(complaints))
     return Loaded(None, tuple(complaints))
+
+
+def newest(directory: Directory) -> Snapshot:
+    """Return the newest good snapshot; before the first one, the empty state."""
+    return load(directory).snapshot or empty(directory)
+
+
+def empty(directory: Directory) -> Snapshot:
+    """Return the state before the first event."""
+    return Snapshot(
+        store=directory.store,
+        last_seq=0,
+        last_hash=directory.digest.hex(),
+        written_at="",
+        sessions=(),
+        ended=(),
+        totals={},
+    )
+
+
+def read_base(directory: Directory) -> Snapshot | None:
+    """Return the state before the oldest archived segment; None if no retention left one.
+
+    *Raises* SnapshotCorrupt.
+    """
+    return read(directory, layout.BASE, inside=layout.ARCHIVE)
+
+
+def put_base(directory: Directory, snapshot: Snapshot) -> str:
+    """Keep the state that the archive begins with; durable on return. Held: locks/compact.
+
+    Returns its sha256.
+    """
+    via, shelf = directory.disk, directory[layout.ARCHIVE]
+    temporary = f"{layout.TEMPORARY_PREFIX}base-{os.getpid()}"
+    disk.write_new(via, temporary, codec.encode_snapshot(snapshot), at=shelf)
+    written = read(directory, temporary, inside=layout.ARCHIVE)
+    if written is None or written.last_hash != snapshot.last_hash:
+        where = directory.where(layout.ARCHIVE, temporary)
+        raise SnapshotCorrupt(where, why="it does not read back as written")
+    via.rename(temporary, layout.BASE, at=shelf)
+    via.sync_directory(shelf)
+    return written.sha256
+
+
+def states(directory: Directory) -> Iterator[Snapshot]:
+    """Yield every older state that is kept, the empty one too; damaged ones are passed over."""
+    yield empty(directory)
+    places = ((layout.BASE, layout.ARCHIVE), (layout.SNAPSHOT_PREV, ""), (layout.SNAPSHOT, ""))
+    for name, inside in places:
+        with contextlib.suppress(SnapshotCorrupt):
+            found = read(directory, name, inside=inside)
+            if found is not None:
+                yield found
 
 
 def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:

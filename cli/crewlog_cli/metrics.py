@@ -1,0 +1,89 @@
+"""Write metrics in Prometheus' text format, for the textfile collector; no worker is named.
+
+Counters come from totals that survive compaction and retention, so they never step back. Source:
+prometheus.io, "Exposition formats" and "Metric and label naming".
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from crewlog import disk, layout
+from crewlog.disk import Disk
+from crewlog.events import WorkerState
+from crewlog.registry import Registry
+
+
+def write(reg: Registry, path: Path, *, took_s: float | None = None, refused: bool = False) -> None:
+    """Put the metrics at a path, whole or not at all, readable by all.
+
+    After a compaction `took_s` is how long it took, and `refused` that it collected nobody.
+    """
+    rows = "\n".join(_rows(reg, took_s=took_s, refused=refused)) + "\n"
+    with disk.failures("cannot write the metrics", where=str(path)):
+        try:
+            disk.replace_file(Disk(), path.absolute(), rows.encode(), public=True)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            message = f"--prometheus {path}: {error.strerror}"
+            raise click.UsageError(message) from error
+
+
+def _rows(reg: Registry, *, took_s: float | None, refused: bool) -> Iterator[str]:
+    states = Counter(worker.state for worker in reg.workers(all=True))
+    yield from _metric(
+        "workers", "gauge", "Workers listed, by state.",
+        {f'{{state="{state.value}"}}': states[state] for state in WorkerState},
+    )  # fmt: skip
+    totals = sorted(reg.totals().items())
+    yield from _metric(
+        "events_total", "counter", "Events ever recorded, by type.",
+        {f'{{type="{kind}"}}': count for kind, count in totals},
+    )  # fmt: skip
+    yield from _metric("last_seq", "gauge", "Seq of the last durable event.", {"": reg.last_seq})
+    compacted = reg.compacted()
+    covered, written = compacted or (0, datetime.fromtimestamp(0, UTC))
+    yield from _metric("snapshot_seq", "gauge", "Seq that registry.json covers.", {"": covered})
+    yield from _metric(
+        "snapshot_timestamp_seconds", "gauge", "When registry.json was written; 0: never.",
+        {"": written.timestamp()},
+    )  # fmt: skip
+    yield from _metric(
+        "bytes", "gauge", "Bytes on disk, by directory.",
+        {f'{{directory="{name}"}}': count for name, count in sizes(reg).items()},
+    )  # fmt: skip
+    if took_s is not None:
+        now = datetime.now(UTC).timestamp()
+        yield from _metric(
+            "compaction_timestamp_seconds", "gauge", "When a compaction last ended.", {"": now}
+        )
+        yield from _metric(
+            "compaction_duration_seconds", "gauge", "How long it took.", {"": round(took_s, 6)}
+        )
+        yield from _metric(
+            "compaction_success", "gauge", "1, or 0 where collecting was refused.",
+            {"": int(not refused)},
+        )  # fmt: skip
+
+
+def _metric(name: str, kind: str, told: str, values: Mapping[str, float]) -> Iterator[str]:
+    yield f"# HELP crewlog_{name} {told}"
+    yield f"# TYPE crewlog_{name} {kind}"
+    for labels, value in values.items():
+        yield f"crewlog_{name}{labels} {value}"
+
+
+def sizes(reg: Registry) -> dict[str, int]:
+    """Return the bytes of the log, the archive and the quarantine."""
+    where = reg.log().directory.path
+    found = {}
+    for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE):
+        found[name] = 0
+        for entry in (where / name).iterdir():
+            try:
+                found[name] += entry.stat().st_size
+            except FileNotFoundError:  # archived, or dropped, meanwhile
+                continue
+    return found

@@ -1,0 +1,39 @@
+"""Look back: find the state at a time or seq, and say what it is the state of."""
+
+from crewlog.events import Past, timestamp
+from crewlog.registry import Registry
+from crewlog_cli import shell, text
+from crewlog_cli.shell import Shell
+from crewlog_cli.words import instant
+
+
+def at(sh: Shell, reg: Registry, words: str) -> Past:
+    """Return the state at a time or seq given on the command line; say what it is the state of."""
+    if words.isascii() and words.isdigit():
+        found = reg.at(int(words))
+    else:
+        found = reg.at(instant(words, sh))
+    _tell(sh, found)
+    return found
+
+
+def _tell(sh: Shell, found: Past) -> None:
+    since = "the beginning" if found.since is None else text.exact(found.since, utc=sh.utc)
+    until = "now" if found.until is None else text.exact(found.until, utc=sh.utc)
+    sh.note(f"as it was after seq {found.seq}, from {since} until {until}")
+    if found.disputed is not None:
+        first, last = found.disputed
+        shell.warn(
+            f"crewlog: the clock stepped back there: events {first} to {last} claim times "
+            "on both sides; ask by seq to be exact"
+        )
+
+
+def window(found: Past) -> dict[str, object]:
+    """Return what a past state is the state of, as JSON shows it."""
+    return {
+        "seq": found.seq,
+        "since": None if found.since is None else timestamp(found.since),
+        "until": None if found.until is None else timestamp(found.until),
+        "disputed": found.disputed,
+    }

@@ -1,0 +1,193 @@
+"""Answer for the past: what happened, and what the state was at a seq or a time.
+
+Order is seq, never a clock. A time is looked up among the headers of the segments, then line by
+line; where the clock stepped back near it, events of both sides of the step claim the same time,
+and the answer names them.
+"""
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
+from datetime import datetime
+from typing import Final, NamedTuple
+
+from crewlog import events, feed, segments, snapshot
+from crewlog.codec import Snapshot
+from crewlog.directory import Directory
+from crewlog.errors import CompactedError
+from crewlog.events import Event, Past, event_of, past_of
+from crewlog.lives import Life, Lives
+from crewlog.log import Log
+from crewlog.reader import backwards, walk
+from crewlog.refold import refold
+from crewlog.segments import Position
+
+
+class Remembering:
+    """What a registry can tell of the past; it takes no lock and writes nothing."""
+
+    @abstractmethod
+    def _existing(self) -> Log | None: ...
+
+    def history(
+        self,
+        *,
+        sid: str | None = None,
+        types: Collection[str] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: int | None = None,
+        newest_first: bool = False,
+    ) -> Iterator[Event]:
+        """Yield the events that match, oldest first, through log and archive.
+
+        The store's own events are left out unless `types` names them. *Args*: `since` and `until`
+        are aware times, the first included, the last not; `after` is a seq. With `newest_first` the
+        first ones come at once, however long the history is.
+        *Raises* DataDamaged where the history is; CompactedError where `after` is no longer kept.
+        """
+        wanted = feed.filter_of(None if sid is None else [sid], types)
+        first, last = _moment(since, name="since"), _moment(until, name="until")
+        log = self._existing()
+        if log is None:
+            return
+        sieve = wanted.sieve(first)
+        if newest_first:
+            found = backwards(log.directory, segments.durable_end(log.head()), sieve=sieve)
+        else:
+            found = log.read(log.first_seq() - 1 if after is None else after, sieve=sieve)
+        for line, raw in found:
+            if newest_first and after is not None and line["seq"] <= after:
+                return
+            # times may step back: whatever is out of range, the next one may match again
+            in_time = line["ts"] >= first and (not last or line["ts"] < last)
+            if in_time and wanted.wants(line):
+                yield event_of(line, raw)
+
+    def at(self, when: datetime | int) -> Past:
+        """Return the state as it was at a seq, or after the last event up to an aware time.
+
+        Of a seq that is not reached yet, or a time to come, it is the state of now. It is folded
+        from the nearest older state that is kept. *Raises* CompactedError where the history that
+        it needs was dropped; DataDamaged.
+        """
+        if isinstance(when, bool) or not isinstance(when, int | datetime):
+            message = f"a state is asked for by seq or by an aware time, not {when!r}"
+            raise TypeError(message)
+        stamp = _moment(when, name="when") if isinstance(when, datetime) else ""
+        seq = when if isinstance(when, int) else 0
+        if seq < 0:
+            message = f"there is no seq {seq}"
+            raise ValueError(message)
+        log = self._existing()
+        if log is None:
+            return past_of(0, {}, since=None, until=None, disputed=None)
+        return _at(log, _before(log, stamp) if stamp else _Place(seq, None))
+
+    def lives(self, *, progress: Callable[[int, int], None] | None = None) -> list[Life]:
+        """Return every worker's life that the kept history tells of, in order of registration.
+
+        `progress` is told how many of how many events are read. *Raises* DataDamaged.
+        """
+        log = self._existing()
+        if log is None:
+            return []
+        oldest, last = log.first_seq(), log.last_seq()
+        kept = [found for found in snapshot.states(log.directory) if found.last_seq == oldest - 1]
+        found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
+        for line, _ in log.read(oldest - 1):
+            found.add(line)
+            if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
+                progress(line["seq"] - oldest, last - oldest + 1)
+        return found.found
+
+
+_PROGRESS_LINES: Final = 10_000
+
+
+class _Place(NamedTuple):
+    """The seq after which the state is asked for, and seqs before it that claim a later time."""
+
+    seq: int
+    disputed: tuple[int, int] | None
+
+
+def _before(log: Log, ts: str) -> _Place:
+    """Return the last seq up to a time: the last segment that begins by then, line by line."""
+    head = log.head()
+    firsts = [first for first in segments.all_of(log.directory) if first <= head.segment]
+    fitting = bisect_right(firsts, ts, key=lambda first: _begins(log.directory, first))
+    if not fitting:
+        return _Place(firsts[0] - 1, None)
+    found, later = firsts[fitting - 1] - 1, 0
+    disputed: tuple[int, int] | None = None
+    for line, _ in log.read(found):
+        if line["ts"] > ts:
+            later = later or line["seq"]
+        else:
+            found = line["seq"]
+            if later:
+                disputed = (later, found)
+        if line["type"] == events.SEAL:
+            break
+    return _Place(found, disputed)
+
+
+def _begins(directory: Directory, first: int) -> str:
+    """Return the time in a segment's header."""
+    source = segments.open_segment(directory, first)
+    try:
+        for step in walk(source, segments.start_of(first)):
+            if step.line is not None:
+                return step.line["ts"]
+    finally:
+        source.close()
+    return ""
+
+
+def _at(log: Log, place: _Place) -> Past:
+    head = log.head()
+    seq = min(place.seq, head.seq)
+    start = _nearest(log, seq)
+    times: dict[str, str] = {}
+    stop = segments.durable_end(head) if seq == head.seq else Position(0, 0, seq)
+    if start.last_seq < seq:
+        start = refold(log.directory, start, stop, seen=lambda line: times.update(at=line["ts"]))
+    following = next((line["ts"] for line, _ in log.read(start.last_seq)), None)
+    since = times.get("at") or _time_of(log, start.last_seq)
+    records = {record["sid"]: record for record in (*start.sessions, *start.ended)}
+    return past_of(
+        start.last_seq,
+        dict(sorted(records.items(), key=lambda item: item[1]["registered_seq"])),
+        since=since,
+        until=following,
+        disputed=place.disputed,
+    )
+
+
+def _time_of(log: Log, seq: int) -> str | None:
+    """Return the time of one line, None if it is not kept."""
+    if seq < log.first_seq():
+        return None
+    return next((line["ts"] for line, _ in log.read(seq - 1)), None)
+
+
+def _nearest(log: Log, seq: int) -> Snapshot:
+    """Return the nearest older state that the history leads on from."""
+    oldest = log.first_seq()
+    states = [found for found in snapshot.states(log.directory) if found.last_seq + 1 >= oldest]
+    fitting = [found for found in states if found.last_seq <= seq]
+    if not fitting:
+        first = min((found.last_seq for found in states), default=oldest)
+        raise CompactedError(requested=seq, oldest=first, snapshot_seq=first)
+    return max(fitting, key=lambda found: found.last_seq)
+
+
+def _moment(when: datetime | None, *, name: str) -> str:
+    """Write a time as the log does, "" for none."""
+    if when is None:
+        return ""
+    if when.tzinfo is None:
+        message = f"{name} must be an aware time: give it a time zone"
+        raise ValueError(message)
+    return events.timestamp(when)

@@ -1,0 +1,257 @@
+"""Read the log: walk the lines of a segment, forwards through segments, or the newest first.
+
+Every line that is handed out was checked by itself and for its seq. A sieve lets lines pass by
+unparsed: finding a sid in a few megabytes takes less than parsing ten lines.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from crewlog import codec, layout
+from crewlog.codec import LineError
+from crewlog.directory import Directory
+from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing
+from crewlog.events import Line
+from crewlog.segments import Position, Source, all_of, follows, is_end, open_segment, start_of
+
+_GAP: Final = b'"type":"_gap"'
+_TS: Final = b',"ts":"'
+_TS_BYTES: Final = len("2026-11-24T07:26:36.123456Z")
+
+
+class Sieve(NamedTuple):
+    """What a line must have to be looked at: one of the needles in it, and a time from `since` on.
+
+    A gap is never passed over, because it stands for many events.
+    """
+
+    needles: Sequence[bytes] | None = None
+    since: bytes = b""
+
+    def lines(self, data: bytes) -> Iterator[tuple[int, int]]:
+        """Yield where each wanted line of whole lines begins, and where its newline stands."""
+        found = self._held(data) if self.needles is not None else _every(data)
+        if not self.since:
+            return found
+        return ((at, end) for at, end in found if self._recent(data, at, end))
+
+    def _recent(self, data: bytes, at: int, end: int) -> bool:
+        stamp = data.find(_TS, at, end) + len(_TS)
+        return data[stamp : stamp + _TS_BYTES] >= self.since or data.find(_GAP, at, end) >= 0
+
+    def _held(self, data: bytes) -> Iterator[tuple[int, int]]:
+        """Yield the lines that hold a needle: by looking for needles, not line by line."""
+        assert self.needles is not None  # the caller looked
+        places = {needle: data.find(needle) for needle in (*self.needles, _GAP)}
+        while hits := [place for place in places.values() if place >= 0]:
+            hit = min(hits)
+            at, end = data.rfind(b"\n", 0, hit) + 1, data.index(b"\n", hit)
+            yield at, end
+            for needle, place in places.items():
+                if 0 <= place < end:
+                    places[needle] = data.find(needle, end)
+
+
+def _every(data: bytes) -> Iterator[tuple[int, int]]:
+    at = 0
+    while at < len(data):
+        end = data.index(b"\n", at)
+        yield at, end
+        at = end + 1
+
+
+class Step(NamedTuple):
+    """What a walk found: a line, or None where lines were passed over; where it stands after it."""
+
+    line: Line | None
+    raw: bytes
+    offset: int
+    seq: int
+
+
+def walk(
+    source: Source, start: Position, *, end: int | None = None, sieve: Sieve | None = None
+) -> Iterator[Step]:
+    """Step from a position up to `end` bytes, or to the end of the segment.
+
+    Lines that the `sieve` does not hold back are passed over unparsed. *Raises* LogCorrupt or
+    ArchiveDamaged at the first line that fails, LogRegressed where the file ends before `end`: the
+    caller has proof that these bytes were durable.
+    """
+    offset, seq = start.offset, start.seq
+    stop = source.size() if end is None else end
+    step = layout.READ_BYTES if sieve is None else layout.SIEVE_BYTES
+    rest = b""
+    while offset + len(rest) < stop:
+        at = offset + len(rest)
+        chunk = source.read(at, min(step, stop - at))
+        if not chunk:
+            raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were durable")
+        data = rest + chunk if rest else chunk
+        whole = data.rfind(b"\n") + 1
+        data, rest = data[:whole], data[whole:]
+        if len(rest) > layout.LINE_BYTES_CEILING:
+            raise damaged(source, offset, seq + 1, "no newline where one must be")
+        if sieve is None:
+            for raw in data.split(b"\n")[:-1]:
+                line = _parsed(source, raw, offset, seq + 1)
+                offset, seq = offset + len(raw) + 1, line["seq"]
+                yield Step(line, raw, offset, seq)
+        else:
+            passed = 0
+            for begin, newline in sieve.lines(data):
+                due = seq + 1 + data.count(b"\n", passed, begin)
+                raw = data[begin:newline]
+                line = _parsed(source, raw, offset + begin, due)
+                seq, passed = line["seq"], newline + 1
+                yield Step(line, raw, offset + passed, seq)
+            offset, seq = offset + whole, seq + data.count(b"\n", passed)
+            if passed < whole:
+                yield Step(None, b"", offset, seq)
+    if rest:
+        raise damaged(source, offset, seq + 1, "no newline at the end of a durable line")
+
+
+def _parsed(source: Source, raw: bytes, offset: int, seq: int) -> Line:
+    try:
+        line = codec.parse(raw)
+    except LineError as error:
+        raise damaged(source, offset, seq, str(error)) from error
+    if not follows(line, seq):
+        raise damaged(source, offset, seq, f"seq is {line['seq']}")
+    return line
+
+
+def damaged(source: Source, offset: int, seq: int, reason: str) -> LogCorrupt | ArchiveDamaged:
+    """Return the error of a damaged line, by where its segment lies."""
+    if source.archived:
+        return ArchiveDamaged(source.name, offset=offset, seq=seq, reason=reason)
+    return LogCorrupt(
+        source.name, offset=offset, seq=seq, reason=reason, proof="these bytes were durable"
+    )
+
+
+class Reader:
+    """Read on from a position, through rotations and the archive, one segment open at a time."""
+
+    __slots__ = ("_directory", "_sieve", "_skip", "_source", "position")
+
+    def __init__(
+        self, directory: Directory, position: Position, *, sieve: Sieve | None = None
+    ) -> None:
+        """Begin at `position`; lines that the `sieve` does not hold back are passed over."""
+        self._directory = directory
+        self._source: Source | None = None
+        self._sieve = sieve
+        self._skip = 0  # lines up to this seq were read in a file that was replaced since
+        self.position = position
+
+    def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
+        """Yield (line, raw) up to the durable position `stop`; `position` moves along.
+
+        *Raises* LogCorrupt, ArchiveDamaged, SegmentMissing; the position stays before the damage.
+        """
+        while self.position.seq < stop.seq:
+            segment = self.position.segment
+            end = stop.offset if segment == stop.segment else None
+            ended = True
+            source = self._open(segment)
+            begun = self.position
+            for step in walk(source, self.position, end=end, sieve=self._sieve):
+                self.position = Position(segment, step.offset, step.seq)
+                ended = step.line is None or is_end(step.line)
+                if step.line is not None and step.seq > self._skip:
+                    yield step.line, step.raw
+            if self.position.seq >= stop.seq:
+                return
+            if self.position == begun and begun.offset == 0:
+                raise damaged(self._open(segment), 0, segment, "it is empty")
+            if not ended:
+                raise self._unsealed()
+            self.position = start_of(self.position.seq + 1)
+
+    def _unsealed(self) -> LogCorrupt:
+        return LogCorrupt(
+            layout.segment_name(self.position.segment),
+            offset=self.position.offset,
+            seq=self.position.seq + 1,
+            reason="the segment ends without a seal",
+            proof="a later segment exists",
+        )
+
+    def _open(self, segment: int) -> Source:
+        held = self._source
+        if held is not None and held.first == segment:
+            if not held.is_gone():
+                return held
+            try:
+                fresh = open_segment(self._directory, segment)
+            except SegmentMissing:  # nothing took its place: what we hold is what there was
+                return held
+            self._skip = self.position.seq  # offsets may differ in what took its place
+            self.position = start_of(segment)
+        else:
+            fresh = open_segment(self._directory, segment)
+        self.close()
+        self._source = fresh
+        require_ours(self._directory, fresh)
+        return fresh
+
+    def close(self) -> None:
+        """Close the open segment."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+
+def require_ours(directory: Directory, source: Source) -> None:
+    """Refuse a segment that another store's was put in the place of."""
+    first = source.read(0, layout.HEADER_BYTES)
+    if first and directory.store.encode() not in first:
+        raise damaged(source, 0, source.first, "its first line does not name this store")
+
+
+def backwards(
+    directory: Directory, head: Position, *, sieve: Sieve | None = None
+) -> Iterator[tuple[Line, bytes]]:
+    """Yield (line, raw) from the durable `head` back to the oldest that is kept.
+
+    One segment is in memory at a time. *Raises* LogCorrupt, ArchiveDamaged, SegmentMissing.
+    """
+    due = head.seq  # the last seq of the segment that comes next
+    for first in reversed([f for f in all_of(directory) if f <= head.segment]):
+        try:
+            source = open_segment(directory, first)
+        except SegmentMissing:
+            if first < all_of(directory)[0]:
+                return  # a retention took it, and what was before it, meanwhile
+            raise
+        try:
+            require_ours(directory, source)
+            end = head.offset if first == head.segment else None
+            steps = list(walk(source, start_of(first), end=end, sieve=sieve))
+        finally:
+            source.close()
+        last = steps[-1].seq if steps else first - 1
+        if last != due:
+            where = directory.where(layout.LOG)
+            raise SegmentMissing(where, first=last + 1, last=due)
+        yield from ((s.line, s.raw) for s in reversed(steps) if s.line is not None)
+        due = first - 1
+
+
+def raw_between(directory: Directory, start: Position, end: Position) -> Iterator[bytes]:
+    """Yield the bytes of whole lines between two positions, unchecked."""
+    place = start
+    while place.seq < end.seq:
+        source = open_segment(directory, place.segment)
+        try:
+            stop = end.offset if place.segment == end.segment else source.size()
+            data = source.read(place.offset, stop - place.offset)
+        finally:
+            source.close()
+        yield data
+        if place.segment == end.segment:
+            return
+        later = [first for first in all_of(directory) if first > place.segment]
+        place = start_of(later[0])

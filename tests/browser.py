@@ -1,0 +1,121 @@
+"""Drive a real headless Chromium through its debugging pipe: no package, no port, no network."""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+_WAIT_S = 60.0
+
+
+class Browser:
+    """One page of one browser; what it asks the network for and what it complains of is kept."""
+
+    def __init__(self, home: Path, *, dark: bool = False) -> None:
+        """Start it with an empty profile; it never outlives `close`."""
+        assert CHROMIUM is not None
+        ours, theirs = os.pipe(), os.pipe()
+        self._out, self._in = ours[1], theirs[0]
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self._left = b""
+        self._number = 0
+        options = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--remote-debugging-pipe", "--window-size=1300,1000", "--hide-scrollbars",
+            "--no-first-run", "--disable-background-networking", f"--user-data-dir={home}",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            ["timeout", "-k", "5", "120", "bash", "-c",
+             f'exec "$0" "$@" 3<&{ours[0]} 4>&{theirs[1]}', CHROMIUM, *options],
+            pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(ours[0])
+        os.close(theirs[1])
+        self._session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        found = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = str(found)
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **given: object) -> dict[str, object]:
+        """Call one method of the protocol and return its result."""
+        self._number += 1
+        number = self._number
+        asked: dict[str, object] = {"id": number, "method": method, "params": given}
+        if self._session is not None:
+            asked["sessionId"] = self._session
+        os.write(self._out, json.dumps(asked).encode() + b"\0")
+        deadline = time.monotonic() + _WAIT_S
+        while True:
+            told = self._next(deadline)
+            if told.get("id") == number:
+                assert "error" not in told, told
+                result = told["result"]
+                assert isinstance(result, dict)
+                return result
+
+    def _next(self, deadline: float) -> dict[str, object]:
+        while b"\0" not in self._left:
+            ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))
+            data = os.read(self._in, 1 << 20) if ready else b""
+            assert data, "the browser does not answer"
+            self._left += data
+        raw, _, self._left = self._left.partition(b"\0")
+        told: dict[str, object] = json.loads(raw)
+        self._note(told)
+        return told
+
+    def _note(self, told: dict[str, object]) -> None:
+        given = told.get("params")
+        if not isinstance(given, dict):
+            return
+        match told.get("method"):
+            case "Network.requestWillBeSent":
+                self.requests.append(str(given["request"]["url"]))
+            case "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(given["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" | "Log.entryAdded":
+                self.complaints.append(json.dumps(given))
+
+    def open(self, path: Path) -> float:
+        """Load a page until it says that it is ready; return how long that took, in ms."""
+        self.call("Page.navigate", url=path.as_uri())
+        deadline = time.monotonic() + _WAIT_S
+        while True:
+            found = self.run("document.documentElement?.dataset.ready ?? ''")
+            if found:
+                return float(str(found))
+            assert time.monotonic() < deadline, (self.complaints, self.requests)
+
+    def run(self, expression: str) -> object:
+        """Evaluate an expression in the page and return its value."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        result = found["result"]
+        assert isinstance(result, dict)
+        return result.get("value")
+
+    def type(self, words: str) -> None:
+        """Type text where the focus is."""
+        self.call("Input.insertText", text=words)
+
+    def press(self, key: str) -> None:
+        """Press one key."""
+        text = key if len(key) == 1 else ""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=text)
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        os.close(self._out)
+        os.close(self._in)
+        self._process.terminate()
+        self._process.wait()

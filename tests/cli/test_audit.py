@@ -1,0 +1,201 @@
+"""The audit commands: history, ls and show in the past, diff, stats, metrics, export."""
+
+import csv
+import io
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+import crewlog
+from commands import Cli
+from crewlog import layout
+from crewlog.registry import Registry
+from crewlog_compactor import compact
+
+
+def _grown(reg: Registry, workers: int) -> None:
+    for number in range(workers):
+        sid = f"w{number}"
+        reg.register(sid, pid=os.getpid(), labels={"n": str(number)})
+        if number % 2:
+            reg.exited(sid, code=number % 4)
+
+
+def test_history_shows_the_last_n_and_newest_first(cli: Cli, reg: Registry) -> None:
+    """-n takes the end of the history, -r turns it round, and both go with every filter."""
+    _grown(reg, 10)
+    rows = [json.loads(row) for row in cli("history", "--json").stdout.splitlines()]
+    seqs = [row["seq"] for row in rows]
+
+    def shown(*arguments: object) -> list[int]:
+        done = cli("history", "--json", *arguments)
+        assert "history covers" in done.stderr
+        return [json.loads(row)["seq"] for row in done.stdout.splitlines()]
+
+    assert shown("-n", 3) == seqs[-3:]
+    assert shown("-n", 3, "-r") == seqs[-1:-4:-1]
+    assert shown("-r") == seqs[::-1]
+    ends = [row["seq"] for row in rows if row["type"] == "worker.exited"]
+    assert shown("--type", "worker.exited", "-n", 2) == ends[-2:]
+    assert shown("--after", seqs[4], "-n", 100) == seqs[5:]
+    assert shown("--actor", "nobody-of-that-name", "-n", 5) == []
+
+
+def test_ls_and_show_in_the_past(cli: Cli, reg: Registry) -> None:
+    """As it was at a seq or a time; who has gone since is there, and nothing is probed."""
+    worker = reg.register("a", pid=os.getpid(), labels={"k": "old"})
+    reg.update("a", labels={"k": "new"})
+    reg.exited("a", code=0)
+    found = cli.json("ls", "--at", worker.rev)
+    workers = found["workers"]
+    assert isinstance(workers, list)
+    assert (found["seq"], workers[0]["labels"]) == (worker.rev, {"k": "old"})
+    assert workers[0]["liveness"] is None
+    assert found["until"] is not None
+    assert cli("ls", "--sids").stdout == ""
+    done = cli("ls", "--sids", "--at", worker.rev)
+    assert done.stdout == "a\n"
+    assert f"after seq {worker.rev}" in done.stderr
+    shown = cli.json("show", "a", "--at", worker.rev)
+    events = shown["events"]
+    assert isinstance(events, list)
+    assert [event["type"] for event in events] == ["worker.registered"]
+    assert "old" in cli("show", "a", "--at", worker.rev).stdout
+    cli("show", "a", "--at", 0, code=1)
+    assert cli("ls", "--sids", "--at", "1h").stdout == ""
+    cli("ls", "--at", "gestern", code=2)
+
+
+def test_diff_names_who_came_changed_and_went(cli: Cli, reg: Registry) -> None:
+    """Between two seqs; 1 where nothing changed; a --from after --to is a usage error."""
+    reg.register("gone", pid=os.getpid())
+    first = reg.register("changed", pid=os.getpid(), labels={"k": "1"})
+    reg.exited("gone", code=0)
+    start = reg.last_seq
+    reg.update("changed", labels={"k": "2"})
+    reg.register("new", pid=os.getpid())
+    done = cli("diff", "--from", start)
+    assert re.search(r"\+ +new +starting", done.stdout)
+    assert re.search(r"~ +changed +labels.k 1 → 2", done.stdout)
+    found = cli.json("diff", "--from", first.rev, "--to", start)
+    changed = found["changed"]
+    assert isinstance(changed, list)
+    assert [pair["after"]["state"] for pair in changed] == ["exited"]
+    cli("diff", "--from", start, "--to", start, code=1)
+    cli("diff", "--from", reg.last_seq, "--to", start, code=2)
+
+
+def test_diff_across_retention_is_an_honest_no(
+    cli: Cli, reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no longer kept is said to be so: 1, with what to do."""
+    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 4096)
+    for _ in range(3):
+        _grown(reg, 20)
+        for worker in reg.workers():
+            reg.remove(worker.sid, reason="done")
+        compact(reg, gc=False)
+    cli("compact", "--no-gc", "--keep-history", "10")
+    done = cli("diff", "--from", 3, code=1)
+    assert "no longer kept" in done.stderr
+
+
+def test_stats_tell_of_lifetimes_ends_and_flapping(cli: Cli, reg: Registry) -> None:
+    """Crash ratio, quantiles, causes, restarts; a sid that starts three times in ten minutes."""
+    for code in (0, 1, 1):
+        reg.register("flaps", pid=os.getpid())
+        reg.exited("flaps", code=code)
+    reg.register("lives", pid=os.getpid())
+    found = cli.json("stats")
+    lives = found["lives"]
+    assert isinstance(lives, dict)
+    assert (lives["started"], lives["ended"], lives["crashed"]) == (4, 3, 2)
+    assert lives["crash_ratio"] == pytest.approx(0.6667)
+    assert lives["causes"] == {"code 1": 2, "code 0": 1}
+    assert lives["restarts"] == {"flaps": 2}
+    assert lives["flapping"] == {"flaps": 3}
+    assert 0 <= lives["lifetime_p50_s"] <= lives["lifetime_p95_s"]
+    assert found["liveness"] == {"alive": 1, "dead": 0, "unknown": 0}
+    told = cli("stats").stdout
+    assert "flapping flaps" in told
+    assert "66.7%" in told
+    later = cli.json("stats", "--since", "now")["lives"]
+    assert isinstance(later, dict)
+    assert later["started"] == 0
+
+
+_SAMPLE = re.compile(r'crewlog_[a-z_]+(?:\{[a-z]+="[a-z._]+"\})? -?[0-9.e+]+')
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    """Parse the text format, strictly."""
+    found: dict[str, float] = {}
+    declared = set()
+    for row in path.read_text().splitlines():
+        if row.startswith("# TYPE "):
+            declared.add(row.split()[2])
+        elif not row.startswith("# HELP "):
+            assert _SAMPLE.fullmatch(row), row
+            name, _, value = row.rpartition(" ")
+            assert name.partition("{")[0] in declared, "declared before its samples"
+            found[name] = float(value)
+    return found
+
+
+def test_metrics_never_step_back(
+    cli: Cli, reg: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Totals survive compaction and retention; the file is replaced whole and readable by all."""
+    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 4096)
+    path = tmp_path / "crewlog.prom"
+    _grown(reg, 30)
+    cli("stats", "--prometheus", path)
+    before = _metrics(path)
+    assert before['crewlog_events_total{type="worker.registered"}'] == 30
+    assert before['crewlog_workers{state="starting"}'] == 15
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    for _ in range(3):
+        reg.update("w0", labels={"x": str(reg.last_seq)})
+        cli("compact", "-q", "--no-gc", "--keep-history", "0", "--prometheus", path)
+    after = _metrics(path)
+    assert after['crewlog_events_total{type="worker.registered"}'] == 30
+    assert after["crewlog_compaction_success"] == 1
+    assert after["crewlog_snapshot_seq"] > 0
+    for name, value in before.items():
+        if name.startswith(("crewlog_events_total", "crewlog_last_seq")):
+            assert after[name] >= value
+    assert "w0" not in path.read_text(), "no worker is named"
+    cli("stats", "--prometheus", tmp_path / "no" / "where.prom", code=2)
+
+
+def test_export_of_each_format_is_whole(cli: Cli, reg: Registry) -> None:
+    """Every event once, in order; formats as their readers want them."""
+    _grown(reg, 6)
+    reg.register("sum", pid=os.getpid(), version="=1+1")
+    seqs = [event.seq for event in reg.history()]
+    rows = [json.loads(row) for row in cli("export").stdout.splitlines()]
+    assert [row["seq"] for row in rows] == seqs
+    table = list(csv.DictReader(io.StringIO(cli("export", "--format", "csv").stdout)))
+    assert [int(row["seq"]) for row in table] == seqs
+    assert json.loads(table[0]["data"])["pid"] == os.getpid()
+    clouds = [json.loads(row) for row in
+              cli("export", "--format", "cloudevents").stdout.splitlines()]  # fmt: skip
+    for event, seq in zip(clouds, seqs, strict=True):
+        assert event["specversion"] == "1.0"
+        assert (event["id"], int(event["sequence"])) == (str(seq), seq)
+        assert re.fullmatch(r"urn:crewlog:[0-9a-f-]{36}", event["source"])
+        assert event["type"].startswith("dev.crewlog.worker.")
+    assert len({(event["source"], event["id"]) for event in clouds}) == len(clouds)
+    assert len(cli("export", "--sid", "w1").stdout.splitlines()) == 2
+
+
+def test_export_of_a_formula_is_text_in_a_spreadsheet(place: Path, cli: Cli) -> None:
+    """A cell that begins like a formula is quoted; what JSON cells hold cannot begin so."""
+    with crewlog.open(place, actor="=cmd|' /C calc'!A0") as reg:
+        reg.register("a", pid=os.getpid())
+    table = list(csv.DictReader(io.StringIO(cli("export", "--format", "csv").stdout)))
+    assert table[0]["name"] == "'=cmd|' /C calc'!A0"

@@ -1,0 +1,132 @@
+"""top: a live picture on a real terminal, which is given back as it was."""
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import struct
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import CREWLOG, Cli
+from crewlog.registry import Registry
+
+pytest.importorskip("rich")
+import fcntl
+
+_WAIT_S = 20.0
+
+
+class Terminal:
+    """A program on a terminal of its own; what it wrote, and the terminal's settings."""
+
+    def __init__(self, place: Path, *arguments: str) -> None:
+        """Start `crewlog top`."""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(  # noqa: S606
+                CREWLOG[0], [*CREWLOG, "--dir", str(place), "top", *arguments]
+            )
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 110, 0, 0))
+        self.before = termios.tcgetattr(self.fd)
+        self.text = ""
+
+    def wait_for(self, holds: Callable[[str], bool]) -> None:
+        """Read until what was written is as wanted."""
+        deadline = time.monotonic() + _WAIT_S
+        while not holds(self.text):
+            assert time.monotonic() < deadline, self.text
+            ready, _, _ = select.select([self.fd], [], [], 0.1)
+            if ready:
+                try:
+                    self.text += os.read(self.fd, 65536).decode(errors="replace")
+                except OSError as error:  # the program has ended
+                    raise AssertionError(self.text) from error
+
+    def end(self) -> int:
+        """Read to the end, and return how it ended."""
+        with contextlib.suppress(OSError):  # EIO: the program has ended
+            while select.select([self.fd], [], [], _WAIT_S)[0]:
+                self.text += os.read(self.fd, 65536).decode(errors="replace")
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    def is_given_back(self) -> bool:
+        """Say whether the screen was left, the cursor shown, and the settings are as before."""
+        return self.text.rfind("\x1b[?1049l") > self.text.rfind("\x1b[?1049h") and self.text.rfind(
+            "\x1b[?25h"
+        ) > self.text.rfind("\x1b[?25l")
+
+
+@pytest.fixture
+def terminal(place: Path, reg: Registry) -> Iterator[Terminal]:
+    """Show a store with one worker, which is this process."""
+    reg.register("web-1", pid=os.getpid(), ready=True)
+    shown = Terminal(place, "--interval", "0.2s")
+    shown.wait_for(lambda text: "web-1" in text)
+    yield shown
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(shown.pid, signal.SIGKILL)
+        os.waitpid(shown.pid, 0)
+    os.close(shown.fd)
+
+
+def test_changes_show_at_once_and_q_leaves(terminal: Terminal, reg: Registry) -> None:
+    """A new worker, its processor and memory, its last event; then the old screen again."""
+    terminal.wait_for(lambda text: "MiB" in text and "%" in text)
+    reg.register("new-1", pid=os.getpid())
+    terminal.wait_for(lambda text: "new-1" in text and "worker.registered" in text)
+    os.write(terminal.fd, b"m")
+    terminal.wait_for(lambda text: "sorted by mem" in text)
+    os.write(terminal.fd, b"q")
+    assert terminal.end() == 0
+    assert terminal.is_given_back()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_leave_the_terminal_as_it_was(terminal: Terminal, number: int, code: int) -> None:
+    """Ctrl-C, a kill, a closed connection."""
+    os.kill(terminal.pid, number)
+    assert terminal.end() == code
+    assert terminal.is_given_back()
+
+
+def test_failure_leaves_the_terminal_as_it_was(terminal: Terminal, reg: Registry) -> None:
+    """A store that turns out damaged ends it with an error, after the screen was left."""
+    os.kill(terminal.pid, signal.SIGSTOP)
+    reg.register("new-1", pid=os.getpid())
+    (segment,) = (reg.path / "log").glob("*.jsonl")
+    data = segment.read_bytes()
+    segment.write_bytes(data[:-100] + b"\0" * 99 + b"\n")
+    os.kill(terminal.pid, signal.SIGCONT)
+    assert terminal.end() == 65
+    assert terminal.is_given_back()
+    assert "crewlog repair" in terminal.text[terminal.text.rfind("\x1b[?1049l") :]
+
+
+def test_stop_gives_the_terminal_back_until_it_goes_on(terminal: Terminal) -> None:
+    """Ctrl-Z stops it outside its screen; continued, it shows itself again."""
+    os.kill(terminal.pid, signal.SIGTSTP)
+    _, status = os.waitpid(terminal.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    terminal.wait_for(lambda _: terminal.is_given_back())
+    terminal.text = ""
+    os.kill(terminal.pid, signal.SIGCONT)
+    terminal.wait_for(lambda text: "web-1" in text)
+    os.write(terminal.fd, b"q")
+    assert terminal.end() == 0
+
+
+def test_without_a_terminal_it_says_what_to_use(cli: Cli, reg: Registry) -> None:
+    """A pipe, --json, a bad interval: usage errors; no rich: what to install."""
+    reg.register("a", pid=os.getpid())
+    assert "ls --json" in cli("top", code=2, stdin=-3).stderr
+    cli("top", "--interval", "0s", code=2)
