@@ -66,6 +66,7 @@ from crewlog.subscribe import Mirror, Subscription
 from crewlog.watch import Watch
 
 if TYPE_CHECKING:
+    from crewlog.aregistry import AsyncRegistry, aopen
     from crewlog.awatch import AsyncWatch
 
 logging.getLogger("crewlog").addHandler(logging.NullHandler())
@@ -75,6 +76,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AppendUncertain",
     "ArchiveDamaged",
+    "AsyncRegistry",
     "AsyncWatch",
     "Batch",
     "Change",
@@ -132,12 +134,18 @@ __all__ = [
     "WorkerExists",
     "WorkerNotFound",
     "WorkerState",
+    "aopen",
     "open",
 ]
 
 
 def __getattr__(name: str) -> object:
     """Load what brings asyncio with it only when it is asked for."""
+    if name in {"AsyncRegistry", "aopen"}:
+        from crewlog import aregistry  # noqa: PLC0415
+
+        found: object = getattr(aregistry, name)
+        return found
     if name == "AsyncWatch":
         from crewlog.awatch import AsyncWatch  # noqa: PLC0415
 

@@ -114,6 +114,8 @@ class Current:
 
     def catch_up(self, end: Position) -> None:
         """Bring the recent records up to `end`, which the caller knows to be written."""
+        if len(self._recent) >= layout.RECENT_MAX:  # never while a group is being decided
+            self._recent = {}
         if self.lag(end.seq) > 0:
             assert self._written is not None  # lag() said so
             try:
@@ -144,8 +146,6 @@ class Current:
                             raise corrupt(reader.position, line, raw, error) from error
             finally:
                 reader.close()
-            if len(self._recent) >= layout.RECENT_MAX:
-                self._recent.clear()
             self._recent[sid] = record
         return self._recent[sid]
 
@@ -156,6 +156,11 @@ class Current:
                 if line["sid"] in self._recent:
                     self._recent[line["sid"]] = self._after(line, line["sid"])
             self._written = end
+
+    def forget_written(self) -> None:
+        """Drop what writers know; the next one asks the log."""
+        self._recent = {}
+        self._written = None
 
     def _after(self, line: Line, sid: str) -> Record | None:
         return fold.after(line, self._recent[sid])
@@ -182,18 +187,22 @@ class Current:
 class Written:
     """The state that a writer decides upon: see store.Written."""
 
-    __slots__ = ("_current", "_end", "_head")
+    __slots__ = ("_current", "_end", "_head", "_seq")
 
-    def __init__(self, current: Current, *, head: Position, end: Position) -> None:
-        """Look at everything up to `end`, of which `head` is durable."""
+    def __init__(self, current: Current, *, head: Position, end: Position, seq: int) -> None:
+        """Look at everything up to `end`, of which `head` is durable.
+
+        Lines up to `seq` that are not on disk yet are in what `current` was advanced by.
+        """
         self._current = current
         self._head = head
         self._end = end
+        self._seq = seq
 
     @property
     def seq(self) -> int:
         """Return the seq of the last line written."""
-        return self._end.seq
+        return self._seq
 
     def get(self, sid: str) -> Record | None:
         """Return the record of that sid as of the last line written."""

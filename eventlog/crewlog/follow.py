@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from crewlog import changes, cursor, feed, layout, notify
 from crewlog.cursor import Cursor
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from crewlog.awatch import AsyncWatch
 
 _WORDS: Final = frozenset({"now", "oldest"})
+
+
+class WatchOptions(TypedDict, total=False):
+    """What `watch` takes."""
+
+    after: After
+    sids: Collection[str] | None
+    types: Collection[str] | None
+    cursor: str | None
+    on_compacted: OnCompacted
+    backend: Backend
 
 
 class Following(ABC):

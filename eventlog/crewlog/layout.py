@@ -67,6 +67,7 @@ LINE_BYTES_CEILING: Final = 1024 * 1024
 HEADER_BYTES: Final = 1024  # a segment's first line names the store within these
 LINE_OVERHEAD_BYTES: Final = 256
 SEGMENT_BYTES_MAX: Final = 8 * 1024 * 1024
+GROUP_BYTES_MAX: Final = 256 * 1024  # of lines that callers of one process share a write for
 BATCH_EVENTS_MAX: Final = 10_000
 BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024

@@ -10,9 +10,10 @@ Valid if and only if
     if it lies in the valid prefix of the last segment as recovery.decide judges it.
 
 Writer
+    One thread of a process writes for all that wait (commit.py).
     Phase one, under locks/append: read both states (recover first if they are not of this boot);
     adopt or cut what a dead writer left beyond the written end; look at what others wrote; let
-    the caller decide; write all lines with one write(2); write append.state; unlock.
+    the callers decide; write all lines with one write(2); write append.state; unlock.
     Phase two (sync.py), no append lock: until head/durable covers my last line, wait for the sync
     leader or become it. The leader reads append.state, syncs that segment, publishes
     head/durable. **The commit point is the write of head/durable.**
@@ -46,13 +47,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from crewlog import codec, disk, events, identity, layout, segments, tail
-from crewlog.codec import AppendState, Draft, DurableHead
+from crewlog import codec, disk, events, identity, layout, segments, tail, writing
+from crewlog.codec import AppendState, DurableHead
+from crewlog.commit import Commits, Request
 from crewlog.current import Current, Written
 from crewlog.directory import Directory
 from crewlog.errors import (
     CompactedError,
-    CrewlogError,
     LogCorrupt,
     LogRegressed,
     RegistryClosed,
@@ -84,6 +85,8 @@ class Log:
         self._boot = identity.boot_bytes()
         self._states = States(directory)
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
+        self.commits = Commits(where=str(directory.path), wait_s=wait_s)
+        self.settle = self._sync.make_durable  # phase two
         self._current = Current(directory)  # guarded by mutex
         self._active: segments.Source | None = None  # guarded by mutex
         self._names_durable = False
@@ -194,28 +197,19 @@ class Log:
         all kinds of DataDamaged with nothing written; AppendUncertain, StorageFailed and
         StorePoisoned with the outcome "unknown" once lines were written. A refusal is durable too.
         """
-        self._prepare(about)
-        refused: list[CrewlogError] = []
+        return self.commits.append(self, decide, about)
+
+    def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
+        """Do phase one for a group; see commit.Phases."""
+        self._prepare({sid for request in group for sid in request.about})
         with self._writing():
             state, head = self._ready()
             try:
-                drafts = decide(self._written(state, head))
-            except CrewlogError as error:
-                refused, drafts = [error], []
-            raws, state = self._write(drafts, state, head) if drafts else ([], state)
-            written = self._written(state, head)
-            result = Appended(raws, {d.sid: written.get(d.sid) for d in drafts}, state.seq)
-        try:
-            self._sync.make_durable(state.seq, head.generation)
-        finally:
-            if refused:  # it wrote nothing; kept in this frame, its traceback would keep us alive
-                raise refused.pop()
-        return result
-
-    def _written(self, state: AppendState, head: DurableHead) -> Written:
-        return Written(
-            self._current, head=segments.durable_end(head), end=segments.written_end(state)
-        )
+                taken, seq = self._write(group, state, head)
+            except BaseException:
+                self._current.forget_written()  # it holds lines that may never be
+                raise
+        return taken, seq, head.generation
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
@@ -229,6 +223,10 @@ class Log:
         with self._writing():
             state, head = self._ready()
             self._begin_next(self._seal(state, head))
+
+    def _written(self, state: AppendState, head: DurableHead, *, seq: int) -> Written:
+        ends = segments.durable_end(head), segments.written_end(state)
+        return Written(self._current, head=ends[0], end=ends[1], seq=seq)
 
     def _writing(self) -> Writing:
         mine = self.writer, self.append_lock, self.mutex
@@ -302,36 +300,36 @@ class Log:
         return state
 
     def _write(
-        self, drafts: Sequence[Draft], state: AppendState, head: DurableHead
-    ) -> tuple[list[bytes], AppendState]:
-        """Write the lines of `drafts` as one unit, rotating first if they would not fit."""
-        size = sum(len(part.body) for part in drafts) + layout.LINE_OVERHEAD_BYTES * len(drafts)
-        if len(drafts) > layout.BATCH_EVENTS_MAX or size > layout.BATCH_BYTES_MAX:
-            message = (
-                f"a batch holds at most {layout.BATCH_EVENTS_MAX} events "
-                f"and {layout.BATCH_BYTES_MAX} bytes"
-            )
-            raise ValueError(message)
-        if state.end + size > layout.SEGMENT_BYTES_MAX and state.seq > state.segment:
-            state = self._begin_next(self._seal(state, head))
-            head = self._states.head() or head
-        raws: list[bytes] = []
-        lines: list[Line] = []
-        seq, prev = state.seq, state.hash
-        synced = head.end if head.segment == state.segment else 0
-        ts, count = events.timestamp(datetime.now(UTC)), len(drafts)
-        for index, part in enumerate(drafts):
-            seq += 1
-            place = (index, count) if count > 1 else None
-            raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=place)
-            prev = codec.digest(raw[:-1])
-            raws.append(raw)
-            lines.append(codec.as_parsed(part, seq=seq, ts=ts))
-        data = b"".join(raws)
-        after = state._replace(end=state.end + len(data), seq=seq, hash=prev, sealed=False)
-        self._put(data, state, after)
-        self._current.advance(lines, segments.written_end(after))
-        return [raw[:-1] for raw in raws], after
+        self, group: Sequence[Request], state: AppendState, head: DurableHead
+    ) -> tuple[int, int]:
+        """Decide one after the other, write all at once; return how many, and the last seq."""
+        base = state  # what is on disk; the lines beyond it are in `data`
+        data: list[bytes] = []
+        for index, request in enumerate(group):
+            try:
+                drafts = request.decide(self._written(base, head, seq=state.seq))
+                size = writing.size_of(drafts)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is that request's own)
+                request.refuse(error)
+                continue
+            full = state.end + size > layout.SEGMENT_BYTES_MAX
+            if data and (full or state.end + size - base.end > layout.GROUP_BYTES_MAX):
+                self._put(b"".join(data), base, state)
+                return index, state.seq
+            if full and state.seq > state.segment:
+                base = state = self._begin_next(self._seal(state, head))
+                head = self._states.head() or head
+            synced = head.end if head.segment == state.segment else 0
+            raws, lines, state = writing.compose(drafts, state, synced=synced)
+            if raws:
+                self._current.advance(lines, segments.written_end(state))
+                data += raws
+            written = self._written(base, head, seq=state.seq)
+            records = {part.sid: written.get(part.sid) for part in drafts}
+            request.result = Appended([raw[:-1] for raw in raws], records, state.seq)
+        if data:
+            self._put(b"".join(data), base, state)
+        return len(group), state.seq
 
     def _put(self, data: bytes, state: AppendState, after: AppendState) -> None:
         """Write bytes and state, or cut the log back to where it was.
@@ -466,6 +464,7 @@ class Log:
         self._new_mutexes()
         self._states.after_fork()
         self._sync.after_fork()
+        self.commits.after_fork()
         self._current.forget()
         self._close_active()
 

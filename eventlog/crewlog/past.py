@@ -9,7 +9,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 from crewlog import events, feed, segments, snapshot
 from crewlog.codec import Snapshot
@@ -21,6 +21,17 @@ from crewlog.log import Log
 from crewlog.reader import backwards, walk
 from crewlog.refold import refold
 from crewlog.segments import Position
+
+
+class HistoryOptions(TypedDict, total=False):
+    """What `history` takes."""
+
+    sid: str | None
+    types: Collection[str] | None
+    since: datetime | None
+    until: datetime | None
+    after: int | None
+    newest_first: bool
 
 
 class Remembering:

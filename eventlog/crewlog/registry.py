@@ -259,8 +259,33 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         written. *Args*: `expect` is the rev that the caller read. *Raises* WorkerNotFound,
         InvalidTransition, StaleRevision; ValueError and TypeError for bad arguments.
         """
+        step = self.updating(
+            sid,
+            state=state,
+            sock=sock,
+            version=version,
+            labels=labels,
+            meta=meta,
+            reason=reason,
+            expect=expect,
+        )
+        return self._worker(self._append([step]), sid)
+
+    def updating(
+        self,
+        sid: str,
+        *,
+        state: str | None = None,
+        sock: str | None = None,
+        version: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        meta: Mapping[str, JsonValue] | None = None,
+        reason: str | None = None,
+        expect: int | None = None,
+    ) -> Step:
+        """Return the step of an `update`."""
         known = self.get(sid) if state == "ready" and sock is None else None
-        step = changes.updated(
+        return changes.updated(
             self.author(),
             sid,
             state=state,
@@ -272,7 +297,6 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             expect=expect,
             sock_known=None if known is None else known.sock or None,
         )
-        return self._worker(self._append([step]), sid)
 
     def exited(
         self,
@@ -288,10 +312,22 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
         not 0 or a signal ended it. *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
         """
-        step = changes.exited(
+        step = self.exiting(sid, code=code, signal=signal, source=source, expect=expect)
+        return self._event(self._append([step]), sid)
+
+    def exiting(
+        self,
+        sid: str,
+        *,
+        code: int | None = None,
+        signal: int | None = None,
+        source: str = "self",
+        expect: int | None = None,
+    ) -> Step:
+        """Return the step of an `exited`."""
+        return changes.exited(
             self.author(), sid, code=code, signal=signal, source=source, expect=expect
         )
-        return self._event(self._append([step]), sid)
 
     def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
         """Take a worker out of the registry and return the event; its process is left alone.

@@ -51,8 +51,13 @@ class Syncer:
         self._sync_s = 0.0  # what a sync takes, on average
         self._shared = False  # the last sync served others too
 
-    def make_durable(self, goal: int, generation: int | None = None) -> None:
-        """Return once head/durable covers seq `goal`.
+    def make_durable(
+        self,
+        seq: int,
+        generation: int | None = None,
+        begun: Callable[[], None] | None = None,
+    ) -> None:
+        """Return once head/durable covers `seq`; `begun` is called when our turn has come.
 
         `generation` is that of the last head the caller saw: a guess at whose turn it is, which
         is checked once the lock is held. *Raises* AppendUncertain where it cannot be known whether
@@ -63,7 +68,9 @@ class Syncer:
         if not self._turn.acquire(timeout=self._wait_s):
             raise AppendUncertain(self._where(), why="another thread's sync does not finish")
         try:
-            self._share(goal, generation, deadline)
+            if begun is not None:
+                begun()
+            self._share(seq, generation, deadline)
         except OSError as error:
             raise AppendUncertain(self._where(), why=error.strerror or str(error)) from error
         except CrewlogError as error:

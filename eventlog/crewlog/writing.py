@@ -1,10 +1,15 @@
-"""Hold everything that phase one of an append needs, in order, with one deadline for all of it."""
+"""Compose lines, and hold what phase one of an append needs, in order, with one deadline."""
 
 import threading
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from types import TracebackType
 
+from crewlog import codec, events, layout
+from crewlog.codec import AppendState, Draft
 from crewlog.errors import LockBusy, StoreMissing, from_oserror
+from crewlog.events import Line
 from crewlog.lock import Lock
 
 
@@ -81,3 +86,36 @@ class Writing:
         if isinstance(error, OSError):
             why = "cannot write to the registry"
             raise from_oserror(error, why, where=self._where) from error
+
+
+def size_of(drafts: Sequence[Draft]) -> int:
+    """Return how many bytes the lines will take at most. *Raises* ValueError for too much."""
+    size = sum(len(part.body) for part in drafts) + layout.LINE_OVERHEAD_BYTES * len(drafts)
+    if len(drafts) > layout.BATCH_EVENTS_MAX or size > layout.BATCH_BYTES_MAX:
+        message = (
+            f"a batch holds at most {layout.BATCH_EVENTS_MAX} events "
+            f"and {layout.BATCH_BYTES_MAX} bytes"
+        )
+        raise ValueError(message)
+    return size
+
+
+def compose(
+    drafts: Sequence[Draft], state: AppendState, *, synced: int
+) -> tuple[list[bytes], list[Line], AppendState]:
+    """Make one unit of lines that follow `state`; return them raw, parsed, and the state after."""
+    raws: list[bytes] = []
+    lines: list[Line] = []
+    seq, prev, end = state.seq, state.hash, state.end
+    ts, count = events.timestamp(datetime.now(UTC)), len(drafts)
+    for index, part in enumerate(drafts):
+        seq += 1
+        place = (index, count) if count > 1 else None
+        raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=place)
+        prev = codec.digest(raw[:-1])
+        end += len(raw)
+        raws.append(raw)
+        lines.append(codec.as_parsed(part, seq=seq, ts=ts))
+    if not raws:
+        return raws, lines, state
+    return raws, lines, state._replace(end=end, seq=seq, hash=prev, sealed=False)

@@ -492,7 +492,7 @@ def test_demo_asserts_its_claims() -> None:
     done = subprocess.run(
         [*CREWLOG, "demo"], check=True, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.count("   ok  ") == 10
+    assert done.stdout.count("   ok  ") == 12
     assert "Every claim held" in done.stdout
     assert done.stderr == ""
 

@@ -1,0 +1,283 @@
+"""Offer the registry to asyncio: the same verbs as coroutines, sharing commits.
+
+Changes go straight into the queue of the log, from the loop's own thread; one of two threads leads
+for all that wait, and hands the results back to the loop in one call. Whatever may block for longer
+(opening, probing, starting, reading) runs in a thread.
+
+A task that is cancelled stops waiting, not writing: like an error with the outcome "unknown".
+"""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpack
+
+from crewlog import changes, codec, directory, layout
+from crewlog.awatch import AsyncWatch
+from crewlog.batch import Batch
+from crewlog.changes import Redact, Step
+from crewlog.commit import Phase, Request
+from crewlog.events import Event, JsonValue, Worker, event_of, worker_of
+from crewlog.follow import WatchOptions
+from crewlog.log import Log
+from crewlog.past import HistoryOptions
+from crewlog.registry import Registry, Where
+from crewlog.store import Appended, Decide
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LEADERS: Final = 2  # one writes while the other syncs
+_CALLS_MAX: Final = 64
+_EVENTS_A_STEP: Final = 256
+
+
+class UpdateOptions(TypedDict, total=False):
+    """What `update` takes beside the sid."""
+
+    state: str | None
+    sock: str | None
+    version: str | None
+    labels: Mapping[str, str | None] | None
+    meta: Mapping[str, JsonValue] | None
+    reason: str | None
+    expect: int | None
+
+
+class ExitOptions(TypedDict, total=False):
+    """What `exited` takes beside the sid."""
+
+    code: int | None
+    signal: int | None
+    source: str
+    expect: int | None
+
+
+def _threaded(
+    method: Callable[Concatenate[Registry, P], R],
+) -> Callable[Concatenate["AsyncRegistry", P], Awaitable[R]]:
+    """Make a verb a coroutine that runs in a thread."""
+
+    @functools.wraps(method)
+    async def call(self: "AsyncRegistry", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self.call(functools.partial(method, self.registry, *args, **kwargs))
+
+    return call
+
+
+class AsyncRegistry:
+    """A registry for asyncio; see `Registry` for what each verb promises. Use `crewlog.aopen`."""
+
+    def __init__(self, registry: Registry) -> None:
+        """Take over a registry, which is closed with this one."""
+        self.registry = registry
+        self._leaders = ThreadPoolExecutor(_LEADERS, thread_name_prefix="crewlog-lead")
+        self._calls = ThreadPoolExecutor(_CALLS_MAX, thread_name_prefix="crewlog-call")
+        self._inbox: _Inbox | None = None
+        self._log: Log | None = None
+
+    async def call(self, work: Callable[[], R]) -> R:
+        """Run something that may block in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._calls, work)
+
+    # -- change -----------------------------------------------------------------------------
+
+    async def update(self, sid: str, **options: Unpack[UpdateOptions]) -> Worker:
+        """Move a worker on, or patch it, and return it; see `Registry.update`."""
+        if options.get("sock") is not None or options.get("state") == "ready":
+            # the socket is looked at, and may lie where a look takes long
+            return await self.call(lambda: self.registry.update(sid, **options))
+        appended = await self._append([self.registry.updating(sid, **options)])
+        record = appended.records.get(sid)
+        if record is None:
+            return await self.call(lambda: self.registry.known(sid))
+        return worker_of(record)
+
+    async def exited(self, sid: str, **options: Unpack[ExitOptions]) -> Event:
+        """Record that a worker ended, and return the event; see `Registry.exited`."""
+        return await self._event(self.registry.exiting(sid, **options))
+
+    async def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
+        """Take a worker out of the registry; see `Registry.remove`."""
+        author = self.registry.author()
+        return await self._event(changes.released(author, sid, reason=reason, expect=expect))
+
+    def batch(self) -> "AsyncBatch":
+        """Collect changes in an `async with` block; durable at its end together, or none."""
+        return AsyncBatch(self.registry, self._append)
+
+    async def _event(self, step: Step) -> Event:
+        appended = await self._append([step])
+        if appended.lines:
+            raw = appended.lines[-1]
+            return event_of(codec.parse(raw), raw)
+        return await self.call(
+            lambda: self.registry.last_event(self.registry.known(step.sid))
+        )  # it had been recorded before
+
+    async def _append(self, steps: Sequence[Step]) -> Appended:
+        log = self._log
+        if log is None or log.closed:
+            log = self._log = await self.call(self.registry.created)
+        loop = asyncio.get_running_loop()
+        if self._inbox is None or self._inbox.loop is not loop:
+            self._inbox = _Inbox(loop)
+        about = {step.sid for step in steps}
+        request = _Awaited(changes.together(steps), about, log, self._inbox, self._leaders)
+        log.commits.submit(request)
+        await request.future
+        return request.outcome()
+
+    register = _threaded(Registry.register)
+    spawn = _threaded(Registry.spawn)
+    ensure = _threaded(Registry.ensure)
+    stop = _threaded(Registry.stop)
+    observe = _threaded(Registry.observe)
+    beat = _threaded(Registry.beat)
+
+    # -- read -------------------------------------------------------------------------------
+
+    get = _threaded(Registry.get)
+    workers = _threaded(Registry.workers)
+    state = _threaded(Registry.state)
+    totals = _threaded(Registry.totals)
+    liveness = _threaded(Registry.liveness)
+    judge = _threaded(Registry.judge)
+    at = _threaded(Registry.at)
+    lives = _threaded(Registry.lives)
+    wait = _threaded(Registry.wait)
+
+    async def last_seq(self) -> int:
+        """Return the seq of the last durable event, 0 where there is no store."""
+        return await self.call(lambda: self.registry.last_seq)
+
+    async def history(self, **options: Unpack[HistoryOptions]) -> AsyncIterator[Event]:
+        """Yield the events that match; see `Registry.history`."""
+        found = self.registry.history(**options)
+        while True:
+            part = await self.call(lambda: list(itertools.islice(found, _EVENTS_A_STEP)))
+            for event in part:
+                yield event
+            if len(part) < _EVENTS_A_STEP:
+                return
+
+    def watch(self, **options: Unpack[WatchOptions]) -> AsyncWatch:
+        """Deliver events as they become durable, with `async for`; see `Registry.watch`."""
+        return self.registry.awatch(**options)
+
+    # -- life -------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Give every resource back; idempotent."""
+        with contextlib.suppress(RuntimeError):  # the pool is gone: closed before
+            await self.call(self.registry.close)
+        self._leaders.shutdown(wait=False)
+        self._calls.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Close."""
+        await self.aclose()
+
+
+class AsyncBatch(Batch):
+    """Changes that become durable together at the end of an `async with` block, or not at all."""
+
+    def __init__(
+        self, registry: Registry, commit: Callable[[Sequence[Step]], Awaitable[Appended]]
+    ) -> None:
+        """Begin empty."""
+        super().__init__(registry.author(), registry.commit)
+        self._acommit = commit
+
+    async def __aenter__(self) -> Self:
+        """Begin to collect."""
+        return self
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        """Write all of it, durable on return; nothing at all if the block raised."""
+        if error is None and self._steps:
+            self.last_seq = (await self._acommit(self._steps)).seq
+
+
+class _Inbox:
+    """Results on their way back to one loop: many, in one call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._settled: deque[_Awaited] = deque()
+        self._called = False
+
+    def put(self, request: "_Awaited") -> None:
+        self._settled.append(request)
+        if not self._called:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._called = False  # before the look: who puts from now on calls again
+        while self._settled:
+            future = self._settled.popleft().future
+            if not future.done():  # else its task was cancelled
+                future.set_result(None)
+
+
+class _Awaited(Request):
+    """A request whose caller is a task."""
+
+    __slots__ = ("_inbox", "_leaders", "_log", "future")
+
+    def __init__(
+        self,
+        decide: Decide,
+        about: Collection[str],
+        log: Log,
+        inbox: _Inbox,
+        leaders: ThreadPoolExecutor,
+    ) -> None:
+        super().__init__(decide, about)
+        self._log = log
+        self._inbox = inbox
+        self._leaders = leaders
+        self.future: asyncio.Future[None] = inbox.loop.create_future()
+
+    def advance(self, phase: Phase) -> None:
+        self.phase = phase
+        if phase == "done":
+            self._inbox.put(self)
+        else:
+            self._leaders.submit(self._go_on)
+
+    def _go_on(self) -> None:
+        """Do what is left to do, in a thread."""
+        try:
+            if self.phase == "lead":
+                self._log.commits.lead(self._log, self)
+            else:
+                self._log.settle(0 if self.result is None else self.result.seq)
+        except Exception as error:  # noqa: BLE001 (the task raises it)
+            self.fail(error)
+        self.advance("done")
+
+
+def aopen(
+    where: Where = None,
+    *,
+    lock_timeout_s: float = layout.LOCK_WAIT_S,
+    actor: str | None = None,
+    redact: Redact | None = None,
+) -> AsyncRegistry:
+    """Open the registry at `where` for asyncio: `async with crewlog.aopen() as reg`.
+
+    Arguments as for `crewlog.open`.
+    """
+    path = directory.locate(where)
+    return AsyncRegistry(Registry(path, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact))

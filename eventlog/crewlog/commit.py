@@ -1,0 +1,230 @@
+"""Let the callers of one process share appends: whoever comes first leads, the others ride along.
+
+A leader takes everybody who waits, writes all their lines with one write, and syncs once for all.
+As soon as its sync begins, the next one leads: it writes while this one syncs. So there is at most
+one group in each phase, and everybody who comes meanwhile waits for the next. A lone caller leads
+itself at once: no timer, no thread, nothing to wait for.
+
+Each request is decided by itself, on top of those before it in its group: its refusal is its own,
+and what it writes is one unit. A failure of the write or the sync is told to all it concerns.
+Whatever interrupts a leader (Ctrl-C), those who ride along are not left behind: what was not
+written goes back into the queue, what was written is made durable by those who wait for it.
+
+Order in a process: this mutex is held for a few instructions only, and nothing is taken under it.
+"""
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, Protocol, TypeAlias
+
+from crewlog import layout
+from crewlog.errors import AppendUncertain, LockBusy
+from crewlog.store import Appended, Decide
+
+# waiting; to lead; written, to be made durable by whoever waits; done
+Phase: TypeAlias = Literal["waiting", "lead", "written", "done"]
+
+
+class Request:
+    """One append that is asked for, and what becomes of it."""
+
+    __slots__ = ("about", "decide", "error", "phase", "refused", "result")
+
+    def __init__(self, decide: Decide, about: Collection[str]) -> None:
+        """Ask for what `decide` returns, about these workers."""
+        self.decide = decide
+        self.about = about
+        self.phase: Phase = "waiting"
+        self.result: Appended | None = None
+        self.error: Exception | None = None
+        self.refused = False  # the error is the request's own: nothing of it was written
+
+    def refuse(self, error: Exception) -> None:
+        """Settle it as refused; nothing of it is written."""
+        self.error, self.refused = error, True
+
+    def fail(self, error: Exception) -> None:
+        """Tell it of a failure, unless it was refused by itself."""
+        if not self.refused:
+            self.result, self.error = None, error
+
+    def outcome(self) -> Appended:
+        """Return what was appended, or raise."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None  # or its traceback would keep it, and us, alive
+        assert self.result is not None  # it is settled: a result or an error
+        return self.result
+
+    def advance(self, phase: Phase) -> None:
+        """Go on to a phase, and wake whoever waits for that."""
+        self.phase = phase
+
+
+class _Waiting(Request):
+    """A request whose caller is a thread that waits for it."""
+
+    __slots__ = ("_wake",)
+
+    def __init__(self, decide: Decide, about: Collection[str]) -> None:
+        super().__init__(decide, about)
+        self._wake = threading.Lock()
+        self._wake.acquire()
+
+    def advance(self, phase: Phase) -> None:
+        self.phase = phase
+        self._wake.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._wake.acquire(timeout=timeout_s)
+
+
+class Phases(Protocol):
+    """What a log does for a group of requests; passed in, because the log holds its queue."""
+
+    def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
+        """Write what a group asks for with one write; settle each request as written or refused.
+
+        Returns how many were taken, the seq of the last line, and the generation of the head that
+        was seen. *Raises* with the outcome of all that were not refused.
+        """
+        ...
+
+    def settle(
+        self, seq: int, generation: int | None = None, begun: Callable[[], None] | None = None
+    ) -> None:
+        """Return once everything up to `seq` is durable; call `begun` when that is under way."""
+        ...
+
+
+class Commits:
+    """The queue of one log."""
+
+    def __init__(self, *, where: str, wait_s: float) -> None:
+        """Begin with nobody waiting."""
+        self._where = where
+        self._wait_s = wait_s
+        self._mutex = threading.Lock()
+        self._queue: deque[Request] = deque()
+        self._led = False
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: who waited is in the parent."""
+        self._mutex = threading.Lock()
+        self._queue = deque()
+        self._led = False
+
+    def append(self, phases: Phases, decide: Decide, about: Collection[str]) -> Appended:
+        """Append, or ride along with others who do; durable on return."""
+        with self._mutex:
+            leads = not self._led
+            self._led = True
+            if leads:
+                request = Request(decide, about)
+            else:
+                request = waiting = _Waiting(decide, about)
+                self._queue.append(waiting)
+        if not leads:
+            self._await(waiting)
+        if request.phase == "written":
+            phases.settle(_seq(request))
+        elif request.phase != "done":
+            self.lead(phases, request)
+        return request.outcome()
+
+    def _await(self, request: _Waiting) -> None:
+        """Wait until it is settled, or its turn to lead has come."""
+        if request.wait(self._wait_s + 2 * layout.SYNC_WAIT_MIN_S):
+            return
+        with self._mutex:
+            if request in self._queue:
+                self._queue.remove(request)
+                raise LockBusy(self._where, waited_s=self._wait_s, holder="another thread")
+            if request.phase == "waiting":
+                raise AppendUncertain(self._where, why="another thread's append does not finish")
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue; it is told to lead where nobody does."""
+        with self._mutex:
+            leads = not self._led
+            self._led = True
+            if not leads:
+                self._queue.append(request)
+        if leads:
+            request.advance("lead")
+
+    def lead(self, phases: Phases, own: Request) -> None:
+        """Append for everybody who waits, the leader's own request first."""
+        with self._mutex:
+            group = [own, *self._queue]
+            self._queue.clear()
+        handed_on = False
+
+        def hand_on() -> None:
+            nonlocal handed_on
+            handed_on = True
+            self._hand_on()
+
+        seq = None
+        try:
+            count, seq, generation = phases.write(group)
+            if count < len(group):
+                self._put_back(group[count:])
+                group = group[:count]
+            phases.settle(seq, generation, hand_on)
+        except Exception as error:  # noqa: BLE001 (each caller raises it)
+            for request in group:
+                request.fail(error if request is own else _like(error))
+        except BaseException:
+            self._leave(own, group, written=seq is not None)
+            group = []
+            raise
+        finally:
+            if not handed_on:
+                self._hand_on()
+            for request in group:
+                if request is not own:
+                    request.advance("done")
+
+    def _hand_on(self) -> None:
+        """Let the next one lead, if anybody waits."""
+        with self._mutex:
+            heir = self._queue.popleft() if self._queue else None
+            self._led = heir is not None
+        if heir is not None:
+            heir.advance("lead")
+
+    def _put_back(self, requests: Sequence[Request]) -> None:
+        with self._mutex:
+            self._queue.extendleft(reversed(requests))
+
+    def _leave(self, own: Request, group: Sequence[Request], *, written: bool) -> None:
+        """Leave nobody behind where the leader is interrupted."""
+        others = [request for request in group if request is not own]
+        unsettled = [r for r in others if r.result is None and r.error is None]
+        if not written and len(unsettled) < len(others):  # it was inside the write
+            error = AppendUncertain(self._where, why="the thread that wrote it was interrupted")
+            for request in others:
+                request.fail(_like(error))
+                request.advance("done")
+            return
+        self._put_back(unsettled)
+        for request in others:
+            if request not in unsettled:
+                request.advance("written" if request.error is None else "done")
+
+
+def _seq(request: Request) -> int:
+    assert request.result is not None  # it was written
+    return request.result.seq
+
+
+def _like(error: Exception) -> Exception:
+    """Return an error of its own for each thread: a traceback belongs to one raise."""
+    same = copy.copy(error)
+    same.__cause__ = error.__cause__
+    return same

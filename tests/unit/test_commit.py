@@ -1,0 +1,242 @@
+"""The queue of an append: who leads, who rides along, and that nobody is left behind."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from crewlog.commit import Commits, Request
+from crewlog.errors import AppendUncertain, LockBusy, StaleRevision, StorageFull
+from crewlog.store import Appended
+
+WAIT_S = 10.0
+
+
+class Stage:
+    """A log whose phases a test holds up, fails and interrupts."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self.groups: list[int] = []
+        self.seq = 0
+        self.take = 1 << 30
+        self.on_write: list[Callable[[], None]] = []
+        self.on_written: list[Callable[[], None]] = []
+        self.on_settle: list[Callable[[], None]] = []
+        self.settled = 0
+        self._turn = threading.Lock()
+
+    def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
+        """Number the requests; one whose `about` says so is refused."""
+        if self.on_write:
+            self.on_write.pop(0)()
+        group = group[: self.take]
+        for request in group:
+            if "stale" in request.about:
+                request.refuse(StaleRevision("stale", expected=1, actual=2))
+                continue
+            self.seq += 1
+            request.result = Appended([], {}, self.seq)
+        self.groups.append(len(group))
+        if self.on_written:
+            self.on_written.pop(0)()
+        return len(group), self.seq, 0
+
+    def settle(
+        self, seq: int, generation: int | None = None, begun: Callable[[], None] | None = None
+    ) -> None:
+        """One at a time."""
+        with self._turn:
+            if begun is not None:
+                begun()
+            if self.on_settle:
+                self.on_settle.pop(0)()
+            self.settled = max(self.settled, seq)
+
+
+class Riders:
+    """Threads that append, and what became of each."""
+
+    def __init__(self, commits: Commits, stage: Stage) -> None:
+        """Use this queue."""
+        self.commits, self.stage = commits, stage
+        self.results: list[object] = []
+        self.threads: list[threading.Thread] = []
+
+    def start(self, about: str = "") -> threading.Thread:
+        """Let one more append."""
+        thread = threading.Thread(target=self._run, args=(about,))
+        thread.start()
+        self.threads.append(thread)
+        return thread
+
+    def add(self, about: str = "") -> None:
+        """Let one more append, and wait until it is in the queue."""
+        before = len(self.commits._queue)
+        thread = self.start(about)
+        while len(self.commits._queue) == before:
+            thread.join(0.001)
+
+    def _run(self, about: str) -> None:
+        try:
+            self.results.append(self.commits.append(self.stage, lambda _: [], [about]).seq)
+        except Exception as error:
+            self.results.append(error)
+
+    def join(self) -> list[object]:
+        for thread in self.threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "left behind"
+        assert not self.commits._led
+        return self.results
+
+
+@pytest.fixture
+def stage() -> Stage:
+    """Return phases that do nothing but count."""
+    return Stage()
+
+
+@pytest.fixture
+def commits() -> Commits:
+    """Return an empty queue."""
+    return Commits(where="here", wait_s=WAIT_S)
+
+
+def _held(
+    stage: Stage, commits: Commits, **hooks: Callable[[], None]
+) -> tuple[Riders, threading.Event]:
+    """Start a leader that is held up inside its write."""
+    inside, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        inside.set()
+        assert go.wait(WAIT_S)
+
+    stage.on_write.append(hold)
+    riders = Riders(commits, stage)
+    riders.start()
+    assert inside.wait(WAIT_S)
+    return riders, go
+
+
+def test_lone_caller_leads_itself(stage: Stage, commits: Commits) -> None:
+    """Without a thread, without waiting."""
+    before = threading.active_count()
+    assert commits.append(stage, lambda _: [], []).seq == 1
+    assert (stage.groups, stage.settled, threading.active_count()) == ([1], 1, before)
+
+
+def test_those_who_come_during_a_write_share_the_next(stage: Stage, commits: Commits) -> None:
+    """One group for all of them; each gets its own result."""
+    riders, go = _held(stage, commits)
+    for _ in range(10):
+        riders.add()
+    go.set()
+    assert sorted(riders.join(), key=str) == sorted(range(1, 12), key=str)
+    assert stage.groups == [1, 10]
+
+
+def test_next_group_is_written_while_this_one_syncs(stage: Stage, commits: Commits) -> None:
+    """The sync of the first does not end before the second was written."""
+    second = threading.Event()
+    stage.on_settle.append(lambda: pytest.fail("late") if not second.wait(WAIT_S) else None)
+    riders, go = _held(stage, commits)
+    riders.add()
+    stage.on_write.append(second.set)
+    go.set()
+    assert sorted(riders.join(), key=str) == [1, 2]
+
+
+def test_refusal_is_its_own(stage: Stage, commits: Commits) -> None:
+    """The others of the group are appended."""
+    riders, go = _held(stage, commits)
+    for about in ("", "stale", ""):
+        riders.add(about)
+    go.set()
+    results = riders.join()
+    assert sum(isinstance(result, StaleRevision) for result in results) == 1
+    assert sum(isinstance(result, int) for result in results) == 3
+
+
+def _fail_full() -> None:
+    raise StorageFull("here", why="full")
+
+
+def test_failure_of_a_write_is_told_to_each_with_an_error_of_its_own(
+    stage: Stage, commits: Commits
+) -> None:
+    """Not one exception for all: a traceback belongs to one raise."""
+    riders, go = _held(stage, commits)
+    for about in ("", "", "stale"):
+        riders.add(about)
+    stage.on_written += [lambda: None, _fail_full]
+    go.set()
+    failed = [result for result in riders.join() if isinstance(result, StorageFull)]
+    assert len(failed) == 2, "who was refused was refused"
+    assert failed[0] is not failed[1]
+    assert str(failed[0]) == str(failed[1])
+    assert commits.append(stage, lambda _: [], []).seq > 0, "the next one goes on"
+
+
+def test_failure_of_a_sync_is_told_to_each(stage: Stage, commits: Commits) -> None:
+    """And to none of the group that was written meanwhile, whose own sync decides."""
+    riders, go = _held(stage, commits)
+    riders.add()
+
+    def fail() -> None:
+        raise AppendUncertain("here", why="no")
+
+    stage.on_settle.append(fail)
+    go.set()
+    results = riders.join()
+    assert sum(isinstance(result, AppendUncertain) for result in results) == 1
+    assert sum(isinstance(result, int) for result in results) == 1
+
+
+def test_group_that_does_not_fit_goes_on_in_the_next(stage: Stage, commits: Commits) -> None:
+    """In order, and nobody is forgotten."""
+    stage.take = 4
+    riders, go = _held(stage, commits)
+    for _ in range(10):
+        riders.add()
+    go.set()
+    assert sorted(riders.join(), key=str) == sorted(range(1, 12), key=str)
+    assert stage.groups == [1, 4, 4, 2]
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["on_write", "on_written", "on_settle"])
+def test_interrupted_leader_leaves_nobody_behind(
+    stage: Stage, commits: Commits, moment: str
+) -> None:
+    """Before the write the next one writes; inside it nobody can know; after it each syncs."""
+    riders = Riders(commits, stage)
+    own = Request(lambda _: [], [])
+    commits._led = True
+    for _ in range(3):
+        riders.add()
+    getattr(stage, moment).append(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        commits.lead(stage, own)
+    results = riders.join()
+    if moment == "on_written":
+        assert [type(result) for result in results] == [AppendUncertain] * 3
+    else:
+        assert sorted(results, key=str) in ([1, 2, 3], [2, 3, 4])
+        assert stage.settled == max(map(int, map(str, results)))
+
+
+def test_who_waits_for_too_long_hears_of_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the queue nothing was written; in a group nobody can know."""
+    monkeypatch.setattr("crewlog.layout.SYNC_WAIT_MIN_S", 0.1)
+    commits = Commits(where="here", wait_s=0.1)
+    riders, go = _held(stage, commits)
+    riders.add()
+    riders.threads[1].join(WAIT_S)
+    assert isinstance(riders.results[0], LockBusy)
+    go.set()
+    assert riders.join()[1:] == [1]
