@@ -67,13 +67,25 @@ def verify(
         finding = Finding(code=error.code, path=str(path), message=str(error))
         return VerifyReport(events=0, last_seq=0, findings=(finding,))
     for _ in range(layout.VERIFY_TRIES):
-        oldest = segments.all_of(opened)[:1]
+        begun = _beginning(opened)
         try:
-            return _Check(opened, anchor=anchor, progress=progress).run()
+            report = _Check(opened, anchor=anchor, progress=progress).run()
         except SegmentMissing:  # a retention took it while we read; else it would be a finding
-            if segments.all_of(opened)[:1] == oldest:
+            if _beginning(opened) == begun:
                 raise
+        else:
+            if report.ok or _beginning(opened) == begun:
+                return report
     return _Check(opened, anchor=anchor, progress=progress).run()
+
+
+def _beginning(opened: Directory) -> tuple[int, str]:
+    """Say where the kept history begins: what was found is void where a retention moved that."""
+    oldest = segments.all_of(opened)[:1]
+    with contextlib.suppress(SnapshotCorrupt):
+        base = snapshot.read_base(opened)
+        return sum(oldest), "" if base is None else base.sha256
+    return sum(oldest), "damaged"
 
 
 @dataclass(slots=True)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import create, events, layout, log, snapshot
+from crewlog import create, events, layout, log, snapshot, writing
+from crewlog.codec import Snapshot
+from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, CompactedError, SnapshotCorrupt, Unsupported
 from crewlog.packing import Packing
 from crewlog.registry import Registry
@@ -28,7 +30,7 @@ class Clock(datetime):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
     """Let the log tell the time that the test sets."""
-    for room in (log, create):
+    for room in (log, create, writing):
         monkeypatch.setattr(room, "datetime", Clock)
     Clock.at = BEGAN
     return Clock
@@ -147,6 +149,38 @@ def test_verify_finds_a_wrong_beginning_of_the_archive(reg: Registry, harm: str)
     if harm == "flipped":
         with pytest.raises(SnapshotCorrupt):
             snapshot.read_base(reg.log().directory)
+
+
+@pytest.mark.usefixtures("_small_segments")
+def test_verify_beside_a_retention_takes_its_word(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """archive/base.json was read, then a retention replaced it and told of that: no false alarm."""
+    for keep in (80, 30):
+        _grown(reg, 60)
+        compact(reg, gc=False)
+        _grown(reg, 60)
+        if keep == 80:
+            compact(reg, gc=False, keep_history=KeepEvents(keep))
+    before = snapshot.read_base(reg.log().directory)
+    real = snapshot.read_base
+    read: list[Snapshot | None] = []
+
+    def read_base(directory: Directory) -> Snapshot | None:
+        found = real(directory)
+        read.append(found)
+        if len(read) == 2:  # the first look was where the history begins
+            compact(reg, gc=False, keep_history=KeepEvents(30))
+        return found
+
+    monkeypatch.setattr(snapshot, "read_base", read_base)
+    report = verify(reg.path)
+    after = real(reg.log().directory)
+    assert before is not None
+    assert after is not None
+    assert read[1] == before
+    assert before.last_seq < after.last_seq, "the retention must have come between"
+    assert report.findings == ()
 
 
 @pytest.mark.usefixtures("_small_segments")
