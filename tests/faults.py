@@ -101,5 +101,11 @@ def active_segment(place: Path) -> Path:
     return max((place / layout.LOG).glob("*.jsonl"))
 
 
+def empty_redo(place: Path) -> None:
+    """Let the redo hold nothing, as after a sync of the segment: damage is then past mending."""
+    path = place / layout.REDO
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 EIO = errno.EIO
 ENOSPC = errno.ENOSPC

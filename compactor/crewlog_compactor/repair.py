@@ -29,6 +29,7 @@ from crewlog import (
     layout,
     packing,
     recovery,
+    redo,
     segments,
     snapshot,
     tail,
@@ -215,6 +216,7 @@ def _survey(at: Directory) -> _Survey:
     known = max(known, 0 if head is None else head.seq)
     begin = at.digest.hex()
     found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
+    redo.complete(at)
     firsts = segments.all_of(at)
     for index, first in enumerate(firsts):
         last = index == len(firsts) - 1
@@ -225,6 +227,8 @@ def _survey(at: Directory) -> _Survey:
         if first > found.seq + 1:
             _missing(found, part, _prev_of(data or b""))
         _follow(found, part, data or b"")
+        if first in at.completed and head is not None and head.boot == identity.boot_bytes():
+            part.changed = True  # no recovery of this boot will put back what the redo holds
         _close(found, part, known + 1 if last else firsts[index + 1], at)
     _end(found)
     return found
@@ -403,6 +407,7 @@ def _settle(states: States, found: _Survey) -> None:
             0 if head is None else head.generation + 1,
             boot,
             last.first,
+            end,
             end,
             found.seq,
             1 if head is None else head.oldest,

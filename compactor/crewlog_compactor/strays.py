@@ -14,7 +14,7 @@ _KNOWN: Final = frozenset(
         layout.STORE,
         layout.SNAPSHOT,
         layout.SNAPSHOT_PREV,
-        layout.APPEND_STATE,
+        *layout.NEWBORN,
         layout.POISON,
         *layout.DIRECTORIES,
     }

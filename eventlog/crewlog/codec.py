@@ -259,11 +259,15 @@ class AppendState(NamedTuple):
 
 
 class DurableHead(NamedTuple):
-    """How far lines are durable. `generation` counts syncs; `errno` is set once poisoned."""
+    """How far lines are durable. `generation` counts syncs; `errno` is set once poisoned.
+
+    The segment itself is synced up to `base`; what follows up to `end` is durable in the redo.
+    """
 
     generation: int
     boot: bytes
     segment: int
+    base: int
     end: int
     seq: int
     oldest: int
@@ -273,7 +277,7 @@ class DurableHead(NamedTuple):
 
 # Each ends with the CRC-32 of what stands before it.
 _APPEND_STATE: Final = struct.Struct("<8s16sQQQ32sB3xI")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQB3xiI")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQB3xiI")
 _CRC: Final = struct.Struct("<I")
 _APPEND_MAGIC: Final = b"crewlogA"
 _HEAD_MAGIC: Final = b"crewlogD"
@@ -315,6 +319,7 @@ def encode_durable_head(head: DurableHead) -> bytes:
             head.generation,
             head.boot,
             head.segment,
+            head.base,
             head.end,
             head.seq,
             head.oldest,
@@ -329,12 +334,12 @@ def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
     if len(data) != DURABLE_HEAD_BYTES:
         return None
-    magic, generation, boot, segment, end, seq, oldest, poisoned, errno, crc = _DURABLE_HEAD.unpack(
-        data
+    magic, generation, boot, segment, base, end, seq, oldest, poisoned, errno, crc = (
+        _DURABLE_HEAD.unpack(data)
     )
     if magic != _HEAD_MAGIC or crc != zlib.crc32(data[:-4]):
         return None
-    return DurableHead(generation, boot, segment, end, seq, oldest, bool(poisoned), errno)
+    return DurableHead(generation, boot, segment, base, end, seq, oldest, bool(poisoned), errno)
 
 
 class Beat(NamedTuple):

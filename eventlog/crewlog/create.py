@@ -8,7 +8,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from crewlog import codec, disk, events, identity, layout, segments, tail
+from crewlog import codec, disk, events, identity, layout, redo, segments, tail
 from crewlog.codec import AppendState, DurableHead
 from crewlog.directory import (
     Descriptors,
@@ -129,8 +129,11 @@ def _fill(path: Path, opened: Descriptors, via: Disk) -> None:
     states.put_append_state(
         AppendState(boot, 1, end, line["seq"], codec.digest(header[:-1]), sealed=False)
     )
-    states.put_head(DurableHead(0, boot, 1, end, line["seq"], oldest=1, poisoned=False, errno=0))
+    states.put_head(
+        DurableHead(0, boot, 1, end, end, line["seq"], oldest=1, poisoned=False, errno=0)
+    )
     states.close()
+    redo.make(newborn)
     via.sync_directory(root)
     temporary = f"{layout.TEMPORARY_PREFIX}store-{os.getpid()}"
     disk.write_new(via, temporary, data, at=root)
@@ -143,7 +146,7 @@ def _sweep_leftovers(opened: Descriptors, via: Disk) -> None:
     """Remove what an interrupted creation left; require_newborn made sure that it is only that."""
     root = opened.fds[""]
     for name in disk.names(root):
-        if name == layout.APPEND_STATE or layout.is_temporary(name):
+        if name in layout.NEWBORN or layout.is_temporary(name):
             via.unlink(name, at=root)
     for directory in (layout.LOG, layout.HEAD):
         for name in disk.names(opened.fds[directory]):

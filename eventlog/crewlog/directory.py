@@ -61,6 +61,8 @@ class Directory:
     digest: bytes
     disk: Disk
     local: bool
+    # the last segment as the redo completes it, between a power cut and the recovery from it
+    completed: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def root(self) -> int:
@@ -148,7 +150,7 @@ def unsafe(real: Path, error: UnsafePermissions, *, where: str) -> CrewlogError:
         found = os.listdir(real)
     except OSError:  # not even that is allowed
         return error
-    strangers = sorted(set(found) - {*layout.DIRECTORIES, layout.APPEND_STATE})
+    strangers = sorted(set(found) - {*layout.DIRECTORIES, *layout.NEWBORN})
     if layout.STORE in found or not strangers:
         return error
     return NotAStore(
@@ -197,7 +199,7 @@ _NEWBORN: Final = {
 def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
     found = disk.names(root)
-    known = {*layout.DIRECTORIES, layout.APPEND_STATE}
+    known = {*layout.DIRECTORIES, *layout.NEWBORN}
     strangers = [name for name in found if name not in known and not layout.is_temporary(name)]
     for name in layout.DIRECTORIES:
         if name in found:

@@ -8,6 +8,7 @@ A store is a directory::
       locks/sync.0 .1        flock: who runs the current fdatasync
       locks/compact          flock: who compacts or collects
       append.state           how far lines have been written (a cache, never the truth)
+      redo                   what was committed since its segment was synced, a second time
       head/durable           how far lines are durable (what readers watch)
       log/<first seq>.jsonl  segments; the last one is active, the others end with a seal
       registry.json          the snapshot; registry.prev.json is the one before it
@@ -30,6 +31,7 @@ STORE: Final = "store.json"
 SNAPSHOT: Final = "registry.json"
 SNAPSHOT_PREV: Final = "registry.prev.json"
 APPEND_STATE: Final = "append.state"
+REDO: Final = "redo"
 POISON: Final = "POISON.json"
 LOCKS: Final = "locks"
 HEAD: Final = "head"
@@ -38,6 +40,8 @@ ARCHIVE: Final = "archive"
 CURSORS: Final = "cursors"
 LEASES: Final = "leases"
 QUARANTINE: Final = "quarantine"
+# Files that a creation makes before store.json says that there is a store.
+NEWBORN: Final = (APPEND_STATE, REDO)
 DIRECTORIES: Final = (LOCKS, HEAD, LOG, ARCHIVE, CURSORS, LEASES, QUARANTINE)
 
 HEAD_DURABLE: Final = "durable"
@@ -66,6 +70,7 @@ LINE_BYTES_CEILING: Final = 1024 * 1024
 # More than seq, ts, place, synced, prev and crc take.
 HEADER_BYTES: Final = 1024  # a segment's first line names the store within these
 LINE_OVERHEAD_BYTES: Final = 256
+REDO_BYTES: Final = 256 * 1024  # so much is committed between two syncs of a segment
 SEGMENT_BYTES_MAX: Final = 8 * 1024 * 1024
 GROUP_BYTES_MAX: Final = 256 * 1024  # of lines that callers of one process share a write for
 BATCH_EVENTS_MAX: Final = 10_000

@@ -7,7 +7,8 @@ Format
 
 Valid if and only if
     A line counts once head/durable, written in this boot, covers it. After a reboot a line counts
-    if it lies in the valid prefix of the last segment as recovery.decide judges it.
+    if it lies in the valid prefix of the last segment, as the redo completes it (redo.py) and
+    recovery.decide judges it.
 
 Writer
     One thread of a process writes for all that wait (commit.py).
@@ -15,8 +16,9 @@ Writer
     adopt or cut what a dead writer left beyond the written end; look at what others wrote; let
     the callers decide; write all lines with one write(2); write append.state; unlock.
     Phase two (sync.py), no append lock: until head/durable covers my last line, wait for the sync
-    leader or become it. The leader reads append.state, syncs that segment, publishes
-    head/durable. **The commit point is the write of head/durable.**
+    leader or become it. The leader reads append.state, copies the new lines into the redo and
+    syncs that (or, when it is full, the segment), publishes head/durable. **The commit point is
+    the write of head/durable.**
 
 Reader
     Reads head/durable, then the segments up to it. Takes no lock, changes nothing.
@@ -31,10 +33,11 @@ Crash argument
     writer adopts whole lines and batches and quarantines the rest. After append.state: the next
     leader syncs the lines; their caller never heard. Before the publication: synced or not, not
     acknowledged. The kernel frees a dead holder's locks. Power cut: a line was acknowledged only
-    after a sync that followed its write, on a segment whose name was durable before its first
-    line; `synced` in later lines and head/durable bear witness to that, so recovery can tell a
-    torn tail (never acknowledged, cut) from damage (acknowledged, refused). A failed sync is
-    never repeated: it poisons the store for every process before anyone can append after it.
+    after a sync of its copy in the redo, which is not overwritten before the segment was synced
+    and read back, or of the segment, whose name was durable before its first line; `synced` in
+    later lines and head/durable bear witness to that, so recovery can tell a torn tail (never
+    acknowledged, cut) from damage (acknowledged, refused). A failed sync is never repeated: it
+    poisons the store for every process before anyone can append after it.
 """
 
 import errno
@@ -122,6 +125,7 @@ class Log:
         except OSError as error:
             raise from_oserror(error, "cannot read the registry", where=self._where()) from error
         self.recovery_pending = False
+        self.directory.completed.clear()
         return head
 
     def renew(self) -> None:
@@ -136,10 +140,7 @@ class Log:
             self._current.load()
             snapshot_seq = self._current.snapshot_seq
         segment, found, _ = tail.judge(self.directory, head, snapshot_seq=snapshot_seq)
-        oldest = 1 if head is None else head.oldest
-        return DurableHead(
-            0, self._boot, segment, found.end, found.seq, oldest, poisoned=False, errno=0
-        )
+        return tail.fresh_head(head, self._boot, segment, found)
 
     def last_seq(self) -> int:
         """Return the seq of the last durable line."""

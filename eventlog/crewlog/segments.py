@@ -62,23 +62,27 @@ def all_of(directory: Directory) -> list[int]:
 class Source:
     """The bytes of one segment, from log/ or, uncompressed in memory, from archive/."""
 
-    __slots__ = ("_data", "_fd", "first", "name")
+    __slots__ = ("_data", "_fd", "archived", "first", "name")
 
-    def __init__(self, first: int, name: str, *, fd: int = -1, data: bytes | None = None) -> None:
-        """Wrap an open descriptor or bytes in memory."""
+    def __init__(
+        self,
+        first: int,
+        name: str,
+        *,
+        fd: int = -1,
+        data: bytes | None = None,
+        archived: bool = False,
+    ) -> None:
+        """Wrap an open descriptor or bytes in memory; `archived`: it came from archive/."""
         self.first = first
         self.name = name
+        self.archived = archived
         self._fd = fd
         self._data = data
 
     @property
-    def archived(self) -> bool:
-        """Say whether it came from archive/."""
-        return self._data is not None
-
-    @property
     def fd(self) -> int:
-        """Return the descriptor, -1 for an archived segment."""
+        """Return the descriptor, -1 for one that is in memory."""
         return self._fd
 
     def size(self) -> int:
@@ -86,8 +90,10 @@ class Source:
         return os.fstat(self._fd).st_size if self._data is None else len(self._data)
 
     def is_gone(self) -> bool:
-        """Say whether the open file lost its name: archived, or rewritten by a repair."""
-        return self._data is None and os.fstat(self._fd).st_nlink == 0
+        """Say whether another file may bear its name: it was archived, repaired or recovered."""
+        if self._data is None:
+            return os.fstat(self._fd).st_nlink == 0
+        return not self.archived
 
     def read(self, offset: int, size: int) -> bytes:
         """Read up to `size` bytes at `offset`."""
@@ -107,6 +113,9 @@ def open_segment(directory: Directory, first: int) -> Source:
 
     *Raises* SegmentMissing if it is nowhere, ArchiveDamaged if its archive cannot be read.
     """
+    completed = directory.completed.get(first)
+    if completed is not None:
+        return Source(first, layout.segment_name(first), data=completed)
     for _ in range(layout.SEGMENT_OPEN_TRIES):
         name = layout.segment_name(first)
         where = directory.where(layout.LOG, name)
@@ -119,7 +128,7 @@ def open_segment(directory: Directory, first: int) -> Source:
                 return Source(first, name, fd=fd)
             try:
                 name, data = _unpacked(directory, first)
-                return Source(first, name, data=data)
+                return Source(first, name, data=data, archived=True)
             except FileNotFoundError:
                 continue  # a reader may meet the moment between two directory reads
     raise SegmentMissing(
@@ -266,6 +275,16 @@ def scan(data: bytes, *, offset: int, seq: int, prev: bytes | None, sealed: bool
         reason=reason,
         synced=synced,
     )
+
+
+def is_whole(data: bytes) -> bool:
+    """Say whether bytes are whole lines that follow each other."""
+    first = data[: data.find(b"\n")]
+    try:
+        seq = codec.parse(first)["seq"]
+    except LineError:
+        return False
+    return scan(data, offset=0, seq=seq - 1, prev=None).reason is None
 
 
 def _try(

@@ -11,7 +11,7 @@ Held throughout by the caller: locks/append. Two occasions:
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from crewlog import codec, disk, events, layout, recovery, segments
+from crewlog import codec, disk, events, layout, recovery, redo, segments
 from crewlog.codec import AppendState, DurableHead
 from crewlog.directory import Directory
 from crewlog.errors import LogCorrupt, LogRegressed, SegmentMissing
@@ -44,8 +44,9 @@ def known(head: DurableHead | None, *, snapshot_seq: int) -> Known:
 def judge(
     directory: Directory, head: DurableHead | None, *, snapshot_seq: int
 ) -> tuple[int, Found, Action]:
-    """Scan the last segment and decide about its tail; this changes nothing.
+    """Scan the last segment, as the redo completes it, and decide about its tail.
 
+    This changes nothing; the segment is read as completed from here on.
     Returns the segment by its first seq, what was found, and what to do. *Raises* LogCorrupt,
     LogRegressed or SegmentMissing where acknowledged data are damaged or gone.
     """
@@ -53,6 +54,7 @@ def judge(
     if not firsts:
         raise LogRegressed(directory.where(layout.LOG), why="it holds no segment at all")
     last = firsts[-1]
+    redo.complete(directory)
     source = segments.open_segment(directory, last)
     try:
         data = source.read(0, source.size())
@@ -127,24 +129,45 @@ def rebuild(
     source = segments.open_active(directory, last)
     try:
         disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
-        if action is Action.CUT:
+        completed = directory.completed.get(last)
+        if completed is not None:
+            _put_back(directory, source, completed[: found.end])
+        elif action is Action.CUT:
             quarantine(directory, source, found, source.read(found.end, found.size - found.end))
             directory.disk.cut(source.fd, found.end)
         sync(source.fd)
     finally:
         source.close()
+    directory.completed.clear()
+    redo.make(directory)
     state = AppendState(boot, last, found.end, found.seq, found.hash, found.sealed)
-    fresh = DurableHead(
+    fresh = fresh_head(head, boot, last, found)
+    return state, fresh, found if action is Action.CUT else None
+
+
+def fresh_head(head: DurableHead | None, boot: bytes, segment: int, found: Found) -> DurableHead:
+    """Return the head of a recovery that made the valid prefix of the last segment durable."""
+    return DurableHead(
         generation=0 if head is None else head.generation + 1,
         boot=boot,
-        segment=last,
+        segment=segment,
+        base=found.end,
         end=found.end,
         seq=found.seq,
         oldest=1 if head is None else head.oldest,
         poisoned=False,
         errno=0,
     )
-    return state, fresh, found if action is Action.CUT else None
+
+
+def _put_back(directory: Directory, source: Source, data: bytes) -> None:
+    """Put what the redo held where it belongs; killed on the way, the redo still holds it."""
+    there = source.read(0, source.size())
+    found = segments.scan(there, offset=0, seq=source.first - 1, prev=None)
+    if found.size > found.end:
+        quarantine(directory, source, found, there[found.end :])
+    directory.disk.cut(source.fd, found.end)
+    disk.write_all(directory.disk, source.fd, data[found.end :])
 
 
 def quarantine(directory: Directory, source: Source, found: Found, data: bytes) -> None:

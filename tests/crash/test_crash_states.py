@@ -177,6 +177,12 @@ def leases(reg: Registry, witness: Witness) -> None:
     collect(reg)
 
 
+def laps(reg: Registry, witness: Witness) -> None:
+    """The redo is filled again and again."""
+    for number in range(8):
+        registered(reg, witness, f"w-{number}")
+
+
 def cursors(reg: Registry, witness: Witness) -> None:
     """A cursor is created, moved and removed; retention asks for it."""
     registered(reg, witness, "a")
@@ -191,6 +197,7 @@ def cursors(reg: Registry, witness: Witness) -> None:
 STORIES: dict[str, Story] = {
     "creation": creation_and_appends,
     "rotation": rotation,
+    "laps": laps,
     "compaction": compaction,
     "cursors": cursors,
     "retention": retention,
@@ -203,6 +210,12 @@ def play(story: Story, witness: Witness) -> None:
         story(reg, witness)
 
 
+@pytest.fixture(autouse=True)
+def _small_redo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that writing it for each state takes no hour."""
+    monkeypatch.setattr(layout, "REDO_BYTES", 8192)
+
+
 @pytest.mark.parametrize("name", STORIES)
 def test_every_crash_state_keeps_what_was_acknowledged(
     fast: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +223,8 @@ def test_every_crash_state_keeps_what_was_acknowledged(
     """Enumerated at every call of every operation."""
     if name == "rotation":
         monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2500)
+    if name == "laps":
+        monkeypatch.setattr(layout, "REDO_BYTES", 1500)
     witness = Witness(fast)
     play(STORIES[name], witness)
     assert witness.failures == []

@@ -31,6 +31,7 @@ def injected(place: Path, call: str, error: str, when: int, *words: object) -> t
         place / layout.LOG / layout.segment_name(1),
         place / layout.HEAD / layout.HEAD_DURABLE,
         place / layout.APPEND_STATE,
+        place / layout.REDO,
     )
     own = [word for name in names for word in ("-P", str(name))]
     fault = ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
@@ -265,7 +266,7 @@ def test_full_file_system_refuses_and_goes_on_once_there_is_room(tmp_path: Path)
     small = tmp_path / "small"
     small.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(small)],
+        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(small)],
         capture_output=True, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -17,7 +17,7 @@ from crewlog.errors import (
     SnapshotCorrupt,
 )
 from crewlog_compactor import compact, verify
-from faults import FailingDisk, active_segment, another_boot, registry_on
+from faults import FailingDisk, active_segment, another_boot, empty_redo, registry_on
 from procs import tree
 
 
@@ -100,6 +100,7 @@ def test_reader_after_a_reboot_changes_nothing(place: Path) -> None:
 def test_damage_below_what_was_durable_is_refused(place: Path) -> None:
     """Acknowledged data that are damaged are never cut, by no writer and after no reboot."""
     filled(place)
+    empty_redo(place)
     segment = active_segment(place)
     data = bytearray(segment.read_bytes())
     data[-200] ^= 1
@@ -113,12 +114,13 @@ def test_damage_below_what_was_durable_is_refused(place: Path) -> None:
                 reg.register("next")
             assert caught.value.outcome == "not_written"
     assert tree(place) == before
-    assert [f.code for f in verify(place).findings] == ["log_corrupt"]
+    assert [f.code for f in verify(place).findings] == ["log_corrupt", "redo_differs"]
 
 
 def test_later_line_bears_witness_when_the_states_are_gone(place: Path) -> None:
     """`synced` in a whole line behind the damage proves that the damaged bytes were durable."""
     filled(place, 4)
+    empty_redo(place)
     (place / layout.APPEND_STATE).unlink()
     (place / layout.HEAD / layout.HEAD_DURABLE).unlink()
     segment = active_segment(place)
@@ -133,6 +135,7 @@ def test_later_line_bears_witness_when_the_states_are_gone(place: Path) -> None:
 def test_log_cut_at_a_line_end_is_noticed(place: Path) -> None:
     """head/durable is the anchor against a truncation that leaves whole lines."""
     filled(place)
+    empty_redo(place)
     segment = active_segment(place)
     data = segment.read_bytes()
     segment.write_bytes(data[: data.rstrip(b"\n").rfind(b"\n") + 1])
@@ -162,6 +165,7 @@ def test_batch_that_is_not_whole_is_cut_as_one(place: Path) -> None:
         with reg.batch() as batch:
             for number in range(5):
                 batch.update("a", meta={"number": number})
+    empty_redo(place)
     segment = active_segment(place)
     lines = segment.read_bytes().splitlines(keepends=True)
     segment.write_bytes(b"".join(lines[:-2]))

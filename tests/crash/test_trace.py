@@ -35,6 +35,7 @@ class Trace:
         self.place = str(place)
         self.unsynced: set[str] = set()
         self.unnamed: set[str] = set()
+        self.copied: set[str] = set()  # segments whose unsynced end the redo holds, unsynced
         self.early: list[str] = []
         self.syncs = 0
         self.acknowledgements = 0
@@ -54,6 +55,8 @@ class Trace:
         elif name in {"fsync", "fdatasync"} and fd is not None:
             self.syncs += 1
             self.unsynced.discard(fd[2])
+            if Path(fd[2]).name == layout.REDO:
+                self.unsynced -= self.copied
             self.unnamed.discard(fd[2])
         elif name == "unlinkat" and layout.POISON in arguments:
             self._acknowledged("the end of a repair")
@@ -68,6 +71,9 @@ class Trace:
     def _written(self, fd: int, path: str) -> None:
         if path.startswith(self.place) and Path(path).name not in {"append.state", "durable"}:
             self.unsynced.add(path)
+            self.copied.discard(path)
+        if Path(path).name == layout.REDO:
+            self.copied = {p for p in self.unsynced if p.endswith(".jsonl")}
         if path.endswith("/head/durable"):
             self._acknowledged("head/durable", segments_only=True)
         if fd == 1:

@@ -109,7 +109,7 @@ def test_draft_over_the_limit_is_refused() -> None:
 def test_states_damaged_anywhere_are_unreadable() -> None:
     """A torn state file is never taken for a whole one."""
     state = codec.AppendState(b"b" * 16, 1, 2, 3, b"h" * 32, sealed=True)
-    head = codec.DurableHead(9, b"b" * 16, 1, 2, 3, 1, poisoned=True, errno=5)
+    head = codec.DurableHead(9, b"b" * 16, 1, 2, 2, 3, 1, poisoned=True, errno=5)
     assert codec.decode_append_state(codec.encode_append_state(state)) == state
     assert codec.decode_durable_head(codec.encode_durable_head(head)) == head
     for data, decode in (
