@@ -26,8 +26,8 @@ ROOMS = {
     "gzip": {"packing.py"},
     "rich": {"top.py"},
     "termios": {"top.py"},
-    "threading": {"log.py", "commit.py", "sync.py", "registry.py", "notify.py", "states.py",
-                  "writing.py", "subscribe.py", "watch.py", "starting.py"},
+    "threading": {"log.py", "commit.py", "reading.py", "sync.py", "registry.py", "notify.py",
+                  "states.py", "writing.py", "subscribe.py", "watch.py", "starting.py"},
     "socket": {"endpoint.py"},
     "subprocess": {"launch.py", "demo.py", "identity.py", "watching.py"},
 }  # fmt: skip

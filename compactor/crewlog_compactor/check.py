@@ -23,7 +23,7 @@ from crewlog import (
     snapshot,
     tail,
 )
-from crewlog.codec import AppendState, DurableHead, LineError, Snapshot
+from crewlog.codec import LineError, Snapshot
 from crewlog.directory import Directory
 from crewlog.errors import (
     ArchiveDamaged,
@@ -33,6 +33,7 @@ from crewlog.errors import (
 from crewlog.events import JsonObject, JsonValue, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.states import States
+from crewlog.structs import AppendState, DurableHead
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.findings import Finding, VerifyReport
 from crewlog_compactor.strays import strays
@@ -87,8 +88,6 @@ class Check:
         self._base()
         if head is not None and written is not None:
             self._hold_together(head, written)
-        if head is not None and head.boot == identity.boot_bytes():
-            self._redo(head)
         self._anchored()
         strays(self.directory, self._report)
         if head is not None and end < head.seq:
@@ -157,13 +156,16 @@ class Check:
             why = "it is missing" if base is None else "it is not the one that the log tells of"
             self._report("snapshot_differs", f"{layout.ARCHIVE}/{layout.BASE}", why, seq=last)
 
-    def _states(self) -> tuple[DurableHead | None, AppendState | None]:
+    def _read_states(self) -> tuple[DurableHead | None, AppendState | None]:
         states = States(self.directory)
-        name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
         try:
-            head, written = states.head(), states.append_state()
+            return states.head(), states.append_state()
         finally:
             states.close()
+
+    def _states(self) -> tuple[DurableHead | None, AppendState | None]:
+        head, written = self._read_states()
+        name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
         if head is None:
             self._report("state_unreadable", name, "it is missing or damaged")
         elif head.poisoned:
@@ -177,6 +179,7 @@ class Check:
         boot = identity.boot_bytes()
         if head.boot != boot or written.boot != boot:
             return
+        self._redo(head, written)
         why = None
         if written.seq < head.seq:  # read after the head, and never behind it
             why = f"seq {head.seq} is durable, and only {written.seq} written"
@@ -187,21 +190,16 @@ class Check:
         if why is not None:
             self._report("state_differs", layout.APPEND_STATE, why, seq=written.seq)
 
-    def _redo(self, head: DurableHead) -> None:
-        """Hold the redo against the segment whose unsynced end it keeps."""
+    def _redo(self, head: DurableHead, written: AppendState) -> None:
+        """Hold the redo against the end of the segment that it alone keeps durable."""
         kept = redo.read(self.directory)
         why = None if kept else "it is missing or empty"
-        if kept and head.end > head.base and head.segment not in self.directory.completed:
-            size = head.end - head.base
+        if head.segment == written.segment and head.base < written.kept:
             _, data = self._bytes(head.segment)
-            if kept[:size] != data[head.base : head.end]:
+            end = min(written.kept, head.end)
+            if kept[: end - written.base] != data[written.base : end]:
                 why = "it does not hold what was committed since its segment was synced"
-        moved = States(self.directory)
-        try:
-            now = moved.head()
-        finally:
-            moved.close()
-        if why is not None and now == head:  # else a writer went on meanwhile
+        if why is not None and self._read_states() == (head, written):  # nobody went on meanwhile
             self._report("redo_differs", layout.REDO, why)
 
     # -- the log ----------------------------------------------------------------------------

@@ -32,15 +32,17 @@ from crewlog import (
     redo,
     segments,
     snapshot,
+    structs,
     tail,
 )
-from crewlog.codec import AppendState, DurableHead, LineError
+from crewlog.codec import LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
 from crewlog.events import JsonObject, Line
 from crewlog.log import Log
 from crewlog.recovery import Action
 from crewlog.states import States
+from crewlog.structs import DurableHead
 
 Range: TypeAlias = tuple[int, int]
 
@@ -400,7 +402,7 @@ def _settle(states: States, found: _Survey) -> None:
     boot, end = identity.boot_bytes(), sum(map(len, last.lines))
     digest = bytes.fromhex(found.hash)
     states.renew()
-    states.put_append_state(AppendState(boot, last.first, end, found.seq, digest, sealed=True))
+    states.put_append_state(structs.written(boot, last.first, end, found.seq, digest, sealed=True))
     head = found.head
     states.put_head(
         DurableHead(

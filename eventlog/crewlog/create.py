@@ -8,8 +8,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from crewlog import codec, disk, events, identity, layout, redo, segments, tail
-from crewlog.codec import AppendState, DurableHead
+from crewlog import codec, disk, events, identity, layout, redo, segments, structs, tail
 from crewlog.directory import (
     Descriptors,
     Directory,
@@ -22,6 +21,7 @@ from crewlog.disk import Disk
 from crewlog.errors import NotAStore, StoreMissing, UnsafePermissions, from_oserror
 from crewlog.lock import Lock
 from crewlog.states import States
+from crewlog.structs import DurableHead
 
 
 def open_or_create(path: Path, *, via: Disk | None = None, wait_s: float) -> Directory:
@@ -126,9 +126,7 @@ def _fill(path: Path, opened: Descriptors, via: Disk) -> None:
     via.sync_directory(newborn[layout.LOG])
     boot, end = identity.boot_bytes(), len(header)
     states = States(newborn)
-    states.put_append_state(
-        AppendState(boot, 1, end, line["seq"], codec.digest(header[:-1]), sealed=False)
-    )
+    states.put_append_state(structs.written(boot, 1, end, line["seq"], codec.digest(header[:-1])))
     states.put_head(
         DurableHead(0, boot, 1, end, end, line["seq"], oldest=1, poisoned=False, errno=0)
     )

@@ -70,7 +70,7 @@ class Directory:
         return self.opened.fds[""]
 
     def __getitem__(self, name: str) -> int:
-        """Return the descriptor of one of the directories in it."""
+        """Return the descriptor of one of the directories in it, "" for the store itself."""
         return self.opened.fds[name]
 
     def where(self, *names: str) -> str:

@@ -19,6 +19,7 @@ import errno
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,15 @@ class Disk:
         """Write a small state, or one slot of it, in place."""
         if os.pwrite(fd, data, offset) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def start(self, fd: int, offset: int, size: int) -> None:
+        """Let the bytes be on their way to the disk; a hint, which promises nothing.
+
+        What a caller does until its `sync` then costs no time. Source: posix_fadvise(2), which
+        begins to write dirty pages back before it would drop them.
+        """
+        if sys.platform == "linux":
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
     def cut(self, fd: int, size: int) -> None:
         """Cut a file to `size` bytes."""
@@ -215,6 +225,38 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
 
 
 # -- reading --------------------------------------------------------------------------------
+
+
+class Stamp:
+    """Notice that a name in a directory was created, replaced or removed.
+
+    By the directory's mtime, so that the files in it need not be looked at one by one. (Nor should
+    they be: on Linux ≥ 6.13 the first write after an fstat of a file gives it a finer time, and so
+    its next sync an inode to write.) A time that is too young to be told from the next change's is
+    never settled for. One thread at a time.
+    """
+
+    __slots__ = ("_fd", "_found", "_settled")
+
+    def __init__(self, fd: int) -> None:
+        """Stamp an open directory; at first everything has moved."""
+        self._fd = fd
+        self._found = self._settled = -1
+
+    def moved(self) -> bool:
+        """Say whether anything may have changed since `settle`; look, and then settle."""
+        self._found = os.fstat(self._fd).st_mtime_ns
+        return self._found != self._settled
+
+    def settle(self) -> None:
+        """Take what was found before the look as seen."""
+        if time.time_ns() - self._found > layout.STAMP_SETTLED_NS:
+            self._settled = self._found
+
+
+def size_of(fd: int) -> int:
+    """Return a file's size without an fstat (see Stamp); its offset is not to be relied on."""
+    return os.lseek(fd, 0, os.SEEK_END)
 
 
 def exists(name: str, *, at: int) -> bool:

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from crewlog import codec, disk, identity, layout, liveness
-from crewlog.codec import Beat
+from crewlog import disk, identity, layout, liveness, structs
 from crewlog.directory import Directory
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
 from crewlog.lock import Lock, take
+from crewlog.structs import Beat
 
 _MARK = "~"  # in no sid
 
@@ -109,7 +109,7 @@ def beat(directory: Directory, name: str) -> bool:
         try:
             disk.require_one_name(fd, where=where)
             now = Beat(identity.boot_bytes(), time.monotonic_ns())
-            directory.disk.overwrite(fd, codec.encode_beat(now))
+            directory.disk.overwrite(fd, structs.encode_beat(now))
         finally:
             os.close(fd)
     return True
@@ -141,7 +141,7 @@ def look(directory: Directory, name: str) -> tuple[liveness.Lease, float | None]
 
 def _age_s(fd: int) -> float | None:
     for _ in range(layout.TORN_READ_TRIES):
-        last = codec.decode_beat(disk.read_at(fd, 0, codec.BEAT_BYTES))
+        last = structs.decode_beat(disk.read_at(fd, 0, structs.BEAT_BYTES))
         if last is not None:
             if last.boot != identity.boot_bytes():
                 return None

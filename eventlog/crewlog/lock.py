@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from crewlog import disk, layout
+from crewlog.disk import Stamp
 from crewlog.errors import LockBusy, StoreMissing
 
 _CLOSED: Final = -1
@@ -27,7 +28,7 @@ _REPLACED_TRIES: Final = 3
 class Lock:
     """One lock file, opened on first use."""
 
-    __slots__ = ("__weakref__", "_at", "_fd", "_held", "_inode", "_name", "where")
+    __slots__ = ("__weakref__", "_at", "_fd", "_held", "_inode", "_name", "_stamp", "where")
 
     def __init__(self, name: str, *, at: int, where: str) -> None:
         """Name a lock file in the open directory `at`."""
@@ -36,6 +37,7 @@ class Lock:
         self._fd = _CLOSED
         self._inode = 0
         self._held = False
+        self._stamp = Stamp(at)
         self.where = where
         _open_locks.add(self)
 
@@ -61,12 +63,17 @@ class Lock:
         self._inode = os.fstat(self._fd).st_ino
 
     def _in_place(self) -> bool:
+        if not self._stamp.moved():
+            return True
         try:
             found = os.stat(self._name, dir_fd=self._at, follow_symlinks=False)
         except FileNotFoundError as error:
             self.close()
             raise StoreMissing(self.where, why="its lock file was removed") from error
-        return found.st_ino == self._inode
+        if found.st_ino != self._inode:
+            return False
+        self._stamp.settle()
+        return True
 
     def acquire(self, *, wait_s: float, shared: bool = False) -> None:
         """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder."""
@@ -98,6 +105,7 @@ class Lock:
             os.close(self._fd)
             self._fd = _CLOSED
             self._held = False
+            self._stamp = Stamp(self._at)
 
     @contextmanager
     def held(self, *, wait_s: float) -> Iterator[None]:

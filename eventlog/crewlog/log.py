@@ -1,4 +1,4 @@
-"""Commit events: the two-phase append, group sync, rotation, and reading what is durable.
+"""Commit events: the two-phase append, group sync, rotation and recovery.
 
 Format
     A store's history is a chain of checked lines (codec.py) in segments under log/. The last
@@ -14,14 +14,15 @@ Writer
     One thread of a process writes for all that wait (commit.py).
     Phase one, under locks/append: read both states (recover first if they are not of this boot);
     adopt or cut what a dead writer left beyond the written end; look at what others wrote; let
-    the callers decide; write all lines with one write(2); write append.state; unlock.
+    the callers decide; write all lines with one write(2); copy them into the redo; write
+    append.state; unlock.
     Phase two (sync.py), no append lock: until head/durable covers my last line, wait for the sync
-    leader or become it. The leader reads append.state, copies the new lines into the redo and
-    syncs that (or, when it is full, the segment), publishes head/durable. **The commit point is
-    the write of head/durable.**
+    leader or become it. The leader reads append.state, syncs the redo (or, where that does not hold
+    all of it, the segment), publishes head/durable. **The commit point is the write of
+    head/durable.**
 
 Reader
-    Reads head/durable, then the segments up to it. Takes no lock, changes nothing.
+    reading.py: reads head/durable, then the segments up to it. Takes no lock, changes nothing.
 
 Lock order
     compact, append, sync. In a process: writer, append lock, mutex, turn, sync lock. A sync
@@ -50,144 +51,57 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from crewlog import codec, disk, events, identity, layout, segments, tail, writing
-from crewlog.codec import AppendState, DurableHead
+from crewlog import codec, disk, events, identity, layout, segments, structs, tail, writing
 from crewlog.commit import Commits, Request
-from crewlog.current import Current, Written
+from crewlog.current import Written
 from crewlog.directory import Directory
+from crewlog.disk import Stamp
 from crewlog.errors import (
-    CompactedError,
     LogCorrupt,
     LogRegressed,
     RegistryClosed,
     StoreMissing,
     from_oserror,
 )
-from crewlog.events import JsonObject, Line
-from crewlog.fold import Fold
+from crewlog.events import JsonObject
 from crewlog.lock import Lock, take
-from crewlog.reader import Reader, Sieve
+from crewlog.reading import Reading
 from crewlog.recovery import Found
+from crewlog.redo import Redo
 from crewlog.states import States
 from crewlog.store import Appended, Decide
+from crewlog.structs import AppendState, DurableHead
 from crewlog.sync import Syncer
 from crewlog.writing import Writing
 
 _logger = logging.getLogger("crewlog.log")
 
 
-class Log:
+class Log(Reading):
     """The store of one directory; threads may share it, and a forked child may go on using it."""
 
     def __init__(self, directory: Directory, *, wait_s: float = layout.LOCK_WAIT_S) -> None:
         """Use an open directory; nothing is read yet."""
-        self.directory = directory
-        self.recovery_pending = self.closed = False
+        super().__init__(directory)
+        self.closed = False
         self.wait_s = wait_s
         self.append_lock = self._lock(layout.LOCK_APPEND)
-        self._boot = identity.boot_bytes()
-        self._states = States(directory)
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
         self.commits = Commits(where=str(directory.path), wait_s=wait_s)
         self.settle = self._sync.make_durable  # phase two
-        self._current = Current(directory)  # guarded by mutex
-        self._active: segments.Source | None = None  # guarded by mutex
+        self.writer = threading.Lock()  # one thread at a time writes; taken before the mutex
+        # All below is guarded by the mutex.
+        self._active: segments.Source | None = None
+        self._redo = Redo(directory)
+        self._stamps = [Stamp(directory[name]) for name in ("", layout.HEAD)]
+        self._names = Stamp(directory[layout.LOG])
         self._names_durable = False
         self._prepared_at = 0.0
-        self._new_mutexes()
         _living.add(self)
-
-    def _new_mutexes(self) -> None:
-        """Make the mutexes; they are taken in this order."""
-        self.writer = threading.Lock()  # one thread at a time writes
-        self.mutex = threading.RLock()  # the state, and what phase one has open
 
     def _lock(self, name: str) -> Lock:
         where = self.directory.lock_path(name)
         return Lock(name, at=self.directory[layout.LOCKS], where=where)
-
-    # -- reading ----------------------------------------------------------------------------
-
-    def head(self) -> DurableHead:
-        """Return how far events are durable.
-
-        After a reboot, and before the first write, that is the valid prefix of the last segment;
-        `recovery_pending` is then set and nothing is changed.
-        """
-        try:
-            head = self._states.head()
-            if head is None or head.boot != self._boot:
-                judged = self._judged(head)
-                head = self._states.head()  # a writer may have recovered, and gone on, meanwhile
-                if head is None or head.boot != self._boot:
-                    self.recovery_pending = True
-                    return judged
-        except OSError as error:
-            raise from_oserror(error, "cannot read the registry", where=self._where()) from error
-        self.recovery_pending = False
-        self.directory.completed.clear()
-        return head
-
-    def renew(self) -> None:
-        """Let go of state files that were removed or replaced under a long-lived reader."""
-        self._states.renew()
-
-    def _judged(self, head: DurableHead | None) -> DurableHead:
-        """Return the head that a recovery would publish."""
-        if os.fstat(self.directory.root).st_nlink == 0:
-            raise StoreMissing(self._where(), why="its directory was removed")
-        with self.mutex:
-            self._current.load()
-            snapshot_seq = self._current.snapshot_seq
-        segment, found, _ = tail.judge(self.directory, head, snapshot_seq=snapshot_seq)
-        return tail.fresh_head(head, self._boot, segment, found)
-
-    def last_seq(self) -> int:
-        """Return the seq of the last durable line."""
-        return self.head().seq
-
-    def first_seq(self) -> int:
-        """Return the seq of the oldest line that is kept."""
-        return segments.all_of(self.directory)[0]
-
-    @contextmanager
-    def state(self) -> Iterator[Fold]:
-        """Hold the durable state of now still, while something is copied out of it."""
-        self._states.renew()
-        head = self.head()  # before the log: else a busy writer looks like a shortened log
-        with disk.failures("cannot read the log", where=self._where()), self.mutex:
-            yield self._current.durable(segments.durable_end(head))
-
-    def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
-        """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
-
-        *Raises* CompactedError where the line after `after` is no longer kept.
-        """
-        with disk.failures("cannot read the log", where=self._where()):
-            head = self.head()
-            if after >= head.seq:
-                return
-            reader = self.reader(after, sieve=sieve)
-            try:
-                for line, raw in reader.read(segments.durable_end(head)):
-                    if line["seq"] > after:
-                        yield line, raw
-            finally:
-                reader.close()
-
-    def reader(self, after: int, *, sieve: Sieve | None = None) -> Reader:
-        """Return a reader whose segment holds the line after seq `after`; it may begin before.
-
-        *Raises* CompactedError where that line is no longer kept.
-        """
-        oldest = self.first_seq()
-        if after + 1 < oldest:
-            snapshot_seq = self._current.snapshot_seq
-            raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
-        return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
-
-    def _where(self) -> str:
-        return str(self.directory.path)
 
     # -- phase one: write -------------------------------------------------------------------
 
@@ -254,7 +168,7 @@ class Log:
         """Bring log and states into the order that an append starts from. Held: append."""
         if self.closed:
             raise RegistryClosed(self._where())
-        self._states.renew()
+        self._mind_places()
         state, head = self._states.append_state(), self._states.head()
         self._sync.require_sound(head)
         if state is None or head is None or state.boot != self._boot or head.boot != self._boot:
@@ -263,21 +177,28 @@ class Log:
             self._sync.certain_directory(self.directory.root)
             self._names_durable = True
         active = self._open_active(state.segment)
-        found = os.fstat(active.fd)
-        if found.st_nlink != 1:
-            self._require_one_name(active)
-        if found.st_size < state.end:
+        size = disk.size_of(active.fd)
+        if size < state.end:
             raise LogRegressed(
                 self.directory.where(layout.LOG, active.name),
-                why=f"it has {found.st_size} bytes, {state.end} were written",
+                why=f"it has {size} bytes, {state.end} were written",
             )
-        if found.st_size > state.end:
+        if size > state.end:
             state = self._adopt(active, state, head)
         if state.sealed:
             state = self._begin_next(state)
             head = self._states.head() or head
         self._current.catch_up(segments.written_end(state))
         return state, head
+
+    def _mind_places(self) -> None:
+        """Let go of files that are no longer in place, where a name in the store has changed."""
+        if any([stamp.moved() for stamp in self._stamps]):  # noqa: C419 (each is to be asked)
+            self._states.renew()
+            self._sync.look_for_mark()
+            self._redo.reopen()
+            for stamp in self._stamps:
+                stamp.settle()
 
     def _require_one_name(self, active: segments.Source) -> None:
         """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
@@ -291,6 +212,9 @@ class Log:
         if self._active is None or self._active.first != segment:
             self._close_active()
             self._active = segments.open_active(self.directory, segment)
+        if self._names.moved():
+            self._require_one_name(self._active)
+            self._names.settle()
         return self._active
 
     def _adopt(self, active: segments.Source, state: AppendState, head: DurableHead) -> AppendState:
@@ -315,7 +239,7 @@ class Log:
                 continue
             full = state.end + size > layout.SEGMENT_BYTES_MAX
             if data and (full or state.end + size - base.end > layout.GROUP_BYTES_MAX):
-                self._put(b"".join(data), base, state)
+                self._put(b"".join(data), base, state, head)
                 return index, state.seq
             if full and state.seq > state.segment:
                 base = state = self._begin_next(self._seal(state, head))
@@ -329,10 +253,12 @@ class Log:
             records = {part.sid: written.get(part.sid) for part in drafts}
             request.result = Appended([raw[:-1] for raw in raws], records, state.seq)
         if data:
-            self._put(b"".join(data), base, state)
+            self._put(b"".join(data), base, state, head)
         return len(group), state.seq
 
-    def _put(self, data: bytes, state: AppendState, after: AppendState) -> None:
+    def _put(
+        self, data: bytes, state: AppendState, after: AppendState, head: DurableHead
+    ) -> AppendState:
         """Write bytes and state, or cut the log back to where it was.
 
         An interrupt (Ctrl-C) is no reason to cut: once append.state is out, a sync leader may have
@@ -343,14 +269,17 @@ class Log:
         try:
             if via.write(active.fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            after = self._redo.keep(data, after, head=head, source=active)
             self._states.put_append_state(after)
         except OSError as error:
             try:
                 via.cut(active.fd, state.end)
+                self._redo.take_back(state, after)
                 self._states.put_append_state(state)
             except OSError as second:
                 raise self._sync.poison_alone(second.errno or errno.EIO) from error
             raise from_oserror(error, "cannot append", where=active.name) from error
+        return after
 
     def _put_own(
         self, kind: str, data: JsonObject, state: AppendState, head: DurableHead
@@ -371,7 +300,7 @@ class Log:
             sealed=kind == events.SEAL,
         )
         self._current.catch_up(segments.written_end(state))
-        self._put(raw, state, after)
+        after = self._put(raw, state, after, head)
         self._current.advance([line], segments.written_end(after))
         return after
 
@@ -414,7 +343,7 @@ class Log:
                 reason=found.reason or "it is empty",
                 proof="it follows a durable seal",
             )
-        begun = AppendState(sealed.boot, first, found.end, found.seq, found.hash, sealed=False)
+        begun = structs.written(sealed.boot, first, found.end, found.seq, found.hash)
         self._states.put_append_state(begun)
         self._current.catch_up(segments.written_end(begun))
         self._sync.make_durable(begun.seq)
@@ -462,12 +391,15 @@ class Log:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: the state may be half moved; locks mind themselves."""
-        self._new_mutexes()
+        self.writer = threading.Lock()
+        self.mutex = threading.RLock()
         self._states.after_fork()
         self._sync.after_fork()
         self.commits.after_fork()
         self._current.forget()
         self._close_active()
+        self._redo.close()
+        self._stamps = [Stamp(self.directory[name]) for name in ("", layout.HEAD)]
 
     def close(self) -> None:
         """Let go of everything once no thread is inside; idempotent.
@@ -479,6 +411,7 @@ class Log:
             self.closed = True
             self._current.forget()
             self._close_active()
+            self._redo.close()
             self.append_lock.close()
             self._sync.close()
             self._states.close()

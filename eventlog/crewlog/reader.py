@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 from crewlog import codec, layout
 from crewlog.codec import LineError
 from crewlog.directory import Directory
+from crewlog.disk import Stamp
 from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing
 from crewlog.events import Line
 from crewlog.segments import Position, Source, all_of, follows, is_end, open_segment, start_of
@@ -134,7 +135,7 @@ def damaged(source: Source, offset: int, seq: int, reason: str) -> LogCorrupt | 
 class Reader:
     """Read on from a position, through rotations and the archive, one segment open at a time."""
 
-    __slots__ = ("_directory", "_sieve", "_skip", "_source", "position")
+    __slots__ = ("_directory", "_sieve", "_skip", "_source", "_stamp", "position")
 
     def __init__(
         self, directory: Directory, position: Position, *, sieve: Sieve | None = None
@@ -143,6 +144,7 @@ class Reader:
         self._directory = directory
         self._source: Source | None = None
         self._sieve = sieve
+        self._stamp = Stamp(directory[layout.LOG])
         self._skip = 0  # lines up to this seq were read in a file that was replaced since
         self.position = position
 
@@ -182,7 +184,10 @@ class Reader:
     def _open(self, segment: int) -> Source:
         held = self._source
         if held is not None and held.first == segment:
+            if not self._stamp.moved() and not held.is_copy():
+                return held
             if not held.is_gone():
+                self._stamp.settle()
                 return held
             try:
                 fresh = open_segment(self._directory, segment)

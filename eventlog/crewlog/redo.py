@@ -1,78 +1,105 @@
 """Keep what was committed since the last sync of its segment a second time, in place: the redo.
 
 An append makes a file longer, and a sync of a longer file has to write its size as well; a sync of
-bytes that are overwritten in place has not. So a sync leader copies what is to be committed into
-`redo`, a file that never grows, and syncs that. The segment itself is synced once the redo is
-full, and at a rotation; then the redo begins again at its start.
+bytes that are overwritten in place has not. So a writer copies its lines into `redo`, a file that
+never grows, and the sync leader syncs that. Once it is full, or a writer could not use it, the
+leader syncs the segment itself, and the next writer begins again at its start.
 
-The redo is nothing but a copy: whole lines, byte for byte as in the segment, from `head.base` on,
-and behind them whatever is left of an earlier round. No header says what it holds: a line of it
-counts if its seq and `prev` make it the next line of the segment. So a torn copy, an old round and
-a redo of another store complete nothing.
+The redo is nothing but a copy: whole lines, byte for byte as in the segment, from `base` up to
+`kept` of append.state, and behind them whatever is left of an earlier round. No header says what it
+holds: a line of it counts if its seq and `prev` make it the next line of the segment. So a torn
+copy, an old round and a redo of another store complete nothing.
 
 After a power cut a segment is read as its file and what the redo knows to follow its last whole
 line; the next writer puts these bytes where they belong. Killing a process needs none of this:
 written bytes outlive it.
 """
 
+import logging
 import os
 from typing import Final
 
 from crewlog import disk, layout, segments
-from crewlog.codec import AppendState, DurableHead
 from crewlog.directory import Directory
 from crewlog.segments import Source
+from crewlog.structs import AppendState, DurableHead
 
-_CLOSED: Final = -1
+_logger = logging.getLogger("crewlog.redo")
+_NONE: Final = -1
 
 
 class Redo:
-    """The redo of one store, for sync leaders; guarded by whoever holds the sync lock."""
+    """The redo of one store as one writer, or one sync leader, has it open."""
 
-    __slots__ = ("_directory", "_fd")
+    __slots__ = ("_directory", "_fd", "_inode")
 
     def __init__(self, directory: Directory) -> None:
         """Open nothing yet."""
         self._directory = directory
-        self._fd = _CLOSED
+        self._fd = _NONE
+        self._inode = 0
 
-    def put(self, head: DurableHead, state: AppendState, source: Source) -> int:
-        """Copy what lies between `head` and `state`; return the descriptor to be synced.
+    def reopen(self) -> None:
+        """Open the file that is in place now; without one, nothing is open.
 
-        Returns -1 where the segment itself must be synced: it is sealed or another one, the redo is
-        full, missing, or cannot be written (a copying file system has no room).
+        *Raises* UnsafePermissions.
         """
-        if state.sealed or head.segment != state.segment:
-            return _CLOSED
-        if state.end - head.base > layout.REDO_BYTES:
-            return _CLOSED
+        self.close()
+        where, root = self._directory.where(layout.REDO), self._directory.root
         try:
-            fd = self._open()
-            data = source.read(head.end, state.end - head.end)
-            self._directory.disk.overwrite(fd, data, head.end - head.base)
-        except OSError:
-            return _CLOSED
-        return fd
+            self._fd = disk.open_file(layout.REDO, at=root, where=where, change=True)
+        except FileNotFoundError:  # an older store: the segment is synced instead
+            return
+        disk.require_one_name(self._fd, where=where)
+        self._inode = os.fstat(self._fd).st_ino
 
-    def _open(self) -> int:
-        if self._fd != _CLOSED and os.fstat(self._fd).st_nlink != 1:
-            self.close()
-        if self._fd == _CLOSED:
-            where, root = self._directory.where(layout.REDO), self._directory.root
-            fd = disk.open_file(layout.REDO, at=root, where=where, change=True)
-            try:
-                disk.require_one_name(fd, where=where)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._fd = fd
-        return self._fd
+    def keep(
+        self, data: bytes, state: AppendState, *, head: DurableHead, source: Source
+    ) -> AppendState:
+        """Copy lines that were just written, the end of `state`; return what the redo then holds.
+
+        Held: append. Where they do not fit or cannot be written (a copying file system has no
+        room), the redo holds what it held.
+        """
+        start, base = state.end - len(data), state.base
+        if state.kept != start or state.redo != self._inode:  # it does not go on from there
+            if head.segment != state.segment or head.base < state.kept:
+                return state  # what it holds is needed until the segment was synced
+            base = head.base
+            data = source.read(base, start - base) + data
+        if self._fd == _NONE or state.end - base > layout.REDO_BYTES:
+            return state
+        via, at = self._directory.disk, state.end - len(data) - base
+        try:
+            via.overwrite(self._fd, data, at)
+        except OSError as error:
+            _logger.warning("the redo cannot be used: %s", error)
+            return state
+        if head.end == start:  # nobody else is about to write to the same page
+            via.start(self._fd, at, len(data))
+        return state._replace(redo=self._inode, base=base, kept=state.end)
+
+    def take_back(self, state: AppendState, after: AppendState) -> None:
+        """Remove the copy of lines that were cut off the log again; durable on return."""
+        if after.kept == after.end:
+            via, size = self._directory.disk, after.end - state.end
+            via.overwrite(self._fd, bytes(size), state.end - after.base)
+            via.sync(self._fd)
+
+    def holding(self, state: AppendState) -> int:
+        """Return the descriptor whose sync makes all of `state` durable; -1: the segment's own.
+
+        Held: the sync lock in turn.
+        """
+        if state.kept != state.end or state.sealed:
+            return _NONE
+        return self._fd if self._inode == state.redo else _NONE
 
     def close(self) -> None:
-        """Close the file."""
-        if self._fd != _CLOSED:
+        """Close the file; the next use opens the one that is in place."""
+        if self._fd != _NONE:
             os.close(self._fd)
-            self._fd = _CLOSED
+        self._fd, self._inode = _NONE, 0
 
 
 def read(directory: Directory) -> bytes:

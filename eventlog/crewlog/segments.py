@@ -9,12 +9,13 @@ import os
 from typing import Final, NamedTuple
 
 from crewlog import codec, disk, events, layout, packing
-from crewlog.codec import AppendState, DurableHead, LineError
+from crewlog.codec import LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
 from crewlog.events import JsonObject, Line
 from crewlog.packing import PackingError
 from crewlog.recovery import Found
+from crewlog.structs import AppendState, DurableHead
 
 STORE_ACTOR: Final = b"{}"
 
@@ -87,13 +88,17 @@ class Source:
 
     def size(self) -> int:
         """Return how many bytes it has at this moment."""
-        return os.fstat(self._fd).st_size if self._data is None else len(self._data)
+        return disk.size_of(self._fd) if self._data is None else len(self._data)
+
+    def is_copy(self) -> bool:
+        """Say whether it is a segment of log/ in memory: as the redo completes it."""
+        return self._data is not None and not self.archived
 
     def is_gone(self) -> bool:
         """Say whether another file may bear its name: it was archived, repaired or recovered."""
         if self._data is None:
             return os.fstat(self._fd).st_nlink == 0
-        return not self.archived
+        return self.is_copy()
 
     def read(self, offset: int, size: int) -> bytes:
         """Read up to `size` bytes at `offset`."""

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-from crewlog import codec, disk, layout
-from crewlog.codec import AppendState, DurableHead
+from crewlog import disk, layout, structs
 from crewlog.directory import Directory
 from crewlog.errors import RegistryClosed
+from crewlog.structs import AppendState, DurableHead
 
 T = TypeVar("T")
 _NONE: Final = -1
@@ -139,15 +139,15 @@ class States:
             directory,
             layout.APPEND_STATE,
             inside="",
-            size=codec.APPEND_STATE_BYTES,
-            decode=codec.decode_append_state,
+            size=structs.APPEND_STATE_BYTES,
+            decode=structs.decode_append_state,
         )
         self._head = StateFile(
             directory,
             layout.HEAD_DURABLE,
             inside=layout.HEAD,
-            size=codec.DURABLE_HEAD_BYTES,
-            decode=codec.decode_durable_head,
+            size=structs.DURABLE_HEAD_BYTES,
+            decode=structs.decode_durable_head,
         )
 
     def append_state(self) -> AppendState | None:
@@ -160,11 +160,11 @@ class States:
 
     def put_append_state(self, state: AppendState) -> None:
         """Write append.state. Held: locks/append."""
-        self._append.store(codec.encode_append_state(state), state)
+        self._append.store(structs.encode_append_state(state), state)
 
     def put_head(self, head: DurableHead) -> None:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
-        self._head.store(codec.encode_durable_head(head), head)
+        self._head.store(structs.encode_durable_head(head), head)
 
     def renew(self) -> None:
         """Let go of files that are no longer in place."""

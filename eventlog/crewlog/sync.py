@@ -5,9 +5,8 @@ g holds the lock g mod 2, so the leader after it takes the other one: with a sin
 process that was just served takes it again before the waiting ones wake up. There is one leader
 at a time, because g is read from head/durable, which only the leader writes.
 
-What is synced is the redo (redo.py), as long as the new lines fit into it: overwriting in place
-takes two thirds of the time of appending. Once it is full, and at a rotation, the segment itself
-is synced and read back, and the redo begins anew.
+What is synced is the redo (redo.py) where it holds all that was written, which takes two thirds of
+the time; else, and at a rotation, the segment itself, which is then read back.
 
 A failed sync is never repeated. The leader poisons the store before it gives up its lock, so that
 nobody can be acknowledged after it; every later writer of any process refuses.
@@ -23,14 +22,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, layout, redo, segments
-from crewlog.codec import AppendState, DurableHead
 from crewlog.directory import Directory
+from crewlog.disk import Stamp
 from crewlog.errors import AppendUncertain, CrewlogError, Outcome, StorageFailed, StorePoisoned
 from crewlog.events import JsonObject
 from crewlog.lock import Lock, pauses
 from crewlog.redo import Redo
 from crewlog.segments import Source
 from crewlog.states import States
+from crewlog.structs import AppendState, DurableHead
 
 _logger = logging.getLogger("crewlog.sync")
 
@@ -48,12 +48,14 @@ class Syncer:
             Lock(name, at=directory[layout.LOCKS], where=directory.lock_path(name))
             for name in layout.LOCK_SYNC
         ]
+        self._noted = False
         self._failed = 0  # errno of a failure that this process knows of
         self._turn = threading.Lock()
         # All below is guarded by _turn.
         self._closed = False
         self._segment: Source | None = None
         self._redo = Redo(directory)
+        self._root = Stamp(directory.root)
         self._sync_s = 0.0  # what a sync takes, on average
         self._shared = False  # the last sync served others too
 
@@ -163,37 +165,42 @@ class Syncer:
 
     def _sync(self, head: DurableHead, state: AppendState) -> int:
         """Make everything up to `state` durable; return how far the segment itself is synced."""
-        source = self._segment
-        if source is None or source.first != state.segment:
-            self._close_segment()
-            self._segment = source = segments.open_active(self._directory, state.segment)
-        began, base = time.perf_counter(), head.base
-        kept = self._redo.put(head, state, source)
+        began, sync = time.perf_counter(), self._directory.disk.sync
+        if self._root.moved():
+            self._redo.reopen()
+            self._root.settle()
+        kept = self._redo.holding(state)
         if kept >= 0:
-            self.certain(self._directory.disk.sync, kept)
+            self.certain(sync, kept)
+            base = head.base
         else:
-            self.certain(self._directory.disk.sync, source.fd)
-            self._require_same(head, source)
+            source = self._open_segment(state.segment)
+            self.certain(sync, source.fd)
+            self._read_back(state, source)
             base = state.end
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - began)
         return base
 
-    def _require_same(self, head: DurableHead, source: Source) -> None:
-        """Read the segment back, once, before the redo is begun anew.
+    def _open_segment(self, first: int) -> Source:
+        if self._segment is None or self._segment.first != first:
+            self._close_segment()
+            self._segment = segments.open_active(self._directory, first)
+        return self._segment
+
+    def _read_back(self, state: AppendState, source: Source) -> None:
+        """Read what only the redo held so far from the segment, before the redo begins anew.
 
         Between its writing and its sync the kernel may have failed to write a page, told nobody who
         asks now, and dropped it.
         """
-        size = head.end - head.base
-        if head.segment != source.first or size == 0:
-            return
-        data = source.read(head.base, size)
+        size = state.kept - state.base
+        data = source.read(state.base, size)
         if data != redo.read(self._directory)[:size] and not segments.is_whole(data):
             self.poison(errno.EIO)
             raise StorageFailed(
                 "the log lost what was written to it",
                 where=self._directory.where(layout.LOG, source.name),
-                why=f"bytes {head.base} to {head.end} are not what was committed",
+                why=f"bytes {state.base} to {state.kept} are not what was committed",
                 remedy="The store takes no more changes; check the disk, then run: crewlog repair",
                 outcome="unknown",
             )
@@ -260,10 +267,13 @@ class Syncer:
             os.close(fd)
         via.sync_directory(root)
 
+    def look_for_mark(self) -> None:
+        """See whether a failed sync was noted; it need not be looked for while no name changes."""
+        self._noted = disk.exists(layout.POISON, at=self._directory.root)
+
     def require_sound(self, head: DurableHead | None) -> None:
         """Raise StorePoisoned if any mark says that a sync failed. Nothing is written then."""
-        noted = disk.exists(layout.POISON, at=self._directory.root)
-        if noted or self._failed or (head is not None and head.poisoned):
+        if self._noted or self._failed or (head is not None and head.poisoned):
             raise self.poisoned(self._failed or (head.errno if head is not None else 0))
 
     def poisoned(self, number: int, *, outcome: Outcome = "not_written") -> StorePoisoned:
@@ -282,7 +292,7 @@ class Syncer:
     def after_fork(self) -> None:
         """Begin anew in a forked child; the locks look after themselves."""
         self._turn = threading.Lock()
-        self._close_segment()
+        self._close_files()
 
     def close(self) -> None:
         """Let those who wait hear that they cannot know, and close every descriptor."""
@@ -290,10 +300,14 @@ class Syncer:
             self._closed = True
             for lock in self._locks:
                 lock.close()
-            self._close_segment()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self._close_segment()
+        self._redo.close()
+        self._root = Stamp(self._directory.root)
 
     def _close_segment(self) -> None:
-        self._redo.close()
         if self._segment is not None:
             self._segment.close()
             self._segment = None

@@ -11,13 +11,13 @@ Held throughout by the caller: locks/append. Two occasions:
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from crewlog import codec, disk, events, layout, recovery, redo, segments
-from crewlog.codec import AppendState, DurableHead
+from crewlog import codec, disk, events, layout, recovery, redo, segments, structs
 from crewlog.directory import Directory
 from crewlog.errors import LogCorrupt, LogRegressed, SegmentMissing
 from crewlog.events import JsonObject, Line
 from crewlog.recovery import Action, Found, Known
 from crewlog.segments import Source
+from crewlog.structs import AppendState, DurableHead
 
 
 def adopt(directory: Directory, source: Source, state: AppendState) -> tuple[AppendState, Found]:
@@ -140,7 +140,7 @@ def rebuild(
         source.close()
     directory.completed.clear()
     redo.make(directory)
-    state = AppendState(boot, last, found.end, found.seq, found.hash, found.sealed)
+    state = structs.written(boot, last, found.end, found.seq, found.hash, sealed=found.sealed)
     fresh = fresh_head(head, boot, last, found)
     return state, fresh, found if action is Action.CUT else None
 

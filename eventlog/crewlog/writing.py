@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from crewlog import codec, events, layout
-from crewlog.codec import AppendState, Draft
+from crewlog.codec import Draft
 from crewlog.errors import LockBusy, StoreMissing, from_oserror
 from crewlog.events import Line
 from crewlog.lock import Lock
+from crewlog.structs import AppendState
 
 
 class Writing:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import codec, layout
+from crewlog import codec, layout, structs
 from crewlog.errors import CrewlogError, DataDamaged
 from crewlog_compactor import compact, verify
 from faults import active_segment
@@ -101,9 +101,9 @@ def _tolerated(path: Path, place: Path, data: bytes) -> bool:
 
 def live(place: Path) -> int:
     """Return how many bytes of the redo hold anything."""
-    head = codec.decode_durable_head((place / layout.HEAD / layout.HEAD_DURABLE).read_bytes())
-    assert head is not None
-    return head.end - head.base
+    state = structs.decode_append_state((place / layout.APPEND_STATE).read_bytes())
+    assert state is not None
+    return state.kept - state.base
 
 
 def each_byte(place: Path, values: Callable[[int], Iterator[int]]) -> int:

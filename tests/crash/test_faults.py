@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import codec, cursor, layout, segments
+from crewlog import cursor, layout, segments, structs
 from crewlog.errors import CrewlogError, StorePoisoned
 from crewlog.recovery import Found
 from crewlog.registry import Registry
@@ -337,7 +337,9 @@ def test_negative_control_a_tail_glued_to_the_next_line_is_caught(
     place = fast / "store"
     torn(place)
 
-    def glued(_: object, source: segments.Source, state: codec.AppendState) -> tuple[object, Found]:
+    def glued(
+        _: object, source: segments.Source, state: structs.AppendState
+    ) -> tuple[object, Found]:
         found = segments.scan(b"", offset=source.size(), seq=state.seq, prev=state.hash)
         return state._replace(end=source.size()), found
 

@@ -200,6 +200,7 @@ def cuts(machine: Machine, count: int, *, seed: int, control: type[Disk] | None 
             with pytest.MonkeyPatch.context() as patch:
                 if control is not None:
                     patch.setattr(Disk, "sync", control.sync)
+                    patch.setattr(Disk, "start", control.start)
                 pids = [_endless(partial(_write, machine.place, told, turn, n)) for n in range(2)]
             pids += [
                 _endless(partial(_compact, machine.place)),
@@ -252,6 +253,9 @@ class Forgetful(Disk):
     """Acknowledges although nothing was synced."""
 
     def sync(self, fd: int) -> None:
+        """Do nothing."""
+
+    def start(self, fd: int, offset: int, size: int) -> None:
         """Do nothing."""
 
 

@@ -12,7 +12,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["crewlog", "crewlog_compactor"]):
-    from crewlog import codec, segments
+    from crewlog import codec, segments, structs
     from crewlog.codec import DocumentError, LineError
     from crewlog.cursor import _decode
     from crewlog.errors import CrewlogError
@@ -33,9 +33,9 @@ def one(data: bytes) -> None:
             case b"p":
                 plan.decode(rest, where="fuzz")
             case _:
-                codec.decode_append_state(rest)
-                codec.decode_durable_head(rest)
-                codec.decode_beat(rest)
+                structs.decode_append_state(rest)
+                structs.decode_durable_head(rest)
+                structs.decode_beat(rest)
                 _decode(rest)
     except (LineError, DocumentError, CrewlogError):
         return

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from crewlog import codec, events
+from crewlog import codec, events, structs
 from crewlog.codec import LineError
 from crewlog.errors import FormatTooNew
 
@@ -108,13 +108,13 @@ def test_draft_over_the_limit_is_refused() -> None:
 
 def test_states_damaged_anywhere_are_unreadable() -> None:
     """A torn state file is never taken for a whole one."""
-    state = codec.AppendState(b"b" * 16, 1, 2, 3, b"h" * 32, sealed=True)
-    head = codec.DurableHead(9, b"b" * 16, 1, 2, 2, 3, 1, poisoned=True, errno=5)
-    assert codec.decode_append_state(codec.encode_append_state(state)) == state
-    assert codec.decode_durable_head(codec.encode_durable_head(head)) == head
+    state = structs.AppendState(b"b" * 16, 1, 7, 0, 2, 2, 3, b"h" * 32, sealed=True)
+    head = structs.DurableHead(9, b"b" * 16, 1, 2, 2, 3, 1, poisoned=True, errno=5)
+    assert structs.decode_append_state(structs.encode_append_state(state)) == state
+    assert structs.decode_durable_head(structs.encode_durable_head(head)) == head
     for data, decode in (
-        (codec.encode_append_state(state), codec.decode_append_state),
-        (codec.encode_durable_head(head), codec.decode_durable_head),
+        (structs.encode_append_state(state), structs.decode_append_state),
+        (structs.encode_durable_head(head), structs.decode_durable_head),
     ):
         assert decode(data[:-1]) is None
         for index in range(len(data)):
