@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from crewlog import codec, endpoint, events, fold, identity, layout
 from crewlog.codec import Draft
@@ -19,8 +19,7 @@ from crewlog.identity import Status
 from crewlog.store import Decide, Written
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One change of one worker: looks at the state, and returns the draft or None."""
 
     sid: str
@@ -32,6 +31,8 @@ class Step:
 
 def check_sid(sid: object, *, what: str = "sid") -> str:
     """Return `sid` if it can name a worker, or what else is named like one."""
+    if type(sid) is str and layout.SID.fullmatch(sid) is not None:
+        return sid
     text = _text(sid, name=what)
     if layout.SID.fullmatch(text) is None:
         message = (
@@ -72,7 +73,19 @@ def _mapping(value: object, *, name: str) -> dict[str, JsonValue]:
     return dict(value)
 
 
+def _is_plain(label: tuple[object, object]) -> bool:
+    """Say whether a label is what nearly all are, and needs no closer look."""
+    key, text = label
+    return type(key) is type(text) is str and key.isascii() and text.isascii()
+
+
 def _labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
+    if (
+        type(value) is dict
+        and len(value) <= layout.LABELS_MAX
+        and all(map(_is_plain, value.items()))
+    ):
+        return value.copy()
     labels = _mapping(value, name="labels")
     if len(labels) > layout.LABELS_MAX:
         message = f"{len(labels)} labels; at most {layout.LABELS_MAX} are kept"

@@ -20,8 +20,8 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, NoReturn, TypeVar, cast
+from dataclasses import dataclass
+from typing import Final, NamedTuple, NoReturn, TypeVar, cast
 
 import orjson
 
@@ -121,8 +121,7 @@ def load_object(data: bytes) -> JsonObject:
 # -- lines ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """An event that is checked and encoded, but has no seq yet.
 
     `body` is its part of the line; `data` is parsed from those very bytes, so that the writer
@@ -132,18 +131,14 @@ class Draft:
     type: str
     sid: str
     data: JsonObject
-    body: bytes = field(repr=False)
+    body: bytes
 
 
 def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]) -> Draft:
     """Encode the part of a line that needs no lock; `actor` is JSON already."""
     payload = dump(data)
-    body = b'"type":"%b","sid":%b,"actor":%b,"data":%b' % (
-        event_type.encode(),
-        dump(sid),
-        actor,
-        payload,
-    )
+    words = event_type.encode(), dump(sid), actor, payload
+    body = b'"type":"%b","sid":%b,"actor":%b,"data":%b' % words
     if len(body) > layout.LINE_BYTES_MAX:
         message = (
             f"the event of worker {sid!r} takes {len(body)} bytes; "

@@ -110,25 +110,24 @@ class Commits:
         self._wait_s = wait_s
         self._mutex = threading.Lock()
         self._queue: deque[Request] = deque()
-        self._led = False
+        self._leader: Request | None = None  # who writes, or is about to
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: who waited is in the parent."""
         self._mutex = threading.Lock()
         self._queue = deque()
-        self._led = False
+        self._leader = None
 
     def append(self, phases: Phases, decide: Decide, about: Collection[str]) -> Appended:
         """Append, or ride along with others who do; durable on return."""
+        waiting = None
         with self._mutex:
-            leads = not self._led
-            self._led = True
-            if leads:
-                request = Request(decide, about)
+            if self._leader is None:
+                request = self._leader = Request(decide, about)
             else:
                 request = waiting = _Waiting(decide, about)
                 self._queue.append(waiting)
-        if not leads:
+        if waiting is not None:
             self._await(waiting)
         if request.phase == "written":
             phases.settle(_seq(request))
@@ -150,9 +149,10 @@ class Commits:
     def submit(self, request: Request) -> None:
         """Put a request into the queue; it is told to lead where nobody does."""
         with self._mutex:
-            leads = not self._led
-            self._led = True
-            if not leads:
+            leads = self._leader is None
+            if leads:
+                self._leader = request
+            else:
                 self._queue.append(request)
         if leads:
             request.advance("lead")
@@ -162,20 +162,14 @@ class Commits:
         with self._mutex:
             group = [own, *self._queue]
             self._queue.clear()
-        handed_on = False
-
-        def hand_on() -> None:
-            nonlocal handed_on
-            handed_on = True
-            self._hand_on()
-
+            self._leader = own
         seq = None
         try:
             count, seq, generation = phases.write(group)
             if count < len(group):
                 self._put_back(group[count:])
                 group = group[:count]
-            phases.settle(seq, generation, hand_on)
+            phases.settle(seq, generation, self._hand_on)
         except Exception as error:  # noqa: BLE001 (each caller raises it)
             for request in group:
                 request.fail(error if request is own else _like(error))
@@ -184,7 +178,7 @@ class Commits:
             group = []
             raise
         finally:
-            if not handed_on:
+            if self._leader is own:
                 self._hand_on()
             for request in group:
                 if request is not own:
@@ -194,7 +188,7 @@ class Commits:
         """Let the next one lead, if anybody waits."""
         with self._mutex:
             heir = self._queue.popleft() if self._queue else None
-            self._led = heir is not None
+            self._leader = heir
         if heir is not None:
             heir.advance("lead")
 

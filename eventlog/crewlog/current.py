@@ -12,8 +12,7 @@ state that has missed a line must never be decided upon.
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from crewlog import codec, fold, layout, segments, snapshot
@@ -21,15 +20,18 @@ from crewlog.directory import Directory
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.events import Line, Record
 from crewlog.fold import Fold, FoldError
-from crewlog.reader import Reader, raw_between, walk
+from crewlog.reader import Reader, Sieve, raw_between, walk
 from crewlog.refold import corrupt
-from crewlog.segments import Position
+from crewlog.segments import Position, Source
+from crewlog.structs import AppendState, DurableHead
 
 _logger = logging.getLogger("crewlog.current")
 # The fixed beginning of every line, up to the sid.
 _SID: Final = re.compile(
     rb'^\{"v":1,"seq":\d+,"ts":"[^"]*","type":"worker\.[^"]*","sid":"([^"]+)".*$', re.MULTILINE
 )
+# Of so few workers each is looked for by itself.
+_NEEDLES_MAX: Final = 8
 
 
 class Current:
@@ -39,8 +41,8 @@ class Current:
         """Read nothing yet."""
         self._directory = directory
         self._loaded: tuple[Fold, Reader] | None = None
-        self._recent: dict[str, Record | None] = {}
-        self._written: Position | None = None  # `_recent` is right up to here
+        self.recent: dict[str, Record | None] = {}  # of the workers that writers asked about
+        self._written: Position | None = None  # `recent` is right up to here
         self.snapshot_seq = 0
 
     # -- for readers ------------------------------------------------------------------------
@@ -59,9 +61,12 @@ class Current:
     def _fold_to(self, head: Position) -> Fold:
         state, reader = self._load()
         if reader.position.seq < head.seq:
-            with self._all_or_nothing():
+            try:
                 for line, raw in reader.read(head):
                     self._apply(state, line, raw, reader)
+            except BaseException:
+                self.forget()
+                raise
         return state
 
     def _apply(self, state: Fold, line: Line, raw: bytes, reader: Reader) -> None:
@@ -104,81 +109,97 @@ class Current:
 
     # -- for writers ------------------------------------------------------------------------
 
-    def knows(self, sids: Collection[str]) -> bool:
+    def knows(self, sids: set[str]) -> bool:
         """Say whether a decision about these workers needs no look at the durable fold."""
-        return all(sid in self._recent for sid in sids)
+        return self.recent.keys() >= sids
 
     def lag(self, seq: int) -> int:
         """Return how many lines were written since `recent` was last brought up to date."""
-        return 0 if self._written is None or not self._recent else seq - self._written.seq
+        return 0 if self._written is None or not self.recent else seq - self._written.seq
 
-    def catch_up(self, end: Position) -> None:
-        """Bring the recent records up to `end`, which the caller knows to be written."""
-        if len(self._recent) >= layout.RECENT_MAX:  # never while a group is being decided
-            self._recent = {}
-        if self.lag(end.seq) > 0:
-            assert self._written is not None  # lag() said so
+    def catch_up(self, end: Position, active: Source | None = None) -> None:
+        """Bring the recent records up to `end`, which the caller knows to be written.
+
+        `active` is the segment of `end`, where the caller has it open.
+        """
+        if len(self.recent) >= layout.RECENT_MAX:  # never while a group is being decided
+            self.recent = {}
+        written = self._written
+        if written is not None and self.recent and end.seq > written.seq:
             try:
-                self._look_between(self._written, end)
+                if active is not None and written.segment == end.segment:
+                    data = active.read(written.offset, end.offset - written.offset)
+                    self._look_through(data)
+                else:
+                    for data in raw_between(self._directory, written, end):
+                        self._look_through(data)
             except SegmentMissing:  # retention took what we had not read: ask the state again
-                self._recent = {}
+                self.recent = {}
+            except BaseException:
+                self.forget()
+                raise
         self._written = end
 
-    def _look_between(self, start: Position, end: Position) -> None:
-        with self._all_or_nothing():
-            for raw in raw_between(self._directory, start, end):
-                for match in _SID.finditer(raw):
-                    sid = match[1].decode()
-                    if sid in self._recent:
-                        self._recent[sid] = self._after(codec.parse(match[0]), sid)
+    def _look_through(self, data: bytes) -> None:
+        """Take over what lines say about recent workers, without parsing the others."""
+        found: Iterable[tuple[bytes, bytes]]
+        if len(self.recent) > _NEEDLES_MAX:
+            found = ((match[1], match[0]) for match in _SID.finditer(data))
+        else:
+            found = self._held(data)
+        for name, raw in found:
+            sid = name.decode()
+            if sid in self.recent:
+                self.recent[sid] = fold.after(codec.parse(raw), self.recent[sid])
+
+    def _held(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the lines about the few recent workers, in order."""
+        needles = [b'"sid":"%b"' % sid.encode() for sid in self.recent]
+        if any(needle in data for needle in needles):
+            for at, end in Sieve(needles).lines(data):
+                match = _SID.match(data, at, end)
+                if match is not None:
+                    yield match[1], match[0]
 
     def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
         """Return a worker's record as of `end`; `head` is durable and not beyond it."""
-        if sid not in self._recent:
-            record = self.durable(head).get(sid)
-            reader = Reader(self._directory, self._load()[1].position)
-            try:
-                for line, raw in reader.read(end):
-                    if line["sid"] == sid:
-                        try:
-                            record = fold.after(line, record)
-                        except FoldError as error:
-                            raise corrupt(reader.position, line, raw, error) from error
-            finally:
-                reader.close()
-            self._recent[sid] = record
-        return self._recent[sid]
+        record = self.durable(head).get(sid)
+        reader = Reader(self._directory, self._load()[1].position)
+        try:
+            for line, raw in reader.read(end):
+                if line["sid"] == sid:
+                    try:
+                        record = fold.after(line, record)
+                    except FoldError as error:
+                        raise corrupt(reader.position, line, raw, error) from error
+        finally:
+            reader.close()
+        return record
 
     def advance(self, lines: Sequence[Line], end: Position) -> None:
         """Take over lines that this process wrote itself."""
-        with self._all_or_nothing():
-            for line in lines:
-                if line["sid"] in self._recent:
-                    self._recent[line["sid"]] = self._after(line, line["sid"])
-            self._written = end
-
-    def forget_written(self) -> None:
-        """Drop what writers know; the next one asks the log."""
-        self._recent = {}
-        self._written = None
-
-    def _after(self, line: Line, sid: str) -> Record | None:
-        return fold.after(line, self._recent[sid])
-
-    # -- both -------------------------------------------------------------------------------
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+        recent = self.recent
         try:
-            yield
+            for line in lines:
+                sid = line["sid"]
+                if sid in recent:
+                    recent[sid] = fold.after(line, recent[sid])
+            self._written = end
         except BaseException:
             self.forget()
             raise
 
+    def forget_written(self) -> None:
+        """Drop what writers know; the next one asks the log."""
+        self.recent = {}
+        self._written = None
+
+    # -- both -------------------------------------------------------------------------------
+
     def forget(self) -> None:
         """Drop everything; the next use begins from the snapshot."""
         loaded, self._loaded = self._loaded, None
-        self._recent = {}
+        self.recent = {}
         self._written = None
         if loaded is not None:
             loaded[1].close()
@@ -187,23 +208,22 @@ class Current:
 class Written:
     """The state that a writer decides upon: see store.Written."""
 
-    __slots__ = ("_current", "_end", "_head", "_seq")
+    __slots__ = ("_current", "_head", "_state", "seq")
 
-    def __init__(self, current: Current, *, head: Position, end: Position, seq: int) -> None:
-        """Look at everything up to `end`, of which `head` is durable.
+    def __init__(self, current: Current, *, state: AppendState, head: DurableHead) -> None:
+        """Look at everything up to `state`, of which `head` is durable.
 
         Lines up to `seq` that are not on disk yet are in what `current` was advanced by.
         """
         self._current = current
+        self._state = state
         self._head = head
-        self._end = end
-        self._seq = seq
-
-    @property
-    def seq(self) -> int:
-        """Return the seq of the last line written."""
-        return self._seq
+        self.seq = state.seq
 
     def get(self, sid: str) -> Record | None:
         """Return the record of that sid as of the last line written."""
-        return self._current.record(sid, head=self._head, end=self._end)
+        recent = self._current.recent
+        if sid not in recent:
+            ends = segments.durable_end(self._head), segments.written_end(self._state)
+            recent[sid] = self._current.record(sid, head=ends[0], end=ends[1])
+        return recent[sid]

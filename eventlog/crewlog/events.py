@@ -5,6 +5,7 @@ objects; what users hold are frozen dataclasses built from them.
 """
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -325,6 +326,7 @@ class Reset:
 Item: TypeAlias = Change | Synced | Reset
 
 
+@functools.lru_cache(maxsize=1024)  # a worker's times are asked for again and again
 def utc(text: str) -> datetime:
     """Parse a time as the log writes it, RFC 3339 with `Z`; a ValueError names what is not one."""
     when = datetime.fromisoformat(text)
@@ -338,7 +340,9 @@ def utc(text: str) -> datetime:
 
 def timestamp(when: datetime) -> str:
     """Write an aware time as the log does: UTC, microseconds, `Z`."""
-    return when.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+    if when.tzinfo is not UTC:
+        when = when.astimezone(UTC)
+    return when.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def identity_of(record: IdentityRecord | None) -> Identity | None:

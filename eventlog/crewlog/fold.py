@@ -23,7 +23,7 @@ from crewlog.events import (
 )
 
 # event -> the states it may meet; None stands for "no such worker"
-_ALLOWED: Final[Mapping[str, frozenset[WorkerState | None]]] = {
+_ALLOWED: Final[Mapping[str, frozenset[str | None]]] = {
     events.REGISTERED: FINAL | {None},
     events.READY: frozenset({WorkerState.STARTING}),
     events.UPDATED: LIVING,
@@ -54,7 +54,7 @@ def refuse(event_type: str, sid: str, record: Record | None) -> None:
 
     Raises WorkerExists, WorkerNotFound or InvalidTransition.
     """
-    state = None if record is None else WorkerState(record["state"])
+    state = None if record is None else record["state"]
     if state in _ALLOWED[event_type]:
         return
     if record is None:
@@ -90,17 +90,20 @@ def is_repeat(event_type: str, record: Record | None, data: JsonObject) -> bool:
 
 
 def _differs(record: Record, patch: JsonObject) -> bool:
-    if patch.get("sock", record["sock"]) != record["sock"]:
-        return True
-    if patch.get("version", record["version"]) != record["version"]:
-        return True
-    if patch.get("sock_id", record["sock_id"]) != record["sock_id"]:
-        return True
-    return any(
-        merge(old, patch[key]) != old
-        for key, old in (("labels", record["labels"]), ("meta", record["meta"]))
-        if key in patch
-    )
+    for key, value in patch.items():
+        match key:
+            case "sock" | "version" | "sock_id":
+                if value != record[key]:
+                    return True
+            case "labels" | "meta":
+                old = record[key]
+                if not isinstance(value, dict):
+                    return True
+                if any(old.get(name) != inner for name, inner in value.items()):
+                    return True
+            case _:  # a reason changes nothing
+                continue
+    return False
 
 
 def expects_end(record: Record) -> bool:
@@ -256,7 +259,7 @@ def after(line: Line, old: Record | None, *, lenient: bool = False) -> Record | 
     kind = line["type"]
     if kind not in _ALLOWED:
         return old
-    state = None if old is None else WorkerState(old["state"])
+    state = None if old is None else old["state"]
     if state not in _ALLOWED[kind] and not lenient:
         message = f"{kind} cannot follow state {state!r} of worker {line['sid']!r}"
         raise FoldError(message)

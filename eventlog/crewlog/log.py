@@ -72,7 +72,7 @@ from crewlog.states import States
 from crewlog.store import Appended, Decide
 from crewlog.structs import AppendState, DurableHead
 from crewlog.sync import Syncer
-from crewlog.writing import Writing
+from crewlog.writing import Unit, Writing
 
 _logger = logging.getLogger("crewlog.log")
 
@@ -116,7 +116,7 @@ class Log(Reading):
 
     def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
         """Do phase one for a group; see commit.Phases."""
-        self._prepare({sid for request in group for sid in request.about})
+        self._prepare(set().union(*[request.about for request in group]))
         with self._writing():
             state, head = self._ready()
             try:
@@ -139,15 +139,11 @@ class Log(Reading):
             state, head = self._ready()
             self._begin_next(self._seal(state, head))
 
-    def _written(self, state: AppendState, head: DurableHead, *, seq: int) -> Written:
-        ends = segments.durable_end(head), segments.written_end(state)
-        return Written(self._current, head=ends[0], end=ends[1], seq=seq)
-
     def _writing(self) -> Writing:
         mine = self.writer, self.append_lock, self.mutex
         return Writing(*mine, wait_s=self.wait_s, where=self._where())
 
-    def _prepare(self, about: Collection[str]) -> None:
+    def _prepare(self, about: set[str]) -> None:
         """Read, before the lock is taken, what would take long under it."""
         knows = self._current.knows(about)
         now = time.monotonic()
@@ -188,7 +184,7 @@ class Log(Reading):
         if state.sealed:
             state = self._begin_next(state)
             head = self._states.head() or head
-        self._current.catch_up(segments.written_end(state))
+        self._current.catch_up(segments.written_end(state), self._active)
         return state, head
 
     def _mind_places(self) -> None:
@@ -229,10 +225,15 @@ class Log(Reading):
     ) -> tuple[int, int]:
         """Decide one after the other, write all at once; return how many, and the last seq."""
         base = state  # what is on disk; the lines beyond it are in `data`
+        written = Written(self._current, state=base, head=head)
         data: list[bytes] = []
+        unit: Unit | None = None  # the last one composed, not yet accounted for
         for index, request in enumerate(group):
+            if unit is not None:
+                self._account(unit, written)
+                unit = None
             try:
-                drafts = request.decide(self._written(base, head, seq=state.seq))
+                drafts = request.decide(written)
                 size = writing.size_of(drafts)
             except Exception as error:  # noqa: BLE001 (whatever it is, it is that request's own)
                 request.refuse(error)
@@ -244,17 +245,27 @@ class Log(Reading):
             if full and state.seq > state.segment:
                 base = state = self._begin_next(self._seal(state, head))
                 head = self._states.head() or head
+                written = Written(self._current, state=base, head=head)
+            if not drafts:
+                request.result = Appended((), {}, state.seq)
+                continue
             synced = head.end if head.segment == state.segment else 0
-            raws, lines, state = writing.compose(drafts, state, synced=synced)
-            if raws:
-                self._current.advance(lines, segments.written_end(state))
-                data += raws
-            written = self._written(base, head, seq=state.seq)
-            records = {part.sid: written.get(part.sid) for part in drafts}
-            request.result = Appended([raw[:-1] for raw in raws], records, state.seq)
+            unit = writing.compose(request, drafts, state, synced=synced)
+            state = unit.after
+            data += unit.raws
         if data:
             self._put(b"".join(data), base, state, head)
+        if unit is not None:  # the last of all only now: its bytes are on their way meanwhile
+            self._account(unit, written)
         return len(group), state.seq
+
+    def _account(self, unit: Unit, written: Written) -> None:
+        """Take over what a unit changes, and tell who asked for it."""
+        after = unit.after
+        self._current.advance(unit.lines, segments.written_end(after))
+        written.seq = after.seq
+        records = {line["sid"]: written.get(line["sid"]) for line in unit.lines}
+        unit.request.result = Appended([raw[:-1] for raw in unit.raws], records, after.seq)
 
     def _put(
         self, data: bytes, state: AppendState, after: AppendState, head: DurableHead
@@ -264,7 +275,9 @@ class Log(Reading):
         An interrupt (Ctrl-C) is no reason to cut: once append.state is out, a sync leader may have
         made the lines durable. What it leaves, the next writer adopts.
         """
-        active = self._open_active(state.segment)
+        active = self._active
+        if active is None or active.first != state.segment:
+            active = self._open_active(state.segment)
         via = self.directory.disk
         try:
             if via.write(active.fd, data) != len(data):

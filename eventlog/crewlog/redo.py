@@ -77,7 +77,8 @@ class Redo:
             return state
         if head.end == start:  # nobody else is about to write to the same page
             via.start(self._fd, at, len(data))
-        return state._replace(redo=self._inode, base=base, kept=state.end)
+        boot, segment, _, _, _, end, seq, hash_, sealed = state
+        return AppendState(boot, segment, self._inode, base, end, end, seq, hash_, sealed)
 
     def take_back(self, state: AppendState, after: AppendState) -> None:
         """Remove the copy of lines that were cut off the log again; durable on return."""
@@ -93,6 +94,8 @@ class Redo:
         """
         if state.kept != state.end or state.sealed:
             return _NONE
+        if self._inode != state.redo:
+            self.reopen()
         return self._fd if self._inode == state.redo else _NONE
 
     def close(self) -> None:

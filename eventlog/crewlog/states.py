@@ -67,7 +67,8 @@ class StateFile(Generic[T]):
         for _ in range(layout.TORN_READ_TRIES):
             with self._guard:
                 try:
-                    data = os.pread(self._open(change=False), self._size, 0)
+                    fd = self._fd if self._fd != _NONE else self._open(change=False)
+                    data = os.pread(fd, self._size, 0)
                 except FileNotFoundError:
                     return None
             kept = self._kept  # one look: another thread may put a newer one in its place

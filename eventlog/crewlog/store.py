@@ -1,8 +1,7 @@
 """State what any log must promise, so that a registry does not care where its events live."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from crewlog.codec import Draft
 from crewlog.events import Line, Record
@@ -27,8 +26,7 @@ class Written(Protocol):
 Decide: TypeAlias = Callable[[Written], Sequence[Draft]]
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(NamedTuple):
     """What an append made durable: raw lines, and the state's records after it by sid."""
 
     lines: Sequence[bytes]

@@ -50,74 +50,41 @@ class DurableHead(NamedTuple):
     errno: int
 
 
-# Each ends with the CRC-32 of what stands before it.
-_APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32sB3xI")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQB3xiI")
+# A magic word, the fields in order, and the CRC-32 of what stands before it.
+_APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3x")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
+_BEAT: Final = struct.Struct("<8s16sQ")
 _CRC: Final = struct.Struct("<I")
 _APPEND_MAGIC: Final = b"crewlogA"
 _HEAD_MAGIC: Final = b"crewlogD"
-APPEND_STATE_BYTES: Final = _APPEND_STATE.size
-DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size
+_BEAT_MAGIC: Final = b"crewlogB"
+APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
+DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
+BEAT_BYTES: Final = _BEAT.size + _CRC.size
 
 
 def encode_append_state(state: AppendState) -> bytes:
     """Write append.state: one fixed-size struct and its CRC-32."""
-    return _with_crc(
-        _APPEND_STATE.pack(
-            _APPEND_MAGIC,
-            state.boot,
-            state.segment,
-            state.redo,
-            state.base,
-            state.kept,
-            state.end,
-            state.seq,
-            state.hash,
-            state.sealed,
-            0,
-        )
-    )
+    body = _APPEND_STATE.pack(_APPEND_MAGIC, *state)
+    return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode_append_state(data: bytes) -> AppendState | None:
     """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
-    if len(data) != APPEND_STATE_BYTES:
-        return None
-    magic, boot, segment, redo, base, kept, end, seq, head, sealed, crc = _APPEND_STATE.unpack(data)
-    if magic != _APPEND_MAGIC or crc != zlib.crc32(data[:-4]):
-        return None
-    return AppendState(boot, segment, redo, base, kept, end, seq, head, bool(sealed))
+    body = _checked(data, _APPEND_STATE, _APPEND_MAGIC)
+    return None if body is None else AppendState._make(_APPEND_STATE.unpack(body)[1:])
 
 
 def encode_durable_head(head: DurableHead) -> bytes:
     """Write head/durable: one fixed-size struct and its CRC-32."""
-    return _with_crc(
-        _DURABLE_HEAD.pack(
-            _HEAD_MAGIC,
-            head.generation,
-            head.boot,
-            head.segment,
-            head.base,
-            head.end,
-            head.seq,
-            head.oldest,
-            head.poisoned,
-            head.errno,
-            0,
-        )
-    )
+    body = _DURABLE_HEAD.pack(_HEAD_MAGIC, *head)
+    return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
-    if len(data) != DURABLE_HEAD_BYTES:
-        return None
-    magic, generation, boot, segment, base, end, seq, oldest, poisoned, errno, crc = (
-        _DURABLE_HEAD.unpack(data)
-    )
-    if magic != _HEAD_MAGIC or crc != zlib.crc32(data[:-4]):
-        return None
-    return DurableHead(generation, boot, segment, base, end, seq, oldest, bool(poisoned), errno)
+    body = _checked(data, _DURABLE_HEAD, _HEAD_MAGIC)
+    return None if body is None else DurableHead._make(_DURABLE_HEAD.unpack(body)[1:])
 
 
 class Beat(NamedTuple):
@@ -127,26 +94,21 @@ class Beat(NamedTuple):
     at_ns: int
 
 
-_BEAT: Final = struct.Struct("<8s16sQI")
-_BEAT_MAGIC: Final = b"crewlogB"
-BEAT_BYTES: Final = _BEAT.size
-
-
 def encode_beat(beat: Beat) -> bytes:
     """Write a lease file's content: one fixed-size struct and its CRC-32."""
-    return _with_crc(_BEAT.pack(_BEAT_MAGIC, beat.boot, beat.at_ns, 0))
+    body = _BEAT.pack(_BEAT_MAGIC, *beat)
+    return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode_beat(data: bytes) -> Beat | None:
     """Read a lease file; None means no beat yet, torn or damaged."""
-    if len(data) != BEAT_BYTES:
-        return None
-    magic, boot, at_ns, crc = _BEAT.unpack(data)
-    if magic != _BEAT_MAGIC or crc != zlib.crc32(data[:-4]):
-        return None
-    return Beat(boot, at_ns)
+    body = _checked(data, _BEAT, _BEAT_MAGIC)
+    return None if body is None else Beat._make(_BEAT.unpack(body)[1:])
 
 
-def _with_crc(data: bytes) -> bytes:
-    body = data[: -_CRC.size]
-    return body + _CRC.pack(zlib.crc32(body))
+def _checked(data: bytes, shape: struct.Struct, magic: bytes) -> bytes | None:
+    """Return what stands before the CRC, None if that is not what was written."""
+    body, crc = data[: shape.size], data[shape.size :]
+    if crc != _CRC.pack(zlib.crc32(body)) or not body.startswith(magic):
+        return None
+    return body

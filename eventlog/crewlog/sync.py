@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, layout, redo, segments
 from crewlog.directory import Directory
-from crewlog.disk import Stamp
 from crewlog.errors import AppendUncertain, CrewlogError, Outcome, StorageFailed, StorePoisoned
 from crewlog.events import JsonObject
 from crewlog.lock import Lock, pauses
@@ -55,7 +54,6 @@ class Syncer:
         self._closed = False
         self._segment: Source | None = None
         self._redo = Redo(directory)
-        self._root = Stamp(directory.root)
         self._sync_s = 0.0  # what a sync takes, on average
         self._shared = False  # the last sync served others too
 
@@ -166,9 +164,6 @@ class Syncer:
     def _sync(self, head: DurableHead, state: AppendState) -> int:
         """Make everything up to `state` durable; return how far the segment itself is synced."""
         began, sync = time.perf_counter(), self._directory.disk.sync
-        if self._root.moved():
-            self._redo.reopen()
-            self._root.settle()
         kept = self._redo.holding(state)
         if kept >= 0:
             self.certain(sync, kept)
@@ -305,7 +300,6 @@ class Syncer:
     def _close_files(self) -> None:
         self._close_segment()
         self._redo.close()
-        self._root = Stamp(self._directory.root)
 
     def _close_segment(self) -> None:
         if self._segment is not None:

@@ -5,9 +5,11 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import TracebackType
+from typing import NamedTuple
 
 from crewlog import codec, events, layout
 from crewlog.codec import Draft
+from crewlog.commit import Request
 from crewlog.errors import LockBusy, StoreMissing, from_oserror
 from crewlog.events import Line
 from crewlog.lock import Lock
@@ -101,13 +103,20 @@ def size_of(drafts: Sequence[Draft]) -> int:
     return size
 
 
-def compose(
-    drafts: Sequence[Draft], state: AppendState, *, synced: int
-) -> tuple[list[bytes], list[Line], AppendState]:
-    """Make one unit of lines that follow `state`; return them raw, parsed, and the state after."""
+class Unit(NamedTuple):
+    """Lines that are all written or none, who asked for them, and the state after them."""
+
+    request: Request
+    raws: list[bytes]
+    lines: list[Line]
+    after: AppendState
+
+
+def compose(request: Request, drafts: Sequence[Draft], state: AppendState, *, synced: int) -> Unit:
+    """Make one unit of lines that follow `state`."""
     raws: list[bytes] = []
     lines: list[Line] = []
-    seq, prev, end = state.seq, state.hash, state.end
+    boot, segment, redo, base, kept, end, seq, prev, _ = state
     ts, count = events.timestamp(datetime.now(UTC)), len(drafts)
     for index, part in enumerate(drafts):
         seq += 1
@@ -117,6 +126,5 @@ def compose(
         end += len(raw)
         raws.append(raw)
         lines.append(codec.as_parsed(part, seq=seq, ts=ts))
-    if not raws:
-        return raws, lines, state
-    return raws, lines, state._replace(end=end, seq=seq, hash=prev, sealed=False)
+    after = AppendState(boot, segment, redo, base, kept, end, seq, prev, sealed=False)
+    return Unit(request, raws, lines, after)

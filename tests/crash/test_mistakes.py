@@ -456,7 +456,7 @@ def test_writer_that_never_reads_keeps_no_backlog(reg: Registry) -> None:
     reg.register("a")
     for number in range(300):
         reg.update("a", meta={"number": number})
-    assert len(reg.log()._current._recent) == 1
+    assert len(reg.log()._current.recent) == 1
 
 
 def test_interrupted_entry_gives_every_lock_back(

@@ -87,7 +87,7 @@ class Riders:
         for thread in self.threads:
             thread.join(WAIT_S)
             assert not thread.is_alive(), "left behind"
-        assert not self.commits._led
+        assert self.commits._leader is None
         return self.results
 
 
@@ -216,7 +216,7 @@ def test_interrupted_leader_leaves_nobody_behind(
     """Before the write the next one writes; inside it nobody can know; after it each syncs."""
     riders = Riders(commits, stage)
     own = Request(lambda _: [], [])
-    commits._led = True
+    commits._leader = Request(lambda _: (), ())
     for _ in range(3):
         riders.add()
     getattr(stage, moment).append(_interrupt)
