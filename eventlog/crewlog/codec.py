@@ -205,37 +205,32 @@ def parse(raw: bytes) -> Line:
 
 
 def _checked_shape(value: object) -> Line:
-    if not isinstance(value, dict):
+    if type(value) is not dict:
         raise LineError("not an object")
-    parsed = cast("Line", value)
     try:
-        if parsed["v"] != layout.LINE_VERSION:
-            raise FormatTooNew("a line of the log", why=f"it has version {parsed['v']!r}")
-        kind = parsed["type"]
-        whole = (
-            type(parsed["seq"]) is int
-            and type(parsed["synced"]) is int
-            and isinstance(kind, str)
-            and isinstance(parsed["sid"], str)
-            and isinstance(parsed["ts"], str)
-            and isinstance(parsed["actor"], dict)
-            and isinstance(parsed["data"], dict)
-            and isinstance(parsed["prev"], str)
-        )
+        kind = value["type"]
+        if not (
+            value["v"] == layout.LINE_VERSION
+            and type(value["seq"]) is type(value["synced"]) is int
+            and type(kind) is type(value["sid"]) is type(value["ts"]) is type(value["prev"]) is str
+            and type(value["actor"]) is type(value["data"]) is dict
+            and ("b" not in value or _is_place(value["b"]))
+        ):
+            if value["v"] != layout.LINE_VERSION:
+                raise FormatTooNew("a line of the log", why=f"it has version {value['v']!r}")
+            raise LineError("a field has the wrong shape")
     except KeyError as error:
         raise LineError(f"field {error} is missing") from error
-    if not whole or ("b" in parsed and not _is_place(parsed["b"])):
-        raise LineError("a field has the wrong shape")
     if kind[:1] == "_" and kind not in OWN_TYPES and kind[:2] != "_x":
         raise FormatTooNew("a line of the log", why=f"its type is {kind!r}")
-    return parsed
+    return cast("Line", value)
 
 
 def _is_place(value: object) -> bool:
-    if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004 (index and count)
+    if type(value) is not list or len(value) != 2:  # noqa: PLR2004 (index and count)
         return False
-    index, count = cast("list[object]", value)
-    return type(index) is int and type(count) is int and 0 <= index < count
+    index, count = value
+    return type(index) is type(count) is int and 0 <= index < count
 
 
 # -- snapshots ------------------------------------------------------------------------------

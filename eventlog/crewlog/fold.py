@@ -119,26 +119,33 @@ def exit_state(data: JsonObject) -> WorkerState:
 
 def merge(old: Mapping[str, JsonValue], patch: JsonValue) -> dict[str, JsonValue]:
     """Merge as RFC 7396 does, one level deep: null removes a key, anything else replaces it."""
-    if not isinstance(patch, Mapping):
+    if not isinstance(patch, dict):
         message = "a patch is not an object"
         raise FoldError(message)
     merged = {**old, **patch}
-    return {key: value for key, value in merged.items() if value is not None}
+    if None in patch.values():
+        return {key: value for key, value in merged.items() if value is not None}
+    return merged
 
 
 def _patched(record: Record, patch: JsonObject) -> Record:
     fresh = record.copy()
-    if "sock" in patch:
-        fresh["sock"] = cast("str", patch["sock"])
-        fresh["sock_id"] = None
-    if "sock_id" in patch:
-        fresh["sock_id"] = cast("str | None", patch["sock_id"])
-    if "version" in patch:
-        fresh["version"] = cast("str", patch["version"])
-    if "labels" in patch:
-        fresh["labels"] = cast("dict[str, str]", merge(record["labels"], patch["labels"]))
-    if "meta" in patch:
-        fresh["meta"] = merge(record["meta"], patch["meta"])
+    for key, value in patch.items():
+        match key:
+            case "labels":
+                fresh["labels"] = cast("dict[str, str]", merge(record["labels"], value))
+            case "meta":
+                fresh["meta"] = merge(record["meta"], value)
+            case "sock":
+                fresh["sock"] = cast("str", value)
+                if "sock_id" not in patch:
+                    fresh["sock_id"] = None
+            case "version":
+                fresh["version"] = cast("str", value)
+            case "sock_id":
+                fresh["sock_id"] = cast("str | None", value)
+            case _:  # a reason is for the history
+                continue
     return fresh
 
 
