@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -156,11 +157,14 @@ def crowd(
                     json.dump(took, out)
                 code = 0
             finally:
+                if code:
+                    traceback.print_exc()
+                    os.write(started[1], b"x")
                 os._exit(code)
         os.close(result)
         readers.append(end)
     for _ in range(writers):
-        os.read(started[0], 1)
+        assert os.read(started[0], 1) == b".", f"a writer of {make} failed"
     os.write(go[1], b"." * writers)
     times = []
     for end in readers:

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 import click
 
 from crewlog.events import JsonValue
-from crewlog_cli import reading, shell, words
+from crewlog_cli import facts, reading, words
 from crewlog_cli.shell import Shell, command
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def register(
                 owner=owner,
             )
         )
-    _done(sh, sid, worker.rev, worker=shell.worker_json(worker, None))
+    _done(sh, sid, worker.rev, worker=facts.worker_json(worker, None))
 
 
 @command(
@@ -143,7 +143,7 @@ def update(
                 expect=expect,
             )
         )
-    _done(sh, sid, worker.rev, worker=shell.worker_json(worker, None))
+    _done(sh, sid, worker.rev, worker=facts.worker_json(worker, None))
 
 
 @command("remove", examples="crewlog remove web-1 --reason 'handed over to host b'")

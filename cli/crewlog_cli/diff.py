@@ -5,7 +5,7 @@ from typing import Final
 import click
 
 from crewlog.events import Worker, diff_of
-from crewlog_cli import past, reading, shell
+from crewlog_cli import facts, past, reading, shell
 from crewlog_cli.shell import Shell, command
 
 
@@ -31,15 +31,15 @@ def diff(sh: Shell, *, begin: str, end: str | None) -> None:
             {
                 "from": past.window(before),
                 "to": past.window(after),
-                "added": [shell.worker_json(after.workers[sid], None) for sid in found.added],
+                "added": [facts.worker_json(after.workers[sid], None) for sid in found.added],
                 "changed": [
                     {
-                        "before": shell.worker_json(before.workers[sid], None),
-                        "after": shell.worker_json(after.workers[sid], None),
+                        "before": facts.worker_json(before.workers[sid], None),
+                        "after": facts.worker_json(after.workers[sid], None),
                     }
                     for sid in found.changed
                 ],
-                "removed": [shell.worker_json(before.workers[sid], None) for sid in found.removed],
+                "removed": [facts.worker_json(before.workers[sid], None) for sid in found.removed],
             }
         )
     else:

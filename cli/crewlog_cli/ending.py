@@ -11,7 +11,7 @@ from crewlog.errors import CrewlogError
 from crewlog.events import Event, Worker
 from crewlog.liveness import Liveness
 from crewlog.registry import Registry
-from crewlog_cli import reading, shell, words
+from crewlog_cli import facts, reading, shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 
@@ -112,7 +112,7 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
         failed = [
             {"sid": sid, "code": error.code, "message": str(error)} for sid, error in errors.items()
         ]
-        stopped = [shell.event_json(event) for event in events]
+        stopped = [facts.event_json(event) for event in events]
         sh.document({"seq": reg.last_seq, "stopped": stopped, "failed": failed})
     else:
         for event in events:
@@ -144,7 +144,7 @@ def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
     _known(reg, sid)
     event = reg.observe(sid, timeout_s=wait_s)
     if sh.json:
-        sh.document({"sid": sid, **shell.event_json(event)})
+        sh.document({"sid": sid, **facts.event_json(event)})
     else:
         reading.print_line(sh, event)
 

@@ -7,7 +7,7 @@ import click
 
 from crewlog.events import Identity, JsonObject, Worker
 from crewlog.liveness import Flag, Liveness
-from crewlog_cli import reading, shell, text
+from crewlog_cli import facts, reading, text
 from crewlog_cli.shell import Shell, command
 
 _EVENTS: Final = 50
@@ -68,8 +68,8 @@ def explain(sh: Shell, *, sid: str) -> None:
                 "flags": sorted(flag.value for flag in found.flags),
                 "recorded": None if worker.identity is None else worker.identity.as_json(),
                 "evidence": found.evidence.seen(),
-                "worker": shell.worker_json(worker, found),
-                "events": [shell.event_json(event) for event in story],
+                "worker": facts.worker_json(worker, found),
+                "events": [facts.event_json(event) for event in story],
             }
         )
         return

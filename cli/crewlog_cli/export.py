@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from crewlog.events import Event, timestamp
-from crewlog_cli import shell, words
+from crewlog_cli import facts, shell, words
 from crewlog_cli.shell import Shell, command
 
 _COLUMNS: Final = ("seq", "ts", "type", "sid", "user", "program", "host", "name", "data")
@@ -41,7 +41,7 @@ def _csv(found: Iterator[Event]) -> None:
 
 def _jsonl(found: Iterator[Event]) -> None:
     for event in found:
-        shell.put(json.dumps(shell.event_json(event), separators=(",", ":")))
+        shell.put(json.dumps(facts.event_json(event), separators=(",", ":")))
 
 
 def _cloudevents(store: str) -> Callable[[Iterator[Event]], None]:

@@ -12,7 +12,7 @@ from crewlog.disk import Disk
 from crewlog.errors import PlanInvalid
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
-from crewlog_cli import metrics, reading, shell, words
+from crewlog_cli import facts, metrics, reading, shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import (
@@ -130,7 +130,7 @@ def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
         raise reading.not_found(reg, sid)
     event = tried(lambda: assume_dead(reg, sid, reason=safe(reason)))
     if sh.json:
-        sh.document(shell.event_json(event))
+        sh.document(facts.event_json(event))
     else:
         reading.print_line(sh, event)
 

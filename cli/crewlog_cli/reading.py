@@ -13,7 +13,7 @@ from crewlog.errors import WorkerNotFound
 from crewlog.events import FINAL, Event, Past, State, Worker, WorkerState, timestamp
 from crewlog.liveness import Liveness
 from crewlog.registry import Registry
-from crewlog_cli import past, shell, text, words
+from crewlog_cli import facts, past, shell, text, words
 from crewlog_cli.shell import Shell, command
 
 _LAST_EVENTS: Final = 10
@@ -81,7 +81,7 @@ def ls(
                 "seq": seen.seq,
                 "at": timestamp(datetime.now(UTC)),
                 **(past.window(seen) if isinstance(seen, Past) else {}),
-                "workers": [shell.worker_json(worker, found) for worker, found in shown],
+                "workers": [facts.worker_json(worker, found) for worker, found in shown],
             }
         )
     else:
@@ -146,12 +146,12 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
         sh.document(
             {
                 **({} if seen is None else past.window(seen)),
-                "worker": shell.worker_json(worker, found),
-                "events": [shell.event_json(event) for event in last],
+                "worker": facts.worker_json(worker, found),
+                "events": [facts.event_json(event) for event in last],
             }
         )
         return
-    facts = {
+    fields = {
         "sid": worker.sid,
         "pid": str(worker.identity or worker.pid),
         "state": worker.state.value,
@@ -163,7 +163,7 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
         "labels": " ".join(f"{k}={v}" for k, v in worker.labels.items()),
         "ended": end_text(worker),
     }
-    for name, value in facts.items():
+    for name, value in fields.items():
         if value:
             sh.line(f"{name + ':':<10}{value}")
     sh.line("")
@@ -186,7 +186,7 @@ def end_text(worker: Worker) -> str:
 
 def print_events(sh: Shell, found: Iterable[Event]) -> None:
     """Print events as a table."""
-    rows = [shell.event_row(sh, event) for event in found]
+    rows = [facts.event_row(sh, event) for event in found]
     sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "by", "data"], rows)
 
 
@@ -302,7 +302,7 @@ def history(
         found = list(found)[::-1]
     if sh.json:
         for event in found:
-            sh.stream(shell.event_json(event))
+            sh.stream(facts.event_json(event))
     else:
         print_events(sh, found)
     _print_period(sh, reg)
@@ -344,14 +344,14 @@ def _follow(
             if item.kind != "change" or not any(_by([item.event], actor)):
                 continue
             if sh.json:
-                sh.stream(shell.event_json(item.event))
+                sh.stream(facts.event_json(item.event))
             else:
                 print_line(sh, item.event)
 
 
 def print_line(sh: Shell, event: Event) -> None:
     """Print one event as a line of a stream, flushed."""
-    sh.line("  ".join(part for part in shell.event_row(sh, event) if part), flush=True)
+    sh.line("  ".join(part for part in facts.event_row(sh, event) if part), flush=True)
 
 
 @command("path", examples='ls -l "$(crewlog path)"')

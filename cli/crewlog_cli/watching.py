@@ -15,7 +15,7 @@ from crewlog.events import Item, Reset, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
 from crewlog.watch import Watch
-from crewlog_cli import changing, reading, shell, words
+from crewlog_cli import changing, facts, reading, shell, words
 from crewlog_cli.shell import Shell, command
 
 _RETRY_MIN_S: Final = 0.1
@@ -147,7 +147,7 @@ def _deliver(
 def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task) -> None:
     """Run the program for a change until it succeeds, then acknowledge."""
     if item.kind == "change":
-        line = json.dumps({"kind": "change", **shell.event_json(item.event)}) + "\n"
+        line = json.dumps({"kind": "change", **facts.event_json(item.event)}) + "\n"
         failures, pause_s = 0, _RETRY_MIN_S
         while (code := _run(task.argv, line)) != 0:
             sh.note(f"{task.argv[0]} exited with {code} on seq {item.seq}")
@@ -175,13 +175,13 @@ def _print(sh: Shell, item: Item, task: _Task) -> None:
     match item.kind:
         case "change":
             if sh.json:
-                sh.stream({"kind": "change", **shell.event_json(item.event)})
+                sh.stream({"kind": "change", **facts.event_json(item.event)})
             else:
                 reading.print_line(sh, item.event)
         case "synced":
             workers = task.shown(item.state)
             if sh.json:
-                shown = None if workers is None else [shell.worker_json(w, None) for w in workers]
+                shown = None if workers is None else [facts.worker_json(w, None) for w in workers]
                 sh.stream({"kind": "synced", "seq": item.seq, "workers": shown})
             else:
                 for worker in workers or []:

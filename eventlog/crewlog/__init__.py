@@ -1,73 +1,74 @@
 """Remember worker processes: who started, who lives, who ended, and who did it.
 
-See `crewlog.open` for the registry; every error is a `CrewlogError`.
+See `crewlog.open` for the registry; every error is a `CrewlogError`. Names are loaded when they are
+first asked for, so that a command that needs few of them starts quickly.
 """
 
+import importlib
 import logging
-from typing import TYPE_CHECKING
-
-from crewlog.batch import Batch
-from crewlog.errors import (
-    AppendUncertain,
-    ArchiveDamaged,
-    CollectRefused,
-    CompactedError,
-    CrewlogError,
-    CursorBusy,
-    CursorCorrupt,
-    DataDamaged,
-    FormatTooNew,
-    HistoryDiverged,
-    IdentityMismatch,
-    InvalidTransition,
-    LeaseMissing,
-    LegacyCorrupt,
-    LockBusy,
-    LogCorrupt,
-    LogRegressed,
-    LossRefused,
-    NotAStore,
-    PlanInvalid,
-    ProcessNotFound,
-    RegistryClosed,
-    SegmentMissing,
-    SnapshotCorrupt,
-    SpawnFailed,
-    StaleRevision,
-    StopRefused,
-    StorageFailed,
-    StorageFull,
-    StoreMissing,
-    StorePoisoned,
-    UnsafePermissions,
-    Unsupported,
-    WaitTimeout,
-    WorkerEnded,
-    WorkerExists,
-    WorkerNotFound,
-)
-from crewlog.events import (
-    Change,
-    Diff,
-    Event,
-    Exit,
-    Identity,
-    Past,
-    Reset,
-    State,
-    Synced,
-    Worker,
-    WorkerState,
-)
-from crewlog.liveness import Evidence, Flag, Liveness, Verdict
-from crewlog.lives import Life
-from crewlog.registry import Registry, open  # noqa: A004 (crewlog.open is the promised name)
-from crewlog.subscribe import Mirror, Subscription
-from crewlog.watch import Watch
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from crewlog.aregistry import AsyncRegistry, aopen
     from crewlog.awatch import AsyncWatch
+    from crewlog.batch import Batch
+    from crewlog.errors import (
+        AppendUncertain,
+        ArchiveDamaged,
+        CollectRefused,
+        CompactedError,
+        CrewlogError,
+        CursorBusy,
+        CursorCorrupt,
+        DataDamaged,
+        FormatTooNew,
+        HistoryDiverged,
+        IdentityMismatch,
+        InvalidTransition,
+        LeaseMissing,
+        LegacyCorrupt,
+        LockBusy,
+        LogCorrupt,
+        LogRegressed,
+        LossRefused,
+        NotAStore,
+        PlanInvalid,
+        ProcessNotFound,
+        RegistryClosed,
+        SegmentMissing,
+        SnapshotCorrupt,
+        SpawnFailed,
+        StaleRevision,
+        StopRefused,
+        StorageFailed,
+        StorageFull,
+        StoreMissing,
+        StorePoisoned,
+        UnsafePermissions,
+        Unsupported,
+        WaitTimeout,
+        WorkerEnded,
+        WorkerExists,
+        WorkerNotFound,
+    )
+    from crewlog.events import (
+        Change,
+        Diff,
+        Event,
+        Exit,
+        Identity,
+        Past,
+        Reset,
+        State,
+        Synced,
+        Worker,
+        WorkerState,
+    )
+    from crewlog.liveness import Evidence, Flag, Liveness, Verdict
+    from crewlog.lives import Life
+    from crewlog.registry import Registry, open  # noqa: A004 (crewlog.open is the promised name)
+    from crewlog.subscribe import Mirror, Subscription
+    from crewlog.watch import Watch
 
 logging.getLogger("crewlog").addHandler(logging.NullHandler())
 
@@ -138,17 +139,43 @@ __all__ = [
     "open",
 ]
 
+# module -> the public names that are not its errors
+_ROOMS: Final = {
+    "aregistry": ("AsyncRegistry", "aopen"),
+    "awatch": ("AsyncWatch",),
+    "batch": ("Batch",),
+    "events": (
+        "Change",
+        "Diff",
+        "Event",
+        "Exit",
+        "Identity",
+        "Past",
+        "Reset",
+        "State",
+        "Synced",
+        "Worker",
+        "WorkerState",
+    ),
+    "liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
+    "lives": ("Life",),
+    "registry": ("Registry", "open"),
+    "subscribe": ("Mirror", "Subscription"),
+    "watch": ("Watch",),
+}
+
 
 def __getattr__(name: str) -> object:
-    """Load what brings asyncio with it only when it is asked for."""
-    if name in {"AsyncRegistry", "aopen"}:
-        from crewlog import aregistry  # noqa: PLC0415
+    """Load a public name; from then on it is an attribute like any other."""
+    room = next((room for room, names in _ROOMS.items() if name in names), "errors")
+    if name not in __all__:
+        message = f"module 'crewlog' has no attribute {name!r}"
+        raise AttributeError(message)
+    found: object = getattr(importlib.import_module(f"crewlog.{room}"), name)
+    globals()[name] = found
+    return found
 
-        found: object = getattr(aregistry, name)
-        return found
-    if name == "AsyncWatch":
-        from crewlog.awatch import AsyncWatch  # noqa: PLC0415
 
-        return AsyncWatch
-    message = f"module 'crewlog' has no attribute {name!r}"
-    raise AttributeError(message)
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return [*__all__, "__version__"]

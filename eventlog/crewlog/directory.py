@@ -1,11 +1,9 @@
 """Open a store's directory once and for all; find it, check it, know its identity."""
 
 import os
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 from crewlog import codec, disk, layout
 from crewlog.disk import Disk
@@ -37,6 +35,8 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
         home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
         return home / "crewlog"
     if "://" in named:
+        from urllib.parse import unquote, urlsplit  # noqa: PLC0415 (a URL is rare, and slow to load)
+
         parts = urlsplit(named)
         if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
             message = f"{named!r} is not a place for a registry: give a directory or file:///path"
@@ -251,6 +251,8 @@ def _require_local(root: int, path: Path) -> bool:
 
 def new_identity(now: str) -> bytes:
     """Return the bytes of a new store.json."""
+    import uuid  # noqa: PLC0415 (once in the life of a store)
+
     return codec.dump(
         {
             "format": layout.FORMAT,

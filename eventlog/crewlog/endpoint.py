@@ -6,11 +6,13 @@ may be a TCP address, or relative to a directory that only the worker knows.
 
 import errno
 import os
-import socket
 import stat
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from crewlog import layout
+
+if TYPE_CHECKING:
+    import socket
 
 Answer: TypeAlias = Literal["answers", "refused", "absent"]
 _BUSY: Final = {errno.EAGAIN, errno.EINPROGRESS, errno.ETIMEDOUT}
@@ -40,6 +42,8 @@ def ask(path: str) -> Answer | None:
 
     The worker sees a connection that ends at once.
     """
+    import socket  # noqa: PLC0415 (slow to load, and seldom asked)
+
     if not path.startswith("/") or "\0" in path:
         return None
     if not os.path.lexists(path):
@@ -57,7 +61,7 @@ def ask(path: str) -> Answer | None:
     return "answers"
 
 
-def _connect(probe: socket.socket, path: str) -> None:
+def _connect(probe: "socket.socket", path: str) -> None:
     """Connect, also where the path is longer than an address may be (108 bytes)."""
     try:
         probe.connect(path)

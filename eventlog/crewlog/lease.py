@@ -9,7 +9,6 @@ beats end with the boot.
 
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ class Lease:
     def __init__(self, directory: Directory, sid: str) -> None:
         """Create a lease for a worker that is about to be registered, and lock it."""
         for _ in range(layout.LEASE_TRIES):
-            self.name = f"{sid}{_MARK}{secrets.token_hex(4)}"
+            self.name = f"{sid}{_MARK}{os.urandom(4).hex()}"
             lock = _create(directory, self.name)
             if lock is not None:
                 self._directory = directory

@@ -1,0 +1,92 @@
+"""Say what workers and events are, as JSON and in the rows of tables."""
+
+from typing import Final
+
+from crewlog.events import Event, Worker, timestamp
+from crewlog.liveness import Liveness
+from crewlog_cli.shell import Shell
+
+
+def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
+    """Return a worker as the CLI's JSON shows it."""
+    ended = worker.exit
+    return {
+        "sid": worker.sid,
+        "pid": worker.pid,
+        "sock": worker.sock,
+        "version": worker.version,
+        "created_at": timestamp(worker.created_at),
+        "state": worker.state.value,
+        "liveness": None if found is None else found.verdict.value,
+        "cause": None if found is None else found.cause,
+        "flags": [] if found is None else sorted(flag.value for flag in found.flags),
+        "labels": dict(worker.labels),
+        "meta": dict(worker.meta),
+        "rev": worker.rev,
+        "updated_at": timestamp(worker.updated_at),
+        "generation": worker.generation,
+        "identity": None if worker.identity is None else worker.identity.as_json(),
+        "owner": None if worker.owner is None else worker.owner.as_json(),
+        "lease": worker.lease,
+        "heartbeat_s": worker.heartbeat_s,
+        "exit": None
+        if ended is None
+        else {
+            "code": ended.code,
+            "signal": ended.signal,
+            "source": ended.source,
+            "expected": ended.expected,
+            "cause": ended.cause,
+        },
+    }
+
+
+def event_json(event: Event) -> dict[str, object]:
+    """Return an event as the CLI's JSON shows it."""
+    return {
+        "seq": event.seq,
+        "ts": timestamp(event.ts),
+        "type": event.type,
+        "sid": event.sid,
+        "actor": event.actor,
+        "data": event.data,
+    }
+
+
+def event_row(shell: Shell, event: Event) -> list[str]:
+    """Return an event as a table shows it."""
+    return [
+        str(event.seq),
+        shell.when(event.ts),
+        event.type,
+        event.sid,
+        actor_text(event),
+        data_text(event),
+    ]
+
+
+def actor_text(event: Event) -> str:
+    """Name who did it: a given name, else user and program."""
+    actor = event.actor
+    name = actor.get("name")
+    if isinstance(name, str):
+        return name
+    user, program, pid = actor.get("user"), actor.get("program"), actor.get("pid")
+    return f"{user}@{program}[{pid}]" if user is not None else "crewlog"
+
+
+_TELLING: Final = ("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock")
+
+
+def data_text(event: Event) -> str:
+    """Say the telling part of an event's data in a few words."""
+    told = []
+    for key in _TELLING:
+        value = event.data.get(key)
+        if value is None or value in ("", {}):
+            continue
+        if isinstance(value, dict):
+            told += [f"{k}={v}" for k, v in value.items()]
+        else:
+            told.append(f"{key}={value}")
+    return " ".join(told)
