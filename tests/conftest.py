@@ -13,6 +13,8 @@ from commands import Cli
 from crewlog.registry import Registry
 from procs import Crew
 
+pytest_plugins = ["crewlog.testing"]
+
 
 @pytest.fixture(autouse=True)
 def _nothing_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -65,20 +65,10 @@ def test_watching_block_prints_changes(
 
 def test_shell_lines_name_commands_and_options_that_exist() -> None:
     """Every `crewlog …` line parses, up to its program."""
-    from click.testing import CliRunner
-
-    from crewlog_cli.main import crewlog as group
-    from crewlog_cli.shell import Shell
-
     lines = [row for block in blocks("sh") for row in block.splitlines()]
     assert len(lines) >= 6
     for row in lines:
-        words = shlex.split(row.split("#")[0].rstrip(" &"))
-        assert words[0] == "crewlog"
-        assert words[1] in _COMMANDS
-        own = words[1 : words.index("--")] if "--" in words else words[1:]
-        result = CliRunner().invoke(group, [*own, "--help"], obj=Shell())
-        assert result.exit_code == 0, row
+        _parses(row)
 
 
 def test_make_targets_and_named_files_exist() -> None:
@@ -96,7 +86,7 @@ def test_exit_codes_named_are_those_of_the_errors() -> None:
     named = {int(code) for code in re.findall(r"\b(\d{1,3}) [a-z\"]", section)}
     used = {
         kind.exit_code
-        for kind in vars(crewlog).values()
+        for kind in (getattr(crewlog, name) for name in crewlog.__all__)
         if isinstance(kind, type) and issubclass(kind, crewlog.CrewlogError)
     }
     assert used <= named
@@ -115,22 +105,55 @@ def test_files_section_names_what_a_store_holds(place: Path) -> None:
     assert layout.QUARANTINE in section
 
 
-def test_audit_page_runs_as_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its Python block redacts; its commands parse."""
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def page_blocks(name: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_python_of_a_page_runs_and_prints_what_it_says(name: str, tmp_path: Path) -> None:
+    """Each block by itself, in a registry of its own; a text block behind it is its output."""
+    found = page_blocks(name)
+    for index, (language, code) in enumerate(found):
+        if language != "python":
+            continue
+        env = {**os.environ, "CREWLOG_DIR": str(tmp_path / str(index))}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if index + 1 < len(found) and found[index + 1][0] == "text":
+            assert done.stdout == found[index + 1][1]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_a_page_exist(name: str) -> None:
+    """Every `crewlog …` line parses, up to its program."""
+    for row in [r for lang, code in page_blocks(name) if lang == "sh" for r in code.splitlines()]:
+        _parses(row)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_exist(name: str) -> None:
+    """Links, and tests by their path."""
+    text = (ROOT / "docs" / name).read_text()
+    for path in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / "docs" / path).exists(), path
+    for path in re.findall(r"`(tests/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def _parses(row: str) -> None:
     from click.testing import CliRunner
 
     from crewlog_cli.main import crewlog as group
     from crewlog_cli.shell import Shell
 
-    found = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs/audit.md").read_text(), re.DOTALL)
-    code = next(block for name, block in found if name == "python")
-    monkeypatch.setenv("CREWLOG_DIR", str(place))
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "{'token': '***', 'tenant': 't-9'}\n"
-    rows = [row for name, block in found if name == "sh" for row in block.splitlines()]
-    assert len(rows) >= 12
-    for row in rows:
-        words = shlex.split(row.split(" #")[0])
-        assert words[1] in _COMMANDS
-        result = CliRunner().invoke(group, [*words[1:], "--help"], obj=Shell())
-        assert result.exit_code == 0, row
+    words = shlex.split(row.split(" #", maxsplit=1)[0].rstrip(" &"))
+    assert words[0] == "crewlog"
+    own = words[1 : words.index("--")] if "--" in words else words[1:]
+    assert {*own} & {*_COMMANDS}, row
+    result = CliRunner().invoke(group, [*own, "--help"], obj=Shell())
+    assert result.exit_code == 0, row

@@ -22,14 +22,16 @@ ROOMS = {
     "fcntl": {"lock.py", "disk.py", "identity.py"},
     "click": {"main.py", "shell.py", "reading.py", "watching.py", "changing.py", "starting.py",
               "jobs.py", "demo.py", "ending.py", "explaining.py", "mending.py", "words.py",
-              "diff.py", "stats.py", "metrics.py", "timeline.py", "top.py", "export.py"},
+              "diff.py", "stats.py", "metrics.py", "timeline.py", "top.py", "export.py",
+              "doctor.py", "completion.py", "schedule.py"},
     "gzip": {"packing.py"},
     "rich": {"top.py"},
     "termios": {"top.py"},
     "threading": {"log.py", "commit.py", "reading.py", "sync.py", "registry.py", "notify.py",
                   "states.py", "writing.py", "subscribe.py", "watch.py", "starting.py"},
     "socket": {"endpoint.py"},
-    "subprocess": {"launch.py", "demo.py", "identity.py", "watching.py"},
+    "subprocess": {"launch.py", "demo.py", "identity.py", "watching.py", "testing.py"},
+    "pytest": {"testing.py"},
 }  # fmt: skip
 CHANGES_FILES = re.compile(
     r"\bos\.(?:mkdir|makedirs|write|pwrite|ftruncate|truncate|fsync|fdatasync|link|symlink|rename"

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 import click
 
 from crewlog.events import JsonValue
-from crewlog_cli import facts, reading, words
+from crewlog_cli import facts, reading, shell, words
 from crewlog_cli.shell import Shell, command
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def _done(sh: Shell, sid: str, seq: int, **more: object) -> None:
     examples="""crewlog register web-1 --pid $! --sock /run/web-1.sock -l role=web --ready
 crewlog register job-7 --pid 4711 --meta '{"queue":"mail"}'""",
 )
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--pid", type=int, required=True, help="The process that is to be known as SID.")
 @click.option("--sock", default="", help="Where it listens.")
 @click.option("--version", default="", help="Its version.")
@@ -103,7 +103,7 @@ def register(
 crewlog update web-1 -l shard=3 --unlabel canary --expect 118
 crewlog update web-1 --state draining --reason deploy""",
 )
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--state", type=click.Choice(["ready", "draining", "stopping"]), help="Move it on.")
 @click.option("--sock", help="Where it listens now.")
 @click.option("--version", help="Its version now.")
@@ -147,7 +147,7 @@ def update(
 
 
 @command("remove", examples="crewlog remove web-1 --reason 'handed over to host b'")
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--reason", required=True, help="Why, for the history.")
 @click.option("--expect", type=int, metavar="REV", help="Only if it is still at this rev.")
 def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:

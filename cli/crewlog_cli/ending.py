@@ -124,7 +124,7 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
 
 
 @command("beat", examples="while work; do crewlog beat web-1; done")
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 def beat(sh: Shell, *, sid: str) -> None:
     """Say that SID is well; nothing is added to the log. For a worker with --heartbeat."""
     reg = sh.existing()
@@ -135,7 +135,7 @@ def beat(sh: Shell, *, sid: str) -> None:
 
 
 @command("observe", examples="crewlog observe web-1 &\ncrewlog observe web-1 --timeout 1h")
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--timeout", metavar="SPAN", help="Give up after this long (exit code 124).")
 def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
     """Wait for the end of a worker that need not be our child, and record how it ended."""

@@ -7,7 +7,7 @@ import click
 
 from crewlog.events import Identity, JsonObject, Worker
 from crewlog.liveness import Flag, Liveness
-from crewlog_cli import facts, reading, text
+from crewlog_cli import facts, reading, shell, text
 from crewlog_cli.shell import Shell, command
 
 _EVENTS: Final = 50
@@ -48,7 +48,7 @@ _REMEDIES: Final = {
 
 
 @command("explain", examples="crewlog explain web-1\ncrewlog explain web-1 --json | jq .evidence")
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 def explain(sh: Shell, *, sid: str) -> None:
     """Tell why a worker counts as alive, dead or unknown: the evidence now, and its events."""
     reg = sh.existing()

@@ -1,5 +1,6 @@
 """Do the work of cron by hand: gc and compact."""
 
+import random
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -165,7 +166,7 @@ def _read_plan(path: Path) -> Plan:
     "compact",
     examples="""crewlog compact
 crewlog compact --keep-history 90d --pack zstd
-*/5 * * * * crewlog compact -q      # the cron line""",
+crewlog schedule cron                # the line for a crontab""",
 )
 @click.option("--gc/--no-gc", "gc_", default=True, help="Collect the dead first.")
 @click.option("--force", is_flag=True, help="Believe that most workers died at once.")
@@ -179,15 +180,25 @@ crewlog compact --keep-history 90d --pack zstd
 @click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
               help="How to compress what is archived now; zstd is an extra.")  # fmt: skip
 @click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
+@click.option("--jitter", metavar="TIME", help="Wait up to this long first, by chance.")
 def compact_(
-    sh: Shell, *, gc_: bool, force: bool, keep_history: str, pack: Packing, prometheus: str | None
+    sh: Shell,
+    *,
+    gc_: bool,
+    force: bool,
+    keep_history: str,
+    pack: Packing,
+    prometheus: str | None,
+    jitter: str | None,
 ) -> None:
     """Collect, fold the log into registry.json, and archive: the command for cron.
 
     Silent with -q unless something is wrong; 75 if another compaction runs.
     """
     keep = _keep(keep_history)
+    wait_s = 0.0 if jitter is None else random.uniform(0.0, words.span_s(jitter))  # noqa: S311 (no secret)
     reg = sh.existing()
+    time.sleep(wait_s)
     began = time.monotonic()
     report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack)
     if prometheus is not None:

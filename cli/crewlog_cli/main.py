@@ -40,6 +40,9 @@ _COMMANDS: Final = {
     "beat": "ending",
     "observe": "ending",
     "explain": "explaining",
+    "doctor": "doctor",
+    "schedule": "schedule",
+    "completion": "completion",
     "demo": "demo",
 }
 

@@ -129,7 +129,7 @@ def liveness_text(found: Liveness) -> str:
 crewlog show web-1 --json | jq .worker.exit
 crewlog show web-1 --at '2 hours ago'""",
 )
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--at", "at_", metavar="TIME|SEQ", help="As it was then; nothing is probed.")
 def show(sh: Shell, *, sid: str, at_: str | None) -> None:
     """Show one worker, whether it lives, and its last events."""
@@ -196,7 +196,7 @@ def print_events(sh: Shell, found: Iterable[Event]) -> None:
 crewlog alive web-1 --for ready --timeout 10s
 crewlog alive web-1 --for dead --timeout 1m""",
 )
-@click.argument("sid")
+@click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--for", "wanted", type=click.Choice(["alive", "dead", "ready"]), default="alive",
               help="What to ask, or to wait for.")  # fmt: skip
 @click.option("--timeout", metavar="TIME", help="Wait this long for it to become true; else 124.")
@@ -255,7 +255,7 @@ crewlog history -n 20 -r""",
 )
 @click.option("--since", metavar="TIME", help="Only events from this time on.")
 @click.option("--until", metavar="TIME", help="Only events before this time.")
-@click.option("--sid", help="Only this worker.")
+@click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
 @click.option("--type", "types", multiple=True, help="Only this type of event; repeatable.")
 @click.option("--actor", help="Only by this name, user, program, via or pid.")
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")

@@ -14,6 +14,7 @@ from typing import (
     TYPE_CHECKING,
     Concatenate,
     Final,
+    Literal,
     NoReturn,
     ParamSpec,
     TypeAlias,
@@ -85,6 +86,7 @@ class Shell:
     verbose: bool = False
     utc: bool = False
     debug: bool = False
+    color: Literal["auto", "always", "never"] = "auto"
     opened: "list[Registry]" = field(default_factory=list)
 
     # -- the registry -----------------------------------------------------------------------
@@ -122,9 +124,20 @@ class Shell:
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table, clipped only on a terminal."""
-        columns = os.get_terminal_size().columns if sys.stdout.isatty() else None
-        for row in text.table(list(header), [list(row) for row in rows], columns=columns):
-            put(row)
+        columns = os.get_terminal_size().columns if sys.stdout.isatty() else 0
+        for row in text.table(list(header), [list(row) for row in rows], columns=columns or None):
+            put(text.coloured(row) if self.colours() else row)
+
+    def colours(self) -> bool:
+        """Say whether words that matter are coloured; colour says nothing that they do not.
+
+        Source: no-color.org, force-color.org.
+        """
+        if self.color != "auto":
+            return self.color == "always"
+        if os.environ.get("NO_COLOR"):
+            return False
+        return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
 
     def document(self, found: Mapping[str, object]) -> None:
         """Print one JSON object on one line, ASCII only, with its schema."""
@@ -176,6 +189,9 @@ _GLOBAL: Final = (
     click.option("--json", "json_", is_flag=True, help="Print JSON instead of text."),
     click.option("-q", "--quiet", is_flag=True, help="Print no notes; errors stay."),
     click.option("-v", "--verbose", is_flag=True, help="Print more notes."),
+    click.option(
+        "--color", type=click.Choice(["auto", "always", "never"]), help="Colour words that matter."
+    ),
     click.option("--utc", is_flag=True, help="Show times in UTC instead of local time."),
     click.option("--debug", is_flag=True, help="Show a traceback with an error."),
 )
@@ -191,6 +207,22 @@ def take_globals(shell: Shell, values: dict[str, object]) -> None:
     shell.verbose |= values.pop("verbose") is True
     shell.utc |= values.pop("utc") is True
     shell.debug |= values.pop("debug") is True
+    color = values.pop("color")
+    if color in {"auto", "always", "never"}:
+        shell.color = color
+
+
+def complete_sid(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    """Name the sids that begin so, for a shell's completion."""
+    before = {} if ctx.parent is None else ctx.parent.params
+    shell = Shell(place=ctx.params.get("place") or before.get("place"))
+    try:
+        reg = shell.registry()
+        return [worker.sid for worker in reg.workers(all=True) if worker.sid.startswith(begun)]
+    except (CrewlogError, click.UsageError):  # a prompt is no place for an error
+        return []
+    finally:
+        shell.close()
 
 
 def with_globals(command: Callable[P, R]) -> Callable[P, R]:

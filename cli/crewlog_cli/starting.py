@@ -37,7 +37,7 @@ _FROM_KERNEL: Final = 0x80  # SI_KERNEL: the terminal sent it to the whole group
 def _options(function: Callable[P, None]) -> Callable[P, None]:
     for option in (
         click.argument("argv", metavar="-- CMD…", nargs=-1, type=click.UNPROCESSED, required=True),
-        click.argument("sid"),
+        click.argument("sid"),  # a new one: there is nothing to complete
         click.option("--starting", is_flag=True, help="It will say itself when it is ready."),
         click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="A label."),
         click.option("--version", default="", help="Its version."),

@@ -1,5 +1,6 @@
 """Make text safe and straight for a terminal: whatever a person reads passes here."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -69,6 +70,19 @@ def table(
         line = "  ".join([*padded, row[-1]]).rstrip()
         lines.append(line if columns is None else clip(line, columns))
     return lines
+
+
+_COLOURS: Final = {
+    "alive": 32, "ready": 32, "ok": 32,
+    "starting": 33, "draining": 33, "stopping": 33, "unknown": 33, "warn": 33, "note": 36,
+    "dead": 31, "failed": 31, "lost": 31, "fail": 31,
+}  # fmt: skip
+_WORDS: Final = re.compile(rf"(?<=  )({'|'.join(_COLOURS)})(?= |,|$)|^({'|'.join(_COLOURS)})(?=  )")
+
+
+def coloured(line: str) -> str:
+    """Colour the words of a table's row that tell how things stand."""
+    return _WORDS.sub(lambda found: f"\x1b[{_COLOURS[found[0]]}m{found[0]}\x1b[0m", line)
 
 
 def moment(when: datetime, *, utc: bool) -> str:

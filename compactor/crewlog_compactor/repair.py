@@ -17,7 +17,6 @@ Lock order as in log.py: compact, append, sync, all held while files change.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TypeAlias
 
 from crewlog import (
@@ -176,7 +175,7 @@ class _Survey:
             events.GAP,
             told,
             seq=last,
-            ts=events.timestamp(datetime.now(UTC)),
+            ts=events.timestamp(events.now()),
             synced=0,
             prev=bytes.fromhex(self.hash),
         )
@@ -339,7 +338,7 @@ def _end(found: _Survey) -> None:
             events.SEAL,
             {"first": last.first},
             seq=found.seq + 1,
-            ts=events.timestamp(datetime.now(UTC)),
+            ts=events.timestamp(events.now()),
             synced=0,
             prev=bytes.fromhex(found.hash),
         )

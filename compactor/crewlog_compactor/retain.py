@@ -9,7 +9,7 @@ that verify can tell policy from loss; then the files go.
 
 import logging
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TypeAlias
 
 from crewlog import cursor, events, layout, segments, snapshot
@@ -96,7 +96,7 @@ def _archive(directory: Directory) -> list[_Archived]:
 def _surplus(log: Log, kept: list[_Archived], keep: Keep) -> int:
     """Count how many of the oldest segments the policy does not keep."""
     if isinstance(keep, timedelta):
-        oldest = events.timestamp(datetime.now(UTC) - keep)
+        oldest = events.timestamp(events.now() - keep)
         count = 0
         while count < len(kept) and _last_ts(log.directory, kept[count]) < oldest:
             count += 1

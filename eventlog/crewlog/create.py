@@ -5,7 +5,6 @@ store, and whatever an interrupted creation left is swept and made again.
 """
 
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 
 from crewlog import codec, disk, events, identity, layout, redo, segments, structs, tail
@@ -110,7 +109,7 @@ def _fill(path: Path, opened: Descriptors, via: Disk) -> None:
     """Write the first segment, the states and, last, store.json. Held: append."""
     root = opened.fds[""]
     _sweep_leftovers(opened, via)
-    now = events.timestamp(datetime.now(UTC))
+    now = events.timestamp(events.now())
     data = new_identity(now)
     store = str(codec.load_object(data)["store"])
     newborn = Directory(path, opened, store, codec.digest(data), via, local=True)

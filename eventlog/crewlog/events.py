@@ -338,6 +338,11 @@ def utc(text: str) -> datetime:
     return when.astimezone(UTC)
 
 
+def now() -> datetime:
+    """Return the time of now: the one clock of events, which a test may replace."""
+    return datetime.now(UTC)
+
+
 def timestamp(when: datetime) -> str:
     """Write an aware time as the log does: UTC, microseconds, `Z`."""
     if when.tzinfo is not UTC:

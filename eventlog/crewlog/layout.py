@@ -95,6 +95,7 @@ PID_MAX: Final = 2**31 - 1
 LOCK_WAIT_S: Final = 5.0
 # A sync in progress is waited for at least this long: a busy disk is no reason not to know.
 SYNC_WAIT_MIN_S: Final = 30.0
+LOCK_PAUSE_MAX_S: Final = 0.01  # of the usual waits that a first pause goes by
 LOCK_POLL_MIN_S: Final = 0.000_02
 LOCK_POLL_MAX_S: Final = 0.000_5
 # Growing faster cost half of the p99 of 8 writers (5.3 against 3.1 ms).

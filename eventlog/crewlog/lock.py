@@ -28,7 +28,17 @@ _REPLACED_TRIES: Final = 3
 class Lock:
     """One lock file, opened on first use."""
 
-    __slots__ = ("__weakref__", "_at", "_fd", "_held", "_inode", "_name", "_stamp", "where")
+    __slots__ = (
+        "__weakref__",
+        "_at",
+        "_fd",
+        "_held",
+        "_inode",
+        "_name",
+        "_stamp",
+        "_usual_s",
+        "where",
+    )
 
     def __init__(self, name: str, *, at: int, where: str) -> None:
         """Name a lock file in the open directory `at`."""
@@ -38,6 +48,7 @@ class Lock:
         self._inode = 0
         self._held = False
         self._stamp = Stamp(at)
+        self._usual_s = 0.0  # what a wait has taken lately
         self.where = where
         _open_locks.add(self)
 
@@ -79,12 +90,14 @@ class Lock:
         """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder."""
         if self.try_acquire(shared=shared):
             return
-        deadline = time.monotonic() + wait_s
-        for pause_s in pauses():
-            if time.monotonic() > deadline:
+        began = time.monotonic()
+        for pause_s in pauses(self._usual_s / 2):
+            if time.monotonic() > began + wait_s:
                 raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())
-            time.sleep(pause_s)
+            time.sleep(min(pause_s, wait_s))
             if self.try_acquire(shared=shared):
+                waited_s = time.monotonic() - began
+                self._usual_s += 0.2 * (min(waited_s, layout.LOCK_PAUSE_MAX_S) - self._usual_s)
                 return
 
     def release(self) -> None:
@@ -147,8 +160,14 @@ def take(name: str, *, at: int, where: str) -> Lock:
     return lock
 
 
-def pauses() -> Iterator[float]:
-    """Yield how long to wait between tries, in seconds: short at first, soon longer."""
+def pauses(first_s: float = 0.0) -> Iterator[float]:
+    """Yield how long to wait between tries, in seconds: `first_s`, then short, soon longer.
+
+    With many waiters, those who try when there is no hope yet keep the holder from its processor:
+    so the first try comes after half the usual wait.
+    """
+    if first_s > layout.LOCK_POLL_MIN_S:
+        yield first_s
     pause_s = layout.LOCK_POLL_MIN_S
     while True:
         yield pause_s

@@ -49,7 +49,6 @@ import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, identity, layout, segments, structs, tail, writing
 from crewlog.commit import Commits, Request
@@ -302,7 +301,7 @@ class Log(Reading):
             kind,
             data,
             seq=state.seq + 1,
-            ts=events.timestamp(datetime.now(UTC)),
+            ts=events.timestamp(events.now()),
             synced=head.end if head.segment == state.segment else 0,
             prev=state.hash,
         )
@@ -338,7 +337,7 @@ class Log(Reading):
                 events.SEGMENT,
                 tail.header_data(self.directory, identity.boot_id(), sealed),
                 seq=first,
-                ts=events.timestamp(datetime.now(UTC)),
+                ts=events.timestamp(events.now()),
                 synced=0,
                 prev=sealed.hash,
             )

@@ -82,17 +82,8 @@ def walk(
     offset, seq = start.offset, start.seq
     stop = source.size() if end is None else end
     step = layout.READ_BYTES if sieve is None else layout.SIEVE_BYTES
-    rest = b""
-    while offset + len(rest) < stop:
-        at = offset + len(rest)
-        chunk = source.read(at, min(step, stop - at))
-        if not chunk:
-            raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were durable")
-        data = rest + chunk if rest else chunk
-        whole = data.rfind(b"\n") + 1
-        data, rest = data[:whole], data[whole:]
-        if len(rest) > layout.LINE_BYTES_CEILING:
-            raise damaged(source, offset, seq + 1, "no newline where one must be")
+    while offset < stop:
+        data = _whole_lines(source, offset, stop, step, seq)
         if sieve is None:
             for raw in data.split(b"\n")[:-1]:
                 line = _parsed(source, raw, offset, seq + 1)
@@ -106,11 +97,27 @@ def walk(
                 line = _parsed(source, raw, offset + begin, due)
                 seq, passed = line["seq"], newline + 1
                 yield Step(line, raw, offset + passed, seq)
-            offset, seq = offset + whole, seq + data.count(b"\n", passed)
-            if passed < whole:
+            offset, seq = offset + len(data), seq + data.count(b"\n", passed)
+            if passed < len(data):
                 yield Step(None, b"", offset, seq)
-    if rest:
-        raise damaged(source, offset, seq + 1, "no newline at the end of a durable line")
+
+
+def _whole_lines(source: Source, offset: int, stop: int, step: int, seq: int) -> bytes:
+    """Read on to the last newline within `step` bytes, or to the first one after them."""
+    while True:
+        size = min(step, stop - offset)
+        data = source.read(offset, size)
+        if len(data) < size:
+            at = offset + len(data)
+            raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were durable")
+        whole = data.rfind(b"\n") + 1
+        if whole:
+            return data if whole == size else data[:whole]
+        if offset + size == stop:
+            raise damaged(source, offset, seq + 1, "no newline at the end of a durable line")
+        if size > layout.LINE_BYTES_CEILING:
+            raise damaged(source, offset, seq + 1, "no newline where one must be")
+        step *= 2
 
 
 def _parsed(source: Source, raw: bytes, offset: int, seq: int) -> Line:

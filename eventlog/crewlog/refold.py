@@ -1,7 +1,6 @@
 """Fold a stretch of history onto an older state, checking that each line follows the one before."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from crewlog import events, fold, layout, segments
 from crewlog.codec import Snapshot
@@ -52,7 +51,7 @@ def refold(
         store=directory.store,
         last_seq=state.seq,
         last_hash=prev,
-        written_at=events.timestamp(datetime.now(UTC)),
+        written_at=events.timestamp(events.now()),
         sessions=list(state.sessions()),
         ended=list(state.ended()),
         totals=state.totals,

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, layout, redo, segments
 from crewlog.directory import Directory
@@ -91,7 +90,7 @@ class Syncer:
 
     def _share(self, goal: int, generation: int | None, deadline: float) -> None:
         """Wait for the leader or become it, turn by turn. Held: _turn."""
-        waits = pauses()
+        waits = pauses(self._sync_s / 2)
         while True:
             if self._closed:
                 raise AppendUncertain(self._where(), why="the registry was closed meanwhile")
@@ -250,7 +249,7 @@ class Syncer:
         if disk.exists(layout.POISON, at=root):
             return
         note: JsonObject = {
-            "at": events.timestamp(datetime.now(UTC)),
+            "at": events.timestamp(events.now()),
             "errno": number,
             "error": os.strerror(number),
         }

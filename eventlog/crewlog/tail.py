@@ -9,7 +9,6 @@ Held throughout by the caller: locks/append. Two occasions:
 """
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from crewlog import codec, disk, events, layout, recovery, redo, segments, structs
 from crewlog.directory import Directory
@@ -181,7 +180,7 @@ def quarantine(directory: Directory, source: Source, found: Found, data: bytes) 
         "offset": found.end,
         "bytes": len(data),
         "reason": found.reason,
-        "at": events.timestamp(datetime.now(UTC)),
+        "at": events.timestamp(events.now()),
     }
     disk.write_new(directory.disk, f"{stem}.{number}.bytes", data, at=at)
     note_name = f"{stem}.{number}.json"

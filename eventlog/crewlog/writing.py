@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import NamedTuple
 
@@ -117,7 +116,7 @@ def compose(request: Request, drafts: Sequence[Draft], state: AppendState, *, sy
     raws: list[bytes] = []
     lines: list[Line] = []
     boot, segment, redo, base, kept, end, seq, prev, _ = state
-    ts, count = events.timestamp(datetime.now(UTC)), len(drafts)
+    ts, count = events.timestamp(events.now()), len(drafts)
     for index, part in enumerate(drafts):
         seq += 1
         place = (index, count) if count > 1 else None

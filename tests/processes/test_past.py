@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import create, events, layout, log, snapshot, writing
+from crewlog import events, layout, snapshot
 from crewlog.codec import Snapshot
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, CompactedError, SnapshotCorrupt, Unsupported
@@ -17,23 +17,18 @@ from crewlog_compactor import KeepEvents, compact, repair, verify
 BEGAN = datetime(2026, 11, 24, 7, 0, tzinfo=UTC)
 
 
-class Clock(datetime):
+class Clock:
     """A clock that a test sets."""
 
     at = BEGAN
 
-    @classmethod
-    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
-        return cls.at
-
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Let the log tell the time that the test sets."""
-    for room in (log, create, writing):
-        monkeypatch.setattr(room, "datetime", Clock)
-    Clock.at = BEGAN
-    return Clock
+    clock = Clock()
+    monkeypatch.setattr(events, "now", lambda: clock.at)
+    return clock
 
 
 @pytest.fixture
@@ -184,7 +179,7 @@ def test_verify_beside_a_retention_takes_its_word(
 
 
 @pytest.mark.usefixtures("_small_segments")
-def test_time_finds_the_state_of_that_time(reg: Registry, clock: type[Clock]) -> None:
+def test_time_finds_the_state_of_that_time(reg: Registry, clock: Clock) -> None:
     """The last event up to a time decides; the answer says from when to when it holds."""
     for number in range(60):
         clock.at = BEGAN + timedelta(minutes=number)
@@ -201,7 +196,7 @@ def test_time_finds_the_state_of_that_time(reg: Registry, clock: type[Clock]) ->
     assert (late.seq, late.until) == (reg.last_seq, None)
 
 
-def test_clock_that_stepped_back_is_named(reg: Registry, clock: type[Clock]) -> None:
+def test_clock_that_stepped_back_is_named(reg: Registry, clock: Clock) -> None:
     """Events on both sides of the step claim the same time: the answer says which."""
     for minute in (0, 10, 20, 12, 14, 30):
         clock.at = BEGAN + timedelta(minutes=minute)

@@ -1,0 +1,107 @@
+"""Print what lets the system run `crewlog compact`: a cron line, or systemd units."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from shutil import which
+from typing import Final, Literal, TypeAlias
+
+import click
+
+from crewlog_cli.shell import Shell, command, put
+
+Kind: TypeAlias = Literal["cron", "systemd-user", "systemd-system"]
+_EVERY_MINUTES: Final = 5
+_JITTER: Final = "30s"
+
+# What would blind or hinder a collection is left out on purpose: PrivatePIDs and ProtectProc hide
+# processes, PrivateUsers owners, PrivateTmp the sockets of workers.
+_SERVICE: Final = """# {service}
+[Unit]
+Description=Compact the crewlog registry {place}
+
+[Service]
+Type=oneshot
+{user}ExecStart={program} --dir {place} compact -q --jitter {jitter}
+Nice=10
+NoNewPrivileges=yes
+ProtectSystem=full
+"""
+_TIMER: Final = """# {timer}
+[Unit]
+Description=Compact the crewlog registry {place} every {every} minutes
+
+[Timer]
+OnBootSec={every}min
+OnUnitActiveSec={every}min
+AccuracySec=30s
+
+[Install]
+WantedBy=timers.target
+"""
+
+
+def program() -> str:
+    """Return the command as the system can call it, absolute."""
+    beside = Path(sys.executable).parent / "crewlog"
+    if beside.exists():
+        return str(beside)
+    return which("crewlog") or str(beside)
+
+
+def units(kind: Kind, place: Path) -> dict[str, str]:
+    """Return the files of a schedule by the names that they must have."""
+    home = "~/.config/systemd/user" if kind == "systemd-user" else "/etc/systemd/system"
+    names = {
+        "service": f"{home}/crewlog-compact.service",
+        "timer": f"{home}/crewlog-compact.timer",
+    }
+    owner = place.stat().st_uid if place.exists() else os.geteuid()
+    values = {
+        "place": shlex.quote(str(place)).replace("%", "%%"),
+        "program": shlex.quote(program()).replace("%", "%%"),
+        "jitter": _JITTER,
+        "every": _EVERY_MINUTES,
+        "user": f"User={owner}\n" if kind == "systemd-system" else "",
+        **names,
+    }
+    return {
+        names["service"]: _SERVICE.format(**values),
+        names["timer"]: _TIMER.format(**values),
+    }
+
+
+def cron_line(place: Path) -> str:
+    """Return the line of a crontab; there, a percent sign would end the command."""
+    words = [program(), "--dir", str(place), "compact", "-q", "--jitter", _JITTER]
+    return f"*/{_EVERY_MINUTES} * * * * {shlex.join(words)}".replace("%", "\\%")
+
+
+@command(
+    "schedule",
+    examples="""(crontab -l; crewlog schedule cron) | crontab -
+crewlog schedule systemd-user
+crewlog schedule systemd-system --dir /var/lib/crewlog""",
+)
+@click.argument("kind", type=click.Choice(["cron", "systemd-user", "systemd-system"]))
+def schedule(sh: Shell, *, kind: Kind) -> None:
+    """Print a cron line, or systemd units, that compact this registry, with its real paths."""
+    place = sh.registry().path
+    if kind == "cron":
+        if sh.json:
+            sh.document({"cron": cron_line(place)})
+        else:
+            put(cron_line(place))
+        return
+    made = units(kind, place)
+    if sh.json:
+        sh.document({"units": made})
+        return
+    put("\n".join(made.values()).rstrip())
+    scope = " --user" if kind == "systemd-user" else ""
+    sh.note(f"Write each part to the file it names, then: systemctl{scope} daemon-reload && "
+            f"systemctl{scope} enable --now crewlog-compact.timer")  # fmt: skip
+
+
+COMMANDS: Final = {"schedule": schedule}
