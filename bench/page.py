@@ -81,7 +81,7 @@ def table(row: dict[str, object]) -> str:
     return "\n".join(rows + (["", "; ".join(more)] if more else []))
 
 
-def page(rows: list[dict[str, object]]) -> str:
+def page(rows: list[dict[str, object]], docs: Path) -> str:
     """Write the whole page."""
     about = rows[0]
     parts = [
@@ -104,17 +104,18 @@ def page(rows: list[dict[str, object]]) -> str:
         median = row.get("median")
         if key in PLOTTED and isinstance(median, dict):
             name = f"performance-{key.lower()}.svg"
-            (DOCS / name).write_text(bars(str(row["figure"]), median))
+            (docs / name).write_text(bars(str(row["figure"]), median))
             parts += [f"![{row['figure']}]({name})", ""]
         parts += [table(row), ""]
-    said = DOCS / "performance-notes.md"
+    said = docs / "performance-notes.md"
     return "\n".join(parts) + said.read_text()
 
 
 def main() -> None:
-    """Read the figures named by the first argument and write the page."""
+    """Read the figures named by the first argument; write the page into docs/, or the second."""
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    (DOCS / "performance.md").write_text(page(rows))
+    docs = Path(sys.argv[2]) if len(sys.argv) > 2 else DOCS
+    (docs / "performance.md").write_text(page(rows, docs))
 
 
 if __name__ == "__main__":
