@@ -102,7 +102,7 @@ def run(home: Path, *, events: int, rounds: int) -> Iterator[tuple[str, list[dic
     for name, work in contestants.items():
         assert work() == wanted, name
     rates = [{n: lines / timed(w) / 1e6 for n, w in contestants.items()} for _ in range(rounds)]
-    yield f"P6 one worker's history of {lines:,} events, million lines/s", rates
+    yield f"one worker's history of {lines:,} events, million lines/s", rates
     middle = lines // 2
     zstd = packed["zstd"]
     yield (
@@ -116,7 +116,7 @@ def run(home: Path, *, events: int, rounds: int) -> Iterator[tuple[str, list[dic
             for _ in range(min(rounds, 3))
         ],
     )
-    yield "P11 bytes an event", [_sizes(home, reg, packed)]
+    yield "bytes an event", [_sizes(home, reg, packed)]
 
 
 def _newest(reg: Registry, count: int) -> list[object]:

@@ -87,7 +87,7 @@ def page(rows: list[dict[str, object]], docs: Path) -> str:
     parts = [
         "# Performance",
         "",
-        "Written by `bench/page.py` from one run of `make bench`; do not edit.",
+        "Written by `bench/page.py` from what `make bench` measured; do not edit.",
         "",
         f"{about['system']}, {about['processors']} processors, Python {about['python']}. Every contestant "
         "takes its turn in short slices of the same run; a figure is the median over the slices, a ratio "

@@ -198,7 +198,7 @@ def main() -> None:
     run = Run(asked, home)
     try:
         run.tell("about", "what this was measured on", {
-            "system": f"{platform.system()} {platform.release()}", "processors": os.cpu_count(),
+            "system": f"{platform.system()} {platform.release().split("-")[0]}", "processors": os.cpu_count(),
             "python": platform.python_version(), "peers": sorted(peers.installed()),
         })  # fmt: skip
         for name in asked.only.split(","):
