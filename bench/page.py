@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
-WIDTH, ROW, LEFT = 640, 26, 190
+WIDTH, ROW, LEFT = 660, 26, 205
 
 WORDS = {
     "P1": "One durable change at a time: the event kept and the worker's record updated. The floor is "
