@@ -5,14 +5,17 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import crewlog
 from commands import Cli
-from crewlog import layout
+from crewlog import layout, segments
 from crewlog.registry import Registry
 from crewlog_compactor import compact
 
@@ -191,6 +194,31 @@ def test_export_of_each_format_is_whole(cli: Cli, reg: Registry) -> None:
         assert event["type"].startswith("dev.crewlog.worker.")
     assert len({(event["source"], event["id"]) for event in clouds}) == len(clouds)
     assert len(cli("export", "--sid", "w1").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("packing", "tool"), [("gzip", "zcat"), ("zstd", "zstdcat")])
+def test_archive_is_read_by_everybodys_tools(
+    cli: Cli, reg: Registry, monkeypatch: pytest.MonkeyPatch, packing: str, tool: str
+) -> None:
+    """Zcat or zstdcat, and jq: the lines as they were written."""
+    for name in (tool, "jq"):
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 4096)
+    for _ in range(3):
+        _grown(reg, 20)
+        for number in range(20):
+            if number % 2 == 0:
+                reg.remove(f"w{number}", reason="the next round")
+        cli("compact", "--no-gc", "--pack", packing)
+    packed = sorted((cli.place / layout.ARCHIVE).glob("0*"))
+    assert len(packed) > 1
+    line = f"{tool} {shlex.join(map(str, packed))} | jq -r 'select(.sid == \"w1\") | .seq'"
+    told = subprocess.run(["sh", "-c", line], check=True, capture_output=True, text=True).stdout
+    kept = segments.active_and_sealed(reg.log().directory)[0]  # what is not archived begins here
+    assert [int(row) for row in told.split()] == [
+        event.seq for event in reg.history(sid="w1") if event.seq < kept
+    ]
 
 
 def test_export_of_a_formula_is_text_in_a_spreadsheet(place: Path, cli: Cli) -> None:
