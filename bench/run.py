@@ -197,8 +197,9 @@ def main() -> None:
         asked.out.write_text("")
     run = Run(asked, home)
     try:
+        release = platform.release().split("-")[0]
         run.tell("about", "what this was measured on", {
-            "system": f"{platform.system()} {platform.release().split("-")[0]}", "processors": os.cpu_count(),
+            "system": f"{platform.system()} {release}", "processors": os.cpu_count(),
             "python": platform.python_version(), "peers": sorted(peers.installed()),
         })  # fmt: skip
         for name in asked.only.split(","):
