@@ -91,6 +91,17 @@ def _code(path: Path) -> str:
     return re.sub(r"#.*|\bvia\.\w+\(|\bdisk\.\w+\(|directory\.disk\.\w+\(", "", text)
 
 
+def test_who_raises_a_plain_error_says_what_to_do() -> None:
+    """Errors without a remedy of their own are given one wherever they are made."""
+    plain = {"NotAStore", "UnsafePermissions", "Unsupported", "StorageFailed"}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                given = {keyword.arg for keyword in node.keywords}
+                if node.func.id in plain:
+                    assert "remedy" in given, f"{path.name}:{node.lineno}"
+
+
 def test_only_the_command_line_prints() -> None:
     """Results go to stdout through one function; the library logs."""
     for path in SOURCES:

@@ -97,7 +97,12 @@ def _read(source: Path) -> list[_Entry]:
     where = str(source)
     try:
         if source.stat().st_size > layout.SNAPSHOT_BYTES_MAX:
-            raise StorageFailed("cannot import", where=where, why="it is larger than a registry")
+            raise StorageFailed(
+                "cannot import",
+                where=where,
+                why="it is larger than a registry can be",
+                remedy="Check that it is the registry.json of the older system",
+            )
         data = source.read_bytes()
     except OSError as error:
         raise from_oserror(error, "cannot read the older registry", where=where) from error

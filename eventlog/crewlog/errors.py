@@ -281,7 +281,11 @@ class WaitTimeout(CrewlogError):
     def __init__(self, what: str, *, waited_s: float) -> None:
         """Say what was waited for and how long, in seconds."""
         self.waited_s = waited_s
-        super().__init__(f"{what} did not happen", why=f"within {waited_s:g} s")
+        super().__init__(
+            f"{what} did not happen",
+            why=f"within {waited_s:g} s",
+            remedy="Wait longer, or see `crewlog history` for what happened instead",
+        )
 
 
 class WorkerEnded(CrewlogError):
