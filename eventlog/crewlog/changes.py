@@ -7,7 +7,7 @@ anything is written.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
@@ -415,8 +415,13 @@ class _Ahead:
 def together(steps: Sequence[Step]) -> Decide:
     """Decide all steps on top of each other: all of them are written, or none."""
     if len(steps) == 1:
-        only = steps[0]
-        return lambda written: _present([only.decide(written)])
+        only = steps[0].decide
+
+        def decide_one(written: Written) -> Sequence[Draft]:
+            part = only(written)
+            return () if part is None else (part,)
+
+        return decide_one
 
     def decide(written: Written) -> list[Draft]:
         ahead = _Ahead(written, written.seq)
@@ -429,10 +434,6 @@ def together(steps: Sequence[Step]) -> Decide:
         return drafts
 
     return decide
-
-
-def _present(drafts: Iterable[Draft | None]) -> list[Draft]:
-    return [part for part in drafts if part is not None]
 
 
 def check_heartbeat(heartbeat_s: float | None) -> float | None:

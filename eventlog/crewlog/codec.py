@@ -145,7 +145,7 @@ def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]
             f"a line holds at most {layout.LINE_BYTES_MAX}"
         )
         raise ValueError(message)
-    return Draft(event_type, sid, load_object(payload), body)
+    return Draft(event_type, sid, cast("JsonObject", orjson.loads(payload)), body)
 
 
 def line(

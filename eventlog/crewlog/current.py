@@ -12,7 +12,7 @@ state that has missed a line must never be decided upon.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from crewlog import codec, fold, layout, segments, snapshot
@@ -109,9 +109,14 @@ class Current:
 
     # -- for writers ------------------------------------------------------------------------
 
-    def knows(self, sids: set[str]) -> bool:
+    def knows(self, sids: Collection[str]) -> bool:
         """Say whether a decision about these workers needs no look at the durable fold."""
-        return self.recent.keys() >= sids
+        return set(sids) <= self.recent.keys()
+
+    @property
+    def written_seq(self) -> int:
+        """Return the seq up to which `recent` is right, -1 where it was forgotten."""
+        return -1 if self._written is None else self._written.seq
 
     def lag(self, seq: int) -> int:
         """Return how many lines were written since `recent` was last brought up to date."""

@@ -88,15 +88,20 @@ class Log(Reading):
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
         self.commits = Commits(where=str(directory.path), wait_s=wait_s)
         self.settle = self._sync.make_durable  # phase two
-        self.writer = threading.Lock()  # one thread at a time writes; taken before the mutex
+        self._new_turn()
         # All below is guarded by the mutex.
         self._active: segments.Source | None = None
         self._redo = Redo(directory)
-        self._stamps = [Stamp(directory[name]) for name in ("", layout.HEAD)]
+        self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
         self._names = Stamp(directory[layout.LOG])
         self._names_durable = False
         self._prepared_at = 0.0
         _living.add(self)
+
+    def _new_turn(self) -> None:
+        self.writer = threading.Lock()  # one thread at a time writes; taken before the mutex
+        mine = self.writer, self.append_lock, self.mutex
+        self._writing = Writing(*mine, wait_s=self.wait_s, where=self._where())
 
     def _lock(self, name: str) -> Lock:
         where = self.directory.lock_path(name)
@@ -115,8 +120,9 @@ class Log(Reading):
 
     def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
         """Do phase one for a group; see commit.Phases."""
-        self._prepare(set().union(*[request.about for request in group]))
-        with self._writing():
+        about = group[0].about if len(group) == 1 else set().union(*[r.about for r in group])
+        self._prepare(about)
+        with self._writing:
             state, head = self._ready()
             try:
                 taken, seq = self._write(group, state, head)
@@ -127,22 +133,18 @@ class Log(Reading):
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
-        with self._writing():
+        with self._writing:
             state, head = self._ready()
             state = self._put_own(kind, data, state, head)
         self._sync.make_durable(state.seq)
 
     def rotate(self) -> None:
         """Seal the active segment and begin the next one; durable on return."""
-        with self._writing():
+        with self._writing:
             state, head = self._ready()
             self._begin_next(self._seal(state, head))
 
-    def _writing(self) -> Writing:
-        mine = self.writer, self.append_lock, self.mutex
-        return Writing(*mine, wait_s=self.wait_s, where=self._where())
-
-    def _prepare(self, about: set[str]) -> None:
+    def _prepare(self, about: Collection[str]) -> None:
         """Read, before the lock is taken, what would take long under it."""
         knows = self._current.knows(about)
         now = time.monotonic()
@@ -183,17 +185,19 @@ class Log(Reading):
         if state.sealed:
             state = self._begin_next(state)
             head = self._states.head() or head
-        self._current.catch_up(segments.written_end(state), self._active)
+        if self._current.written_seq != state.seq:
+            self._current.catch_up(segments.written_end(state), self._active)
         return state, head
 
     def _mind_places(self) -> None:
         """Let go of files that are no longer in place, where a name in the store has changed."""
-        if any([stamp.moved() for stamp in self._stamps]):  # noqa: C419 (each is to be asked)
+        moved, head_moved = self._root.moved(), self._head.moved()
+        if moved or head_moved:
             self._states.renew()
             self._sync.look_for_mark()
             self._redo.reopen()
-            for stamp in self._stamps:
-                stamp.settle()
+            self._root.settle()
+            self._head.settle()
 
     def _require_one_name(self, active: segments.Source) -> None:
         """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
@@ -398,20 +402,20 @@ class Log(Reading):
     @contextmanager
     def alone(self) -> Iterator[States]:
         """Keep every writer and sync leader out, for a repair; yield the states. Held: compact."""
-        with self._writing(), self._sync.nobody_leads():
+        with self._writing, self._sync.nobody_leads():
             yield self._states
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: the state may be half moved; locks mind themselves."""
-        self.writer = threading.Lock()
         self.mutex = threading.RLock()
+        self._new_turn()
         self._states.after_fork()
         self._sync.after_fork()
         self.commits.after_fork()
         self._current.forget()
         self._close_active()
         self._redo.close()
-        self._stamps = [Stamp(self.directory[name]) for name in ("", layout.HEAD)]
+        self._root, self._head = Stamp(self.directory.root), Stamp(self.directory[layout.HEAD])
 
     def close(self) -> None:
         """Let go of everything once no thread is inside; idempotent.

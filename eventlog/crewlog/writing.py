@@ -20,10 +20,10 @@ class Writing:
 
     The mutex comes last, so readers of this process never wait for another process's lock.
     Whatever interrupts the taking or the giving back, what was taken is given back. A failure of
-    the system inside the block gets its type.
+    the system inside the block gets its type. It keeps nothing itself: one serves a whole log.
     """
 
-    __slots__ = ("_lock", "_mutex", "_taken", "_turn", "_wait_s", "_where")
+    __slots__ = ("_lock", "_mutex", "_turn", "_wait_s", "_where")
 
     def __init__(
         self,
@@ -40,21 +40,18 @@ class Writing:
         self._mutex = mutex
         self._wait_s = wait_s
         self._where = where
-        self._taken = 0
 
     def __enter__(self) -> None:
         """Take all three. *Raises* LockBusy after `wait_s`."""
-        deadline = time.monotonic() + self._wait_s
+        began, taken = time.monotonic(), 0
         try:
             if not self._turn.acquire(timeout=self._wait_s):
                 raise LockBusy(self._lock.where, waited_s=self._wait_s, holder="another thread")
-            self._taken = 1
-            self._taken = 2  # before it is: giving back a flock that is not held is harmless
-            self._lock.acquire(wait_s=max(0.0, deadline - time.monotonic()))
+            taken = 2  # before it is: giving back a flock that is not held is harmless
+            self._lock.acquire(wait_s=max(0.0, began + self._wait_s - time.monotonic()))
             self._mutex.acquire()
-            self._taken = 3
         except BaseException as error:
-            self._give_back()
+            self._give_back(taken)
             self._translate(error)
             raise
 
@@ -65,12 +62,12 @@ class Writing:
         trace: TracebackType | None,
     ) -> None:
         """Give all three back."""
-        self._give_back()
+        self._give_back(3)
         if error is not None:
             self._translate(error)
 
-    def _give_back(self) -> None:
-        taken, self._taken = self._taken, 0
+    def _give_back(self, taken: int) -> None:
+        """Give back what was taken: nothing, the first two, or all three."""
         try:
             if taken >= 3:  # noqa: PLR2004 (all three)
                 self._mutex.release()
@@ -79,7 +76,7 @@ class Writing:
                 if taken >= 2:  # noqa: PLR2004 (the first two)
                     self._lock.release()
             finally:
-                if taken >= 1:
+                if taken:
                     self._turn.release()
 
     def _translate(self, error: BaseException) -> None:

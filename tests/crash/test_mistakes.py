@@ -99,6 +99,7 @@ def test_replaced_lock_file_is_noticed(place: Path, name: str) -> None:
                         fresh.register("b")
                     reg._wait_s = 0.1
                     reg.log().wait_s = 0.1
+                    reg.log()._new_turn()
                     with pytest.raises(LockBusy):
                         reg.register("b")
         reg.register("b")
@@ -110,7 +111,7 @@ def test_half_line_behind_a_seal_does_not_undo_the_seal(place: Path) -> None:
     with crewlog.open(place) as reg:
         reg.register("a")
         log = reg.log()
-        with log._writing():
+        with log._writing:
             state, head = log._ready()
             sealed = log._seal(state, head)
         segment = place / layout.LOG / layout.segment_name(1)
