@@ -231,17 +231,27 @@ def test_every_crash_state_keeps_what_was_acknowledged(
     assert witness.counts["states"] > 150, witness.counts
 
 
-def test_every_crash_state_of_a_recovery_recovers(
-    fast: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The power goes again while the next writer recovers from a torn tail, at every call."""
+@pytest.mark.parametrize("left", ["torn", "header", "hole"])
+def test_every_crash_state_of_a_recovery_recovers(fast: Path, left: str) -> None:
+    """The power goes again while the next writer recovers, at every call.
+
+    From a torn tail; from a segment that lost all but its header, or got a hole: there the redo
+    completes it.
+    """
     base = fast / "live" / "store"
     witness = Witness(fast)
     witness.looking = False
     play(creation_and_appends, witness)
     segment = max((base / layout.LOG).iterdir())
-    with segment.open("ab") as file:
-        file.write(b'{"v":1,"seq":99,"torn')
+    data = segment.read_bytes()
+    header = data.index(b"\n") + 1
+    segment.write_bytes(
+        {
+            "torn": data + b'{"v":1,"seq":99,"torn',
+            "header": data[:header],
+            "hole": data[: header + 90] + bytes(512) + data[header + 602 :],
+        }[left]
+    )
     _adopt(witness, segment)
     witness.looking = True
     with another_boot(7), registry_on(base, witness) as reg:
