@@ -21,6 +21,7 @@ from crewlog.awatch import AsyncWatch
 from crewlog.batch import Batch
 from crewlog.changes import Redact, Step
 from crewlog.commit import Phase, Request
+from crewlog.errors import AppendUncertain, RegistryClosed
 from crewlog.events import Event, JsonValue, Worker, event_of, worker_of
 from crewlog.follow import WatchOptions
 from crewlog.log import Log
@@ -253,8 +254,18 @@ class _Awaited(Request):
         self.phase = phase
         if phase == "done":
             self._inbox.put(self)
-        else:
+            return
+        try:
             self._leaders.submit(self._go_on)
+        except RuntimeError:  # the pool is gone: the registry was closed meanwhile
+            where = str(self._log.directory.path)
+            self.fail(
+                AppendUncertain(where, why="the registry was closed meanwhile")
+                if phase == "written"
+                else RegistryClosed(where)
+            )
+            self._inbox.put(self)
+            self._log.commits.leave(self)
 
     def _go_on(self) -> None:
         """Do what is left to do, in a thread."""

@@ -30,7 +30,7 @@ Phase: TypeAlias = Literal["waiting", "lead", "written", "done"]
 class Request:
     """One append that is asked for, and what becomes of it."""
 
-    __slots__ = ("about", "decide", "error", "phase", "refused", "result")
+    __slots__ = ("about", "composed", "decide", "error", "gone", "phase", "refused", "result")
 
     def __init__(self, decide: Decide, about: Collection[str]) -> None:
         """Ask for what `decide` returns, about these workers."""
@@ -40,6 +40,8 @@ class Request:
         self.result: Appended | None = None
         self.error: Exception | None = None
         self.refused = False  # the error is the request's own: nothing of it was written
+        self.composed = False  # it was decided: from here on it may be on the disk
+        self.gone = False  # its caller waits no longer, and must not be asked to lead
 
     def refuse(self, error: Exception) -> None:
         """Settle it as refused; nothing of it is written."""
@@ -120,19 +122,25 @@ class Commits:
 
     def append(self, phases: Phases, decide: Decide, about: Collection[str]) -> Appended:
         """Append, or ride along with others who do; durable on return."""
-        waiting = None
-        with self._mutex:
-            if self._leader is None:
-                request = self._leader = Request(decide, about)
-            else:
-                request = waiting = _Waiting(decide, about)
-                self._queue.append(waiting)
-        if waiting is not None:
-            self._await(waiting)
-        if request.phase == "written":
-            phases.settle(_seq(request))
-        elif request.phase != "done":
-            self.lead(phases, request)
+        request: Request | None = None
+        try:
+            waiting = None
+            with self._mutex:
+                if self._leader is None:
+                    request = self._leader = Request(decide, about)
+                else:
+                    request = waiting = _Waiting(decide, about)
+                    self._queue.append(waiting)
+            if waiting is not None:
+                self._await(waiting)
+            if request.phase == "written":
+                phases.settle(_seq(request))
+            elif request.phase != "done":
+                self.lead(phases, request)
+        except BaseException:  # a signal handler raised, or the wait was too long
+            if request is not None:
+                self.leave(request)
+            raise
         return request.outcome()
 
     def _await(self, request: _Waiting) -> None:
@@ -141,10 +149,19 @@ class Commits:
             return
         with self._mutex:
             if request in self._queue:
-                self._queue.remove(request)
                 raise LockBusy(self._where, waited_s=self._wait_s, holder="another thread")
             if request.phase == "waiting":
                 raise AppendUncertain(self._where, why="another thread's append does not finish")
+
+    def leave(self, request: Request) -> None:
+        """Let its caller wait no longer, and another lead if it was to."""
+        with self._mutex:
+            request.gone = True
+            if request in self._queue:
+                self._queue.remove(request)
+            led = self._leader is request
+        if led:
+            self._hand_on()
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue; it is told to lead where nobody does."""
@@ -163,9 +180,10 @@ class Commits:
             group = [own, *self._queue]
             self._queue.clear()
             self._leader = own
-        seq = None
+        written = False
         try:
             count, seq, generation = phases.write(group)
+            written = True
             if count < len(group):
                 self._put_back(group[count:])
                 group = group[:count]
@@ -174,7 +192,7 @@ class Commits:
             for request in group:
                 request.fail(error if request is own else _like(error))
         except BaseException:
-            self._leave(own, group, written=seq is not None)
+            self._interrupted(own, group, written=written)
             group = []
             raise
         finally:
@@ -194,22 +212,25 @@ class Commits:
 
     def _put_back(self, requests: Sequence[Request]) -> None:
         with self._mutex:
-            self._queue.extendleft(reversed(requests))
+            self._queue.extendleft(r for r in reversed(requests) if not r.gone)
 
-    def _leave(self, own: Request, group: Sequence[Request], *, written: bool) -> None:
-        """Leave nobody behind where the leader is interrupted."""
+    def _interrupted(self, own: Request, group: Sequence[Request], *, written: bool) -> None:
+        """Leave nobody behind where the leader is interrupted.
+
+        What is written, its callers make durable. Inside the write, what was decided may be on the
+        disk or not, and what was not goes back into the queue.
+        """
         others = [request for request in group if request is not own]
-        unsettled = [r for r in others if r.result is None and r.error is None]
-        if not written and len(unsettled) < len(others):  # it was inside the write
-            error = AppendUncertain(self._where, why="the thread that wrote it was interrupted")
-            for request in others:
+        self._put_back([r for r in others if not r.composed and not r.refused])
+        error = AppendUncertain(self._where, why="the thread that wrote it was interrupted")
+        for request in others:
+            if request.refused or request.error is not None:
+                request.advance("done")
+            elif written:
+                request.advance("written")
+            elif request.composed:
                 request.fail(_like(error))
                 request.advance("done")
-            return
-        self._put_back(unsettled)
-        for request in others:
-            if request not in unsettled:
-                request.advance("written" if request.error is None else "done")
 
 
 def _seq(request: Request) -> int:

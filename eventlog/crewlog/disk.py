@@ -232,25 +232,29 @@ class Stamp:
 
     By the directory's mtime, so that the files in it need not be looked at one by one. (Nor should
     they be: on Linux ≥ 6.13 the first write after an fstat of a file gives it a finer time, and so
-    its next sync an inode to write.) A time that is too young to be told from the next change's is
-    never settled for. One thread at a time.
+    its next sync an inode to write.) A time that was too young, when it was looked at, to be told
+    from the next change's is never settled for. One thread at a time.
     """
 
-    __slots__ = ("_fd", "_found", "_settled")
+    __slots__ = ("_fd", "_found", "_looked_at", "_settled")
 
     def __init__(self, fd: int) -> None:
         """Stamp an open directory; at first everything has moved."""
         self._fd = fd
         self._found = self._settled = -1
+        self._looked_at = 0
 
     def moved(self) -> bool:
         """Say whether anything may have changed since `settle`; look, and then settle."""
+        self._looked_at = time.time_ns()
         self._found = os.fstat(self._fd).st_mtime_ns
         return self._found != self._settled
 
     def settle(self) -> None:
         """Take what was found before the look as seen."""
-        if time.time_ns() - self._found > layout.STAMP_SETTLED_NS:
+        whole = self._found % 1_000_000_000 == 0  # a file system that counts in seconds
+        tick = layout.STAMP_SECONDS_NS if whole else layout.STAMP_SETTLED_NS
+        if self._looked_at - self._found > tick:
             self._settled = self._found
 
 

@@ -112,6 +112,7 @@ WAKE_GRACE_S: Final = 0.1
 CURSOR_HOLD_BYTES_MAX: Final = 1024 * 1024 * 1024
 # A directory that changed within so long may change again at the same tick of its clock.
 STAMP_SETTLED_NS: Final = 20_000_000
+STAMP_SECONDS_NS: Final = 2_000_000_000
 TORN_READ_TRIES: Final = 50
 SEGMENT_OPEN_TRIES: Final = 8
 VERIFY_TRIES: Final = 50

@@ -249,6 +249,7 @@ class Log(Reading):
                 base = state = self._begin_next(self._seal(state, head))
                 head = self._states.head() or head
                 written = Written(self._current, state=base, head=head)
+            request.composed = True
             if not drafts:
                 request.result = Appended((), {}, state.seq)
                 continue
@@ -290,7 +291,8 @@ class Log(Reading):
         except OSError as error:
             try:
                 via.cut(active.fd, state.end)
-                self._redo.take_back(state, after)
+                via.sync(active.fd)  # else a power cut may bring back what was "not written"
+                self._redo.take_back(state)
                 self._states.put_append_state(state)
             except OSError as second:
                 raise self._sync.poison_alone(second.errno or errno.EIO) from error

@@ -15,6 +15,7 @@ line; the next writer puts these bytes where they belong. Killing a process need
 written bytes outlive it.
 """
 
+import contextlib
 import logging
 import os
 from typing import Final
@@ -31,13 +32,15 @@ _NONE: Final = -1
 class Redo:
     """The redo of one store as one writer, or one sync leader, has it open."""
 
-    __slots__ = ("_directory", "_fd", "_inode")
+    __slots__ = ("_copied", "_directory", "_fd", "_inode", "_sound")
 
     def __init__(self, directory: Directory) -> None:
         """Open nothing yet."""
         self._directory = directory
         self._fd = _NONE
         self._inode = 0
+        self._sound = False  # it holds what append.state says, as far as it was looked at
+        self._copied = (0, 0, 0)  # segment, base and end of what was copied last, or tried to
 
     def reopen(self) -> None:
         """Open the file that is in place now; without one, nothing is open.
@@ -62,30 +65,46 @@ class Redo:
         room), the redo holds what it held.
         """
         start, base = state.end - len(data), state.base
-        if state.kept != start or state.redo != self._inode:  # it does not go on from there
+        if self._fd == _NONE:
+            return state
+        if state.kept != start or not self._goes_on(state, source):
             if head.segment != state.segment or head.base < state.kept:
                 return state  # what it holds is needed until the segment was synced
             base = head.base
             data = source.read(base, start - base) + data
-        if self._fd == _NONE or state.end - base > layout.REDO_BYTES:
+        if state.end - base > layout.REDO_BYTES:
             return state
         via, at = self._directory.disk, state.end - len(data) - base
+        self._copied = (state.segment, base, state.end)
         try:
             via.overwrite(self._fd, data, at)
         except OSError as error:
             _logger.warning("the redo cannot be used: %s", error)
             return state
+        self._sound = True
         if head.end == start:  # nobody else is about to write to the same page
-            via.start(self._fd, at, len(data))
+            with contextlib.suppress(OSError):  # a hint
+                via.start(self._fd, at, len(data))
         boot, segment, _, _, _, end, seq, hash_, sealed = state
         return AppendState(boot, segment, self._inode, base, end, end, seq, hash_, sealed)
 
-    def take_back(self, state: AppendState, after: AppendState) -> None:
-        """Remove the copy of lines that were cut off the log again; durable on return."""
-        if after.kept == after.end:
-            via, size = self._directory.disk, after.end - state.end
-            via.overwrite(self._fd, bytes(size), state.end - after.base)
+    def _goes_on(self, state: AppendState, source: Source) -> bool:
+        """Say whether the file is the one that holds what comes before: an inode is used again."""
+        if state.redo != self._inode:
+            return False
+        if not self._sound:
+            size = state.kept - state.base
+            self._sound = disk.read_at(self._fd, 0, size) == source.read(state.base, size)
+        return self._sound
+
+    def take_back(self, state: AppendState) -> None:
+        """Remove the copy of lines behind `state` that were cut off the log; durable on return."""
+        segment, base, end = self._copied
+        if segment == state.segment and end > state.end:
+            via = self._directory.disk
+            via.overwrite(self._fd, bytes(end - state.end), state.end - base)
             via.sync(self._fd)
+            self._copied = (0, 0, 0)
 
     def holding(self, state: AppendState) -> int:
         """Return the descriptor whose sync makes all of `state` durable; -1: the segment's own.
@@ -102,7 +121,7 @@ class Redo:
         """Close the file; the next use opens the one that is in place."""
         if self._fd != _NONE:
             os.close(self._fd)
-        self._fd, self._inode = _NONE, 0
+        self._fd, self._inode, self._sound = _NONE, 0, False
 
 
 def read(directory: Directory) -> bytes:

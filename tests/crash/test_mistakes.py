@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 
 import crewlog
 from crewlog import current, layout
+from crewlog import disk as disks
 from crewlog import lock as locking
-from crewlog.disk import Disk
+from crewlog.disk import Disk, Stamp
 from crewlog.errors import (
     AppendUncertain,
     CrewlogError,
@@ -350,7 +352,6 @@ def test_failed_read_is_storage_failed_never_damage(
 ) -> None:
     """EIO from the log is the system's failure, with a type."""
     reg.register("a")
-    from crewlog import disk as disks
 
     def fail(*_: object) -> bytes:
         raise OSError(EIO, os.strerror(EIO))
@@ -538,3 +539,25 @@ def test_impossible_line_with_a_right_crc_is_damage(place: Path) -> None:
 def _no_alarm_left() -> Iterator[None]:
     yield
     signal.alarm(0)
+
+
+def test_stamp_is_settled_by_the_time_of_the_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is held up behind its look must not take a second change for seen."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    stamp = Stamp(fd)
+    now = os.fstat(fd).st_mtime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now + 1)
+    assert stamp.moved()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10**12)
+    stamp.settle()
+    assert stamp.moved(), "when it was looked at, another change could have had the same time"
+    stamp.settle()
+    assert not stamp.moved()
+    os.utime(fd, ns=(0, 5_000_000_000))  # a file system that counts in seconds
+    monkeypatch.setattr(time, "time_ns", lambda: 6_000_000_000)
+    assert stamp.moved()
+    stamp.settle()
+    assert stamp.moved()
+    os.close(fd)

@@ -1,17 +1,20 @@
 """The redo completes the end of a segment that a power cut took, and is never believed too much."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 import crewlog
-from crewlog import codec, layout, redo, segments
+from crewlog import changes, codec, layout, redo, segments
+from crewlog.commit import Request
 from crewlog.disk import Disk
-from crewlog.errors import DataDamaged, StorageFailed, StorePoisoned
+from crewlog.errors import DataDamaged, StorageFailed, StorageFull, StorePoisoned
 from crewlog_compactor import compact, repair, verify
 from faults import active_segment, another_boot, empty_redo, registry_on
 from procs import tree
+from recording import RecordingDisk
 
 SIDS = ["a", "b", "c", "d"]
 
@@ -230,3 +233,110 @@ def test_damage_that_the_redo_does_not_hold_is_refused(place: Path) -> None:
     empty_redo(place)
     with another_boot(), crewlog.open(place) as reg, pytest.raises(DataDamaged):
         reg.register("next")
+
+
+# -- what was not written does not come back ------------------------------------------------
+
+
+class Moody(Disk):
+    """Fails as a test says."""
+
+    def __init__(self) -> None:
+        """Begin in a good mood."""
+        self.start_fails = self.full = self.state_fails = False
+
+    def start(self, fd: int, offset: int, size: int) -> None:
+        if self.start_fails:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().start(fd, offset, size)
+
+    def overwrite(self, fd: int, data: bytes, offset: int = 0) -> None:
+        if self.state_fails and data.startswith(b"crewlogA"):
+            self.state_fails = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.full and data.startswith(b"{"):
+            os.pwrite(fd, data[: data.index(b"\n") + 100], offset)
+            self.state_fails = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().overwrite(fd, data, offset)
+
+
+def test_hint_that_fails_fails_nothing(place: Path) -> None:
+    """It is only a hint."""
+    disk = Moody()
+    with registry_on(place, disk) as reg:
+        reg.register("a")
+        disk.start_fails = True
+        reg.register("b")
+    with another_boot():
+        assert sids(place) == ["a", "b"]
+
+
+def test_copy_of_what_was_cut_off_again_is_taken_back(place: Path) -> None:
+    """Copied in part, then append.state fails: not written, and not there after a power cut."""
+    disk = Moody()
+    with registry_on(place, disk) as reg:
+        reg.register("a")
+        disk.full = True
+        with pytest.raises(StorageFull) as caught, reg.batch() as batch:
+            batch.register("b")
+            batch.register("c")
+        assert caught.value.outcome == "not_written"
+    assert b'"sid":"b"' not in (place / layout.REDO).read_bytes()
+    with another_boot():
+        assert sids(place) == ["a"]
+
+
+def test_redo_that_was_made_anew_under_the_same_inode_is_not_gone_on_with(place: Path) -> None:
+    """File systems use an inode number again at once; its bytes are compared before they count."""
+    filled(place)
+    path = place / layout.REDO
+    number = path.stat().st_ino
+    for _ in range(50):
+        path.unlink()
+        path.touch(mode=0o600)
+        path.write_bytes(bytes(layout.REDO_BYTES))
+        if path.stat().st_ino == number:
+            break
+    disk = Syncs()
+    with registry_on(place, disk) as reg:
+        reg.register("next")
+        assert disk.files == [active_segment(place).stat().st_ino], "the segment itself"
+    assert verify(place).findings == ()
+
+
+def test_cut_is_durable_before_anybody_hears_that_nothing_was_written(fast: Path) -> None:
+    """Two share a write that is short behind the first line: no crash state brings that back."""
+    live = fast / "live"
+    live.mkdir(mode=0o700)
+
+    class Full(RecordingDisk):
+        armed = False
+
+        def write(self, fd: int, data: bytes) -> int:
+            short = self.armed and data.startswith(b'{"v":1')
+            return super().write(fd, data[: data.index(b"\n") + 40] if short else data)
+
+    disk = Full(live)
+    with registry_on(live / "store", disk) as reg:
+        for sid in ("y", "z"):
+            reg.register(sid)
+        disk.armed = True
+        log = reg.log()
+        own, rider = (
+            Request(changes.together([reg.updating(sid, meta={"n": 1})]), {sid})
+            for sid in ("y", "z")
+        )
+        log.commits._leader = own
+        log.commits._queue.append(rider)
+        log.commits.lead(log, own)
+        for request in (own, rider):
+            assert isinstance(request.error, StorageFull)
+            assert request.error.outcome == "not_written"
+        disk.armed = False
+        for number, state in enumerate(disk.states()):
+            target = fast / f"crashed-{number}"
+            target.mkdir(mode=0o700)
+            disk.materialise(state, target)
+            with another_boot(), crewlog.open(target / "store") as after:
+                assert [w.meta for w in after.workers()] == [{}, {}], state

@@ -281,3 +281,21 @@ def test_two_loops_one_after_the_other_use_one_registry(place: Path) -> None:
     asyncio.run(reg.aclose())
     with crewlog.open(place) as found:
         assert [worker.sid for worker in found.workers()] == ["a", "b"]
+
+
+def test_lead_that_is_handed_to_a_closed_registry_goes_on(place: Path) -> None:
+    """Its task hears that the registry is closed; the next one leads."""
+
+    async def main() -> list[BaseException | None]:
+        areg = crewlog.aopen(place)
+        await areg.register("a")
+        log = areg.registry.log()
+        areg._leaders.shutdown()
+        found = await asyncio.gather(
+            *(areg.update("a", meta={"n": n}) for n in range(3)), return_exceptions=True
+        )
+        assert log.commits._leader is None
+        await areg.aclose()
+        return [one if isinstance(one, BaseException) else None for one in found]
+
+    assert {type(error) for error in asyncio.run(main())} == {crewlog.RegistryClosed}

@@ -36,6 +36,7 @@ class Stage:
                 request.refuse(StaleRevision("stale", expected=1, actual=2))
                 continue
             self.seq += 1
+            request.composed = True
             request.result = Appended([], {}, self.seq)
         self.groups.append(len(group))
         if self.on_written:
@@ -240,3 +241,96 @@ def test_who_waits_for_too_long_hears_of_it(stage: Stage, monkeypatch: pytest.Mo
     assert isinstance(riders.results[0], LockBusy)
     go.set()
     assert riders.join()[1:] == [1]
+
+
+# -- callers that go away -------------------------------------------------------------------
+
+
+def _gone(commits: Commits, stage: Stage) -> None:
+    """Whoever comes next leads at once."""
+    assert commits._leader is None
+    assert commits.append(stage, lambda _: [], []).seq == stage.seq
+
+
+def test_rider_that_is_interrupted_in_the_queue_leaves_it(
+    stage: Stage, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler raises where it waits: nobody asks it to lead later."""
+    riders, go = _held(stage, commits)
+    monkeypatch.setattr("crewlog.commit._Waiting.wait", lambda self, timeout_s: _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        commits.append(stage, lambda _: [], [])
+    monkeypatch.undo()
+    assert not commits._queue
+    go.set()
+    riders.join()
+    _gone(commits, stage)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_leader_that_is_interrupted_before_it_leads_hands_on(
+    stage: Stage, commits: Commits, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Between being told to lead and leading."""
+    go = None
+    if not first:
+        riders, go = _held(stage, commits)
+
+        def told(self: object, timeout_s: float) -> bool:
+            assert go is not None
+            go.set()
+            riders.threads[0].join(WAIT_S)
+            return True
+
+        monkeypatch.setattr("crewlog.commit._Waiting.wait", told)
+    monkeypatch.setattr(commits, "lead", lambda *_: _interrupt())
+    if go is not None:
+        monkeypatch.undo()
+        monkeypatch.setattr("crewlog.commit._Waiting.wait", told)
+        lead = commits.lead
+        mine = threading.get_ident()
+        monkeypatch.setattr(
+            commits, "lead",
+            lambda *given: _interrupt() if threading.get_ident() == mine else lead(*given),
+        )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        commits.append(stage, lambda _: [], [])
+    monkeypatch.undo()
+    _gone(commits, stage)
+
+
+def test_rider_that_gave_up_is_not_put_back(
+    stage: Stage, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its leader takes fewer than it was given, after the rider stopped waiting."""
+    own, rider = Request(lambda _: [], []), Request(lambda _: [], [])
+    commits._leader = own
+    commits._queue.append(rider)
+    stage.take = 1
+    stage.on_write.append(lambda: commits.leave(rider))
+    commits.lead(stage, own)
+    assert not commits._queue
+    stage.take = 9
+    _gone(commits, stage)
+
+
+def test_rider_that_may_be_written_is_not_decided_again(stage: Stage, commits: Commits) -> None:
+    """The leader is interrupted behind the write, before it told anybody what became of it."""
+    decided: list[str] = []
+    own, rider = Request(lambda _: [], []), Request(lambda _: [], [])
+    commits._leader = own
+    commits._queue.append(rider)
+
+    def write(group: Sequence[Request]) -> tuple[int, int, int]:
+        for request in group:
+            request.composed = True
+            decided.append(str(request.about))
+        own.result = Appended([], {}, 1)
+        raise KeyboardInterrupt
+
+    stage.write = write  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        commits.lead(stage, own)
+    assert (len(decided), rider.phase) == (2, "done")
+    assert isinstance(rider.error, AppendUncertain)
+    assert rider.error.outcome == "unknown"
