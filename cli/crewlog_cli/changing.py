@@ -162,7 +162,7 @@ def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:
 @command(
     "import", examples="crewlog --dir ~/.local/state/crewlog import /var/lib/old/registry.json"
 )
-@click.argument("source", metavar="OLD.json", type=click.Path())
+@click.argument("source", metavar="OLD.json", type=click.Path(exists=True, dir_okay=False))
 def import_(sh: Shell, *, source: str) -> None:
     """Take over an older registry.json, `{"sessions": […]}`, all of it or nothing."""
     from crewlog_compactor import import_legacy  # noqa: PLC0415 (only this command needs it)

@@ -16,7 +16,18 @@ from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 
 _AT_ONCE: Final = 32
-_SIGNALS: Final = [name.name.removeprefix("SIG") for name in signal.Signals]
+
+
+def _signal(ctx: click.Context, param: click.Parameter, value: str) -> signal.Signals:
+    """Read a signal by its name, with or without SIG, or by its number."""
+    word = value.upper()
+    try:
+        if word.isdigit():
+            return signal.Signals(int(word))
+        return signal.Signals["SIG" + word.removeprefix("SIG")]
+    except (KeyError, ValueError) as error:
+        message = f"{value!r} is no signal: TERM, SIGINT, 15"
+        raise click.BadParameter(message, ctx, param) from error
 
 
 @command(
@@ -28,8 +39,8 @@ crewlog stop --all --yes --reason 'the host goes down'""",
 @click.argument("sids", metavar="SID…", nargs=-1)
 @click.option("--grace", default="10s", show_default=True, help="Kill it after this long.")
 @click.option(
-    "--signal", "name", default="TERM", show_default=True, help="What asks it to end.",
-    type=click.Choice(_SIGNALS, case_sensitive=False), metavar="NAME",
+    "--signal", "number", default="TERM", show_default=True, help="What asks it to end.",
+    callback=_signal, metavar="NAME",
 )  # fmt: skip
 @click.option("--reason", default="crewlog stop", show_default=True, help="Why, for the history.")
 @click.option("--all", "all_", is_flag=True, help="Every worker that is not ended.")
@@ -40,7 +51,7 @@ def stop(
     *,
     sids: tuple[str, ...],
     grace: str,
-    name: str,
+    number: signal.Signals,
     reason: str,
     all_: bool,
     yes: bool,
@@ -53,14 +64,15 @@ def stop(
     if all_ == bool(sids):
         message = "name workers, or --all"
         raise click.UsageError(message)
-    grace_s, number = words.span_s(grace), signal.Signals[f"SIG{name.upper()}"]
+    grace_s = words.span_s(grace)
     reg = sh.existing()
     workers = reg.workers() if all_ else [_known(reg, sid) for sid in dict.fromkeys(sids)]
     if dry_run:
         _print_targets(sh, reg, workers)
         return
-    if all_ and not yes:
-        _confirm(len(workers))
+    if all_ and not yes and not _confirmed(len(workers)):
+        sh.note("nobody was stopped")
+        raise SystemExit(shell.EXIT_NO)
 
     def end(worker: Worker) -> Event | CrewlogError:
         try:
@@ -82,11 +94,11 @@ def _known(reg: Registry, sid: str) -> Worker:
     return worker
 
 
-def _confirm(count: int) -> None:
+def _confirmed(count: int) -> bool:
     if not sys.stdin.isatty():
         message = f"--all would stop {count} workers: without a terminal it needs --yes"
         raise click.UsageError(message)
-    click.confirm(f"Stop {count} workers?", abort=True, err=True)
+    return click.confirm(f"Stop {count} workers?", err=True)
 
 
 def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:

@@ -60,8 +60,8 @@ def event_row(shell: Shell, event: Event) -> list[str]:
         shell.when(event.ts),
         event.type,
         event.sid,
-        actor_text(event),
         data_text(event),
+        actor_text(event),
     ]
 
 

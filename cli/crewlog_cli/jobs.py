@@ -10,10 +10,10 @@ import click
 
 from crewlog import disk, layout
 from crewlog.disk import Disk
-from crewlog.errors import PlanInvalid
+from crewlog.errors import PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
-from crewlog_cli import facts, metrics, reading, shell, words
+from crewlog_cli import facts, metrics, reading, shell, times, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import (
@@ -47,7 +47,11 @@ def _keep(given: str) -> timedelta | int | KeepEvents | None:
         number = given.removesuffix(unit)
         if number != given and number.isdigit():
             return int(number) * factor
-    return _span(given)
+    try:
+        return timedelta(seconds=times.duration(given).total_seconds())
+    except times.TimeError as error:
+        message = f"--keep-history is 90d, 1GiB, a number of events, or all, not {given!r}"
+        raise click.UsageError(message) from error
 
 
 def _told(report: CollectReport) -> dict[str, object]:
@@ -129,7 +133,11 @@ def gc(
 def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
     if reg.get(sid) is None:
         raise reading.not_found(reg, sid)
-    event = tried(lambda: assume_dead(reg, sid, reason=safe(reason)))
+    try:
+        event = tried(lambda: assume_dead(reg, sid, reason=safe(reason)))
+    except WorkerExists as error:  # what the library says of a sid that is taken
+        error.remedy = f"It is proven to live. To end it: crewlog stop {sid}"
+        raise
     if sh.json:
         sh.document(facts.event_json(event))
     else:

@@ -83,32 +83,53 @@ def run(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     own = words[: words.index("--")] if "--" in words else words
     state = Shell(json="--json" in own)  # known even where the rest cannot be parsed
+    state.separated = "--" in words
+    shell.prepare()
     try:
         crewlog.main(args=arguments, prog_name="crewlog", obj=state, standalone_mode=False)
         shell.flush()
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else shell.EXIT_BUG
-    except click.exceptions.Exit as error:
-        return error.exit_code
+    except (SystemExit, click.exceptions.Exit, KeyboardInterrupt, click.Abort) as error:
+        return _asked(error)
     except click.UsageError as error:
-        context = error.ctx.command_path if error.ctx is not None else "crewlog"
-        shell.complain(
-            state,
-            code="usage",
-            exit_code=shell.EXIT_USAGE,
-            what=error.format_message(),
-            where="",
-            hint=f"See `{context} --help`",
-        )
-        return shell.EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
-        shell.lose_stdout()
-        return shell.EXIT_INTERRUPT
-    except shell.OutputFailedError as error:
-        return shell.output_failed(state, error)
+        return _misused(state, error)
+    except OSError as error:
+        if isinstance(error, shell.OutputFailedError) or error.errno in shell.STREAM_ERRORS:
+            return shell.output_failed(state, error)
+        return _bug(state, error)
     except Exception as error:  # noqa: BLE001 (the last boundary: no traceback reaches a user)
         return _bug(state, error)
     return 0
+
+
+def _asked(error: BaseException) -> int:
+    """Return the exit code of an ending that somebody asked for."""
+    match error:
+        case SystemExit() if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
+            return shell.EXIT_PIPE  # click put that in place of a pipe that is closed
+        case SystemExit(code=int(code)) | click.exceptions.Exit(exit_code=code):
+            return code
+        case SystemExit():
+            return shell.EXIT_BUG
+        case _:
+            shell.lose_stdout()
+            return shell.EXIT_INTERRUPT
+
+
+def _misused(state: Shell, error: click.UsageError) -> int:
+    """Say what is wrong with the command line; without any words, show what there is."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) and not state.json:
+        shell.warn_rows(error.format_message())
+        return shell.EXIT_USAGE
+    context = error.ctx.command_path if error.ctx is not None else "crewlog"
+    shell.complain(
+        state,
+        code="usage",
+        exit_code=shell.EXIT_USAGE,
+        what=" ".join(error.format_message().split()),
+        where="",
+        hint=f"See `{context} --help`",
+    )
+    return shell.EXIT_USAGE
 
 
 def _bug(state: Shell, error: Exception) -> int:

@@ -85,14 +85,13 @@ def ls(
             }
         )
     else:
-        _print_workers(sh, shown)
+        _print_workers(sh, shown, past.moment_of(seen) or datetime.now(UTC))
         hidden = len(workers) - len(shown)
         if hidden:
             sh.note(f"{hidden} dead and not collected yet: crewlog ls --all, crewlog gc")
 
 
-def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]]) -> None:
-    now = datetime.now(UTC)
+def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]], now: datetime) -> None:
     rows = [
         [
             worker.sid,
@@ -187,7 +186,7 @@ def end_text(worker: Worker) -> str:
 def print_events(sh: Shell, found: Iterable[Event]) -> None:
     """Print events as a table."""
     rows = [facts.event_row(sh, event) for event in found]
-    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "by", "data"], rows)
+    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "data", "by"], rows)
 
 
 @command(
@@ -323,9 +322,9 @@ def _print_period(sh: Shell, reg: Registry) -> None:
         sh.note(f"events {gap.data.get('first')} to {gap.seq} are lost; a repair gave them up")
     oldest = next(reg.history(types=["_segment"]), None)
     if oldest is not None:
-        kept = "everything since" if oldest.seq == 1 else f"kept from seq {oldest.seq},"
         began = text.exact(oldest.ts, utc=sh.utc)
-        sh.note(f"history covers {kept} {began}, up to seq {reg.last_seq}")
+        kept = "everything" if oldest.seq == 1 else f"what is kept: from seq {oldest.seq} on,"
+        sh.note(f"history covers {kept} since {began}, up to seq {reg.last_seq}")
 
 
 def _follow(

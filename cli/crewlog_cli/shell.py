@@ -1,6 +1,7 @@
 """Hold what every command shares: global options, output, the registry, and the way out."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -47,6 +48,8 @@ EXIT_NOT_RUN: Final = 126
 EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPT: Final = 130
 EXIT_PIPE: Final = 141
+_SID_COLUMNS: Final = 24
+STREAM_ERRORS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF})
 
 
 class OutputFailedError(OSError):
@@ -68,12 +71,28 @@ def warn(words: str) -> None:
     sys.stderr.write(text.visible(words) + "\n")
 
 
+def warn_rows(words: str) -> None:
+    """Tell a person on stderr what has several lines, such as a help page."""
+    for row in words.splitlines():
+        warn(row)
+
+
 def flush() -> None:
     """Write out what stdout still holds."""
     try:
         sys.stdout.flush()
     except OSError as error:
         raise OutputFailedError(error.errno, error.strerror) from error
+
+
+def prepare() -> None:
+    """Let no stream be missing, and none fail for a character that its encoding lacks."""
+    for name in ("stdout", "stderr"):
+        stream: object = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until we end)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @dataclass(slots=True)
@@ -87,6 +106,7 @@ class Shell:
     utc: bool = False
     debug: bool = False
     color: Literal["auto", "always", "never"] = "auto"
+    separated: bool = False  # a "--" stood among the words
     opened: "list[Registry]" = field(default_factory=list)
 
     # -- the registry -----------------------------------------------------------------------
@@ -125,7 +145,12 @@ class Shell:
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table, clipped only on a terminal."""
         columns = os.get_terminal_size().columns if sys.stdout.isatty() else 0
-        for row in text.table(list(header), [list(row) for row in rows], columns=columns or None):
+        titles, cells = list(header), [list(row) for row in rows]
+        if columns and "sid" in titles:  # a long name must not push away what is said of it
+            at = titles.index("sid")
+            for cell in cells:
+                cell[at] = text.clip(cell[at], _SID_COLUMNS)
+        for row in text.table(titles, cells, columns=columns or None):
             put(text.coloured(row) if self.colours() else row)
 
     def colours(self) -> bool:
@@ -341,7 +366,7 @@ def output_failed(shell: Shell, error: OSError) -> int:
         exit_code=EXIT_IO,
         what="cannot write the output",
         where=error.strerror or str(error),
-        hint="Make room or write elsewhere",
+        hint="Make room or write elsewhere; what was asked for is done, `crewlog history` shows it",
     )
     return EXIT_IO
 

@@ -112,6 +112,13 @@ def _register(
     return reg.claim(sid, step)
 
 
+def _require_separated(sh: Shell) -> None:
+    """Refuse a command line in which the program's own options would be taken for ours."""
+    if not sh.separated:
+        message = "put -- between crewlog's own words and the program: SID -- CMD…"
+        raise click.UsageError(message)
+
+
 def _replace(argv: Sequence[str]) -> int:
     """Become the program, or return the exit code of env(1): 127 not found, 126 not runnable."""
     try:
@@ -126,6 +133,7 @@ def _replace(argv: Sequence[str]) -> int:
 @_options
 def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Options]) -> None:
     """Register this process as SID, then become CMD: same pid, no code needed in the program."""
+    _require_separated(sh)
     wish = _wish(options)
     with sh.registry() as reg:
         with _leasing(reg, sid, wish) as held:
@@ -162,6 +170,7 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
 
     The exit code is the program's, or 128 plus the signal that ended it.
     """
+    _require_separated(sh)
     wish = _wish(options)
     with sh.registry() as reg:
         with tried(lambda: reg.turn(sid)) as turn:

@@ -93,6 +93,8 @@ def stats(sh: Shell, *, since: str | None, prometheus: str | None) -> None:
     reg = sh.existing()
     if prometheus is not None:
         metrics.write(reg, Path(prometheus))
+        if sh.json:
+            sh.document({"seq": reg.last_seq, "prometheus": prometheus})
         return
     with shell.progress("reading") as told:
         lives = reg.lives(progress=told)

@@ -163,7 +163,7 @@ def _draw(
     begin = min(life.began_at for sid in shown for life, _ in rows[sid])
     begin = begin if first is None else max(begin, first)
     label = min(_SID_COLUMNS, max(text.width(text.visible(sid)) for sid in shown))
-    whole = os.get_terminal_size().columns if sys.stdout.isatty() else _COLUMNS
+    whole = (os.get_terminal_size().columns if sys.stdout.isatty() else 0) or _COLUMNS
     columns = max(20, whole - label - 3)
     span = max(now - begin, timedelta(seconds=1))
     left, right = sh.when(begin), f"{sh.when(now)} {sh.offset()}"

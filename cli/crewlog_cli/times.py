@@ -20,7 +20,7 @@ _UNITS: Final = {
 }
 _COMPACT: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhdw])+")
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
-_AGO: Final = re.compile(r"(\d+)\s+([a-z]+?)s?\s+ago")
+_AGO: Final = re.compile(r"(\d+)\s*([a-z]+?)s?\s+ago")
 _EXAMPLES: Final = (
     "a time is: now, today, yesterday, @1764000000, 2026-11-24, 2026-11-24T07:26:36+01:00, "
     "15m, 1h30m, '2 hours ago'"
@@ -33,6 +33,8 @@ class TimeError(ValueError):
 
 def duration(text: str) -> timedelta:
     """Read 90s, 15m, 2h, 3d, 1w or 1h30m."""
+    if text == "0":
+        return timedelta(0)
     if _COMPACT.fullmatch(text) is None:
         message = f"{text!r} is no duration; a duration is: 90s, 15m, 2h, 3d, 1w, 1h30m"
         raise TimeError(message)

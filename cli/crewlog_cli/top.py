@@ -114,7 +114,8 @@ def top(sh: Shell, *, interval: str, sort: str) -> None:
     if every_s < _KEY_LOOK_S:
         message = f"--interval is at least {_KEY_LOOK_S:g}s"
         raise click.UsageError(message)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or sh.json:
+    able = os.environ.get("TERM", "dumb") != "dumb"
+    if not (able and sys.stdin.isatty() and sys.stdout.isatty()) or sh.json:
         message = "top needs a terminal; for programs there are `ls --json` and `watch --json`"
         raise click.UsageError(message)
     _require_rich()

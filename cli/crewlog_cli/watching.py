@@ -202,7 +202,10 @@ def _print(sh: Shell, item: Item, task: _Task) -> None:
 def reset_text(item: Reset) -> str:
     """Say what a Reset means."""
     if item.lost is None:
-        return f"-- another store is in place; on from its seq {item.seq} --"
+        return (
+            f"-- this store was never that far: another one is in place, or the position is wrong; "
+            f"on from its seq {item.seq} --"
+        )
     return f"-- events {item.lost[0]} to {item.lost[1]} are gone; on from seq {item.seq} --"
 
 

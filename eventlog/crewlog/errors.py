@@ -200,7 +200,7 @@ class LeaseMissing(CrewlogError):
         super().__init__(
             f"worker {sid!r} has no lease",
             why="it was registered without one, or has ended",
-            remedy="Register or spawn it with lease=True or heartbeat_s=SECONDS",
+            remedy="Register or spawn it with lease=True, or use `crewlog run --lease`",
         )
 
 
@@ -341,7 +341,7 @@ class NotAStore(CrewlogError):
     """The directory holds files, but not those of a store."""
 
     code = "not_a_store"
-    exit_code = 65
+    exit_code = 66
 
 
 class FormatTooNew(CrewlogError):

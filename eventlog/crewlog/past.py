@@ -128,8 +128,11 @@ def _before(log: Log, ts: str) -> _Place:
     head = log.head()
     firsts = [first for first in segments.all_of(log.directory) if first <= head.segment]
     fitting = bisect_right(firsts, ts, key=lambda first: _begins(log.directory, first))
+    if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
+        last = firsts[0] - 1
+        raise CompactedError(requested=last, oldest=firsts[0], snapshot_seq=last)
     if not fitting:
-        return _Place(firsts[0] - 1, None)
+        return _Place(0, None)
     found, later = firsts[fitting - 1] - 1, 0
     disputed: tuple[int, int] | None = None
     for line, _ in log.read(found):

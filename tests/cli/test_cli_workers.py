@@ -79,7 +79,7 @@ def test_wrong_words_are_2_and_touch_nothing(
     assert (worker.poll(), reg.last_seq) == (None, before)
 
 
-@pytest.mark.parametrize(("answer", "code"), [(b"n\n", 130), (b"y\n", 0)])
+@pytest.mark.parametrize(("answer", "code"), [(b"n\n", 1), (b"y\n", 0)])
 def test_stop_all_asks_on_a_terminal(
     cli: Cli, reg: Registry, crew: Crew, answer: bytes, code: int
 ) -> None:

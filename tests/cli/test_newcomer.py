@@ -1,0 +1,159 @@
+"""What a newcomer stumbled over stays mended: streams, endings, words, the past."""
+
+import fcntl
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+import crewlog
+from commands import CREWLOG, Cli
+from crewlog.errors import CompactedError
+from crewlog.registry import Registry
+from crewlog_compactor import KeepEvents, compact
+from procs import Crew
+
+
+def shell(place: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of sh in which $C is crewlog on that store."""
+    env = {**os.environ, "CREWLOG_DIR": str(place), "P": sys.executable,
+           "M": "from crewlog_cli.main import main; main()"}  # fmt: skip
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        ["bash", "-c", f'C() {{ "$P" -c "$M" "$@"; }}; {line}'],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done
+
+
+def test_past_before_what_is_kept_is_an_honest_no(
+    reg: Registry, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a retention nobody knows what was then; the state that is left is not it."""
+    monkeypatch.setattr("crewlog.layout.SEGMENT_BYTES_MAX", 1500)
+    for number in range(12):
+        reg.register(f"w{number}")
+        compact(reg, gc=False)
+    assert compact(reg, gc=False, keep_history=KeepEvents(1)).dropped is not None
+    with pytest.raises(CompactedError):
+        reg.at(next(reg.history()).ts.replace(year=2020))
+    for words in (("ls", "--at", "2020-01-01"), ("show", "w0", "--at", "@0"),
+                  ("diff", "--from", "2020-01-01")):  # fmt: skip
+        assert "no longer kept" in cli(*words, code=1).stderr
+
+
+@pytest.mark.parametrize("words", ["ls", "history", "stats", "--help", "register b --pid $$"])
+def test_closed_stdout_is_no_fault(reg: Registry, words: str) -> None:
+    """Who closes it wants to hear nothing; the command does its work."""
+    reg.register("a")
+    done = shell(reg.path, f"C {words} >&-")
+    assert done.returncode == 0
+    assert "fault" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_into_a_closed_pipe_and_a_full_disk(place: Path) -> None:
+    """As every other output: 141 and 74."""
+    done = shell(place, "C --help | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) in {(141, ""), (0, "")}, "or it was read before"
+    done = shell(place, "C --help >/dev/full")
+    assert done.returncode == 74
+    assert "fault" not in done.stderr
+
+
+def test_no_words_show_what_there_is(place: Path) -> None:
+    """Readable, on stderr, and 2."""
+    done = shell(place, "C")
+    assert done.returncode == 2
+    assert "\\x0a" not in done.stderr
+    assert "\n  history " in done.stderr
+    assert "\\x0a" not in shell(place, "C schedule").stderr
+
+
+@pytest.mark.parametrize("command", ["run", "exec"])
+def test_program_without_dashes_is_refused(place: Path, command: str) -> None:
+    """Else its options would be taken for ours, without a word."""
+    done = shell(place, f"C {command} x ls --json /")
+    assert done.returncode == 2
+    assert "put -- between" in done.stderr
+    assert not place.exists()
+
+
+def test_output_in_an_encoding_that_lacks_a_letter(reg: Registry) -> None:
+    """It is escaped; nothing is cut in half."""
+    reg.register("a", labels={"a": "ü"})
+    for line in ("ls", "timeline", "run --help"):
+        done = shell(
+            reg.path, f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 PYTHONIOENCODING=ascii C {line}"
+        )
+        assert done.returncode == 0, done.stderr
+    assert "a=\\xfc" in shell(reg.path, "PYTHONIOENCODING=ascii C ls").stdout
+
+
+def test_signals_by_every_name_and_number(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """TERM, SIGTERM, sigterm, 15."""
+    for number, name in enumerate(("TERM", "SIGINT", "sigterm", "15")):
+        reg.register(f"w{number}", pid=crew.sleeper().pid)
+        cli("stop", f"w{number}", "--signal", name, "--grace", "5s")
+    assert "is no signal" in cli("stop", "w0", "--signal", "NOISE", code=2).stderr
+    asked = [e.data["signal"] for e in reg.history(types=["worker.stop_requested"])]
+    assert asked == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+
+
+def test_place_that_is_no_registry_is_not_damage(tmp_path: Path) -> None:
+    """66: there is none; 65 is for damaged data."""
+    (tmp_path / "file").write_text("x")
+    for place in ("/etc", str(tmp_path / "file")):
+        assert shell(Path(place), "C ls").returncode == 66
+
+
+def test_positions_that_are_not_reached_are_said(cli: Cli, reg: Registry) -> None:
+    """A seq to come, a time that lacks its @."""
+    reg.register("a")
+    assert "seq 99 is not reached yet" in cli("ls", "--at", "99").stderr
+    assert "@1764124574" in cli("ls", "--at", "1764124574").stderr
+    reset = cli("watch", "--after", "99", "--count", "1", "--timeout", "1s", code=124)
+    assert "the position is wrong" in reset.stderr
+
+
+def test_ages_of_the_past_are_as_of_then(cli: Cli, reg: Registry) -> None:
+    """Not as of now."""
+    reg.register("a")
+    first = reg.last_seq
+    reg.register("b")
+    row = cli("ls", "--at", first).stdout.splitlines()[1]
+    assert " 0s " in row
+
+
+def test_table_on_a_narrow_terminal_keeps_what_matters(place: Path, crew: Crew) -> None:
+    """A long sid is cut, the data of an event are not."""
+    with crewlog.open(place) as reg:
+        reg.register("x" * 128, pid=crew.sleeper().pid)
+        reg.exited("x" * 128, code=3)
+    above, below = pty.openpty()
+    fcntl.ioctl(below, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run(
+        [*CREWLOG, "--dir", str(place), "history"], stdout=below, check=True,
+        stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"},
+    )  # fmt: skip
+    os.close(below)
+    assert b"code=3" in os.read(above, 8192)
+    os.close(above)
+
+
+def test_word_about_a_living_worker_says_what_to_do(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """Not to choose another sid."""
+    reg.register("a", pid=crew.sleeper().pid)
+    told = cli("gc", "--assume-dead", "a", "--reason", "x", code=1).stderr
+    assert "crewlog stop a" in told
+
+
+def test_keep_history_says_what_it_takes(cli: Cli, reg: Registry) -> None:
+    """Ages, sizes, counts."""
+    reg.register("a")
+    assert "1GiB" in cli("compact", "--keep-history", "foo", code=2).stderr
