@@ -200,7 +200,7 @@ class LeaseMissing(CrewlogError):
         super().__init__(
             f"worker {sid!r} has no lease",
             why="it was registered without one, or has ended",
-            remedy="Register or spawn it with lease=True, or use `crewlog run --lease`",
+            remedy="Give it one: lease=True or heartbeat_s=SECONDS, or `crewlog run --lease`",
         )
 
 

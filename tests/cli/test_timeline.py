@@ -13,7 +13,7 @@ from crewlog.events import WorkerState
 from crewlog.lives import Life
 from crewlog.registry import Registry
 from crewlog_cli import page
-from procs import Crew, kill
+from procs import Crew, kill, until
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -76,8 +76,7 @@ def test_page_renders_filters_and_asks_for_nothing(tmp_path: Path, browser: Brow
         "10 of 1000 workers, 20 of 2000 lives"
     )
     assert browser.run("document.getElementById('rows').children.length") == 20
-    browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    assert browser.run(drawn) != whole
+    until(lambda: browser.run(drawn) != whole)  # drawn with the next frame
     browser.run("document.querySelectorAll('#kinds input')[2].click()")
     assert browser.run("document.getElementById('count').textContent") == (
         "10 of 1000 workers, 16 of 2000 lives"
