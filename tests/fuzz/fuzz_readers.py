@@ -12,7 +12,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["crewlog", "crewlog_compactor"]):
-    from crewlog import codec, segments, structs
+    from crewlog import codec, redo, segments, structs
     from crewlog.codec import DocumentError, LineError
     from crewlog.cursor import _decode
     from crewlog.errors import CrewlogError
@@ -30,6 +30,11 @@ def one(data: bytes) -> None:
                 codec.decode_snapshot(rest)
             case b"t":
                 segments.scan(rest, offset=0, seq=0, prev=None)
+            case b"r":
+                data, _, kept = rest.partition(b"\0\0")
+                whole = redo.completed(data, 1, kept)
+                good = segments.scan(data, offset=0, seq=0, prev=None).end
+                assert whole[:good] == data[:good], "what held is gone"
             case b"p":
                 plan.decode(rest, where="fuzz")
             case _:
