@@ -170,7 +170,8 @@ class Syncer:
         else:
             source = self._open_segment(state.segment)
             self.certain(sync, source.fd)
-            self._read_back(state, source)
+            if head.segment != state.segment or head.base < state.kept:
+                self._read_back(state, source)
             base = state.end
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - began)
         return base
