@@ -77,6 +77,9 @@ class _Stage:
 @click.option("--keep", is_flag=True, help="Leave the registry in place, to look at it.")
 def demo(sh: Shell, *, keep: bool) -> None:
     """Play the main job through with real processes and kill -9, in a directory of its own."""
+    if sh.place is not None:
+        message = "demo plays in a directory of its own; leave out --dir, and --keep keeps it"
+        raise click.UsageError(message)
     home = Path(tempfile.mkdtemp(prefix="crewlog-demo-"))
     stage = _Stage(sh, home / "registry")
     began = time.monotonic()

@@ -36,7 +36,7 @@ crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
     "--now", is_flag=True, help="Begin with the events to come; the default shows the state first."
 )
 @click.option("--sid", "sids", multiple=True, help="Only this worker; repeatable.")
-@click.option("--type", "types", multiple=True, help="Only this type of event; repeatable.")
+@shell.with_types
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 @click.option(
     "--timeout", metavar="TIME", help="End after this long; 124 if --count was not reached."
@@ -238,9 +238,12 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
         _print_cursors(sh, reg, [])
         return
     known = cursor.read(where, name)
-    if action == "set":
-        owned = cursor.Cursor(where, name, start=seq or 0)
-        owned.set(min(seq or 0, reg.last_seq))
+    if action == "set" and seq is not None:
+        if seq > reg.last_seq:
+            message = f"seq {seq} does not exist yet; the last one is {reg.last_seq}"
+            raise click.UsageError(message)
+        owned = cursor.Cursor(where, name, start=seq)
+        owned.set(seq)
         owned.close()
         known = cursor.read(where, name)
     if known is None:

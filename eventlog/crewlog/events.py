@@ -26,6 +26,17 @@ EXITED = "worker.exited"
 LOST = "worker.lost"
 RELEASED = "worker.released"
 PRUNED = "worker.pruned"
+WORKER_TYPES = (
+    REGISTERED,
+    READY,
+    UPDATED,
+    DRAINING,
+    STOP_REQUESTED,
+    EXITED,
+    LOST,
+    RELEASED,
+    PRUNED,
+)
 
 # The store's own types; a reader skips an unknown `_x…` and refuses any other unknown `_…`.
 SEGMENT = "_segment"

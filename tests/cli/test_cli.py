@@ -499,6 +499,26 @@ def test_demo_asserts_its_claims() -> None:
     assert done.stdout.count("   ok  ") == 12
     assert "Every claim held" in done.stdout
     assert done.stderr == ""
+    refused = subprocess.run(
+        [*CREWLOG, "demo", "--dir", "x"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert "--keep" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["history", "export", "watch"])
+def test_a_misspelt_type_of_event_is_not_met_with_silence(
+    cli: Cli, reg: Registry, command: str
+) -> None:
+    """Nothing matches it, as a newer version may write it; a person is told what is known."""
+    reg.register("a")
+    more = ("--from-start", "--timeout", "0s") if command == "watch" else ()
+    found = cli(command, "--type", "worker.dead", *more)
+    assert "registered" not in found.stdout
+    assert "'worker.dead'" in found.stderr
+    assert "worker.lost" in found.stderr
+    assert "no type" not in cli(command, "--type", "worker.lost", "--type", "_gap", *more).stderr
 
 
 def test_watch_hands_each_change_to_a_program_and_acknowledges_after_success(
@@ -543,7 +563,7 @@ def test_cursor_commands(cli: Cli, reg: Registry) -> None:
     cli("cursor", "rm", "c")
     assert cli.json("cursor", "ls")["cursors"] == []
     for wrong in (("cursor", "ls", "x"), ("cursor", "show"), ("cursor", "set", "x"),
-                  ("cursor", "set", "../x", "1")):  # fmt: skip
+                  ("cursor", "set", "../x", "1"), ("cursor", "set", "c", "99")):  # fmt: skip
         cli(*wrong, code=2)
 
 
