@@ -81,7 +81,7 @@ crewlog export --after 120 | jq -c 'select(.type == "worker.lost")'""",
 @click.option("--until", metavar="TIME", help="Only events before this time.")
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
 @click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
-@shell.with_types
+@words.with_types
 def export(
     sh: Shell,
     *,

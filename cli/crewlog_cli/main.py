@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import traceback
 from typing import Final
 
 import click
@@ -134,6 +133,8 @@ def _misused(state: Shell, error: click.UsageError) -> int:
 
 def _bug(state: Shell, error: Exception) -> int:
     if state.debug:
+        import traceback  # noqa: PLC0415 (start-up; hardly anybody needs it)
+
         traceback.print_exc()
     if isinstance(error, CrewlogError):
         return error.exit_code

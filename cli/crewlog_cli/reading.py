@@ -255,7 +255,7 @@ crewlog history -n 20 -r""",
 @click.option("--since", metavar="TIME", help="Only events from this time on.")
 @click.option("--until", metavar="TIME", help="Only events before this time.")
 @click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
-@shell.with_types
+@words.with_types
 @click.option("--actor", help="Only by this name, user, program, via or pid.")
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
 @click.option("-n", "count", type=click.IntRange(min=1), help="Only the last N of them.")

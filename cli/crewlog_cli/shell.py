@@ -26,7 +26,6 @@ from typing import (
 import click
 
 import crewlog
-from crewlog import events
 from crewlog.errors import CrewlogError, StoreMissing
 from crewlog_cli import text
 
@@ -249,39 +248,6 @@ def complete_sid(ctx: click.Context, _param: click.Parameter, begun: str) -> lis
         return []
     finally:
         shell.close()
-
-
-def complete_type(_ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
-    """Name the types of event that begin so, for a shell's completion."""
-    return [
-        kind for kind in (*events.WORKER_TYPES, *sorted(events.OWN_TYPES)) if kind.startswith(begun)
-    ]
-
-
-def _of_type(
-    _ctx: click.Context, _param: click.Parameter, types: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Warn of a type that this version does not know: a newer one may, or it is misspelt."""
-    for kind in types:
-        if kind not in events.OWN_TYPES and kind not in events.WORKER_TYPES:
-            warn(
-                f"no type of event is called {kind!r} here; known are "
-                + ", ".join(events.WORKER_TYPES)
-            )
-    return types
-
-
-def with_types(function: Callable[P, R]) -> Callable[P, R]:
-    """Give a command the option that chooses types of event."""
-    option = click.option(
-        "--type",
-        "types",
-        multiple=True,
-        callback=_of_type,
-        shell_complete=complete_type,
-        help="Only this type of event, such as worker.lost; repeatable.",
-    )
-    return option(function)
 
 
 def with_globals(command: Callable[P, R]) -> Callable[P, R]:

@@ -36,7 +36,7 @@ crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
     "--now", is_flag=True, help="Begin with the events to come; the default shows the state first."
 )
 @click.option("--sid", "sids", multiple=True, help="Only this worker; repeatable.")
-@shell.with_types
+@words.with_types
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 @click.option(
     "--timeout", metavar="TIME", help="End after this long; 124 if --count was not reached."

@@ -1,12 +1,17 @@
-"""Read what people type on the command line: times, durations, labels."""
+"""Read what people type on the command line: times, durations, labels, types of event."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from typing import ParamSpec, TypeVar
 
 import click
 
-from crewlog_cli import times
+from crewlog import events
+from crewlog_cli import shell, times
 from crewlog_cli.shell import Shell
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def moment(words: str | None, sh: Shell) -> datetime | None:
@@ -43,3 +48,36 @@ def span_s(words: str) -> float:
         return times.duration(words).total_seconds()
     except times.TimeError as error:
         raise click.UsageError(str(error)) from error
+
+
+def _complete_type(_ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    """Name the types of event that begin so, for a shell's completion."""
+    return [
+        kind for kind in (*events.WORKER_TYPES, *sorted(events.OWN_TYPES)) if kind.startswith(begun)
+    ]
+
+
+def _of_type(
+    _ctx: click.Context, _param: click.Parameter, types: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Warn of a type that this version does not know: a newer one may, or it is misspelt."""
+    for kind in types:
+        if kind not in events.OWN_TYPES and kind not in events.WORKER_TYPES:
+            shell.warn(
+                f"no type of event is called {kind!r} here; known are "
+                + ", ".join(events.WORKER_TYPES)
+            )
+    return types
+
+
+def with_types(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the option that chooses types of event."""
+    option = click.option(
+        "--type",
+        "types",
+        multiple=True,
+        callback=_of_type,
+        shell_complete=_complete_type,
+        help="Only this type of event, such as worker.lost; repeatable.",
+    )
+    return option(function)
