@@ -6,6 +6,7 @@ it is mounted again, its journal is replayed, and the store is opened as after a
 acknowledged must be there, and what a watcher was shown must be there byte for byte.
 """
 
+import contextlib
 import fcntl
 import os
 import random
@@ -120,7 +121,19 @@ class Machine:
         self._mount()
 
     def _unmount(self) -> None:
+        """Unmount it, and wait until no other mount namespace that was made meanwhile has it.
+
+        Else the next mount would show the file system that was shut down.
+        """
         run("umount", str(self.mounted))
+        until(lambda: not self._mounted_anywhere())
+
+    def _mounted_anywhere(self) -> bool:
+        for process in Path("/proc").glob("[0-9]*/mountinfo"):
+            with contextlib.suppress(OSError):  # it has ended
+                if f" {self.device} " in process.read_text():
+                    return True
+        return False
 
     def end(self) -> None:
         """Unmount and remove it."""
