@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from crewlog.registry import Registry
 from procs import Crew
 
 pytest_plugins = ["crewlog.testing"]
+# A shell without job control starts what is in its background with Ctrl-C ignored, and whatever
+# that starts would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

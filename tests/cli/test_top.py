@@ -51,8 +51,10 @@ class Terminal:
 
     def end(self) -> int:
         """Read to the end, and return how it ended."""
+        deadline = time.monotonic() + _WAIT_S
         with contextlib.suppress(OSError):  # EIO: the program has ended
             while select.select([self.fd], [], [], _WAIT_S)[0]:
+                assert time.monotonic() < deadline, "it goes on"
                 self.text += os.read(self.fd, 65536).decode(errors="replace")
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
