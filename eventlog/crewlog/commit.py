@@ -224,7 +224,7 @@ class Commits:
         self._put_back([r for r in others if not r.composed and not r.refused])
         error = AppendUncertain(self._where, why="the thread that wrote it was interrupted")
         for request in others:
-            if request.refused or request.error is not None:
+            if request.error is not None:
                 request.advance("done")
             elif written:
                 request.advance("written")

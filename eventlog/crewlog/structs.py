@@ -6,6 +6,7 @@ and evidence: what cannot be decoded is rebuilt or left out of account.
 
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 
@@ -65,26 +66,24 @@ BEAT_BYTES: Final = _BEAT.size + _CRC.size
 
 def encode_append_state(state: AppendState) -> bytes:
     """Write append.state: one fixed-size struct and its CRC-32."""
-    body = _APPEND_STATE.pack(_APPEND_MAGIC, *state)
-    return body + _CRC.pack(zlib.crc32(body))
+    return _pack(_APPEND_STATE, _APPEND_MAGIC, state)
 
 
 def decode_append_state(data: bytes) -> AppendState | None:
     """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
-    body = _checked(data, _APPEND_STATE, _APPEND_MAGIC)
-    return None if body is None else AppendState._make(_APPEND_STATE.unpack(body)[1:])
+    fields = _unpack(data, _APPEND_STATE, _APPEND_MAGIC)
+    return None if fields is None else AppendState._make(fields)
 
 
 def encode_durable_head(head: DurableHead) -> bytes:
     """Write head/durable: one fixed-size struct and its CRC-32."""
-    body = _DURABLE_HEAD.pack(_HEAD_MAGIC, *head)
-    return body + _CRC.pack(zlib.crc32(body))
+    return _pack(_DURABLE_HEAD, _HEAD_MAGIC, head)
 
 
 def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
-    body = _checked(data, _DURABLE_HEAD, _HEAD_MAGIC)
-    return None if body is None else DurableHead._make(_DURABLE_HEAD.unpack(body)[1:])
+    fields = _unpack(data, _DURABLE_HEAD, _HEAD_MAGIC)
+    return None if fields is None else DurableHead._make(fields)
 
 
 class Beat(NamedTuple):
@@ -96,19 +95,23 @@ class Beat(NamedTuple):
 
 def encode_beat(beat: Beat) -> bytes:
     """Write a lease file's content: one fixed-size struct and its CRC-32."""
-    body = _BEAT.pack(_BEAT_MAGIC, *beat)
-    return body + _CRC.pack(zlib.crc32(body))
+    return _pack(_BEAT, _BEAT_MAGIC, beat)
 
 
 def decode_beat(data: bytes) -> Beat | None:
     """Read a lease file; None means no beat yet, torn or damaged."""
-    body = _checked(data, _BEAT, _BEAT_MAGIC)
-    return None if body is None else Beat._make(_BEAT.unpack(body)[1:])
+    fields = _unpack(data, _BEAT, _BEAT_MAGIC)
+    return None if fields is None else Beat._make(fields)
 
 
-def _checked(data: bytes, shape: struct.Struct, magic: bytes) -> bytes | None:
-    """Return what stands before the CRC, None if that is not what was written."""
+def _pack(shape: struct.Struct, magic: bytes, fields: Iterable[object]) -> bytes:
+    body = shape.pack(magic, *fields)
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _unpack(data: bytes, shape: struct.Struct, magic: bytes) -> tuple[object, ...] | None:
+    """Return the fields, None if the bytes are not what was written."""
     body, crc = data[: shape.size], data[shape.size :]
     if crc != _CRC.pack(zlib.crc32(body)) or not body.startswith(magic):
         return None
-    return body
+    return shape.unpack(body)[1:]
