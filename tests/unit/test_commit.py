@@ -231,6 +231,23 @@ def test_interrupted_leader_leaves_nobody_behind(
         assert stage.settled == max(map(int, map(str, results)))
 
 
+@pytest.mark.parametrize("moment", ["on_write", "on_written", "on_settle"])
+def test_rider_that_was_refused_hears_so_whatever_interrupts_its_leader(
+    stage: Stage, commits: Commits, moment: str
+) -> None:
+    """Nothing of it was written: it is neither uncertain nor to be made durable."""
+    riders = Riders(commits, stage)
+    own = Request(lambda _: [], [])
+    commits._leader = Request(lambda _: (), ())
+    riders.add("stale")
+    riders.add()
+    getattr(stage, moment).append(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        commits.lead(stage, own)
+    results = riders.join()
+    assert [type(result) for result in results].count(StaleRevision) == 1
+
+
 def test_who_waits_for_too_long_hears_of_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the queue nothing was written; in a group nobody can know."""
     monkeypatch.setattr("crewlog.layout.SYNC_WAIT_MIN_S", 0.1)
