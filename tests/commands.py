@@ -11,15 +11,16 @@ CREWLOG = [sys.executable, "-c", "from crewlog_cli.main import main; main()"]
 class Cli:
     """Run `crewlog` on one store."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path | str) -> None:
         """Use the store at `place`."""
-        self.place = place
+        self.where = str(place)
+        self.place = Path(place)  # of a directory
 
     def __call__(
         self, *arguments: object, code: int = 0, **options: object
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*CREWLOG, "--dir", str(self.place), *map(str, arguments)],
+            [*CREWLOG, "--dir", self.where, *map(str, arguments)],
             check=False, capture_output=True, text=True, timeout=60, **options,  # type: ignore[call-overload]
         )  # fmt: skip
         assert done.returncode == code, (done.stdout, done.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
+from cluster import MISSING, Cluster
 from commands import Cli
 from crewlog.registry import Registry
 from procs import Crew
@@ -56,6 +57,15 @@ def fast() -> Iterator[Path]:
     home = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
     yield home
     shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Start one etcd server for all tests."""
+    if MISSING:
+        pytest.skip(MISSING)
+    with Cluster(tmp_path_factory.mktemp("etcd")) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import crewlog
 from crewlog import create, identity, layout
 from crewlog.disk import Disk
 from crewlog.log import Log
@@ -77,7 +78,7 @@ def only(call: str, number: int) -> Fault:
 
 def registry_on(place: Path, disk: Disk, *, wait_s: float = 5.0) -> Registry:
     """Open a registry whose store is created and changed through `disk`."""
-    reg = Registry(place)
+    reg = crewlog.open(place)
     reg._log = Log(create.open_or_create(place, via=disk, wait_s=wait_s), wait_s=wait_s)
     return reg
 

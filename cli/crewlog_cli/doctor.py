@@ -8,10 +8,9 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import click
 
@@ -21,25 +20,15 @@ from crewlog.log import Log
 from crewlog.notify import Bell, Waker
 from crewlog.registry import Registry
 from crewlog_cli import shell, text
+from crewlog_cli.looking import Check
 from crewlog_cli.shell import Shell, command
 
-Status: TypeAlias = Literal["ok", "note", "warn", "fail"]
 _ROOM_BYTES: Final = 64 * 1024 * 1024
 _COMPACTED: Final = timedelta(days=1)
 _BACKLOG: Final = 10_000
 _AHEAD: Final = timedelta(minutes=1)
 _PACKAGES: Final = ("orjson", "watchdog", "psutil", "click")
-_EXTRAS: Final = ("inotify_simple", "zstandard", "rich")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """What was looked at, what was found, and what to do about it ("" for nothing)."""
-
-    name: str
-    status: Status
-    found: str
-    remedy: str = ""
+_EXTRAS: Final = ("inotify_simple", "zstandard", "rich", "urllib3")
 
 
 def checks(reg: Registry) -> Iterator[Check]:
@@ -51,18 +40,25 @@ def checks(reg: Registry) -> Iterator[Check]:
         yield Check(
             name="place",
             status="note",
-            found=f"{reg.path}: there is no registry yet",
+            found=f"{reg.where}: there is no registry yet",
             remedy="The first change creates one; check --dir and CREWLOG_DIR",
         )
     except CrewlogError as error:
         yield Check(
             name="place",
             status="fail",
-            found=f"{error.where or reg.path}: {error.why or error.what}",
+            found=f"{error.where or reg.where}: {error.why or error.what}",
             remedy=error.remedy,
         )
     else:
-        yield from _store(reg, log)
+        if isinstance(log, Log):
+            yield from _store(reg, log)
+        else:
+            from crewlog_cli import cluster  # noqa: PLC0415 (few need it)
+
+            yield from cluster.checks(log)
+        yield _compaction(reg)
+        yield _clock(reg)
     yield from _kernel()
     yield _versions()
 
@@ -71,11 +67,9 @@ def checks(reg: Registry) -> Iterator[Check]:
 
 
 def _store(reg: Registry, log: Log) -> Iterator[Check]:
-    yield Check(name="place", status="ok", found=f"{reg.path}: ours alone, on a local file system")
+    yield Check(name="place", status="ok", found=f"{reg.where}: ours alone, on a local file system")
     yield _room(log)
     yield from _writing(log)
-    yield _compaction(reg)
-    yield _clock(reg)
     yield _waking(log)
 
 
@@ -152,9 +146,7 @@ def _clock(reg: Registry) -> Check:
 
 
 def _waking(log: Log) -> Check:
-    waker = Waker(
-        log.directory.path / layout.HEAD, backend="auto", local=log.directory.local, bell=Bell()
-    )
+    waker = Waker(log.changes, backend="auto", bell=Bell())
     try:
         source = waker.source
     finally:

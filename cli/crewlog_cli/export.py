@@ -99,7 +99,7 @@ def export(
     writers: dict[str, Callable[[Iterator[Event]], None]] = {
         "jsonl": _jsonl,
         "csv": _csv,
-        "cloudevents": _cloudevents(reg.log().directory.store),
+        "cloudevents": _cloudevents(reg.log().id),
     }
     writers[form](found)
 

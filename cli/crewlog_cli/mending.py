@@ -23,7 +23,7 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
     """Read everything, change nothing, report every finding; 1 if there is any."""
     held = None if kept is None else tried(lambda: Anchor.parse(kept))
     with shell.progress("verify") as told:
-        report = verify(sh.registry().path, anchor=held, progress=told)
+        report = verify(sh.registry().where, anchor=held, progress=told)
     if sh.json:
         sh.document(
             {
@@ -69,7 +69,7 @@ def repair_(sh: Shell, *, yes: bool, losses: tuple[str, ...]) -> None:
     to do and it was not done.
     """
     accepted = tried(lambda: [parse_range(text) for text in losses])
-    report = repair(sh.existing().path, yes=yes, accept_loss=accepted)
+    report = repair(sh.existing().where, yes=yes, accept_loss=accepted)
     if sh.json:
         sh.document({**asdict(report), "needed": report.needed})
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from crewlog import disk, layout
+from crewlog import disk
 from crewlog.disk import Disk
 from crewlog.events import WorkerState
 from crewlog.registry import Registry
@@ -51,8 +51,8 @@ def _rows(reg: Registry, *, took_s: float | None, refused: bool) -> Iterator[str
         {"": written.timestamp()},
     )  # fmt: skip
     yield from _metric(
-        "bytes", "gauge", "Bytes on disk, by directory.",
-        {f'{{directory="{name}"}}': count for name, count in sizes(reg).items()},
+        "bytes", "gauge", "Bytes on disk, by directory; of a cluster, its database.",
+        {f'{{directory="{name}"}}': count for name, count in reg.log().sizes().items()},
     )  # fmt: skip
     if took_s is not None:
         now = datetime.now(UTC).timestamp()
@@ -73,17 +73,3 @@ def _metric(name: str, kind: str, told: str, values: Mapping[str, float]) -> Ite
     yield f"# TYPE crewlog_{name} {kind}"
     for labels, value in values.items():
         yield f"crewlog_{name}{labels} {value}"
-
-
-def sizes(reg: Registry) -> dict[str, int]:
-    """Return the bytes of the log, the archive and the quarantine."""
-    where = reg.log().directory.path
-    found = {}
-    for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE):
-        found[name] = 0
-        for entry in (where / name).iterdir():
-            try:
-                found[name] += entry.stat().st_size
-            except FileNotFoundError:  # archived, or dropped, meanwhile
-                continue
-    return found

@@ -358,9 +358,9 @@ def path(sh: Shell) -> None:
     """Print the registry's directory, whether or not it exists."""
     reg = sh.registry()
     if sh.json:
-        sh.document({"path": str(reg.path), "exists": reg.exists})
+        sh.document({"path": reg.where, "exists": reg.exists})
     else:
-        click.echo(str(reg.path).encode(errors="surrogateescape"))
+        click.echo(reg.where.encode(errors="surrogateescape"))
 
 
 COMMANDS: Final = {

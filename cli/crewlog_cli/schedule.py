@@ -50,16 +50,15 @@ def program() -> str:
     return which("crewlog") or str(beside)
 
 
-def units(kind: Kind, place: Path) -> dict[str, str]:
+def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
     """Return the files of a schedule by the names that they must have."""
     home = "~/.config/systemd/user" if kind == "systemd-user" else "/etc/systemd/system"
     names = {
         "service": f"{home}/crewlog-compact.service",
         "timer": f"{home}/crewlog-compact.timer",
     }
-    owner = place.stat().st_uid if place.exists() else os.geteuid()
     values = {
-        "place": shlex.quote(str(place)).replace("%", "%%"),
+        "place": shlex.quote(where).replace("%", "%%"),
         "program": shlex.quote(program()).replace("%", "%%"),
         "jitter": _JITTER,
         "every": _EVERY_MINUTES,
@@ -72,9 +71,9 @@ def units(kind: Kind, place: Path) -> dict[str, str]:
     }
 
 
-def cron_line(place: Path) -> str:
+def cron_line(where: str) -> str:
     """Return the line of a crontab; there, a percent sign would end the command."""
-    words = [program(), "--dir", str(place), "compact", "-q", "--jitter", _JITTER]
+    words = [program(), "--dir", where, "compact", "-q", "--jitter", _JITTER]
     return f"*/{_EVERY_MINUTES} * * * * {shlex.join(words)}".replace("%", "\\%")
 
 
@@ -87,14 +86,14 @@ crewlog schedule systemd-system --dir /var/lib/crewlog""",
 @click.argument("kind", type=click.Choice(["cron", "systemd-user", "systemd-system"]))
 def schedule(sh: Shell, *, kind: Kind) -> None:
     """Print a cron line, or systemd units, that compact this registry, with its real paths."""
-    place = sh.registry().path
+    where = sh.registry().where
     if kind == "cron":
         if sh.json:
-            sh.document({"cron": cron_line(place)})
+            sh.document({"cron": cron_line(where)})
         else:
-            put(cron_line(place))
+            put(cron_line(where))
         return
-    made = units(kind, place)
+    made = units(kind, where, owner=_owner(where))
     if sh.json:
         sh.document({"units": made})
         return
@@ -102,6 +101,14 @@ def schedule(sh: Shell, *, kind: Kind) -> None:
     scope = " --user" if kind == "systemd-user" else ""
     sh.note(f"Write each part to the file it names, then: systemctl{scope} daemon-reload && "
             f"systemctl{scope} enable --now crewlog-compact.timer")  # fmt: skip
+
+
+def _owner(where: str) -> int:
+    """Return whose registry a directory is; of one that is not there yet, or no directory: ours."""
+    try:
+        return os.stat(where).st_uid
+    except FileNotFoundError:
+        return os.geteuid()
 
 
 COMMANDS: Final = {"schedule": schedule}

@@ -113,14 +113,14 @@ class Shell:
 
     def registry(self) -> "Registry":
         """Open the registry, which need not exist yet."""
-        from crewlog import directory  # noqa: PLC0415 (--version and --help open none)
+        from crewlog import address  # noqa: PLC0415 (--version and --help open none)
         from crewlog.registry import Registry  # noqa: PLC0415 (as above)
 
         try:
-            path = directory.locate(self.place)
+            place = address.locate(self.place)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        reg = Registry(path, via="cli")
+        reg = Registry(place, via="cli")
         self.opened.append(reg)
         return reg
 
@@ -128,7 +128,7 @@ class Shell:
         """Open a registry that exists. *Raises* StoreMissing (66): reading creates nothing."""
         reg = self.registry()
         if not reg.exists:
-            raise StoreMissing(str(reg.path))
+            raise StoreMissing(reg.where)
         return reg
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 # -- options --------------------------------------------------------------------------------
 
 _GLOBAL: Final = (
-    click.option("-d", "--dir", "place", metavar="PATH", help="The registry's directory."),
+    click.option("-d", "--dir", "place", metavar="PLACE", help="The registry: directory or URL."),
     click.option("--json", "json_", is_flag=True, help="Print JSON instead of text."),
     click.option("-q", "--quiet", is_flag=True, help="Print no notes; errors stay."),
     click.option("-v", "--verbose", is_flag=True, help="Print more notes."),

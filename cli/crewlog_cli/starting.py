@@ -19,9 +19,8 @@ from crewlog import changes, judging, launch, layout
 from crewlog.errors import CrewlogError, SpawnFailed, StaleRevision
 from crewlog.events import Worker
 from crewlog.launch import Launch
-from crewlog.lease import Lease
-from crewlog.lock import Lock
 from crewlog.registry import Registry
+from crewlog.store import Lease, Turn
 from crewlog_cli import shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
@@ -88,7 +87,7 @@ def _wish(options: _Options) -> _Wish:
 
 def _leasing(reg: Registry, sid: str, wish: _Wish) -> AbstractContextManager[Lease | None]:
     tried(lambda: changes.check_sid(sid))
-    return reg.leasing(sid, wanted=wish.leased)
+    return reg.leasing(sid, wanted=wish.leased, heartbeat_s=wish.heartbeat_s)
 
 
 def _register(
@@ -137,9 +136,9 @@ def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Opti
     wish = _wish(options)
     with sh.registry() as reg:
         with _leasing(reg, sid, wish) as held:
-            _register(reg, sid, os.getpid(), wish, held=held)
+            worker = _register(reg, sid, os.getpid(), wish, held=held)
         if held is not None:
-            held.keep_over_exec()
+            held.keep(worker)
         shell.flush()
         code = _replace(argv)
         reg.exited(sid, code=code)
@@ -184,7 +183,7 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
                     started.give_up()
                     raise
             if held is not None:
-                held.hand_over()
+                held.hand_over(worker)
             begun = _begin(started)
         code = os.waitstatus_to_exitcode(_wait(sh, reg, worker))
         _tell_end(sh, reg, worker, code)
@@ -193,9 +192,9 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _waiting(argv: Sequence[str], held: Lease | None, turn: Lock) -> Launch:
+def _waiting(argv: Sequence[str], held: Lease | None, turn: Turn) -> Launch:
     shell.flush()
-    keep = () if held is None else (held.fd,)
+    keep = () if held is None else held.inherited()
     return Launch(argv, stdin=None, own_session=False, keep=keep, turn=turn.share())
 
 

@@ -128,7 +128,7 @@ def _write(
     now: datetime,
     path: Path,
 ) -> None:
-    told = f"{reg.path}, up to seq {reg.last_seq}."
+    told = f"{reg.where}, up to seq {reg.last_seq}."
     made = page.page(lives, unknown=unknown, now=now, told=told)
     with disk.failures("cannot write the page", where=str(path)):
         try:

@@ -232,7 +232,7 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], height: int) -> "Grou
 
     now = datetime.now(UTC)
     alive = sum(row.found.alive for row in rows)
-    told = f"crewlog top  {state.reg.path}  seq {state.reg.last_seq}"
+    told = f"crewlog top  {state.reg.where}  seq {state.reg.last_seq}"
     counts = f"{alive} alive, {len(rows) - alive} dead or unknown  {_spark(state.population)}"
     table = Table(box=None, expand=True, pad_edge=False, header_style="bold")
     for title in ("SID", "PID", "STATE", "LIVENESS"):

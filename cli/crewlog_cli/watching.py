@@ -9,11 +9,12 @@ from typing import Final
 
 import click
 
-from crewlog import changes, cursor
+from crewlog import changes
 from crewlog.errors import WorkerNotFound
 from crewlog.events import Item, Reset, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
+from crewlog.store import Standing
 from crewlog.watch import Watch
 from crewlog_cli import changing, facts, reading, shell, words
 from crewlog_cli.shell import Shell, command
@@ -228,24 +229,24 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
         raise click.UsageError(message)
     reg = sh.existing()
     if action == "ls":
-        _print_cursors(sh, reg, cursor.every(reg.log().directory))
+        _print_cursors(sh, reg, reg.log().cursors.every())
         return
     name = changing.tried(lambda: changes.check_sid(name, what="cursor"))
-    where = reg.log().directory
+    cursors = reg.log().cursors
     if action == "rm":
-        if not cursor.remove(where, name):
+        if not cursors.remove(name):
             raise _no_cursor(name)
         _print_cursors(sh, reg, [])
         return
-    known = cursor.read(where, name)
+    known = cursors.read(name)
     if action == "set" and seq is not None:
         if seq > reg.last_seq:
             message = f"seq {seq} does not exist yet; the last one is {reg.last_seq}"
             raise click.UsageError(message)
-        owned = cursor.Cursor(where, name, start=seq)
+        owned = cursors.own(name, start=seq)
         owned.set(seq)
         owned.close()
-        known = cursor.read(where, name)
+        known = cursors.read(name)
     if known is None:
         raise _no_cursor(name)
     _print_cursors(sh, reg, [known])
@@ -257,7 +258,7 @@ def _no_cursor(name: str) -> WorkerNotFound:
     return error
 
 
-def _print_cursors(sh: Shell, reg: Registry, places: Sequence[cursor.Place]) -> None:
+def _print_cursors(sh: Shell, reg: Registry, places: Sequence[Standing]) -> None:
     oldest, last = reg.log().first_seq(), reg.last_seq
     rows = [
         {
@@ -287,7 +288,7 @@ def _print_cursors(sh: Shell, reg: Registry, places: Sequence[cursor.Place]) -> 
 
 
 def _owned(reg: Registry, name: str) -> bool:
-    return cursor.is_owned(reg.log().directory, name)
+    return reg.log().cursors.is_owned(name)
 
 
 COMMANDS: Final = {"watch": watch, "cursor": cursor_}

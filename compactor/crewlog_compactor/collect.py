@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from crewlog import changes
+from crewlog.appending import Written
 from crewlog.changes import Author
 from crewlog.codec import Draft
 from crewlog.errors import (
@@ -22,12 +23,11 @@ from crewlog.errors import (
 )
 from crewlog.events import Event
 from crewlog.registry import Registry
-from crewlog.store import Written
 from crewlog_compactor import orphans, plan
 from crewlog_compactor.plan import Plan, Step
 
 KEEP: Final = timedelta(days=1)
-_STEPS_A_COMMIT: Final = 1000
+_STEPS_A_COMMIT: Final = 100  # so many workers one transaction of any store can hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:
     if keep < timedelta(0):
         message = "keep must not be negative"
         raise ValueError(message)
-    store = reg.log().directory.store if reg.exists else ""
+    store = reg.log().id if reg.exists else ""
     workers = list(reg.state().workers.values())
     judged = reg.judge(workers)
     return plan.make(workers, judged, store=store, now=datetime.now(UTC), keep=keep)
@@ -81,8 +81,8 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
     Workers that changed since it was made are conflicts, and so are those that live in spite of it.
     *Raises* PlanInvalid for another store's plan; CollectRefused.
     """
-    if reg.log().directory.store != decided.store:
-        raise PlanInvalid(str(reg.path), why=f"it was made for store {decided.store or '(none)'}")
+    if reg.log().id != decided.store:
+        raise PlanInvalid(reg.where, why=f"it was made for store {decided.store or '(none)'}")
     revs = {step.sid: step.rev for step in decided.steps if step.action == "bury"}
     same = [w for w in reg.workers() if revs.get(w.sid) == w.rev]
     found = zip(same, reg.judge(same), strict=True)

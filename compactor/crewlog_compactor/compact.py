@@ -5,8 +5,6 @@ durable rename in snapshot.replace; killed before it, the old snapshot and every
 needs are in place, killed after it, the next compaction archives what this one had not.
 """
 
-from dataclasses import dataclass
-
 from crewlog import disk, events, layout, segments, snapshot, tail
 from crewlog.codec import Snapshot
 from crewlog.errors import CollectRefused
@@ -18,25 +16,9 @@ from crewlog.registry import Registry
 from crewlog.segments import Position
 from crewlog_compactor import archive
 from crewlog_compactor.collect import KEEP, CollectReport, collect
-from crewlog_compactor.retain import Keep, check_keep, retain
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompactReport:
-    """What a compaction did.
-
-    `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
-    yet); `archived_segments` counts moves into the archive, `dropped` is the range of seqs that
-    retention took (first, last); `collected` is None without `gc`, and
-    `refused` says why the collection was refused, if it was.
-    """
-
-    folded_events: int
-    snapshot_seq: int
-    archived_segments: int
-    dropped: tuple[int, int] | None
-    collected: CollectReport | None
-    refused: CollectRefused | None
+from crewlog_compactor.findings import CompactReport
+from crewlog_compactor.policy import Keep, check_keep
+from crewlog_compactor.retain import retain
 
 
 def compact(
@@ -58,9 +40,13 @@ def compact(
     check_keep(keep_history)
     packed = require(packing)
     log = reg.log()
+    if not isinstance(log, Log):
+        from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
+
+        return etcd.compact(reg, gc=gc, force=force, keep_history=keep_history)
     lock = log.try_compact_lock()
     try:
-        with disk.failures("cannot compact", where=str(reg.path)):
+        with disk.failures("cannot compact", where=reg.where):
             return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
     finally:
         lock.close()

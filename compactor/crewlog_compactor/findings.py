@@ -1,7 +1,10 @@
-"""Say what a verification found."""
+"""Say what a verification found, and what a compaction did."""
 
 from dataclasses import dataclass
 from typing import Final
+
+from crewlog.errors import CollectRefused
+from crewlog_compactor.collect import CollectReport
 
 _REPAIRABLE: Final = frozenset(
     {"store_poisoned", "log_corrupt", "log_regressed", "segment_missing", "archive_damaged"}
@@ -37,3 +40,21 @@ class VerifyReport:
     def ok(self) -> bool:
         """Say whether nothing is wrong."""
         return not self.findings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactReport:
+    """What a compaction did.
+
+    `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
+    yet); `archived_segments` counts moves into the archive, `dropped` is the range of seqs that
+    retention took (first, last); `collected` is None without `gc`, and
+    `refused` says why the collection was refused, if it was.
+    """
+
+    folded_events: int
+    snapshot_seq: int
+    archived_segments: int
+    dropped: tuple[int, int] | None
+    collected: CollectReport | None
+    refused: CollectRefused | None

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from crewlog import endpoint, lease
+from crewlog import endpoint, identity, lease
 from crewlog.disk import Disk
 from crewlog.events import Worker
 from crewlog.registry import Registry
@@ -32,7 +32,7 @@ class Tidied:
 
 def tidy(reg: Registry) -> Tidied:
     """Remove orphaned sockets and leases. The ends of their workers are durable."""
-    at = reg.log().directory
+    via = Disk()
     workers = reg.workers(all=True)
     named = Counter(worker.sock for worker in workers)
     removed: list[str] = []
@@ -40,12 +40,14 @@ def tidy(reg: Registry) -> Tidied:
     for worker in workers:
         if not worker.final or worker.sock_id is None or not os.path.lexists(worker.sock):
             continue
-        why = _remove(worker, at.disk, named=named[worker.sock])
+        if worker.identity is None or worker.identity.host_id != identity.scope().host_id:
+            continue  # its path is one of another host
+        why = _remove(worker, via, named=named[worker.sock])
         if why is None:
             removed.append(worker.sock)
         else:
             kept.append((worker.sock, why))
-    lease.sweep(at, needed=lambda name: _is_needed(reg, name))
+    reg.log().leases.sweep(needed=lambda name: _is_needed(reg, name))
     return Tidied(tuple(removed), tuple(kept))
 
 

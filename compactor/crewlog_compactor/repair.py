@@ -34,6 +34,7 @@ from crewlog import (
     structs,
     tail,
 )
+from crewlog.address import locate_directory
 from crewlog.codec import LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
@@ -77,10 +78,9 @@ def repair(
 
     *Raises* LossRefused where acknowledged events are lost that `accept_loss` does not name (first,
     last); HistoryDiverged where lines contradict each other and nobody can know which is right;
-    StoreMissing, LockBusy, StorageFailed.
+    StoreMissing, LockBusy, StorageFailed; Unsupported where the store is no directory.
     """
-    path = directory.locate(where)
-    log = Log(directory.open_existing(path))
+    log = Log(directory.open_existing(locate_directory(where, what="repair")))
     try:
         if not yes:
             return _report(_survey(log.directory), done=False)

@@ -1,18 +1,15 @@
 """Drop the oldest history by policy, and say so in the log; by default everything is kept.
 
-Only archived segments that the previous snapshot covers are ever dropped, oldest first, and none
-that a cursor still needs, up to a cap: beyond it the history goes, and the cursor's owner hears
-of the exact range when it comes back. What went is folded into archive/base.json first, so that
-the state at any time that is still kept can be told; then `_archive_dropped` is made durable, so
-that verify can tell policy from loss; then the files go.
+Only archived segments that the previous snapshot covers are ever dropped; policy.py says which.
+What went is folded into archive/base.json first, so that the state at any time that is still kept
+can be told; then `_archive_dropped` is made durable, so that verify can tell policy from loss; then
+the files go.
 """
 
 import logging
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeAlias
 
-from crewlog import cursor, events, layout, segments, snapshot
+from crewlog import events, layout, segments, snapshot
 from crewlog.directory import Directory
 from crewlog.errors import DataDamaged
 from crewlog.events import JsonObject
@@ -20,39 +17,10 @@ from crewlog.log import Log
 from crewlog.reader import walk
 from crewlog.refold import refold
 from crewlog.segments import Position
+from crewlog_compactor import policy
+from crewlog_compactor.policy import Keep, Part
 
 _logger = logging.getLogger("crewlog.retain")
-
-
-@dataclass(frozen=True, slots=True)
-class KeepEvents:
-    """Keep at least the newest so many events."""
-
-    count: int
-
-
-# None: everything; a timedelta: events of that age and younger; an int: bytes of archive.
-Keep: TypeAlias = timedelta | int | KeepEvents | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Archived:
-    first: int
-    last: int
-    name: str
-    size: int
-
-
-def check_keep(keep: object) -> Keep:
-    """Return a policy that can be carried out."""
-    if keep is None or (isinstance(keep, timedelta) and keep >= timedelta(0)):
-        return keep
-    if type(keep) is int and keep >= 0:
-        return keep
-    if isinstance(keep, KeepEvents) and keep.count >= 0:
-        return keep
-    message = f"keep_history is a timedelta, a number of bytes, KeepEvents or None, not {keep!r}"
-    raise ValueError(message)
 
 
 def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
@@ -62,9 +30,9 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     """
     if keep is None:
         return None
-    kept = _archive(log.directory)
-    surplus = _surplus(log, kept, keep)
-    going = kept[: _held_back(log, kept, surplus)]
+    kept = _archive(log.directory, keep)
+    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
+    going = kept[: policy.held_back(kept, surplus, log.cursors.every())]
     if not going:
         return None
     first, last = going[0].first, going[-1].last
@@ -75,68 +43,37 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     log.note(events.DROPPED, told)
     via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
     for part in going:  # one by one, so that a power cut leaves no hole behind an older one
-        via.unlink(part.name, at=shelf)
+        via.unlink(_name(log.directory, part.first), at=shelf)
         via.sync_directory(shelf)
     return first, last
 
 
-def _archive(directory: Directory) -> list[_Archived]:
+def _archive(directory: Directory, keep: Keep) -> list[Part]:
     firsts = segments.archived(directory)
     if not firsts:
         return []
     following = [*firsts[1:], segments.active_and_sealed(directory)[0]]
     found = []
+    young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
     for first, after in zip(firsts, following, strict=True):
-        name = segments.archive_file(directory, first) or layout.archive_name(first)
-        size = (directory.path / layout.ARCHIVE / name).stat().st_size
-        found.append(_Archived(first, after - 1, name, size))
+        size = (directory.path / layout.ARCHIVE / _name(directory, first)).stat().st_size
+        newest = "" if young else _newest(directory, first)
+        if isinstance(keep, timedelta) and newest >= policy.oldest_ts(keep):
+            young = True
+        found.append(Part(first, after - 1, size, newest))
     return found
 
 
-def _surplus(log: Log, kept: list[_Archived], keep: Keep) -> int:
-    """Count how many of the oldest segments the policy does not keep."""
-    if isinstance(keep, timedelta):
-        oldest = events.timestamp(events.now() - keep)
-        count = 0
-        while count < len(kept) and _last_ts(log.directory, kept[count]) < oldest:
-            count += 1
-        return count
-    if isinstance(keep, KeepEvents):
-        newest = log.last_seq() - keep.count
-        return sum(1 for part in kept if part.last <= newest)
-    left = sum(part.size for part in kept)
-    count = 0
-    while count < len(kept) and left > (keep or 0):
-        left -= kept[count].size
-        count += 1
-    return count
+def _name(directory: Directory, first: int) -> str:
+    return segments.archive_file(directory, first) or layout.archive_name(first)
 
 
-def _last_ts(directory: Directory, part: _Archived) -> str:
-    source = segments.open_segment(directory, part.first)
+def _newest(directory: Directory, first: int) -> str:
+    source = segments.open_segment(directory, first)
     ts = ""
-    for step in walk(source, segments.start_of(part.first)):
+    for step in walk(source, segments.start_of(first)):
         ts = max(ts, step.line["ts"]) if step.line is not None else ts
     return ts
-
-
-def _held_back(log: Log, kept: list[_Archived], surplus: int) -> int:
-    """Return how many may go with regard to cursors: what they need stays, up to the cap."""
-    places = cursor.every(log.directory)
-    for place in places:
-        if place.damaged:
-            _logger.warning("cursor %s is damaged and holds back everything", place.name)
-    needed = min((place.seq + 1 for place in places), default=None)
-    if needed is None:
-        return surplus
-    free = sum(1 for part in kept[:surplus] if part.last < needed)
-    held = sum(part.size for part in kept[free:surplus])
-    while free < surplus and held > layout.CURSOR_HOLD_BYTES_MAX:
-        held -= kept[free].size
-        late = [place.name for place in places if place.seq < kept[free].last]
-        _logger.warning("history up to seq %d goes although %s need it", kept[free].last, late)
-        free += 1
-    return free
 
 
 def _base(directory: Directory, last: int) -> str | None:

@@ -7,8 +7,10 @@ reading begins again.
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from crewlog import directory, layout, segments, snapshot
+from crewlog.address import DirectoryAddress, locate
 from crewlog.directory import Directory
 from crewlog.errors import (
     CrewlogError,
@@ -18,7 +20,7 @@ from crewlog.errors import (
     StoreMissing,
 )
 from crewlog_compactor.anchor import Anchor
-from crewlog_compactor.check import Check
+from crewlog_compactor.check import check
 from crewlog_compactor.findings import Finding, VerifyReport
 
 
@@ -35,7 +37,17 @@ def verify(
     are read. *Raises* StoreMissing if there is none; an
     unreadable file is StorageFailed, never a finding.
     """
-    path = directory.locate(where)
+    place = locate(where)
+    if not isinstance(place, DirectoryAddress):
+        from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
+
+        return etcd.verify(place, anchor=anchor, progress=progress)
+    return _verify(place.path, anchor=anchor, progress=progress)
+
+
+def _verify(
+    path: Path, *, anchor: Anchor | None, progress: Callable[[int, int], None] | None
+) -> VerifyReport:
     try:
         opened = directory.open_existing(path)
     except StoreMissing:
@@ -48,14 +60,14 @@ def verify(
     for _ in range(layout.VERIFY_TRIES):
         begun = _beginning(opened)
         try:
-            report = Check(opened, anchor=anchor, progress=progress).run()
+            report = check(opened, anchor=anchor, progress=progress)
         except SegmentMissing:  # a retention took it while we read; else it would be a finding
             if _beginning(opened) == begun:
                 raise
         else:
             if report.ok or _beginning(opened) == begun:
                 return report
-    return Check(opened, anchor=anchor, progress=progress).run()
+    return check(opened, anchor=anchor, progress=progress)
 
 
 def _beginning(opened: Directory) -> tuple[int, str]:

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
-from crewlog import changes, codec, directory, layout
+from crewlog import address, changes, codec, layout
+from crewlog.appending import Appended, Decide
 from crewlog.awatch import AsyncWatch
 from crewlog.batch import Batch
 from crewlog.changes import Redact, Step
@@ -24,10 +25,9 @@ from crewlog.commit import Phase, Request
 from crewlog.errors import AppendUncertain, RegistryClosed
 from crewlog.events import Event, JsonValue, Worker, event_of, worker_of
 from crewlog.follow import WatchOptions
-from crewlog.log import Log
 from crewlog.past import HistoryOptions
 from crewlog.registry import Registry, Where
-from crewlog.store import Appended, Decide
+from crewlog.store import Store
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,7 +79,7 @@ class AsyncRegistry:
         self._leaders = ThreadPoolExecutor(_LEADERS, thread_name_prefix="crewlog-lead")
         self._calls = ThreadPoolExecutor(_CALLS_MAX, thread_name_prefix="crewlog-call")
         self._inbox: _Inbox | None = None
-        self._log: Log | None = None
+        self._log: Store | None = None
 
     async def call(self, work: Callable[[], R]) -> R:
         """Run something that may block in a thread."""
@@ -240,7 +240,7 @@ class _Awaited(Request):
         self,
         decide: Decide,
         about: Collection[str],
-        log: Log,
+        log: Store,
         inbox: _Inbox,
         leaders: ThreadPoolExecutor,
     ) -> None:
@@ -258,7 +258,7 @@ class _Awaited(Request):
         try:
             self._leaders.submit(self._go_on)
         except RuntimeError:  # the pool is gone: the registry was closed meanwhile
-            where = str(self._log.directory.path)
+            where = self._log.where
             self.fail(
                 AppendUncertain(where, why="the registry was closed meanwhile")
                 if phase == "written"
@@ -290,5 +290,5 @@ def aopen(
 
     Arguments as for `crewlog.open`.
     """
-    path = directory.locate(where)
-    return AsyncRegistry(Registry(path, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact))
+    place = address.locate(where)
+    return AsyncRegistry(Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact))

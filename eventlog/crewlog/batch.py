@@ -5,9 +5,9 @@ from types import TracebackType
 from typing import Self
 
 from crewlog import changes, layout
+from crewlog.appending import Appended
 from crewlog.changes import Author, Step
 from crewlog.events import JsonValue
-from crewlog.store import Appended
 
 
 class Batch:

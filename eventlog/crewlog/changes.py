@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
 from crewlog import codec, endpoint, events, fold, identity, layout
+from crewlog.appending import Decide, Written
 from crewlog.codec import Draft
 from crewlog.errors import StaleRevision
 from crewlog.events import Identity, JsonObject, JsonValue, Record
 from crewlog.identity import Status
-from crewlog.store import Decide, Written
 
 
 class Step(NamedTuple):

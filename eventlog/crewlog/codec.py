@@ -337,13 +337,21 @@ _RECORD_OPTIONAL: Final[Mapping[str, type | tuple[type, ...]]] = {
 
 def _records(found: JsonObject, name: str) -> list[Record]:
     rows: list[object] = _field(found, name, list)
-    for row in rows:
-        if not isinstance(row, dict):
-            raise DocumentError(f"an entry of {name!r} is not an object")
-        for key, kind in _RECORD_SHAPE.items():
-            if not isinstance(row.get(key), kind):
-                raise DocumentError(f"an entry of {name!r} has no proper {key!r}")
-        for key, kind in _RECORD_OPTIONAL.items():
-            if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
-                raise DocumentError(f"an entry of {name!r} has no proper {key!r}")
-    return cast("list[Record]", rows)
+    return [_record(row, f"an entry of {name!r}") for row in rows]
+
+
+def _record(row: object, what: str) -> Record:
+    if not isinstance(row, dict):
+        raise DocumentError(f"{what} is not an object")
+    for key, kind in _RECORD_SHAPE.items():
+        if not isinstance(row.get(key), kind):
+            raise DocumentError(f"{what} has no proper {key!r}")
+    for key, kind in _RECORD_OPTIONAL.items():
+        if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
+            raise DocumentError(f"{what} has no proper {key!r}")
+    return cast("Record", row)
+
+
+def decode_record(data: bytes) -> Record:
+    """Check and parse one worker's record, as `dump` wrote it. *Raises* DocumentError."""
+    return _record(load_object(data), "it")

@@ -20,8 +20,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 from crewlog import layout
+from crewlog.appending import Appended, Decide
 from crewlog.errors import AppendUncertain, LockBusy
-from crewlog.store import Appended, Decide
 
 # waiting; to lead; written, to be made durable by whoever waits; done
 Phase: TypeAlias = Literal["waiting", "lead", "written", "done"]

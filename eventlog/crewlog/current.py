@@ -20,9 +20,10 @@ from crewlog.directory import Directory
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.events import Line, Record
 from crewlog.fold import Fold, FoldError
-from crewlog.reader import Reader, Sieve, raw_between, walk
+from crewlog.reader import Reader, raw_between, walk
 from crewlog.refold import corrupt
 from crewlog.segments import Position, Source
+from crewlog.sieve import Sieve
 from crewlog.structs import AppendState, DurableHead
 
 _logger = logging.getLogger("crewlog.current")

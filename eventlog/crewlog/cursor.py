@@ -7,7 +7,6 @@ Losing the last write in a power cut only delivers again what was delivered: at 
 import os
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import Final
 
 from crewlog import disk, layout
@@ -15,22 +14,11 @@ from crewlog.directory import Directory
 from crewlog.disk import Disk
 from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy, RegistryClosed
 from crewlog.lock import take
+from crewlog.store import Standing
 
 _SLOT: Final = struct.Struct("<8sQQ4xI")
 _MAGIC: Final = b"crewlogC"
 _BYTES: Final = 2 * _SLOT.size
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A cursor as anyone may see it: everything up to `seq` is acknowledged.
-
-    Of a damaged one that is not known: `seq` is then 0, and it holds back everything.
-    """
-
-    name: str
-    seq: int
-    damaged: bool = False
 
 
 def _encode(generation: int, seq: int) -> bytes:
@@ -50,7 +38,7 @@ def _decode(data: bytes) -> tuple[int, int] | None:
     return max(found, default=None)
 
 
-def read(directory: Directory, name: str) -> Place | None:
+def read(directory: Directory, name: str) -> Standing | None:
     """Read a cursor, whoever owns it; None if there is none of that name.
 
     *Raises* CursorCorrupt if neither slot is whole.
@@ -66,10 +54,10 @@ def read(directory: Directory, name: str) -> Place | None:
     newest = _decode(data)
     if newest is None:
         raise CursorCorrupt(where)
-    return Place(name, newest[1])
+    return Standing(name, newest[1])
 
 
-def every(directory: Directory) -> list[Place]:
+def every(directory: Directory) -> list[Standing]:
     """Read every cursor; a damaged one hides no other."""
     found = []
     for name in disk.names(directory[layout.CURSORS]):
@@ -78,7 +66,7 @@ def every(directory: Directory) -> list[Place]:
         try:
             place = read(directory, name)
         except CursorCorrupt:
-            place = Place(name, 0, damaged=True)
+            place = Standing(name, 0, damaged=True)
         if place is not None:
             found.append(place)
     return found
@@ -190,3 +178,33 @@ def remove(directory: Directory, name: str) -> bool:
             lock.close()
         directory.disk.sync_directory(directory[layout.CURSORS])
     return True
+
+
+class Cursors:
+    """The cursors of a directory; see store.Cursors."""
+
+    __slots__ = ("_directory",)
+
+    def __init__(self, directory: Directory) -> None:
+        """Read nothing yet."""
+        self._directory = directory
+
+    def read(self, name: str) -> Standing | None:
+        """Read a cursor, whoever owns it."""
+        return read(self._directory, name)
+
+    def every(self) -> list[Standing]:
+        """Read every cursor."""
+        return every(self._directory)
+
+    def own(self, name: str, *, start: int) -> Cursor:
+        """Take ownership."""
+        return Cursor(self._directory, name, start=start)
+
+    def is_owned(self, name: str) -> bool:
+        """Say whether a subscriber owns it."""
+        return is_owned(self._directory, name)
+
+    def remove(self, name: str) -> bool:
+        """Remove one that nobody owns."""
+        return remove(self._directory, name)

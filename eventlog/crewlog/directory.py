@@ -39,7 +39,10 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
 
         parts = urlsplit(named)
         if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
-            message = f"{named!r} is not a place for a registry: give a directory or file:///path"
+            message = (
+                f"{named!r} is not a place for a registry: "
+                "give a directory, file:///path or etcd://host:2379/prefix"
+            )
             raise ValueError(message)
         named = unquote(parts.path)
     if "\0" in named:

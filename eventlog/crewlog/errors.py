@@ -446,6 +446,74 @@ class AppendUncertain(CrewlogError):
         )
 
 
+# -- a server failed ------------------------------------------------------------------------
+
+
+class Unavailable(CrewlogError):
+    """No server answered in time; nothing of the change was sent."""
+
+    code = "unavailable"
+    exit_code = 75
+
+    def __init__(self, where: str, *, why: str) -> None:
+        """Name the servers and what the last of them said."""
+        super().__init__(
+            "no server can be reached",
+            where=where,
+            why=why,
+            remedy="Check the address and that a quorum of the cluster is up; then try again",
+        )
+
+
+class UnknownOutcome(CrewlogError):
+    """The change was sent and no answer came."""
+
+    code = "unknown_outcome"
+    exit_code = 74
+
+    def __init__(self, where: str, *, why: str) -> None:
+        """Say why nobody can know."""
+        super().__init__(
+            "the change was sent and may yet be made",
+            where=where,
+            why=why,
+            remedy="Read the registry before trying again",
+            outcome="unknown",
+        )
+
+
+class QuotaExceeded(CrewlogError):
+    """The server has no room left for any change; history can still be dropped."""
+
+    code = "quota_exceeded"
+    exit_code = 74
+
+    def __init__(self, where: str) -> None:
+        """Name the server."""
+        super().__init__(
+            "the server's quota is full",
+            where=where,
+            why="it takes no change but removals until its alarm is disarmed",
+            remedy="crewlog compact --keep-history 30d; then etcdctl compact, defrag, alarm disarm",
+        )
+
+
+class AuthFailed(CrewlogError):
+    """The server does not let us in, or not that far."""
+
+    code = "auth_failed"
+    exit_code = 77
+
+    def __init__(self, where: str, *, why: str, remedy: str = "") -> None:
+        """Name the server and what it said."""
+        super().__init__(
+            "the server refuses us",
+            where=where,
+            why=why,
+            remedy=remedy or "Check the user, its password and roles, and the certificates",
+        )
+
+
 # -- the data are damaged -------------------------------------------------------------------
 
 
@@ -557,6 +625,23 @@ class LossRefused(DataDamaged):
             where=where,
             why=", ".join(f"{first} to {last}" for first, last in losses),
             remedy=f"Restore a backup; or, if there is none: crewlog repair --yes {ranges}",
+        )
+
+
+class HistoryRewound(DataDamaged):
+    """The store is another one, or an older state of itself, than it was: a backup came back."""
+
+    code = "history_rewound"
+
+    def __init__(self, where: str, *, seen: int, found: int) -> None:
+        """Name the seqs that were seen before and that are there now."""
+        self.seen = seen
+        self.found = found
+        super().__init__(
+            "the store is not the one that it was",
+            where=where,
+            why=f"seq {seen} was seen, and what is there now, up to {found}, does not hold it",
+            remedy="If a backup was restored on purpose, open the registry again",
         )
 
 

@@ -1,7 +1,7 @@
 """Turn a position into items: every durable event after it, once, in order. Waits for nothing.
 
 The log is the buffer: a feed holds a position and one read chunk, so a slow reader costs the
-writers nothing and itself no more than that. What is delivered is up to head/durable only.
+writers nothing and itself no more than that. What is delivered is durable.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -12,9 +12,8 @@ from typing import Literal, TypeAlias
 from crewlog import events
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of
-from crewlog.log import Log
-from crewlog.reader import Reader, Sieve
-from crewlog.segments import Position
+from crewlog.sieve import Sieve
+from crewlog.store import Store, Tail
 
 After: TypeAlias = int | Literal["now", "oldest"] | datetime | None
 OnCompacted: TypeAlias = Literal["reset", "raise"]
@@ -63,7 +62,7 @@ class Feed:
 
     def __init__(
         self,
-        log: Log,
+        log: Store,
         *,
         after: After,
         wanted: Filter,
@@ -79,7 +78,7 @@ class Feed:
         self._on_compacted = on_compacted
         self._state = state
         self._lines: Iterator[tuple[Line, bytes]] | None = None
-        self._reader: Reader | None = None
+        self._tail: Tail | None = None
         self._first: State | None = None
         self._revs: dict[str, int] | None = None
         self._announced = False
@@ -128,13 +127,12 @@ class Feed:
                 item = self._delivered(lines_max)
                 if item is not None or self.unfinished:
                     return item
-                head = self.log.head()
-                self.seen_seq = head.seq
-                if head.seq <= self.position:
+                head = self.seen_seq = self.log.last_seq()
+                if head <= self.position:
                     return self._announce()
-                if self._reader is None:
-                    self._reader = self.log.reader(self.position, sieve=self._wanted.sieve())
-                self._lines = self._reader.read(Position(head.segment, head.end, head.seq))
+                if self._tail is None:
+                    self._tail = self.log.tail(self.position, sieve=self._wanted.sieve())
+                self._lines = self._tail.read(head)
         except CompactedError as error:
             return self._compacted(error)
         except SegmentMissing as error:
@@ -146,7 +144,7 @@ class Feed:
             )
 
     def _delivered(self, lines_max: int | None) -> Item | None:
-        if self._lines is None or self._reader is None:
+        if self._lines is None or self._tail is None:
             return None
         passed = 0
         for line, raw in self._lines:
@@ -166,7 +164,7 @@ class Feed:
                 self.unfinished = True
                 return None
         self._lines = None
-        self.position = max(self.position, self._reader.position.seq)
+        self.position = max(self.position, self._tail.seq)
         return None
 
     def _remember(self, line: Line) -> None:
@@ -185,7 +183,7 @@ class Feed:
     # -- what cannot be delivered -----------------------------------------------------------
 
     def _compacted(self, error: CompactedError) -> Reset:
-        self._drop_reader()
+        self._drop_tail()
         if self._on_compacted == "raise":
             raise error
         return self._reset("compacted")
@@ -194,7 +192,7 @@ class Feed:
         """Tell of events that a repair gave up."""
         first = line["data"].get("first")
         self.position = first - 1 if isinstance(first, int) else line["seq"] - 1
-        self._drop_reader()
+        self._drop_tail()
         if self._on_compacted == "raise":
             last = line["seq"]
             raise CompactedError(requested=self.position + 1, oldest=last + 1, snapshot_seq=last)
@@ -216,34 +214,34 @@ class Feed:
             diff=None if before is None else diff_of(before, state.workers.revs()),
         )
 
-    def moved_to(self, log: Log) -> Reset | None:
+    def moved_to(self, log: Store) -> Reset | None:
         """Go on with the log that is in place now; a Reset unless it continues this one."""
         continues = self._is_continued_by(log)
         reset = None if continues else self._reset("replaced")  # may raise: then nothing has moved
         self.log = log
-        self._drop_reader()
+        self._drop_tail()
         return reset
 
-    def _is_continued_by(self, log: Log) -> bool:
+    def _is_continued_by(self, log: Store) -> bool:
         """Say whether the last line that was looked at is in that log too, at its place."""
-        if log.directory.store != self.log.directory.store or self._passed is None:
+        if log.id != self.log.id or self._passed is None:
             return False
         seq, raw = self._passed
         if seq != self.position or log.last_seq() < seq or log.first_seq() > seq:
             return False
         return next((there == raw for _, there in log.read(seq - 1)), False)
 
-    def _drop_reader(self) -> None:
+    def _drop_tail(self) -> None:
         self._lines = None
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        if self._tail is not None:
+            self._tail.close()
+            self._tail = None
 
-    def rearm(self, log: Log) -> None:
+    def rearm(self, log: Store) -> None:
         """Begin anew at the same position, in a forked child."""
         self.log = log
-        self._drop_reader()
+        self._drop_tail()
 
     def close(self) -> None:
         """Close what is open."""
-        self._drop_reader()
+        self._drop_tail()

@@ -4,16 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
-from crewlog import changes, cursor, feed, layout, notify
-from crewlog.cursor import Cursor
+from crewlog import changes, feed, notify
 from crewlog.errors import WorkerEnded, WorkerNotFound
 from crewlog.events import FINAL, Item, State, Worker, WorkerState
 from crewlog.feed import After, Feed, OnCompacted
-from crewlog.log import Log
 from crewlog.notify import Backend, Bell, Waker
+from crewlog.store import Cursor, Store
 from crewlog.subscribe import Mirror, OnError, Subscription, check_on_error
 from crewlog.watch import Vigil, Watch
 
@@ -37,15 +35,13 @@ class WatchOptions(TypedDict, total=False):
 class Following(ABC):
     """What a registry must tell, and all that follows from it."""
 
-    path: Path
-
     @abstractmethod
-    def log(self) -> Log:
+    def log(self) -> Store:
         """Return the store's log. *Raises* StoreMissing."""
 
     @abstractmethod
-    def log_in_place(self) -> Log | None:
-        """Return the log of the store that is at the path now, reopened if it is another one."""
+    def log_in_place(self) -> Store | None:
+        """Return the store that its place leads to now, reopened if it is another one."""
 
     @abstractmethod
     def state(self) -> State:
@@ -164,8 +160,7 @@ class Following(ABC):
         log = self.log()
 
         def arm() -> Waker:
-            directory = self.path / layout.HEAD
-            return Waker(directory, backend=backend, local=log.directory.local, bell=bell())
+            return Waker(log.changes, backend=backend, bell=bell())
 
         with ExitStack() as undo:
             owned = None if cursor_name is None else self._own(log, cursor_name, after)
@@ -189,15 +184,15 @@ class Following(ABC):
             cursor=None if owned is None else owned[0],
         )
 
-    def _own(self, log: Log, name: str, after: After) -> tuple[Cursor, After]:
+    def _own(self, log: Store, name: str, after: After) -> tuple[Cursor, After]:
         """Take a cursor; it begins where it stands, a new one where `after` says."""
         changes.check_sid(name, what="cursor")
-        known = cursor.read(log.directory, name)
+        known = log.cursors.read(name)
         if known is not None:
-            owned = Cursor(log.directory, name, start=known.seq)
+            owned = log.cursors.own(name, start=known.seq)
             return owned, owned.seq
         begun = Feed(log, after=after, wanted=feed.Filter(), on_compacted="reset", state=self.state)
-        owned = Cursor(log.directory, name, start=begun.position)
+        owned = log.cursors.own(name, start=begun.position)
         return owned, after if after is None else owned.seq
 
 

@@ -4,10 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Final
 
-from crewlog import changes, endpoint, layout, lease, liveness
+from crewlog import changes, endpoint, layout, liveness
 from crewlog.changes import Author, Step
 from crewlog.errors import (
     InvalidTransition,
@@ -18,10 +17,9 @@ from crewlog.errors import (
 )
 from crewlog.events import Event, Worker, WorkerState
 from crewlog.identity import Status
-from crewlog.lease import Lease
 from crewlog.liveness import Evidence, Liveness
-from crewlog.log import Log
 from crewlog.process import Process
+from crewlog.store import Lease, Store
 from crewlog.witness import witness
 
 _NOTHING: Final = Evidence()
@@ -29,8 +27,6 @@ _NOTHING: Final = Evidence()
 
 class Judging(ABC):
     """What a registry must tell of its workers, and the judgement of them."""
-
-    path: Path
 
     @abstractmethod
     def get(self, sid: str) -> Worker | None:
@@ -41,11 +37,11 @@ class Judging(ABC):
         """Return who we are."""
 
     @abstractmethod
-    def log(self) -> Log:
+    def log(self) -> Store:
         """Return the store's log. *Raises* StoreMissing."""
 
     @abstractmethod
-    def created(self) -> Log:
+    def created(self) -> Store:
         """Return the store's log, and create the store if there is none."""
 
     @abstractmethod
@@ -79,11 +75,12 @@ class Judging(ABC):
 
     def judge(self, workers: Collection[Worker]) -> list[Liveness]:
         """Judge many workers, now, in their order; no lock is held and nothing is written."""
-        living = [worker for worker in workers if not worker.final]
-        at = self.log().directory if living else None
+        names = [w.lease for w in workers if w.lease is not None and not w.final]
+        living = names or any(not worker.final for worker in workers)
+        log = self.log() if living else None
         look = witness(
-            local_file_system=at is None or at.local,
-            leases=lambda name: ("absent", None) if at is None else lease.look(at, name),
+            local_file_system=log is None or log.one_host,
+            leases=log.leases.look(names) if log is not None and names else None,
         ).look
         return [
             liveness.judge(
@@ -124,11 +121,14 @@ class Judging(ABC):
         as stalled. *Raises* WorkerNotFound; LeaseMissing if it was registered without a lease.
         """
         worker = self.known(sid)
-        if worker.lease is None or not lease.beat(self.log().directory, worker.lease):
+        name, heartbeat_s = worker.lease, worker.heartbeat_s
+        if name is None or not self.log().leases.beat(name, heartbeat_s=heartbeat_s):
             raise LeaseMissing(sid)
 
     @contextmanager
-    def leasing(self, sid: str, *, wanted: bool) -> Iterator[Lease | None]:
+    def leasing(
+        self, sid: str, *, wanted: bool, heartbeat_s: float | None
+    ) -> Iterator[Lease | None]:
         """Make a lease, with its first beat, for a worker that is registered in this block.
 
         If the block raises, the worker is not registered and the lease goes.
@@ -137,10 +137,8 @@ class Judging(ABC):
         if not wanted:
             yield None
             return
-        at = self.created().directory
-        made = Lease(at, sid)
+        made = self.created().leases.make(sid, heartbeat_s=heartbeat_s)
         try:
-            lease.beat(at, made.name)
             yield made
         except BaseException:
             made.drop()

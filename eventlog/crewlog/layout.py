@@ -134,6 +134,26 @@ HEARTBEAT_MAX_S: Final = 7 * 86_400.0
 CONNECT_WAIT_S: Final = 1.0
 PLAN_BYTES_MAX: Final = 256 * 1024 * 1024
 
+# -- a cluster ------------------------------------------------------------------------------
+# etcd refuses transactions of more than 128 operations or 1.5 MiB, unless it is told otherwise.
+TXN_WORKERS_MAX: Final = 100
+TXN_BYTES_MAX: Final = 1024 * 1024
+GROUP_EVENTS_MAX: Final = 40  # of callers that share a transaction
+KEYS_A_PAGE: Final = 256
+RECORDS_A_PAGE: Final = 1000
+PIECE_BYTES: Final = 512 * 1024
+PIECES_MAX: Final = 10_000
+CONNECTIONS_MAX: Final = 8
+ANSWER_WAIT_S: Final = 2.0  # then the same is sent to the next server
+STREAM_WAIT_S: Final = 30.0  # without a word, a stream is begun anew
+BACKOFF_MIN_S: Final = 0.001
+BACKOFF_MAX_S: Final = 0.1
+RACE_PAUSE_MAX_S: Final = 0.02  # of a writer that others were faster than
+LEASE_TTL_S: Final = 15  # of a worker: so long it may seem to live after its host is gone
+CLAIM_TTL_S: Final = 10  # of who owns a cursor, or has the turn to start a worker
+CLAIM_LOOK_S: Final = 0.05
+KEEPER_WAIT_S: Final = 30.0
+
 SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 
 

@@ -10,16 +10,21 @@ beats end with the boot.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
-from crewlog import disk, identity, layout, liveness, structs
+from crewlog import disk, identity, layout, structs
 from crewlog.directory import Directory
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
+from crewlog.events import Worker
+from crewlog.liveness import LeaseSeen
 from crewlog.lock import Lock, take
 from crewlog.structs import Beat
 
 _MARK = "~"  # in no sid
+# Held until this process ends, whatever becomes of the registry that took them.
+_kept: "list[Lease]" = []
 
 
 class Lease:
@@ -43,11 +48,16 @@ class Lease:
         """Return the descriptor whose last copy holds the lease."""
         return self._lock.share()
 
-    def keep_over_exec(self) -> None:
-        """Stay held when this process becomes another program: it lives on, after all."""
-        os.set_inheritable(self.fd, True)  # noqa: FBT003 (its only argument)
+    def inherited(self) -> Sequence[int]:
+        """Return the descriptors by which a program that is started holds it."""
+        return (self.fd,)
 
-    def hand_over(self) -> None:
+    def keep(self, _worker: Worker) -> None:
+        """Hold it until this process ends, also when it becomes another program."""
+        os.set_inheritable(self.fd, True)  # noqa: FBT003 (its only argument)
+        _kept.append(self)
+
+    def hand_over(self, _worker: Worker) -> None:
         """Close our copy: from here on the process that inherited one holds the lease."""
         self._lock.abandon()
 
@@ -114,7 +124,7 @@ def beat(directory: Directory, name: str) -> bool:
     return True
 
 
-def look(directory: Directory, name: str) -> tuple[liveness.Lease, float | None]:
+def look(directory: Directory, name: str) -> LeaseSeen:
     """Say who holds a lease, and how old its last beat is in seconds, None if that is not known.
 
     The look takes the lock shared, for a moment, so that two who look never see each other.
@@ -124,16 +134,16 @@ def look(directory: Directory, name: str) -> tuple[liveness.Lease, float | None]
         try:
             fd = disk.open_file(name, at=at, where=where)
         except FileNotFoundError:
-            return "absent", None
+            return LeaseSeen("absent")
         try:
             age_s = _age_s(fd)
         finally:
             os.close(fd)
     lock = Lock(name, at=at, where=where)
     try:
-        return ("free" if lock.try_acquire(shared=True) else "held"), age_s
+        return LeaseSeen("free" if lock.try_acquire(shared=True) else "held", age_s)
     except (FileNotFoundError, StoreMissing):  # swept since
-        return "absent", None
+        return LeaseSeen("absent")
     finally:
         lock.close()
 
@@ -170,3 +180,39 @@ def sweep(directory: Directory, *, needed: Callable[[str], bool]) -> int:
         finally:
             lock.close()
     return swept
+
+
+class Leases:
+    """The leases of a directory; see store.Leases."""
+
+    __slots__ = ("_directory",)
+
+    def __init__(self, directory: Directory) -> None:
+        """Look at nothing yet."""
+        self._directory = directory
+
+    def make(self, sid: str, *, heartbeat_s: float | None) -> Lease:  # noqa: ARG002 (who looks compares)
+        """Make a lease, with its first beat."""
+        made = Lease(self._directory, sid)
+        try:
+            beat(self._directory, made.name)
+        except BaseException:
+            made.drop()
+            raise
+        return made
+
+    def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:  # noqa: ARG002 (one by one)
+        """Return what looks at a lease."""
+        return partial(look, self._directory)
+
+    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:  # noqa: ARG002 (as above)
+        """Note that the worker is well."""
+        return beat(self._directory, name)
+
+    def turn(self, sid: str, *, wait_s: float) -> AbstractContextManager[Lock]:
+        """Hold the turn to start a worker of one sid."""
+        return turn(self._directory, sid, wait_s=wait_s)
+
+    def sweep(self, *, needed: Callable[[str], bool]) -> int:
+        """Remove what nobody holds or needs."""
+        return sweep(self._directory, needed=needed)

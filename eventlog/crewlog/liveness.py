@@ -18,6 +18,18 @@ Lease: TypeAlias = Literal["held", "free", "absent"]
 Killed: TypeAlias = Literal["exists", "no_such_process"]
 
 
+class LeaseSeen(NamedTuple):
+    """What a look at a lease shows: who holds it, and its last beat.
+
+    `beat_age_s` is None where it is not known; `beat_expired` says that the beat has run out by the
+    clock of a server that tells no age.
+    """
+
+    state: Lease
+    beat_age_s: float | None = None
+    beat_expired: bool = False
+
+
 class Verdict(StrEnum):
     """What the evidence proves."""
 
@@ -55,6 +67,7 @@ class Evidence(NamedTuple):
     record_age_s: float = 0.0
     lease: Lease | None = None
     beat_age_s: float | None = None
+    beat_expired: bool = False
     heartbeat_s: float | None = None
     found_by_scan: bool | None = None
     scan_complete: bool = False
@@ -114,7 +127,7 @@ _NO_FLAGS: Final[frozenset[Flag]] = frozenset()
 def _flags(seen: Evidence) -> frozenset[Flag]:
     if not (seen.owner_dead or seen.heartbeat_s is not None or seen.sock is not None):
         return _NO_FLAGS
-    late = (
+    late = seen.beat_expired or (
         seen.heartbeat_s is not None
         and seen.beat_age_s is not None
         and seen.beat_age_s > seen.heartbeat_s
@@ -167,6 +180,8 @@ def _other_boot(identity: Identity, seen: Evidence) -> _Row:
         return _DEAD, "rebooted"
     if seen.lease == "free":  # 6
         return _DEAD, "lease_released"
+    if seen.lease == "held" and not seen.local_file_system:  # 25: a server keeps it
+        return _ALIVE, "lease"
     return _UNKNOWN, "foreign_host"  # 7
 
 

@@ -51,6 +51,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from crewlog import codec, disk, events, identity, layout, segments, structs, tail, writing
+from crewlog.appending import Appended, Decide
 from crewlog.commit import Commits, Request
 from crewlog.current import Written
 from crewlog.directory import Directory
@@ -68,7 +69,6 @@ from crewlog.reading import Reading
 from crewlog.recovery import Found
 from crewlog.redo import Redo
 from crewlog.states import States
-from crewlog.store import Appended, Decide
 from crewlog.structs import AppendState, DurableHead
 from crewlog.sync import Syncer
 from crewlog.writing import Unit, Writing
@@ -101,7 +101,7 @@ class Log(Reading):
     def _new_turn(self) -> None:
         self.writer = threading.Lock()  # one thread at a time writes; taken before the mutex
         mine = self.writer, self.append_lock, self.mutex
-        self._writing = Writing(*mine, wait_s=self.wait_s, where=self._where())
+        self._writing = Writing(*mine, wait_s=self.wait_s, where=self.where)
 
     def _lock(self, name: str) -> Lock:
         where = self.directory.lock_path(name)
@@ -158,13 +158,13 @@ class Log(Reading):
             with self.state():
                 return
         if self._current.lag(state.seq) > layout.CATCH_UP_LINES_MAX:
-            with disk.failures("cannot read the log", where=self._where()), self.mutex:
+            with disk.failures("cannot read the log", where=self.where), self.mutex:
                 self._current.catch_up(segments.written_end(state))
 
     def _ready(self) -> tuple[AppendState, DurableHead]:
         """Bring log and states into the order that an append starts from. Held: append."""
         if self.closed:
-            raise RegistryClosed(self._where())
+            raise RegistryClosed(self.where)
         self._mind_places()
         state, head = self._states.append_state(), self._states.head()
         self._sync.require_sound(head)

@@ -1,7 +1,7 @@
-"""Wake readers when head/durable may have changed. A wake only means: look again.
+"""Wake readers when a store may have changed. A wake only means: look again.
 
 Late, lost, doubled and early wakes change nothing about what is delivered; a reader looks by
-itself once a second anyway. One hub per process and directory holds one schedule with the system,
+itself once a second anyway. One hub per process and store holds one schedule with the system,
 however many readers listen. Where the system cannot tell (its limits are reached, the file system
 is a network one), or is proven not to (the head moved on and no wake came), the hub falls back to
 polling, with one warning. This is the only module that uses watchdog and inotify_simple.
@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import threading
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias, cast
 
@@ -57,7 +58,7 @@ class Rings(Protocol):
 
 
 class Source(Protocol):
-    """Something of the system that tells of changes in one directory."""
+    """Something that tells of the changes of one store."""
 
     name: str
 
@@ -67,6 +68,27 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Give every resource back."""
+        ...
+
+
+class Changes(Protocol):
+    """Where the changes of a store can be heard."""
+
+    @property
+    def where(self) -> str:
+        """Return the place, for messages."""
+        ...
+
+    def identity(self) -> Hashable:
+        """Return what changes when something else takes its place; None where it is gone."""
+        ...
+
+    def unheard(self) -> str:
+        """Return why nothing can be heard and it must be polled, "" if it can be."""
+        ...
+
+    def source(self, backend: Backend, rings: Rings) -> Source:
+        """Listen from here on. *Raises* OSError where the system cannot tell."""
         ...
 
 
@@ -159,25 +181,67 @@ class InotifySource:
         self._inotify.close()
 
 
-class Hub:
-    """One schedule for all readers of one directory in one process."""
+class HeadChanges:
+    """The changes of a directory store: head/ of it, where every publication writes."""
 
-    def __init__(self, directory: Path, backend: Backend, *, local: bool) -> None:
+    __slots__ = ("_directory", "_local")
+
+    def __init__(self, directory: Path, *, local: bool) -> None:
+        """Listen to nothing yet; `local`: not on a network file system."""
+        self._directory = directory
+        self._local = local
+
+    @property
+    def where(self) -> str:
+        """Return the directory."""
+        return str(self._directory)
+
+    def identity(self) -> Hashable:
+        """Return the device and inode of the directory, None where it is gone."""
+        try:
+            found = os.stat(self._directory)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def unheard(self) -> str:
+        """Return why it must be polled."""
+        return "" if self._local else "this is a network file system"
+
+    def source(self, backend: Backend, rings: Rings) -> Source:
+        """Listen by the best that there is. *Raises* OSError at inotify's limits."""
+        try:
+            if backend in {"auto", "inotify"}:
+                try:
+                    return InotifySource(self._directory, rings)
+                except ImportError:  # not Linux, or the extra is not installed
+                    if backend == "inotify":
+                        raise
+            return WatchdogSource(self._directory, rings)
+        except OSError as error:  # EMFILE or ENOSPC
+            raise OSError(error.errno, f"{error.strerror} (see fs.inotify in sysctl)") from error
+
+
+class Hub:
+    """One schedule for all readers of one store in one process."""
+
+    def __init__(self, changes: Changes, backend: Backend) -> None:
         """Choose the best source there is, or fall back to polling."""
-        self.directory = directory
-        self.identity = _identity(directory)
+        self.where = changes.where
+        self.identity = changes.identity()
         self.bells: set[Bell] = set()
         self.source: Source | None = None
         self._warned = False
         if backend == "poll":
             return
-        if not local:
-            self.fall_back("this is a network file system")
+        unheard = changes.unheard()
+        if unheard:
+            self.fall_back(unheard)
             return
         try:
-            self.source = _source(directory, backend, self.ring)
-        except OSError as error:  # EMFILE or ENOSPC: inotify's limits
-            self.fall_back(f"{error.strerror} (see fs.inotify in sysctl)")
+            self.source = changes.source(backend, self.ring)
+        except OSError as error:
+            self.fall_back(error.strerror or str(error))
 
     def ring(self) -> None:
         """Wake every reader."""
@@ -189,7 +253,7 @@ class Hub:
         source, self.source = self.source, None
         if not self._warned:
             self._warned = True
-            _logger.warning("no word of changes in %s: %s; polling instead", self.directory, why)
+            _logger.warning("no word of changes in %s: %s; polling instead", self.where, why)
         if source is not None:
             source.close()
         self.ring()
@@ -201,24 +265,6 @@ class Hub:
             source.close()
 
 
-def _source(directory: Path, backend: Backend, rings: Rings) -> Source:
-    if backend in {"auto", "inotify"}:
-        try:
-            return InotifySource(directory, rings)
-        except ImportError:  # not Linux, or the extra is not installed
-            if backend == "inotify":
-                raise
-    return WatchdogSource(directory, rings)
-
-
-def _identity(directory: Path) -> tuple[int, int]:
-    try:
-        found = os.stat(directory)
-    except FileNotFoundError:
-        return 0, 0
-    return found.st_dev, found.st_ino
-
-
 class _Hubs:
     """The hubs of this process, counted by their readers.
 
@@ -228,16 +274,16 @@ class _Hubs:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.by_key: dict[tuple[tuple[int, int], Backend], Hub] = {}
+        self.by_key: dict[tuple[Hashable, Backend], Hub] = {}
 
-    def join(self, directory: Path, backend: Backend, bell: Bell, *, local: bool) -> Hub:
-        key = (_identity(directory), backend)
+    def join(self, changes: Changes, backend: Backend, bell: Bell) -> Hub:
+        key = (changes.identity(), backend)
         with self.lock:
             hub = self.by_key.get(key)
             if hub is not None:
                 hub.bells.add(bell)
                 return hub
-        made = Hub(directory, backend, local=local)
+        made = Hub(changes, backend)
         with self.lock:
             hub = self.by_key.setdefault(key, made)
             hub.bells.add(bell)
@@ -290,20 +336,19 @@ def check_backend(backend: object) -> Backend:
 class Waker:
     """One reader's place at a hub."""
 
-    def __init__(self, directory: Path, *, backend: Backend, local: bool, bell: Bell) -> None:
-        """Listen to changes in `directory` from here on."""
-        self._directory = directory
+    def __init__(self, changes: Changes, *, backend: Backend, bell: Bell) -> None:
+        """Listen to the changes of a store from here on."""
+        self._changes = changes
         self._backend = backend
-        self._local = local
         self.bell = bell
         self._poll_s = layout.POLL_MIN_S
         self._closed = False
         self._pid = os.getpid()
-        self._hub = _hubs.join(directory, backend, self.bell, local=local)
+        self._hub = _hubs.join(changes, backend, self.bell)
 
     @property
     def source(self) -> str:
-        """Name what wakes: inotify, watchdog or poll."""
+        """Name what wakes: inotify, watchdog, etcd or poll."""
         source = self._hub.source
         return "poll" if source is None else source.name
 
@@ -332,14 +377,14 @@ class Waker:
             self._hub.fall_back(why)
 
     def check(self) -> None:
-        """Listen anew if the directory was replaced; poll if the source has died."""
+        """Listen anew if the store was replaced; poll if the source has died."""
         if self._hub.source is None:
             return
         if not self._hub.source.healthy():
             self._hub.fall_back(f"{self._hub.source.name} has stopped")
-        elif _identity(self._directory) not in {(0, 0), self._hub.identity}:
+        elif self._changes.identity() not in {None, self._hub.identity}:
             _hubs.leave(self._hub, self.bell)
-            self._hub = _hubs.join(self._directory, self._backend, self.bell, local=self._local)
+            self._hub = _hubs.join(self._changes, self._backend, self.bell)
 
     def close(self) -> None:
         """Leave the hub; idempotent. In a forked child the hub is the parent's, and left alone."""

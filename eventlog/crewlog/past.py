@@ -1,8 +1,8 @@
 """Answer for the past: what happened, and what the state was at a seq or a time.
 
-Order is seq, never a clock. A time is looked up among the headers of the segments, then line by
-line; where the clock stepped back near it, events of both sides of the step claim the same time,
-and the answer names them.
+Order is seq, never a clock. A time is looked up among the parts of the history, then line by line;
+where the clock stepped back near it, events of both sides of the step claim the same time, and the
+answer names them.
 """
 
 from abc import abstractmethod
@@ -11,16 +11,12 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Final, NamedTuple, TypedDict
 
-from crewlog import events, feed, segments, snapshot
+from crewlog import events, feed
 from crewlog.codec import Snapshot
-from crewlog.directory import Directory
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Past, event_of, past_of
 from crewlog.lives import Life, Lives
-from crewlog.log import Log
-from crewlog.reader import backwards, walk
-from crewlog.refold import refold
-from crewlog.segments import Position
+from crewlog.store import Store
 
 
 class HistoryOptions(TypedDict, total=False):
@@ -38,7 +34,7 @@ class Remembering:
     """What a registry can tell of the past; it takes no lock and writes nothing."""
 
     @abstractmethod
-    def _existing(self) -> Log | None: ...
+    def _existing(self) -> Store | None: ...
 
     def history(
         self,
@@ -64,7 +60,7 @@ class Remembering:
             return
         sieve = wanted.sieve(first)
         if newest_first:
-            found = backwards(log.directory, segments.durable_end(log.head()), sieve=sieve)
+            found = log.backwards(sieve=sieve)
         else:
             found = log.read(log.first_seq() - 1 if after is None else after, sieve=sieve)
         for line, raw in found:
@@ -104,7 +100,7 @@ class Remembering:
         if log is None:
             return []
         oldest, last = log.first_seq(), log.last_seq()
-        kept = [found for found in snapshot.states(log.directory) if found.last_seq == oldest - 1]
+        kept = [found for found in log.states() if found.last_seq == oldest - 1]
         found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
         for line, _ in log.read(oldest - 1):
             found.add(line)
@@ -123,11 +119,10 @@ class _Place(NamedTuple):
     disputed: tuple[int, int] | None
 
 
-def _before(log: Log, ts: str) -> _Place:
-    """Return the last seq up to a time: the last segment that begins by then, line by line."""
-    head = log.head()
-    firsts = [first for first in segments.all_of(log.directory) if first <= head.segment]
-    fitting = bisect_right(firsts, ts, key=lambda first: _begins(log.directory, first))
+def _before(log: Store, ts: str) -> _Place:
+    """Return the last seq up to a time: the last part that begins by then, line by line."""
+    firsts = log.firsts()
+    fitting = bisect_right(firsts, ts, key=log.begins)
     if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
         last = firsts[0] - 1
         raise CompactedError(requested=last, oldest=firsts[0], snapshot_seq=last)
@@ -147,26 +142,12 @@ def _before(log: Log, ts: str) -> _Place:
     return _Place(found, disputed)
 
 
-def _begins(directory: Directory, first: int) -> str:
-    """Return the time in a segment's header."""
-    source = segments.open_segment(directory, first)
-    try:
-        for step in walk(source, segments.start_of(first)):
-            if step.line is not None:
-                return step.line["ts"]
-    finally:
-        source.close()
-    return ""
-
-
-def _at(log: Log, place: _Place) -> Past:
-    head = log.head()
-    seq = min(place.seq, head.seq)
+def _at(log: Store, place: _Place) -> Past:
+    seq = min(place.seq, log.last_seq())
     start = _nearest(log, seq)
     times: dict[str, str] = {}
-    stop = segments.durable_end(head) if seq == head.seq else Position(0, 0, seq)
     if start.last_seq < seq:
-        start = refold(log.directory, start, stop, seen=lambda line: times.update(at=line["ts"]))
+        start = log.fold_to(start, seq, seen=lambda line: times.update(at=line["ts"]))
     following = next((line["ts"] for line, _ in log.read(start.last_seq)), None)
     since = times.get("at") or _time_of(log, start.last_seq)
     records = {record["sid"]: record for record in (*start.sessions, *start.ended)}
@@ -179,17 +160,17 @@ def _at(log: Log, place: _Place) -> Past:
     )
 
 
-def _time_of(log: Log, seq: int) -> str | None:
+def _time_of(log: Store, seq: int) -> str | None:
     """Return the time of one line, None if it is not kept."""
     if seq < log.first_seq():
         return None
     return next((line["ts"] for line, _ in log.read(seq - 1)), None)
 
 
-def _nearest(log: Log, seq: int) -> Snapshot:
+def _nearest(log: Store, seq: int) -> Snapshot:
     """Return the nearest older state that the history leads on from."""
     oldest = log.first_seq()
-    states = [found for found in snapshot.states(log.directory) if found.last_seq + 1 >= oldest]
+    states = [found for found in log.states() if found.last_seq + 1 >= oldest]
     fitting = [found for found in states if found.last_seq <= seq]
     if not fitting:
         first = min((found.last_seq for found in states), default=oldest)

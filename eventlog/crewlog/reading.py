@@ -6,16 +6,24 @@ and before the first write, the durable end is what a recovery would find.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 
-from crewlog import disk, identity, segments, tail
+from crewlog import disk, events, identity, layout, segments, snapshot, tail
+from crewlog.codec import Snapshot
 from crewlog.current import Current
+from crewlog.cursor import Cursors
 from crewlog.directory import Directory
 from crewlog.errors import CompactedError, StoreMissing, from_oserror
-from crewlog.events import Line
+from crewlog.events import Line, Record
 from crewlog.fold import Fold
-from crewlog.reader import Reader, Sieve
+from crewlog.lease import Leases
+from crewlog.notify import HeadChanges
+from crewlog.reader import Reader, backwards, walk
+from crewlog.refold import refold
+from crewlog.segments import Position
+from crewlog.sieve import Sieve
 from crewlog.states import States
 from crewlog.structs import DurableHead
 
@@ -47,7 +55,7 @@ class Reading:
                     self.recovery_pending = True
                     return judged
         except OSError as error:
-            raise from_oserror(error, "cannot read the registry", where=self._where()) from error
+            raise from_oserror(error, "cannot read the registry", where=self.where) from error
         self.recovery_pending = False
         self.directory.completed.clear()
         return head
@@ -59,7 +67,7 @@ class Reading:
     def _judged(self, head: DurableHead | None) -> DurableHead:
         """Return the head that a recovery would publish."""
         if os.fstat(self.directory.root).st_nlink == 0:
-            raise StoreMissing(self._where(), why="its directory was removed")
+            raise StoreMissing(self.where, why="its directory was removed")
         with self.mutex:
             self._current.load()
             snapshot_seq = self._current.snapshot_seq
@@ -74,24 +82,48 @@ class Reading:
         """Return the seq of the oldest line that is kept."""
         return segments.all_of(self.directory)[0]
 
+    @property
+    def where(self) -> str:
+        """Return the place, for messages."""
+        return str(self.directory.path)
+
+    @property
+    def id(self) -> str:
+        """Return what no other store has."""
+        return self.directory.store
+
+    @property
+    def one_host(self) -> bool:
+        """Say whether all its workers are of this host: not on a network file system."""
+        return self.directory.local
+
+    def is_in_place(self) -> bool:
+        """Say whether the directory at the path is this one; True where nothing is there."""
+        return self.directory.is_at(self.directory.path)
+
     @contextmanager
     def state(self) -> Iterator[Fold]:
         """Hold the durable state of now still, while something is copied out of it."""
         self._states.renew()
         head = self.head()  # before the log: else a busy writer looks like a shortened log
-        with disk.failures("cannot read the log", where=self._where()), self.mutex:
+        with disk.failures("cannot read the log", where=self.where), self.mutex:
             yield self._current.durable(segments.durable_end(head))
+
+    def record(self, sid: str) -> Record | None:
+        """Return one worker's durable record of now."""
+        with self.state() as state:
+            return state.get(sid)
 
     def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
         """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
 
         *Raises* CompactedError where the line after `after` is no longer kept.
         """
-        with disk.failures("cannot read the log", where=self._where()):
+        with disk.failures("cannot read the log", where=self.where):
             head = self.head()
             if after >= head.seq:
                 return
-            reader = self.reader(after, sieve=sieve)
+            reader = self._reader(after, sieve=sieve)
             try:
                 for line, raw in reader.read(segments.durable_end(head)):
                     if line["seq"] > after:
@@ -99,16 +131,106 @@ class Reading:
             finally:
                 reader.close()
 
-    def reader(self, after: int, *, sieve: Sieve | None = None) -> Reader:
-        """Return a reader whose segment holds the line after seq `after`; it may begin before.
+    def backwards(self, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
+        """Yield the durable lines that the sieve holds, the newest first."""
+        return backwards(self.directory, segments.durable_end(self.head()), sieve=sieve)
+
+    def tail(self, after: int, *, sieve: Sieve | None = None) -> "Tail":
+        """Return what reads on from seq `after`; it may begin before, with its segment.
 
         *Raises* CompactedError where that line is no longer kept.
         """
+        return Tail(self, self._reader(after, sieve=sieve))
+
+    def _reader(self, after: int, *, sieve: Sieve | None) -> Reader:
         oldest = self.first_seq()
         if after + 1 < oldest:
             snapshot_seq = self._current.snapshot_seq
             raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
         return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
 
-    def _where(self) -> str:
-        return str(self.directory.path)
+    # -- the past ---------------------------------------------------------------------------
+
+    def firsts(self) -> Sequence[int]:
+        """Return the segments that hold something durable, by their first seqs."""
+        head = self.head()
+        return [first for first in segments.all_of(self.directory) if first <= head.segment]
+
+    def begins(self, first: int) -> str:
+        """Return the time in a segment's header, "" where it cannot be read."""
+        source = segments.open_segment(self.directory, first)
+        try:
+            for step in walk(source, segments.start_of(first)):
+                if step.line is not None:
+                    return step.line["ts"]
+        finally:
+            source.close()
+        return ""
+
+    def states(self) -> Iterator[Snapshot]:
+        """Yield every older state that is kept, the empty one too."""
+        return snapshot.states(self.directory)
+
+    def fold_to(self, start: Snapshot, seq: int, *, seen: Callable[[Line], None]) -> Snapshot:
+        """Return the state at a durable seq from an older one; `seen` is told of each line."""
+        head = self.head()
+        stop = segments.durable_end(head) if seq == head.seq else Position(0, 0, seq)
+        return refold(self.directory, start, stop, seen=seen)
+
+    def compacted(self) -> tuple[int, datetime] | None:
+        """Return what seq registry.json covers, and when it was written."""
+        found = snapshot.load(self.directory).snapshot
+        return None if found is None else (found.last_seq, events.utc(found.written_at))
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of the log, the archive and the quarantine."""
+        found = {}
+        for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE):
+            found[name] = 0
+            for entry in (self.directory.path / name).iterdir():
+                try:
+                    found[name] += entry.stat().st_size
+                except FileNotFoundError:  # archived, or dropped, meanwhile
+                    continue
+        return found
+
+    # -- its readers and workers ------------------------------------------------------------
+
+    @property
+    def changes(self) -> HeadChanges:
+        """Return what tells of changes: the directory of head/durable."""
+        return HeadChanges(self.directory.path / layout.HEAD, local=self.directory.local)
+
+    @property
+    def cursors(self) -> Cursors:
+        """Return the durable positions of subscribers."""
+        return Cursors(self.directory)
+
+    @property
+    def leases(self) -> Leases:
+        """Return what workers hold while they live."""
+        return Leases(self.directory)
+
+
+class Tail:
+    """Lines of a directory from a position on; see store.Tail."""
+
+    __slots__ = ("_log", "_reader")
+
+    def __init__(self, log: Reading, reader: Reader) -> None:
+        """Read on with `reader`."""
+        self._log = log
+        self._reader = reader
+
+    @property
+    def seq(self) -> int:
+        """Return the seq up to which it has read."""
+        return self._reader.position.seq
+
+    def read(self, head: int) -> Iterator[tuple[Line, bytes]]:  # noqa: ARG002 (the end of now is not before it)
+        """Yield the lines up to the durable end of now, which is not before `head`."""
+        return self._reader.read(segments.durable_end(self._log.head()))
+
+    def close(self) -> None:
+        """Close the open segment."""
+        self._reader.close()

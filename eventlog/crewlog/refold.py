@@ -1,6 +1,6 @@
 """Fold a stretch of history onto an older state, checking that each line follows the one before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from crewlog import events, fold, layout, segments
 from crewlog.codec import Snapshot
@@ -24,31 +24,53 @@ def refold(
     `seen` is told of each line in between. *Raises* HistoryDiverged, LogCorrupt, ArchiveDamaged,
     SegmentMissing.
     """
-    state = fold.restored(start.last_seq, start.sessions, start.ended, start.totals)
     reader = Reader(directory, segments.find(directory, start.last_seq))
-    prev = start.last_hash
+
+    def wrong(line: Line, raw: bytes, error: FoldError) -> LogCorrupt:
+        return corrupt(reader.position, line, raw, error)
+
     try:
-        for line, raw in reader.read(stop):
-            if line["seq"] <= start.last_seq:
-                continue
-            if line["seq"] > stop.seq:  # a gap stands for more than was asked for
-                break
-            if line["prev"] != prev:
-                name = layout.segment_name(reader.position.segment)
-                raise HistoryDiverged(directory.where(layout.LOG, name), seq=line["seq"] - 1)
-            prev = segments.hash_after(line, raw).hex()
-            try:
-                state.apply(line)
-            except FoldError as error:
-                raise corrupt(reader.position, line, raw, error) from error
-            if seen is not None:
-                seen(line)
-            if state.seq == stop.seq:
-                break
+        lines = reader.read(stop)
+        where = directory.where(layout.LOG)
+        return refold_lines(lines, start, stop.seq, where=where, seen=seen, wrong=wrong)
     finally:
         reader.close()
+
+
+def refold_lines(
+    lines: Iterator[tuple[Line, bytes]],
+    start: Snapshot,
+    stop: int,
+    *,
+    where: str,
+    wrong: Callable[[Line, bytes, FoldError], LogCorrupt],
+    seen: Callable[[Line], None] | None = None,
+) -> Snapshot:
+    """Return the state at seq `stop`, from lines that may begin before that of `start`.
+
+    `wrong` makes the error of a whole line that no correct writer can have written. *Raises* it,
+    and HistoryDiverged.
+    """
+    state = fold.restored(start.last_seq, start.sessions, start.ended, start.totals)
+    prev = start.last_hash
+    for line, raw in lines:
+        if line["seq"] <= start.last_seq:
+            continue
+        if line["seq"] > stop:  # a gap stands for more than was asked for
+            break
+        if line["prev"] != prev:
+            raise HistoryDiverged(where, seq=line["seq"] - 1)
+        prev = segments.hash_after(line, raw).hex()
+        try:
+            state.apply(line)
+        except FoldError as error:
+            raise wrong(line, raw, error) from error
+        if seen is not None:
+            seen(line)
+        if state.seq == stop:
+            break
     return Snapshot(
-        store=directory.store,
+        store=start.store,
         last_seq=state.seq,
         last_hash=prev,
         written_at=events.timestamp(events.now()),

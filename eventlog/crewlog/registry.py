@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from crewlog import (
+    address,
     changes,
     codec,
-    create,
-    directory,
-    events,
     layout,
-    snapshot,
 )
+from crewlog.address import Address, DirectoryAddress, no_directory
+from crewlog.appending import Appended
 from crewlog.batch import Batch
 from crewlog.changes import Author, Redact, Step
 from crewlog.closing import Closing
@@ -44,11 +43,10 @@ from crewlog.events import (
     worker_of,
 )
 from crewlog.follow import Following
-from crewlog.lease import Lease
 from crewlog.log import Log
 from crewlog.past import Remembering
 from crewlog.starting import Starting
-from crewlog.store import Appended
+from crewlog.store import Store
 
 Where: TypeAlias = str | os.PathLike[str] | None
 Via: TypeAlias = Literal["api", "cli", "gc"]
@@ -64,15 +62,15 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
 
     def __init__(
         self,
-        path: Path,
+        place: Address,
         *,
         lock_timeout_s: float = layout.LOCK_WAIT_S,
         actor: str | None = None,
         redact: Redact | None = None,
         via: Via = "api",
     ) -> None:
-        """Use `crewlog.open`, which finds the path."""
-        self.path = path
+        """Use `crewlog.open`, which finds the place."""
+        self._place = place
         self._wait_s = changes.check_wait(lock_timeout_s)
         self._name = None if actor is None else changes.check_reason(actor)
         self._redact = redact
@@ -80,7 +78,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         self._authors: dict[tuple[int, Via], Author] = {}
         self._opening = threading.Lock()
         _living.add(self)
-        self._log: Log | None = None
+        self._log: Store | None = None
         self._closed = False
 
     # -- life -------------------------------------------------------------------------------
@@ -94,57 +92,74 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
                 self._log = None
 
     @property
+    def where(self) -> str:
+        """Return the place: a path, or a URL."""
+        return str(self._place)
+
+    @property
+    def path(self) -> Path:
+        """Return the directory. *Raises* Unsupported where the store is in none."""
+        if isinstance(self._place, DirectoryAddress):
+            return self._place.path
+        raise no_directory(self.where, what="a path")
+
+    @property
     def exists(self) -> bool:
-        """Say whether there is a store at `path`; reading creates none."""
+        """Say whether there is a store at the place; reading creates none."""
         return self._existing() is not None
 
-    def log(self) -> Log:
-        """Return the store's log, for the compactor. *Raises* StoreMissing if there is none."""
+    def log(self) -> Store:
+        """Return the store, for the compactor. *Raises* StoreMissing if there is none."""
         log = self._existing()
         if log is None:
-            raise StoreMissing(str(self.path))
+            raise StoreMissing(self.where)
         return log
 
-    def log_in_place(self) -> Log | None:
-        """Return the log of the store that is at the path now, reopened if it is another one."""
+    def files(self) -> Log:
+        """Return the store where it is a directory. *Raises* StoreMissing, Unsupported."""
+        log = self.log()
+        if isinstance(log, Log):
+            return log
+        raise no_directory(self.where, what="this")
+
+    def log_in_place(self) -> Store | None:
+        """Return the store that the place leads to now, reopened if it is another one."""
         log = self._existing()
-        if log is None or log.directory.is_at(self.path):
+        if log is None or log.is_in_place():
             return log
         try:
-            found = directory.open_existing(self.path)
+            found = self._place.open(wait_s=self._wait_s)
         except CrewlogError:  # nothing whole is in its place yet
             return log
         with self._opening:
-            self._log = Log(found, wait_s=self._wait_s)
+            self._log = found
         log.close()
         return self._log
 
-    def _existing(self) -> Log | None:
+    def _existing(self) -> Store | None:
         if self._closed:
-            raise RegistryClosed(str(self.path))
+            raise RegistryClosed(self.where)
         if self._log is None:
             with self._opening:
                 if self._closed:
-                    raise RegistryClosed(str(self.path))
+                    raise RegistryClosed(self.where)
                 if self._log is None:
                     try:
-                        found = directory.open_existing(self.path)
+                        self._log = self._place.open(wait_s=self._wait_s)
                     except StoreMissing:
                         return None
-                    self._log = Log(found, wait_s=self._wait_s)
         return self._log
 
-    def created(self) -> Log:
-        """Return the store's log, and create the store if there is none."""
+    def created(self) -> Store:
+        """Return the store, and create it if there is none."""
         log = self._existing()
         if log is not None:
             return log
         with self._opening:
             if self._closed:
-                raise RegistryClosed(str(self.path))
+                raise RegistryClosed(self.where)
             if self._log is None:
-                made = create.open_or_create(self.path, wait_s=self._wait_s)
-                self._log = Log(made, wait_s=self._wait_s)
+                self._log = self._place.create(wait_s=self._wait_s)
             return self._log
 
     def author(self, via: Via | None = None) -> Author:
@@ -167,7 +182,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
     def twin(self) -> "Registry":
         """Return a registry of its own for the same place, by the same author."""
         return Registry(
-            self.path,
+            self._place,
             lock_timeout_s=self._wait_s,
             actor=self._name,
             redact=self._redact,
@@ -207,7 +222,8 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             message = "a lease is held by the worker: register it from inside, or spawn it"
             raise ValueError(message)
         heartbeat_s = changes.check_heartbeat(heartbeat_s)
-        with self.leasing(sid, wanted=lease or heartbeat_s is not None) as held:
+        wanted = lease or heartbeat_s is not None
+        with self.leasing(sid, wanted=wanted, heartbeat_s=heartbeat_s) as held:
             step = changes.registered(
                 self.author(),
                 sid,
@@ -223,8 +239,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             )
             worker = self.claim(sid, step)
         if held is not None:
-            held.keep_over_exec()
-            _leases.append(held)
+            held.keep(worker)
         return worker
 
     def claim(self, sid: str, step: Step) -> Worker:
@@ -376,10 +391,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
     def get(self, sid: str) -> Worker | None:
         """Return one worker, final ones included; None if the registry holds none of that sid."""
         log = self._existing()
-        if log is None:
-            return None
-        with log.state() as state:
-            record = state.get(sid)
+        record = None if log is None else log.record(sid)
         return None if record is None else worker_of(record)
 
     def workers(self, *, all: bool = False) -> list[Worker]:  # noqa: A002 (the promised name)
@@ -411,10 +423,9 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             return dict(state.totals)
 
     def compacted(self) -> tuple[int, datetime] | None:
-        """Return what seq registry.json covers and when it was written, None before the first."""
+        """Return what seq the last compaction covers and when it ended, None before the first."""
         log = self._existing()
-        found = None if log is None else snapshot.load(log.directory).snapshot
-        return None if found is None else (found.last_seq, events.utc(found.written_at))
+        return None if log is None else log.compacted()
 
     @property
     def last_seq(self) -> int:
@@ -430,15 +441,15 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
     actor: str | None = None,
     redact: Redact | None = None,
 ) -> Registry:
-    """Open the registry at `where`: a directory, a file:// URL, or None for the default place.
+    """Open the registry at `where`: a directory, a file:// or etcd:// URL, None: the default place.
 
     Nothing is created before the first change. *Args*: `lock_timeout_s` is how long a change waits
     for other writers, in seconds; `actor` names who acts, for the history; `redact` is called with
     each event's type and what the caller gave (sock, version, labels, meta, reason) before anything
     is written, and returns what is to be written instead: a chain of hashes cannot forget.
     """
-    path = directory.locate(where)
-    return Registry(path, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
+    place = address.locate(where)
+    return Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
 
 
 def _user() -> str:
@@ -452,9 +463,6 @@ def _user() -> str:
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
-
-# Held until this process ends, whatever becomes of the registry that took them.
-_leases: list[Lease] = []
 
 _living: "weakref.WeakSet[Registry]" = weakref.WeakSet()
 

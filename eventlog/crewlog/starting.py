@@ -16,13 +16,12 @@ from contextlib import AbstractContextManager
 from typing import Final, TypedDict, Unpack
 
 from crewlog import changes, launch, layout
-from crewlog import lease as lease_files
 from crewlog.changes import Step
 from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.events import JsonValue, Worker, WorkerState
 from crewlog.judging import Judging, exit_of, hold
 from crewlog.launch import Launch, Stream, Words
-from crewlog.lock import Lock
+from crewlog.store import Turn
 
 _logger = logging.getLogger("crewlog.starting")
 _LEAVING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
@@ -111,23 +110,23 @@ class Starting(Judging):
 
     def turn(
         self, sid: str, *, wait_s: float = layout.ENSURE_WAIT_S
-    ) -> AbstractContextManager[Lock]:
-        """Hold the turn to start a worker of that sid; see lease.turn."""
+    ) -> AbstractContextManager[Turn]:
+        """Hold the turn to start a worker of that sid; see store.Leases."""
         changes.check_sid(sid)
-        return lease_files.turn(self.created().directory, sid, wait_s=wait_s)
+        return self.created().leases.turn(sid, wait_s=wait_s)
 
-    def _spawn(self, sid: str, argv: Words, turn: Lock, **options: Unpack[SpawnOptions]) -> Worker:
+    def _spawn(self, sid: str, argv: Words, turn: Turn, **options: Unpack[SpawnOptions]) -> Worker:
         """Start a process that waits, register it, let it begin. Held: the sid's turn."""
         heartbeat_s = changes.check_heartbeat(options.get("heartbeat_s"))
         wanted = options.get("lease", False) or heartbeat_s is not None
-        with self.leasing(sid, wanted=wanted) as held:
+        with self.leasing(sid, wanted=wanted, heartbeat_s=heartbeat_s) as held:
             started = Launch(
                 argv,
                 cwd=options.get("cwd"),
                 env=options.get("env"),
                 stdout=options.get("stdout", launch.NOWHERE),
                 stderr=options.get("stderr"),
-                keep=() if held is None else (held.fd,),
+                keep=() if held is None else held.inherited(),
                 turn=turn.share(),
             )
             owner = options.get("owner")
@@ -150,7 +149,7 @@ class Starting(Judging):
                 started.give_up()
                 raise
         if held is not None:
-            held.hand_over()
+            held.hand_over(worker)
         return self._begun(worker, started)
 
     def _begun(self, worker: Worker, started: Launch) -> Worker:

@@ -1,41 +1,55 @@
-"""State what any log must promise, so that a registry does not care where its events live."""
+"""State what any store must promise, so that a registry does not care where its events live.
+
+Two keep these promises: a directory of this machine (log.py) and a prefix of an etcd cluster
+(etcd/). All of it is reading but `write`; whatever is read is durable.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
 
-from crewlog.codec import Draft
-from crewlog.events import Line, Record
+from crewlog.appending import Appended, Decide
+from crewlog.codec import Snapshot
+from crewlog.commit import Commits, Phases
+from crewlog.events import Line, Record, Worker
 from crewlog.fold import Fold
+from crewlog.liveness import LeaseSeen
+from crewlog.notify import Changes
+from crewlog.sieve import Sieve
 
 
-class Written(Protocol):
-    """The state that the next event will follow: every line written, durable or not."""
+class Store(Phases, Protocol):
+    """An append-only log of events, the state that they fold to, and what belongs to its readers.
+
+    `where` names it for people, `id` tells it from every other store; `commits` is the queue of
+    this process's appends.
+    """
+
+    commits: Commits
 
     @property
-    def seq(self) -> int:
-        """Return the seq of the last line written."""
+    def where(self) -> str:
+        """Return the place, for messages."""
         ...
 
-    def get(self, sid: str) -> Record | None:
-        """Return the record of that sid, None if there is none."""
+    @property
+    def id(self) -> str:
+        """Return what no other store has."""
         ...
 
+    @property
+    def closed(self) -> bool:
+        """Say whether it was closed."""
+        ...
 
-# Looks at the state under the lock and returns what to write, or raises. It may run more than
-# once and must not do anything else.
-Decide: TypeAlias = Callable[[Written], Sequence[Draft]]
+    @property
+    def one_host(self) -> bool:
+        """Say whether all its workers are of the host that we are on."""
+        ...
 
-
-class Appended(NamedTuple):
-    """What an append made durable: raw lines, and the state's records after it by sid."""
-
-    lines: Sequence[bytes]
-    records: dict[str, Record | None]
-    seq: int
-
-
-class Store(Protocol):
-    """An append-only log of events and the state that they fold to."""
+    # -- change -----------------------------------------------------------------------------
 
     def append(self, decide: Decide, *, about: Collection[str]) -> Appended:
         """Write what `decide` returns as one unit; durable on return. `about` names its workers.
@@ -44,18 +58,234 @@ class Store(Protocol):
         """
         ...
 
-    def state(self) -> Fold:
-        """Return the durable state of now; the caller must not change it."""
+    # -- read -------------------------------------------------------------------------------
+
+    def state(self) -> AbstractContextManager[Fold]:
+        """Hold the durable state of now still, while something is copied out of it."""
         ...
 
-    def read(self, after: int) -> Iterator[tuple[Line, bytes]]:
-        """Yield every durable line after seq `after`, up to the last one of now."""
+    def record(self, sid: str) -> Record | None:
+        """Return one worker's durable record of now."""
         ...
 
     def last_seq(self) -> int:
         """Return the seq of the last durable line."""
         ...
 
+    def first_seq(self) -> int:
+        """Return the seq of the oldest line that is kept."""
+        ...
+
+    def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
+        """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
+
+        *Raises* CompactedError where the line after `after` is no longer kept.
+        """
+        ...
+
+    def backwards(self, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
+        """Yield the durable lines that the sieve holds, the newest first."""
+        ...
+
+    def tail(self, after: int, *, sieve: Sieve | None = None) -> "Tail":
+        """Return what reads on from seq `after`. *Raises* CompactedError as `read` does."""
+        ...
+
+    # -- the past ---------------------------------------------------------------------------
+
+    def firsts(self) -> Sequence[int]:
+        """Return the first seqs of the parts of the history; all but the last are sealed."""
+        ...
+
+    def begins(self, first: int) -> str:
+        """Return the time of a part's first line, as the log writes it."""
+        ...
+
+    def states(self) -> Iterator[Snapshot]:
+        """Yield every older state that is kept, the empty one too."""
+        ...
+
+    def fold_to(self, start: Snapshot, seq: int, *, seen: Callable[[Line], None]) -> Snapshot:
+        """Return the state at a durable seq from an older one; `seen` is told of each line."""
+        ...
+
+    def compacted(self) -> tuple[int, datetime] | None:
+        """Return what seq the last compaction covers, and when it ended; None before the first."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many bytes its rooms take."""
+        ...
+
+    # -- its readers and workers ------------------------------------------------------------
+
+    @property
+    def changes(self) -> Changes:
+        """Return what tells of changes."""
+        ...
+
+    @property
+    def cursors(self) -> "Cursors":
+        """Return the durable positions of subscribers."""
+        ...
+
+    @property
+    def leases(self) -> "Leases":
+        """Return what workers hold while they live."""
+        ...
+
+    # -- life -------------------------------------------------------------------------------
+
+    def is_in_place(self) -> bool:
+        """Say whether this store is what its place leads to; True where nothing is there."""
+        ...
+
+    def renew(self) -> None:
+        """Let go of what may have been replaced under a long-lived reader."""
+        ...
+
     def close(self) -> None:
         """Give every resource back; idempotent."""
+        ...
+
+
+class Tail(Protocol):
+    """Lines from a position on, read as they come; everything up to `seq` was looked at."""
+
+    @property
+    def seq(self) -> int:
+        """Return the seq up to which it has read."""
+        ...
+
+    def read(self, head: int) -> Iterator[tuple[Line, bytes]]:
+        """Yield the lines up to the durable seq `head`; it may begin before the position."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open."""
+        ...
+
+
+# -- cursors --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A cursor as anyone may see it: everything up to `seq` is acknowledged.
+
+    Of a damaged one that is not known: `seq` is then 0, and it holds back everything.
+    """
+
+    name: str
+    seq: int
+    damaged: bool = False
+
+
+class Cursor(Protocol):
+    """A cursor that this process owns; `close` lets another one own it."""
+
+    @property
+    def name(self) -> str:
+        """Return its name."""
+        ...
+
+    @property
+    def seq(self) -> int:
+        """Return the seq up to which everything is acknowledged."""
+        ...
+
+    def advance(self, seq: int) -> None:
+        """Acknowledge everything up to `seq`; never moves back."""
+        ...
+
+    def set(self, seq: int) -> None:
+        """Move to `seq`, also backwards. *Raises* RegistryClosed once it is closed."""
+        ...
+
+    def close(self) -> None:
+        """Make the position durable and let go of it; idempotent."""
+        ...
+
+
+class Cursors(Protocol):
+    """The cursors of a store."""
+
+    def read(self, name: str) -> Standing | None:
+        """Read a cursor, whoever owns it; None if there is none of that name."""
+        ...
+
+    def every(self) -> list[Standing]:
+        """Read every cursor; a damaged one hides no other."""
+        ...
+
+    def own(self, name: str, *, start: int) -> Cursor:
+        """Take ownership; a new one is created at `start`. *Raises* CursorBusy."""
+        ...
+
+    def is_owned(self, name: str) -> bool:
+        """Say whether a subscriber owns the cursor at this moment."""
+        ...
+
+    def remove(self, name: str) -> bool:
+        """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
+        ...
+
+
+# -- leases ---------------------------------------------------------------------------------
+
+
+class Lease(Protocol):
+    """A lease that was made for a worker which is about to be registered."""
+
+    @property
+    def name(self) -> str:
+        """Return what the worker's record will bear."""
+        ...
+
+    def inherited(self) -> Sequence[int]:
+        """Return the descriptors by which a program that is started holds it."""
+        ...
+
+    def keep(self, worker: Worker) -> None:
+        """Let this process, which is the worker, hold it until it ends, also after an exec."""
+        ...
+
+    def hand_over(self, worker: Worker) -> None:
+        """Let the process that was started as the worker hold it from here on."""
+        ...
+
+    def drop(self) -> None:
+        """Give it back: the worker was not registered."""
+        ...
+
+
+class Turn(Protocol):
+    """The turn to start a worker of one sid."""
+
+    def share(self) -> int:
+        """Return a descriptor by which a waiting process holds it too, -1 where there is none."""
+        ...
+
+
+class Leases(Protocol):
+    """The leases of a store."""
+
+    def make(self, sid: str, *, heartbeat_s: float | None) -> Lease:
+        """Make a lease, with its first beat, for a worker that is about to be registered."""
+        ...
+
+    def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:
+        """Return what looks at leases of these names."""
+        ...
+
+    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:
+        """Note that the worker is well, now; False if there is no such lease."""
+        ...
+
+    def turn(self, sid: str, *, wait_s: float) -> AbstractContextManager[Turn]:
+        """Hold the turn to start a worker of one sid. *Raises* LockBusy after `wait_s` seconds."""
+        ...
+
+    def sweep(self, *, needed: Callable[[str], bool]) -> int:
+        """Remove the leases that nobody holds and no living worker needs; return how many."""
         ...

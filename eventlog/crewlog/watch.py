@@ -13,12 +13,11 @@ from typing import Self
 
 from crewlog import layout
 from crewlog.closing import Closing
-from crewlog.cursor import Cursor
-from crewlog.errors import RegistryClosed, StoreMissing
+from crewlog.errors import HistoryRewound, RegistryClosed, StoreMissing
 from crewlog.events import Item, Reset
 from crewlog.feed import Feed
-from crewlog.log import Log
 from crewlog.notify import Waker
+from crewlog.store import Cursor, Store
 
 
 class Vigil:
@@ -30,7 +29,7 @@ class Vigil:
         *,
         waker: Waker,
         arm: Callable[[], Waker],
-        current: Callable[[], Log | None],
+        current: Callable[[], Store | None],
         cursor: Cursor | None,
     ) -> None:
         """Watch a feed; `arm` makes another waker, `current` says which log is in place now."""
@@ -70,7 +69,7 @@ class Vigil:
         if item is None:
             try:
                 item = self.feed.look(lines_max)
-            except (StoreMissing, RegistryClosed):
+            except (StoreMissing, RegistryClosed, HistoryRewound):
                 self.check_place()  # another store may be there already
                 item = self._waiting or self.feed.look(lines_max)
         self._waiting = None
@@ -114,7 +113,7 @@ class Vigil:
         self.waker.distrust("the head moved on and no wake came")
 
     def check_place(self) -> None:
-        """See whether the directory is still the one that is watched."""
+        """See whether the store in place is still the one that is watched."""
         self.waker.check()
         self.feed.log.renew()
         log = self._current()
@@ -123,7 +122,7 @@ class Vigil:
             if self.cursor is not None:  # it stands in the directory that is no longer in place
                 name = self.cursor.name
                 self.cursor.close()
-                self.cursor = Cursor(log.directory, name, start=self.feed.position)
+                self.cursor = log.cursors.own(name, start=self.feed.position)
                 self.cursor.set(self.feed.position)
 
     def stats(self) -> dict[str, int | str]:

@@ -13,18 +13,14 @@ from typing import Final, Literal, TypeAlias
 from crewlog import identity
 from crewlog.events import Identity
 from crewlog.identity import Scope
-from crewlog.liveness import Evidence, Lease, judge, same_scope
+from crewlog.liveness import Evidence, LeaseSeen, judge, same_scope
 
 _PLATFORM: Final[Literal["linux", "other"]] = "linux" if identity.LINUX else "other"
 # Room for a clock that was set while the machine booted.
 _BOOT_SLACK: Final = timedelta(seconds=2)
 
-# Looks at a lease by its name: who holds it, and the age of its last beat in seconds.
-Leases: TypeAlias = Callable[[str], tuple[Lease, float | None]]
-
-
-def _no_leases(_name: str) -> tuple[Lease, float | None]:
-    return "absent", None
+# Looks at a lease by its name.
+Leases: TypeAlias = Callable[[str], LeaseSeen]
 
 
 class Witness:
@@ -38,9 +34,12 @@ class Witness:
         began_at: datetime,
         proc: str = "/proc",
         local_file_system: bool = True,
-        leases: Leases = _no_leases,
+        leases: Leases | None = None,
     ) -> None:
-        """Look from `here`, in a boot that began at `began_at` by the clock of `now`."""
+        """Look from `here`, in a boot that began at `began_at` by the clock of `now`.
+
+        `leases` is None where none can be looked at.
+        """
         self._here = here
         self._now = now
         self._began_at = began_at - _BOOT_SLACK
@@ -72,9 +71,11 @@ class Witness:
             owner_dead=owner is not None and self._owner_dead(owner),
         )
         elsewhere = who is not None and not self._is_here(who)
-        if lease is not None and self._local and (elsewhere or heartbeat_s is not None):
-            state, age_s = self._leases(lease)
+        asked = elsewhere or heartbeat_s is not None
+        if lease is not None and self._leases is not None and asked:
+            state, age_s, expired = self._leases(lease)
             seen = seen._replace(lease=state, beat_age_s=age_s, heartbeat_s=heartbeat_s)
+            seen = seen._replace(beat_expired=expired)
         if who is None or who.boot_id != here.boot_id:
             return seen
         identity.check_pid(who.pid)
@@ -144,7 +145,7 @@ class Witness:
         return self._owners[owner]
 
 
-def witness(*, local_file_system: bool = True, leases: Leases = _no_leases) -> Witness:
+def witness(*, local_file_system: bool = True, leases: Leases | None = None) -> Witness:
     """Return a witness for this process's own place and time."""
     return Witness(
         identity.scope(),

@@ -215,7 +215,7 @@ def test_archive_is_read_by_everybodys_tools(
     assert len(packed) > 1
     line = f"{tool} {shlex.join(map(str, packed))} | jq -r 'select(.sid == \"w1\") | .seq'"
     told = subprocess.run(["sh", "-c", line], check=True, capture_output=True, text=True).stdout
-    kept = segments.active_and_sealed(reg.log().directory)[0]  # what is not archived begins here
+    kept = segments.active_and_sealed(reg.files().directory)[0]  # what is not archived begins here
     assert [int(row) for row in told.split()] == [
         event.seq for event in reg.history(sid="w1") if event.seq < kept
     ]

@@ -19,13 +19,14 @@ from crewlog import events, layout, notify
 from crewlog.registry import Registry
 from crewlog_cli import doctor as doctors
 from crewlog_cli import schedule, text
+from crewlog_cli.looking import Check
 from crewlog_compactor import compact
 from procs import Crew
 
 # -- doctor ---------------------------------------------------------------------------------
 
 
-def found_by(reg: Registry) -> dict[str, doctors.Check]:
+def found_by(reg: Registry) -> dict[str, Check]:
     return {check.name: check for check in doctors.checks(reg)}
 
 
@@ -37,7 +38,7 @@ def test_doctor_finds_a_sound_place_sound(cli: Cli, reg: Registry) -> None:
     told = cli.json("doctor")
     names = [check["name"] for check in told["checks"]]  # type: ignore[attr-defined]
     assert told["ok"] is True
-    assert names == ["place", "room", "log", "compaction", "clock", "wakes", "identity", "boot",
+    assert names == ["place", "room", "log", "wakes", "compaction", "clock", "identity", "boot",
                      "namespace", "hidepid", "versions"]  # fmt: skip
     assert "STATUS" in cli("doctor").stdout
     assert reg.last_seq == before
@@ -86,7 +87,7 @@ def test_doctor_notices_the_clock_the_backlog_and_deaf_watchers(
     def no_more(*_: object) -> notify.Source:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(notify, "_source", no_more)
+    monkeypatch.setattr(notify.HeadChanges, "source", no_more)
     assert "max_user_watches" in found_by(reg)["wakes"].remedy
     monkeypatch.setattr(doctors, "_ROOM_BYTES", 1 << 60)
     assert found_by(reg)["room"].status == "warn"
@@ -113,9 +114,9 @@ def test_cron_line_runs_as_it_stands(cli: Cli, reg: Registry, crew: Crew) -> Non
 def test_percent_and_spaces_in_a_path_are_escaped(tmp_path: Path) -> None:
     """Cron ends a command at a percent sign, systemd expands it."""
     place = tmp_path / "a 100%b"
-    assert "a 100\\%b'" in schedule.cron_line(place)
+    assert "a 100\\%b'" in schedule.cron_line(str(place))
     for kind in ("systemd-user", "systemd-system"):
-        (service, _) = schedule.units(kind, place).values()
+        (service, _) = schedule.units(kind, str(place), owner=0).values()
         assert "100%%b" in service
         row = next(r for r in service.splitlines() if r.startswith("ExecStart="))
         assert str(place).replace("%", "%%") in shlex.split(row.removeprefix("ExecStart="))
@@ -126,7 +127,7 @@ def test_percent_and_spaces_in_a_path_are_escaped(tmp_path: Path) -> None:
 def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: schedule.Kind) -> None:
     """systemd-analyze verify has nothing to say."""
     reg.register("a")
-    for name, body in schedule.units(kind, reg.path).items():
+    for name, body in schedule.units(kind, reg.where, owner=0).items():
         (tmp_path / Path(name).name).write_text(body)
     done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / "crewlog-compact.timer"),
@@ -138,7 +139,7 @@ def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: schedule.Kin
 
 def test_unit_blinds_no_collection(reg: Registry) -> None:
     """Nothing that hides processes, users or sockets from who collects."""
-    told = "".join(schedule.units("systemd-system", reg.path).values())
+    told = "".join(schedule.units("systemd-system", reg.where, owner=0).values())
     for word in ("PrivatePIDs", "ProtectProc", "PrivateUsers", "PrivateTmp"):
         assert word not in told
     assert "User=" in told

@@ -103,7 +103,7 @@ def test_waiting_writer_of_a_poisoned_store_is_told_that_nothing_is_known(place:
     disk = FailingDisk()
     reg = registry_on(place, disk)
     reg.register("a")
-    log = reg.log()
+    log = reg.files()
     disk.fault = only("sync", EIO)
     with pytest.raises(StorageFailed):
         reg.register("b")
@@ -122,7 +122,7 @@ def test_refusal_stays_a_refusal_where_a_sync_fails(place: Path) -> None:
     with pytest.raises(StorageFailed):
         reg.register("b")
     disk.fault = lambda _: None
-    log = reg.log()
+    log = reg.files()
     log._sync._failed = 0
     (place / layout.POISON).unlink()
     log._states.put_head(log.head()._replace(poisoned=False))

@@ -186,11 +186,11 @@ def laps(reg: Registry, witness: Witness) -> None:
 def cursors(reg: Registry, witness: Witness) -> None:
     """A cursor is created, moved and removed; retention asks for it."""
     registered(reg, witness, "a")
-    owned = cursor.Cursor(reg.log().directory, "c", start=1)
+    owned = cursor.Cursor(reg.files().directory, "c", start=1)
     for seq in (2, 3):
         owned.advance(seq)
     owned.close()
-    cursor.remove(reg.log().directory, "c")
+    cursor.remove(reg.files().directory, "c")
     registered(reg, witness, "b")
 
 

@@ -76,7 +76,7 @@ def batch(reg: Registry) -> None:
 
 def cursors(reg: Registry) -> None:
     """A cursor is made, moved, closed and removed."""
-    at = reg.log().directory
+    at = reg.files().directory
     with reg.watch(cursor="c", after="oldest") as items:
         items.drain()
     cursor.remove(at, "c")
@@ -161,7 +161,7 @@ def _fail_once(place: Path, operation: Operation, fault: Counted) -> None:
         reg = registry_on(place, disk)
         before = crewlog.open(place)
     else:
-        reg, before = Registry(place), None
+        reg, before = crewlog.open(place), None
         disk.fault = fault
         try:
             reg = registry_on(place, disk)

@@ -215,7 +215,7 @@ def test_what_a_sealed_segment_has_is_all_there_is(place: Path) -> None:
     """Nothing follows a seal, whatever the redo holds."""
     with crewlog.open(place) as reg:
         reg.register("a")
-        reg.log().rotate()
+        reg.files().rotate()
     first = (place / layout.LOG / layout.segment_name(1)).read_bytes()
     sealed = segments.scan(first, offset=0, seq=0, prev=None)
     assert sealed.sealed
@@ -322,7 +322,7 @@ def test_cut_is_durable_before_anybody_hears_that_nothing_was_written(fast: Path
         for sid in ("y", "z"):
             reg.register(sid)
         disk.armed = True
-        log = reg.log()
+        log = reg.files()
         own, rider = (
             Request(changes.together([reg.updating(sid, meta={"n": 1})]), {sid})
             for sid in ("y", "z")

@@ -34,7 +34,7 @@ def grown(place: Path, monkeypatch: pytest.MonkeyPatch, *, compactions: int = 2)
                 reg.register(f"w-{turn}-{number}")
             if turn < compactions:
                 compact(reg, gc=False)
-        reg.log().rotate()  # so that the redo holds nothing that could mend a damage
+        reg.files().rotate()  # so that the redo holds nothing that could mend a damage
     monkeypatch.undo()
 
 

@@ -200,7 +200,7 @@ def test_ended_worker_is_pruned_after_keep_and_its_history_stays(reg: Registry, 
 def test_two_compactions_exclude_each_other(reg: Registry, place: Path) -> None:
     """The second one is told at once."""
     reg.register("a")
-    lock = reg.log().try_compact_lock()
+    lock = reg.files().try_compact_lock()
     with crewlog.open(place) as other, pytest.raises(LockBusy) as caught:
         compact(other)
     assert f"pid {os.getpid()}" in caught.value.holder

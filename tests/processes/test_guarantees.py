@@ -399,7 +399,7 @@ def test_cursor_has_one_owner(reg: Registry) -> None:
 def test_cursor_torn_in_one_slot_keeps_the_other(reg: Registry, place: Path) -> None:
     """A position half written is the position before."""
     reg.register("a")
-    directory = reg.log().directory
+    directory = reg.files().directory
     owned = cursor.Cursor(directory, "c", start=5)
     for seq in (6, 7, 8):
         owned.advance(seq)
@@ -774,7 +774,7 @@ def test_network_file_system_is_polled(reg: Registry, monkeypatch: pytest.Monkey
     from dataclasses import replace
 
     reg.register("a")
-    log = reg.log()
+    log = reg.files()
     log.directory = replace(log.directory, local=False)
     with reg.watch(after="now") as items:
         assert items.stats()["source"] == "poll"
@@ -916,8 +916,8 @@ def test_stress_delivers_everything_to_everyone(
 
 def _tear(place: Path) -> None:
     """Leave half a line, as a writer that dies inside its write does."""
-    with crewlog.open(place) as mine, mine.log().append_lock.held(wait_s=5):
-        state = mine.log()._states.append_state()
+    with crewlog.open(place) as mine, mine.files().append_lock.held(wait_s=5):
+        state = mine.files()._states.append_state()
         assert state is not None
         path = place / layout.LOG / layout.segment_name(state.segment)
         with path.open("ab") as file:

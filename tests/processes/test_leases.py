@@ -107,7 +107,7 @@ def test_lease_of_another_boot_that_nobody_holds_is_death(reg: Registry) -> None
     elsewhere = identity.Scope("another-boot", "another-host", here.pid_ns)
     now = datetime.now(UTC)
     held: list[lease.Lease] = [own for own in registry_leases() if own.name == worker.lease]
-    at = reg.log().directory
+    at = reg.files().directory
     looks = witness.Witness(
         elsewhere, now=now, began_at=now, leases=lambda name: lease.look(at, name)
     )
@@ -119,7 +119,7 @@ def test_lease_of_another_boot_that_nobody_holds_is_death(reg: Registry) -> None
         return judge(worker.identity, seen, final=False).cause
 
     assert cause() == "foreign_host"
-    held[0].hand_over()
+    held[0].hand_over(worker)
     assert cause() == "lease_released"
     os.unlink(reg.path / layout.LEASES / held[0].name)
     assert cause() == "foreign_host", "an absent lease proves nothing"
@@ -127,9 +127,7 @@ def test_lease_of_another_boot_that_nobody_holds_is_death(reg: Registry) -> None
 
 def registry_leases() -> list[lease.Lease]:
     """Return the leases that this process holds."""
-    from crewlog import registry
-
-    return registry._leases
+    return lease._kept
 
 
 def test_lease_survives_the_registry_and_ends_with_the_process(place: Path) -> None:
@@ -149,7 +147,7 @@ def test_lease_survives_the_registry_and_ends_with_the_process(place: Path) -> N
         worker = reg.get("a")
         assert worker is not None
         assert worker.lease is not None
-        at = reg.log().directory
+        at = reg.files().directory
         assert lease.look(at, worker.lease)[0] == "held"
         os.kill(pid, 9)
         os.waitpid(pid, 0)
@@ -170,16 +168,16 @@ def test_lease_survives_an_exec_of_its_worker(reg: Registry, place: Path, crew: 
     found = reg.get("a")
     assert found is not None
     assert found.lease is not None
-    assert lease.look(reg.log().directory, found.lease)[0] == "held"
+    assert lease.look(reg.files().directory, found.lease)[0] == "held"
     kill(worker)
-    assert lease.look(reg.log().directory, found.lease)[0] == "free"
+    assert lease.look(reg.files().directory, found.lease)[0] == "free"
 
 
 def test_spawned_program_inherits_its_lease(reg: Registry) -> None:
     """The spawner hands it over: held while the program lives, free at its end."""
     worker = reg.spawn("a", ["sleep", "300"], lease=True)
     assert worker.lease is not None
-    at = reg.log().directory
+    at = reg.files().directory
     assert lease.look(at, worker.lease)[0] == "held"
     os.kill(worker.pid, 9)
     until(lambda: lease.look(at, str(worker.lease))[0] == "free")
@@ -218,7 +216,7 @@ def test_sweep_leaves_the_lease_that_a_living_record_names(reg: Registry) -> Non
     worker = reg.register("a", lease=True)
     for held in registry_leases():
         if held.name == worker.lease:
-            held.hand_over()
+            held.hand_over(worker)
     collect(reg)
     assert os.listdir(reg.path / layout.LEASES) == [worker.lease]
     reg.exited("a", code=0)
@@ -386,14 +384,14 @@ def test_beat_and_look_race_never_sees_a_torn_beat(place: Path) -> None:
 
         def beats() -> None:
             with crewlog.open(place) as mine:
-                at = mine.log().directory
+                at = mine.files().directory
                 deadline = time.monotonic() + 0.5
                 while time.monotonic() < deadline:
                     lease.beat(at, name)
 
         pid = forked(beats)
-        at = reg.log().directory
+        at = reg.files().directory
         looks = [lease.look(at, name) for _ in range(2000)]
         joined(pid)
-    assert {state for state, _ in looks} == {"held"}
-    assert all(age_s is not None and age_s < 60 for _, age_s in looks)
+    assert {seen.state for seen in looks} == {"held"}
+    assert all(seen.beat_age_s is not None and seen.beat_age_s < 60 for seen in looks)

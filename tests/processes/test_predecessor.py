@@ -212,4 +212,4 @@ def test_damaged_snapshot_without_anything_to_rebuild_from_is_an_error(
 
     (place / layout.SNAPSHOT).write_bytes(b"{}")
     with pytest.raises(SnapshotCorrupt, match=r"registry\.json"):
-        snapshot.read(reg.log().directory, layout.SNAPSHOT)
+        snapshot.read(reg.files().directory, layout.SNAPSHOT)

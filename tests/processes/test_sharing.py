@@ -289,7 +289,7 @@ def test_lead_that_is_handed_to_a_closed_registry_goes_on(place: Path) -> None:
     async def main() -> list[BaseException | None]:
         areg = crewlog.aopen(place)
         await areg.register("a")
-        log = areg.registry.log()
+        log = areg.registry.files()
         areg._leaders.shutdown()
         found = await asyncio.gather(
             *(areg.update("a", meta={"n": n}) for n in range(3)), return_exceptions=True

@@ -378,7 +378,7 @@ def test_spawner_that_is_stopped_by_a_full_disk_starts_nothing(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(reg.log().directory.disk), "write", full)
+    monkeypatch.setattr(type(reg.files().directory.disk), "write", full)
     with pytest.raises(crewlog.StorageFull):
         reg.spawn("a", marking(place))
     monkeypatch.undo()

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crewlog import codec, layout
-from crewlog.reader import Sieve, walk
+from crewlog.reader import walk
 from crewlog.segments import Source, start_of
+from crewlog.sieve import Sieve
 
 _KINDS = ["worker.registered", "worker.exited", "_seal"]
 _SIDS = ["a", "ab", "web-1", "web-10", ""]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from crewlog.appending import Appended
 from crewlog.commit import Commits, Request
 from crewlog.errors import AppendUncertain, LockBusy, StaleRevision, StorageFull
-from crewlog.store import Appended
 
 WAIT_S = 10.0
 

@@ -29,6 +29,7 @@ ROWS = [
     (6, ME, THERE._replace(lease="free"), DEAD, "lease_released"),
     (7, ME, THERE._replace(lease="held"), UNKNOWN, "foreign_host"),
     (7, ME, THERE._replace(lease="absent"), UNKNOWN, "foreign_host"),
+    (25, ME, THERE._replace(lease="held", local_file_system=False), ALIVE, "lease"),
     (8, ME, BOX._replace(lease="held"), ALIVE, "lease"),
     (9, ME, BOX._replace(lease="free"), DEAD, "lease_released"),
     (10, ME, BOX._replace(found_by_scan=True), ALIVE, "found_in_namespace"),

@@ -1,0 +1,88 @@
+"""Decide how much of the oldest history goes: by policy, and by the cursors that need it. Pure.
+
+The parts of a history go whole and oldest first; what a cursor has not read stays, up to a cap:
+beyond it the history goes, and the cursor's owner hears of the exact range when it comes back.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeAlias
+
+from crewlog import events, layout
+from crewlog.store import Standing
+
+_logger = logging.getLogger("crewlog.retain")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvents:
+    """Keep at least the newest so many events."""
+
+    count: int
+
+
+# None: everything; a timedelta: events of that age and younger; an int: bytes of archive.
+Keep: TypeAlias = timedelta | int | KeepEvents | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A sealed part of the history: its seqs, how many bytes it takes, its newest time."""
+
+    first: int
+    last: int
+    size: int
+    newest: str
+
+
+def check_keep(keep: object) -> Keep:
+    """Return a policy that can be carried out."""
+    if keep is None or (isinstance(keep, timedelta) and keep >= timedelta(0)):
+        return keep
+    if type(keep) is int and keep >= 0:
+        return keep
+    if isinstance(keep, KeepEvents) and keep.count >= 0:
+        return keep
+    message = f"keep_history is a timedelta, a number of bytes, KeepEvents or None, not {keep!r}"
+    raise ValueError(message)
+
+
+def oldest_ts(keep: timedelta) -> str:
+    """Return the time before which nothing is kept."""
+    return events.timestamp(events.now() - keep)
+
+
+def surplus(parts: Sequence[Part], keep: Keep, *, last_seq: int) -> int:
+    """Count how many of the oldest parts the policy does not keep."""
+    if keep is None:
+        return 0
+    if isinstance(keep, timedelta):
+        oldest = oldest_ts(keep)
+        return next((n for n, part in enumerate(parts) if part.newest >= oldest), len(parts))
+    if isinstance(keep, KeepEvents):
+        return sum(1 for part in parts if part.last <= last_seq - keep.count)
+    left, count = sum(part.size for part in parts), 0
+    while count < len(parts) and left > keep:
+        left -= parts[count].size
+        count += 1
+    return count
+
+
+def held_back(parts: Sequence[Part], surplus: int, cursors: Sequence[Standing]) -> int:
+    """Return how many may go with regard to cursors: what they need stays, up to the cap."""
+    for place in cursors:
+        if place.damaged:
+            _logger.warning("cursor %s is damaged and holds back everything", place.name)
+    needed = min((place.seq + 1 for place in cursors), default=None)
+    if needed is None:
+        return surplus
+    free = sum(1 for part in parts[:surplus] if part.last < needed)
+    held = sum(part.size for part in parts[free:surplus])
+    while free < surplus and held > layout.CURSOR_HOLD_BYTES_MAX:
+        held -= parts[free].size
+        late = [place.name for place in cursors if place.seq < parts[free].last]
+        _logger.warning("history up to seq %d goes although %s need it", parts[free].last, late)
+        free += 1
+    return free

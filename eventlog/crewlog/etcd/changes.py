@@ -1,0 +1,103 @@
+"""Hear of changes from etcd: a stream that watches head, and only rings.
+
+Whatever ends the stream (a server that goes, a lost leader, a revision that was compacted away, a
+minute without a word), the readers are rung and a new one is begun: they read by the keys, so
+nothing that a stream tells or fails to tells changes what they deliver.
+"""
+
+import logging
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Final
+
+from crewlog import layout
+from crewlog.errors import CrewlogError
+from crewlog.etcd.address import EtcdAddress
+from crewlog.etcd.client import Client, Stream, Unanswered
+from crewlog.notify import Backend, Rings
+
+_logger = logging.getLogger("crewlog.etcd")
+_BACKENDS: Final = frozenset({"auto", "poll"})
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdChanges:
+    """The changes of a store in a cluster; see notify.Changes."""
+
+    address: EtcdAddress
+    head: bytes
+    store: str
+
+    @property
+    def where(self) -> str:
+        """Return the URL."""
+        return str(self.address)
+
+    def identity(self) -> Hashable:
+        """Return what another store under this prefix would not have."""
+        return self.address, self.store
+
+    def unheard(self) -> str:
+        """Return "": a cluster can always be heard."""
+        return ""
+
+    def source(self, backend: Backend, rings: Rings) -> "EtcdSource":
+        """Listen from here on. *Raises* ValueError for a waker of directories."""
+        if backend not in _BACKENDS:
+            message = f"backend {backend!r} wakes readers of a directory; on etcd: auto or poll"
+            raise ValueError(message)
+        return EtcdSource(Client(self.address, wait_s=layout.ANSWER_WAIT_S), self.head, rings)
+
+
+class EtcdSource:
+    """A thread that reads a stream and rings; see notify.Source."""
+
+    name = "etcd"
+
+    def __init__(self, client: Client, key: bytes, rings: Rings) -> None:
+        """Begin to listen; who looks after the first ring misses nothing."""
+        self._client = client
+        self._key = key
+        self._rings = rings
+        self._closing = threading.Event()
+        self._stream: Stream | None = None
+        self._thread = threading.Thread(target=self._run, name="crewlog-etcd", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        pause_s = layout.POLL_MIN_S
+        while not self._closing.is_set():
+            try:
+                self._stream = self._client.watch(self._key)
+                for _ in self._stream.messages():
+                    if self._closing.is_set():
+                        return
+                    self._rings()  # the first message says that the stream has begun
+                    pause_s = layout.POLL_MIN_S
+            except (Unanswered, CrewlogError) as error:
+                _logger.info("no word from %s: %s", self._client.where, error)
+            finally:
+                self._end()
+            self._rings()
+            self._closing.wait(pause_s)
+            pause_s = min(2 * pause_s, layout.SAFETY_LOOK_S)
+
+    def _end(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def healthy(self) -> bool:
+        """Say whether its thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End its thread and its stream."""
+        self._closing.set()
+        stream = self._stream
+        if stream is not None:
+            stream.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(layout.ANSWER_WAIT_S)
+        self._client.close()

@@ -1,0 +1,120 @@
+"""Claim a key for as long as this process lives, by a lease that a thread keeps.
+
+Who claims it is its only owner while the lease lasts. A process that is stopped for longer than
+that loses it without knowing; so what an owner writes is conditional on the claim's own revision.
+"""
+
+import os
+import random
+import threading
+from collections.abc import Sequence
+from typing import Final, cast
+
+from crewlog import layout
+from crewlog.errors import CrewlogError, RegistryClosed
+from crewlog.etcd import keys
+from crewlog.etcd.client import Client, Refused
+from crewlog.events import JsonObject
+
+_ID_BITS: Final = 62  # a lease's id is a positive int64; the lowest bit is for beats
+
+
+def new_id() -> int:
+    """Return an id for a lease that nobody else has; it is even."""
+    return (random.SystemRandom().getrandbits(_ID_BITS) << 1) or 2
+
+
+def grant(client: Client, id_: int, ttl_s: int) -> int:
+    """Make a lease; return how long it lasts without being kept, in seconds.
+
+    The server may raise `ttl_s` to what its elections need.
+    """
+    try:
+        answer = client.call("lease/grant", {"ID": str(id_), "TTL": str(ttl_s)})
+    except Refused as error:
+        if "already exists" in error.why:  # our own, sent twice
+            return ttl_s
+        raise
+    return keys.number(answer, "TTL")
+
+
+def keep(client: Client, id_: int) -> bool:
+    """Keep a lease for its whole time again; False if it has run out."""
+    answer = client.call("lease/keepalive", {"ID": str(id_)})
+    found = answer.get("result")
+    return isinstance(found, dict) and keys.number(cast("JsonObject", found), "TTL") > 0
+
+
+def revoke(client: Client, id_: int) -> None:
+    """End a lease, and remove its keys."""
+    try:
+        client.call("lease/revoke", {"ID": str(id_)})
+    except Refused as error:
+        if not error.not_found:  # else it had run out
+            raise
+
+
+def me() -> str:
+    """Name this process to those who wait for it."""
+    return f"pid {os.getpid()} on {os.uname().nodename}"
+
+
+class Claim:
+    """The claim of one key; `close` gives it up."""
+
+    def __init__(self, client: Client, key: bytes, *, holder: str) -> None:
+        """Make a lease and keep it; nothing is claimed yet. `holder` tells others who has it."""
+        self.key = key
+        self.revision = 0  # since when we hold it
+        self._client = client
+        self._holder = holder.encode()
+        self._id = new_id()
+        self._ttl_s = grant(client, self._id, layout.CLAIM_TTL_S)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="crewlog-claim", daemon=True)
+        self._thread.start()
+
+    def _keep(self) -> None:
+        while not self._closing.wait(self._ttl_s / 3):
+            try:
+                if not keep(self._client, self._id):
+                    return
+            except RegistryClosed:
+                return
+            except CrewlogError:  # no server answers: the next time, while the lease lasts
+                continue
+
+    def take(self) -> str | None:
+        """Claim the key if nobody holds it; else return who does."""
+        answer = self._client.call(
+            "kv/txn",
+            keys.transaction(
+                [keys.is_absent(self.key)],
+                [keys.put(self.key, self._holder, lease=self._id)],
+                [keys.get(self.key)],
+            ),
+        )
+        if answer.get("succeeded") is True:
+            header = cast("JsonObject", answer["header"])
+            self.revision = keys.number(header, "revision")
+            return None
+        found = keys.ranges(answer)[0]
+        if found and found[0].lease == self._id:  # ours: sent twice
+            self.revision = found[0].create_revision
+            return None
+        return found[0].value.decode(errors="replace") if found else "somebody"
+
+    def write(self, then: Sequence[JsonObject]) -> bool:
+        """Change keys if the claim is still ours; False if it is not."""
+        held = [keys.is_created(self.key, self.revision)]
+        answer = self._client.call("kv/txn", keys.transaction(held, then))
+        return answer.get("succeeded") is True
+
+    def close(self) -> None:
+        """Give it up; idempotent. Where no server answers, it runs out."""
+        if not self._closing.is_set():
+            self._closing.set()
+            try:
+                revoke(self._client, self._id)
+            except CrewlogError:
+                return

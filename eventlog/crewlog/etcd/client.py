@@ -1,0 +1,376 @@
+"""Speak to etcd's JSON gateway: endpoints, log-in, and what every refusal means.
+
+What is sent twice does no harm: reads, and transactions that compare (see the package). So a
+request without an answer goes out again, to the next server, until the deadline. Only who sends
+something that changes need know whether it was ever sent. This is the only module that uses
+urllib3. A pool is never shared with a forked child: two processes on one connection would read
+each other's answers.
+"""
+
+import os
+import random
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    SSLError,
+)
+
+from crewlog import codec, layout
+from crewlog.codec import DocumentError
+from crewlog.errors import (
+    AuthFailed,
+    CrewlogError,
+    QuotaExceeded,
+    RegistryClosed,
+    StorageFailed,
+    Unavailable,
+    UnknownOutcome,
+    Unsupported,
+)
+from crewlog.etcd import keys
+from crewlog.etcd.address import EtcdAddress, secrets
+from crewlog.events import JsonObject
+
+# gRPC's status codes: what came too late, or from a server that is no leader and knows none.
+_PASSING: Final = frozenset({1, 2, 4, 13, 14})
+_NOT_FOUND, _DENIED, _EXHAUSTED, _OUT_OF_RANGE, _UNAUTHENTICATED = 5, 7, 8, 11, 16
+_NO_SPACE: Final = "database space exceeded"
+_NO_GATEWAY: Final = 404
+_OK: Final = 200
+# What an HTTP proxy before the servers answers while they are gone.
+_GATEWAY_ERRORS: Final = frozenset({502, 503, 504})
+
+
+class Unanswered(Exception):
+    """No answer that settles anything; `sent`: the request may have arrived."""
+
+    def __init__(self, why: str, *, sent: bool) -> None:
+        """Say what happened."""
+        super().__init__(why)
+        self.sent = sent
+
+
+class Refused(StorageFailed):
+    """The server has answered, and refuses for a reason that its asker may know what to do with."""
+
+    def __init__(self, where: str, *, status: int, message: str) -> None:
+        """Keep gRPC's status and the server's words."""
+        self.status = status
+        super().__init__(
+            "the server refuses the request",
+            where=where,
+            why=message,
+            remedy="Check its settings (--max-txn-ops, --max-request-bytes) and its version",
+        )
+
+    @property
+    def compacted(self) -> bool:
+        """Say whether the revision that was asked for is no longer there."""
+        return self.status == _OUT_OF_RANGE
+
+    @property
+    def not_found(self) -> bool:
+        """Say whether there is no such lease."""
+        return self.status == _NOT_FOUND
+
+
+class Client:
+    """A connection to a cluster; threads may share it, and a forked child may go on using it."""
+
+    def __init__(self, address: EtcdAddress, *, wait_s: float) -> None:
+        """Connect to nothing yet; `wait_s` is how long a request may take, in seconds."""
+        self.where = str(address)
+        self.wait_s = wait_s
+        self.closed = False
+        self._address = address
+        self._secrets = secrets(address)
+        self._pid = 0
+        self._pool: urllib3.PoolManager | None = None
+        self._token = ""
+        self._next = random.randrange(len(address.hosts))  # noqa: S311 (spreads the load)
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def call(self, path: str, body: JsonObject) -> JsonObject:
+        """Send a request, which may arrive twice, and return the answer.
+
+        *Raises* Refused; Unavailable after `wait_s` without an answer; AuthFailed, QuotaExceeded.
+        """
+        deadline = time.monotonic() + self.wait_s
+        pauses = self.pauses(deadline)
+        while True:
+            try:
+                return self.send(path, body, deadline=deadline)
+            except Unanswered as error:
+                if not next(pauses):
+                    raise Unavailable(self.where, why=str(error)) from error
+
+    def commit(self, body: JsonObject) -> JsonObject:
+        """Send a transaction that compares; the same one again where no answer comes.
+
+        *Raises* Unavailable if it was never sent, UnknownOutcome if it was; Refused and the others
+        of `call` only where no earlier sending of it may have been carried out.
+        """
+        deadline = time.monotonic() + self.wait_s
+        pauses = self.pauses(deadline)
+        sent = ""
+        while True:
+            try:
+                return self.send("kv/txn", body, deadline=deadline)
+            except Unanswered as error:
+                sent = str(error) if error.sent else sent
+                if not next(pauses):
+                    kind = UnknownOutcome if sent else Unavailable
+                    raise kind(self.where, why=sent or str(error)) from error
+            except CrewlogError as error:
+                if sent:
+                    raise UnknownOutcome(self.where, why=sent) from error
+                raise
+
+    def pauses(self, deadline: float) -> Iterator[bool]:
+        """Pause, ever longer and by chance, and yield True; yield False once the deadline is near.
+
+        Each server is tried once before the first pause.
+        """
+        for _ in self._address.hosts[1:]:
+            yield time.monotonic() < deadline
+        pause_s = layout.BACKOFF_MIN_S
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                yield False
+            time.sleep(min(max(0.0, left_s), random.uniform(0, pause_s)))  # noqa: S311 (no secret)
+            pause_s = min(2 * pause_s, layout.BACKOFF_MAX_S)
+            yield True
+
+    def send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
+        """Send a request once. *Raises* Unanswered; else as `call`."""
+        for again in (False, True):
+            try:
+                return self._send(path, body, deadline=deadline)
+            except Refused as error:
+                expired = error.status == _UNAUTHENTICATED or "auth store is old" in error.why
+                if again or not (expired and self._token):
+                    raise self._typed(error) from error
+                self._token = ""  # it has expired: log in again, once
+        raise AssertionError  # pragma: no cover (the second time returns or raises)
+
+    def _send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
+        left_s = max(0.05, deadline - time.monotonic())
+        answer = self._request(path, body, read_s=min(left_s, layout.ANSWER_WAIT_S))
+        data = answer.data
+        return _checked(answer.status, data, self.where)
+
+    def _typed(self, error: Refused) -> CrewlogError:
+        """Return what a refusal means to a caller of ours."""
+        told = error.why
+        if _NO_SPACE in told:
+            return QuotaExceeded(self.where)
+        if error.status in {_DENIED, _UNAUTHENTICATED} or "authentication failed" in told:
+            return AuthFailed(self.where, why=told)
+        if "authentication is not enabled" in told:
+            return AuthFailed(self.where, why=told, remedy="Unset the user, or enable it there")
+        if "user name is empty" in told:
+            if self._secrets.cert is not None and not self._secrets.user:
+                return AuthFailed(
+                    self.where,
+                    why="its gateway does not take a certificate's name for a user",
+                    remedy="Set CREWLOG_ETCD_USER and CREWLOG_ETCD_PASSWORD_FILE as well",
+                )
+            return AuthFailed(self.where, why="it asks for a user and a password")
+        return error
+
+    def _request(
+        self, path: str, body: JsonObject, *, read_s: float, stream: bool = False
+    ) -> urllib3.BaseHTTPResponse:
+        """Send to the server whose turn it is; the next one's after a failure."""
+        pool = self._pooled()
+        host = self._address.hosts[self._next % len(self._address.hosts)]
+        headers = {"Content-Type": "application/json"}
+        if self._secrets.user and path != "auth/authenticate":
+            headers["Authorization"] = self._logged_in(read_s)
+        scheme = "https" if self._address.tls else "http"
+        try:
+            return pool.request(
+                "POST",
+                f"{scheme}://{host}/v3/{path}",
+                body=codec.dump(body),
+                headers=headers,
+                timeout=urllib3.Timeout(connect=layout.CONNECT_WAIT_S, read=read_s),
+                preload_content=not stream,
+            )
+        except SSLError as error:
+            raise AuthFailed(
+                self.where,
+                why=f"{host}: {_reason(error)}",
+                remedy="Check CREWLOG_ETCD_CA, CREWLOG_ETCD_CERT and that the port speaks TLS",
+            ) from error
+        except HTTPError as error:
+            self._next += 1
+            unsent = isinstance(error, NewConnectionError | ConnectTimeoutError)
+            raise Unanswered(f"{host}: {_reason(error)}", sent=not unsent) from error
+
+    def _pooled(self) -> urllib3.PoolManager:
+        if self.closed:
+            raise RegistryClosed(self.where)
+        if self._pool is None or self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._pool = self._new_pool()
+        return self._pool
+
+    def _new_pool(self) -> urllib3.PoolManager:
+        context = None
+        if self._address.tls:
+            try:
+                context = ssl.create_default_context(cafile=self._secrets.ca)
+                if self._secrets.cert is not None:
+                    context.load_cert_chain(self._secrets.cert, self._secrets.key)
+            except (OSError, ssl.SSLError) as error:
+                why = f"a certificate cannot be used: {error}"
+                raise AuthFailed(self.where, why=why) from error
+        return urllib3.PoolManager(
+            maxsize=layout.CONNECTIONS_MAX, retries=False, ssl_context=context
+        )
+
+    def _logged_in(self, read_s: float) -> str:
+        if not self._token:
+            who: JsonObject = {"name": self._secrets.user, "password": self._secrets.password}
+            answer = self._request("auth/authenticate", who, read_s=read_s)
+            self._token = str(_checked(answer.status, answer.data, self.where).get("token", ""))
+        return self._token
+
+    def each(self, path: str, body: JsonObject) -> Iterator[tuple[str, JsonObject | str]]:
+        """Ask every server once; yield its host with the answer, or why there is none."""
+        deadline = time.monotonic() + self.wait_s
+        for number, host in enumerate(self._address.hosts):
+            self._next = number
+            try:
+                yield host, self.send(path, body, deadline=deadline)
+            except Unanswered as error:
+                yield host, str(error).removeprefix(f"{host}: ")
+
+    # -- streams ----------------------------------------------------------------------------
+
+    def watch(self, key: bytes) -> "Stream":
+        """Begin a stream of what happens to a key from now on. *Raises* Unanswered, Refused."""
+        body: JsonObject = {"create_request": {"key": keys.text(key)}}
+        answer = self._request("watch", body, read_s=layout.STREAM_WAIT_S, stream=True)
+        if answer.status != _OK:
+            self._token = ""
+            _checked(answer.status, answer.read(), self.where)
+        return Stream(answer)
+
+    # -- life -------------------------------------------------------------------------------
+
+    def version(self) -> str:
+        """Return the version of the server whose turn it is. *Raises* Unavailable."""
+        deadline = time.monotonic() + self.wait_s
+        pauses = self.pauses(deadline)
+        while True:
+            host = self._address.hosts[self._next % len(self._address.hosts)]
+            scheme = "https" if self._address.tls else "http"
+            try:
+                answer = self._pooled().request("GET", f"{scheme}://{host}/version", timeout=2.0)
+                found = _checked(answer.status, answer.data, self.where)
+                return str(found.get("etcdserver", ""))
+            except SSLError as error:
+                raise AuthFailed(self.where, why=f"{host}: {_reason(error)}") from error
+            except (HTTPError, Unanswered) as error:
+                self._next += 1
+                if not next(pauses):
+                    why = f"{host}: {_reason(error)}"
+                    raise Unavailable(self.where, why=why) from error
+
+    def close(self) -> None:
+        """Close every connection; idempotent."""
+        self.closed = True
+        pool, self._pool = self._pool, None
+        if pool is not None and self._pid == os.getpid():
+            pool.clear()
+
+
+class Stream:
+    """What a server tells as it happens, a message at a time."""
+
+    def __init__(self, answer: urllib3.BaseHTTPResponse) -> None:
+        """Read from an answer that has begun."""
+        self._answer = answer
+        self._closing = threading.Event()
+
+    def messages(self) -> Iterator[JsonObject]:
+        """Yield each message; ends with the stream, whatever ends it."""
+        left = b""
+        try:
+            for data in self._answer.stream(layout.STATE_BYTES_MAX):
+                *rows, left = (left + data).split(b"\n")
+                # some versions end a message with a newline, some begin the next with one
+                if left.endswith(b"}") and _is_whole(left):
+                    rows, left = [*rows, left], b""
+                for row in rows:
+                    if row.strip():
+                        yield codec.load_object(row)
+        except (HTTPError, OSError, ValueError, AttributeError):
+            # cut off, or shut by `close` in the middle of a read: who reads goes by the keys
+            return
+
+    def close(self) -> None:
+        """End it; from any thread."""
+        if not self._closing.is_set():
+            self._closing.set()
+            try:
+                self._answer.shutdown()
+            except (ValueError, RuntimeError, OSError, AttributeError):
+                return  # it has ended
+
+
+def _is_whole(row: bytes) -> bool:
+    try:
+        codec.load_object(row)
+    except DocumentError:
+        return False
+    return True
+
+
+def _checked(status: int, data: bytes, where: str) -> JsonObject:
+    """Return the answer, or raise what it says."""
+    if status == _NO_GATEWAY:
+        raise Unsupported(
+            "this is no etcd, or its JSON gateway is off",
+            where=where,
+            why="it does not know /v3",
+            remedy="Start etcd without --enable-grpc-gateway=false, and check host and port",
+        )
+    try:
+        found = codec.load_object(data)
+    except DocumentError as error:
+        if status in _GATEWAY_ERRORS:
+            raise Unanswered(f"HTTP {status}", sent=True) from error
+        raise StorageFailed(
+            "the server does not speak as etcd does",
+            where=where,
+            why=f"HTTP {status}: {error}",
+            remedy="Check host and port",
+        ) from error
+    if status == _OK:
+        return found
+    code = found.get("code")
+    message = str(found.get("message") or found.get("error") or f"HTTP {status}")
+    if code in _PASSING or (code == _EXHAUSTED and _NO_SPACE not in message):
+        raise Unanswered(message, sent=True)
+    raise Refused(where, status=code if isinstance(code, int) else 0, message=message)
+
+
+def _reason(error: BaseException) -> str:
+    """Say what went wrong without the addresses of objects that urllib3 puts into its messages."""
+    if isinstance(error, ConnectTimeoutError):
+        return "it cannot be connected to in time"
+    inner = error.__cause__ or error.__context__
+    return str(inner if isinstance(inner, OSError) else error).rpartition(">: ")[2]

@@ -1,0 +1,117 @@
+"""Keep the positions of named subscribers in a cluster: one key each, one owner at a time."""
+
+from crewlog.errors import CursorBusy, CursorCorrupt, RegistryClosed
+from crewlog.etcd import claims, keys
+from crewlog.etcd.claims import Claim
+from crewlog.etcd.client import Client
+from crewlog.etcd.keys import Keys, KeyValue
+from crewlog.events import JsonObject
+from crewlog.store import Standing
+
+
+class EtcdCursors:
+    """The cursors of a store in a cluster; see store.Cursors."""
+
+    __slots__ = ("_client", "_keys")
+
+    def __init__(self, client: Client, names: Keys) -> None:
+        """Read nothing yet."""
+        self._client = client
+        self._keys = names
+
+    def read(self, name: str) -> Standing | None:
+        """Read a cursor, whoever owns it. *Raises* CursorCorrupt."""
+        found = self._get(self._keys.named("c", name))
+        if not found:
+            return None
+        place = _standing(found[0])
+        if place.damaged:
+            raise CursorCorrupt(f"{self._client.where}: {name}")
+        return place
+
+    def every(self) -> list[Standing]:
+        """Read every cursor; a damaged one hides no other."""
+        page = keys.page(*self._keys.room("c"), limit=0)
+        return [_standing(row) for row in keys.pairs(self._client.call("kv/range", page))]
+
+    def own(self, name: str, *, start: int) -> "EtcdCursor":
+        """Take ownership, and create the cursor at `start` if there is none. *Raises* CursorBusy.
+
+        An owner that was killed keeps it for CLAIM_TTL_S.
+        """
+        claim = Claim(self._client, self._keys.named("o", name), holder=claims.me())
+        try:
+            holder = claim.take()
+            if holder is not None:
+                raise CursorBusy(name, holder=holder)
+            known = self.read(name)
+            owned = EtcdCursor(claim, name, self._keys.named("c", name))
+            if known is None:
+                owned.set(start)
+            else:
+                owned.seq = known.seq
+        except BaseException:
+            claim.close()
+            raise
+        return owned
+
+    def is_owned(self, name: str) -> bool:
+        """Say whether a subscriber owns the cursor at this moment."""
+        return bool(self._get(self._keys.named("o", name)))
+
+    def remove(self, name: str) -> bool:
+        """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
+        key, owner = self._keys.named("c", name), self._keys.named("o", name)
+        if not self._get(key):
+            return False
+        free = [keys.is_absent(owner)]
+        body = keys.transaction(free, [keys.delete(key)], [keys.get(owner)])
+        answer = self._client.call("kv/txn", body)
+        if answer.get("succeeded") is not True:
+            holder = keys.ranges(answer)[0]
+            raise CursorBusy(name, holder=holder[0].value.decode() if holder else "somebody")
+        return True
+
+    def _get(self, key: bytes) -> list[KeyValue]:
+        request: JsonObject = {"key": keys.text(key)}
+        return keys.pairs(self._client.call("kv/range", request))
+
+
+class EtcdCursor:
+    """A cursor that this process owns; `close` lets another one own it."""
+
+    __slots__ = ("_claim", "_closed", "_key", "name", "seq")
+
+    def __init__(self, claim: Claim, name: str, key: bytes) -> None:
+        """Use a claim that was taken."""
+        self.name = name
+        self.seq = 0
+        self._claim = claim
+        self._key = key
+        self._closed = False
+
+    def advance(self, seq: int) -> None:
+        """Acknowledge everything up to `seq`; never moves back."""
+        if seq > self.seq:
+            self.set(seq)
+
+    def set(self, seq: int) -> None:
+        """Move to `seq`, also backwards; durable on return.
+
+        *Raises* RegistryClosed once it is closed; CursorBusy if it was lost to another owner.
+        """
+        if self._closed:
+            raise RegistryClosed(f"cursor {self.name}")
+        if not self._claim.write([keys.put(self._key, b"%d" % seq)]):
+            raise CursorBusy(self.name, holder="another subscriber, since we stood still,")
+        self.seq = seq
+
+    def close(self) -> None:
+        """Let go of it; idempotent."""
+        self._closed = True
+        self._claim.close()
+
+
+def _standing(row: KeyValue) -> Standing:
+    whole = row.value.isdigit()
+    return Standing(row.name, int(row.value) if whole else 0, damaged=not whole)

@@ -1,0 +1,161 @@
+"""Keep a worker's lease from a process beside it, for as long as the worker's process lives.
+
+A thread of the worker would stop with it (SIGSTOP, a long garbage collection) and end with an exec;
+one of whoever started it would end with that one. So a small process of its own holds the worker's
+pidfd and keeps the lease until that is ready, then ends the lease and itself. It is told whom to
+guard once the worker is registered; if it never is, because we fail or are killed, it reads the end
+of its pipe and ends the lease. Nothing but its own end, by SIGKILL or with the host, lets a lease
+of a living worker run out.
+"""
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import time
+from typing import Final, cast
+
+from crewlog import codec, layout
+from crewlog.codec import DocumentError
+from crewlog.errors import CrewlogError, ProcessNotFound, SpawnFailed
+from crewlog.etcd import claims, keys
+from crewlog.etcd.address import EtcdAddress
+from crewlog.etcd.client import Client
+from crewlog.events import Identity, IdentityRecord, Worker, identity_of
+from crewlog.process import Process
+
+_STDERR: Final = 2
+_SCRIPT: Final = """
+import sys
+sys.path[:] = sys.argv[5:]
+from crewlog.etcd.keeper import main
+main(*sys.argv[1:5])
+"""
+
+
+class Keeper:
+    """The process that keeps one lease."""
+
+    def __init__(self, url: str, key: bytes, lease: int, *, ttl_s: int) -> None:
+        """Start it; it keeps the lease and its key on return. *Raises* SpawnFailed."""
+        told = [url, key.decode(), str(lease), str(ttl_s)]
+        words = [sys.executable, "-c", _SCRIPT, *told, *sys.path]
+        try:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SpawnFailed("the keeper of the lease", why=str(error)) from error
+        self._await()
+
+    def _await(self) -> None:
+        """Return once it has gone into the background: what we started has then ended with 0."""
+        stderr = self._process.stderr
+        assert stderr is not None  # it was asked for
+        try:
+            code = self._process.wait(layout.KEEPER_WAIT_S)
+            why = "" if code == 0 else stderr.read().decode(errors="replace").strip()[-500:]
+        except subprocess.TimeoutExpired as error:
+            self._process.kill()
+            self._process.wait()
+            raise SpawnFailed("the keeper of the lease", why="it does not begin") from error
+        finally:
+            stderr.close()
+        if code != 0:
+            self.dismiss()
+            raise SpawnFailed("the keeper of the lease", why=why or f"it ended with {code}")
+
+    def guard(self, worker: Worker) -> None:
+        """Tell it whom to guard, and leave it alone."""
+        assert worker.identity is not None  # it was registered while it ran
+        self._tell(codec.dump(worker.identity.as_json()))
+
+    def dismiss(self) -> None:
+        """Let it end the lease, and itself."""
+        self._tell(b"")
+
+    def _tell(self, words: bytes) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None  # it was asked for
+        try:
+            stdin.write(words)
+            stdin.close()
+        except BrokenPipeError:  # it was killed: the lease will run out, which is what it says
+            return
+
+
+class _Watch:
+    """What the process does: it keeps a lease."""
+
+    def __init__(self, client: Client, key: bytes, lease: int, *, ttl_s: int) -> None:
+        self._client = client
+        self._key = key
+        self._lease = lease
+        self.pause_s = ttl_s / 3
+        self._ttl_s = ttl_s
+
+    def keep(self) -> None:
+        """Keep the lease; make it anew where it ran out while no server could be reached."""
+        try:
+            if not claims.keep(self._client, self._lease):
+                claims.grant(self._client, self._lease, self._ttl_s)
+                put = keys.put(self._key, b"", lease=self._lease)
+                self._client.call("kv/txn", keys.transaction((), [put]))
+        except CrewlogError:  # no server answers: again, for as long as the worker lives
+            time.sleep(layout.BACKOFF_MAX_S)
+
+    def end(self) -> None:
+        """End the lease. Where no server answers, it runs out."""
+        with contextlib.suppress(CrewlogError):
+            claims.revoke(self._client, self._lease)
+
+
+def main(url: str, key: str, lease: str, ttl_s: str) -> None:
+    """Be the process: keep the lease once, go into the background, guard."""
+    client = Client(EtcdAddress.parse(url), wait_s=float(ttl_s))
+    watch = _Watch(client, key.encode(), int(lease), ttl_s=int(ttl_s))
+    if not claims.keep(client, int(lease)):
+        sys.exit("the lease has run out")
+    if os.fork():
+        os._exit(0)
+    os.close(_STDERR)
+    os.open(os.devnull, os.O_WRONLY)
+    guarded = _told(watch)
+    if guarded is not None:
+        _guard(watch, guarded)
+    watch.end()
+
+
+def _told(watch: _Watch) -> Identity | None:
+    """Read whom to guard, and keep the lease meanwhile; None for nobody."""
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    words = b""
+    while True:
+        if not poll.poll(watch.pause_s * 1000):
+            watch.keep()
+            continue
+        read = os.read(0, layout.STATE_BYTES_MAX)
+        if not read:
+            break
+        words += read
+    try:
+        return identity_of(cast("IdentityRecord", codec.load_object(words)))
+    except (DocumentError, TypeError):  # nothing was said, or half of it
+        return None
+
+
+def _guard(watch: _Watch, who: Identity) -> None:
+    """Keep the lease until the process has ended."""
+    try:
+        with Process(who) as held:
+            while not held.wait(watch.pause_s):
+                watch.keep()
+    except ProcessNotFound:  # it has ended already
+        return

@@ -1,0 +1,151 @@
+"""Keep workers' leases in a cluster, and the turns to start them.
+
+A worker's lease is a key on an etcd lease, which a process beside the worker keeps (keeper.py) for
+as long as the worker's own process lives. Its name holds the lease's id, so that it never speaks
+for an earlier or later worker of the same sid. A beat is a second key, on a lease as long as the
+worker may be silent: whether that is there is read from the cluster's clock alone.
+"""
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from crewlog import layout
+from crewlog.errors import LockBusy
+from crewlog.etcd import claims, keys
+from crewlog.etcd.claims import Claim
+from crewlog.etcd.client import Client
+from crewlog.etcd.keeper import Keeper
+from crewlog.etcd.keys import Keys
+from crewlog.events import JsonObject, Worker
+from crewlog.liveness import LeaseSeen
+
+_MARK: Final = "~"  # in no sid
+_NAME: Final = re.compile(r".+~([0-9a-f]{16})")
+
+
+class EtcdLeases:
+    """The leases of a store in a cluster; see store.Leases."""
+
+    __slots__ = ("_client", "_keys")
+
+    def __init__(self, client: Client, names: Keys) -> None:
+        """Look at nothing yet."""
+        self._client = client
+        self._keys = names
+
+    def make(self, sid: str, *, heartbeat_s: float | None) -> "EtcdLease":
+        """Make a lease, with its first beat, and a process that keeps it.
+
+        *Raises* SpawnFailed if that process does not start.
+        """
+        id_ = claims.new_id()
+        name = f"{sid}{_MARK}{id_:016x}"
+        ttl_s = claims.grant(self._client, id_, layout.LEASE_TTL_S)
+        key = self._keys.named("l", name)
+        self._client.call("kv/txn", keys.transaction((), [keys.put(key, b"", lease=id_)]))
+        made = EtcdLease(name, Keeper(self._client.where, key, id_, ttl_s=ttl_s))
+        if heartbeat_s is not None:
+            self.beat(name, heartbeat_s=heartbeat_s)
+        return made
+
+    def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:
+        """Return what looks at leases: all of them were read at once."""
+        if len(names) == 1:
+            name = next(iter(names))
+            wanted = [keys.get(self._keys.named(room, name)) for room in ("l", "beat")]
+            answer = self._client.call("kv/txn", keys.transaction((), wanted))
+            rows = keys.ranges(answer)
+            held, fresh = ({row.name for row in found} for found in rows)
+        else:
+            held, fresh = self._all("l"), self._all("beat")
+
+        def seen(name: str) -> LeaseSeen:
+            if not _NAME.fullmatch(name):  # a directory's, from before a migration
+                return LeaseSeen("absent")
+            return LeaseSeen("held" if name in held else "free", beat_expired=name not in fresh)
+
+        return seen
+
+    def _all(self, room: str) -> set[str]:
+        page: JsonObject = {**keys.page(*self._keys.room(room), limit=0), "keysOnly": True}
+        return {row.name for row in keys.pairs(self._client.call("kv/range", page))}
+
+    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:
+        """Note that the worker is well, now; False if there is no such lease.
+
+        The cluster counts in whole seconds, and not below its election timeout.
+        """
+        found = _NAME.fullmatch(name)
+        held: JsonObject = {"key": keys.text(self._keys.named("l", name))}
+        if found is None or not keys.pairs(self._client.call("kv/range", held)):
+            return False
+        if heartbeat_s is None:
+            return True
+        id_ = int(found[1], 16) + 1
+        if not claims.keep(self._client, id_):
+            claims.grant(self._client, id_, math.ceil(heartbeat_s))
+            put = keys.put(self._keys.named("beat", name), b"", lease=id_)
+            self._client.call("kv/txn", keys.transaction((), [put]))
+        return True
+
+    @contextmanager
+    def turn(self, sid: str, *, wait_s: float) -> "Iterator[EtcdTurn]":
+        """Hold the turn to start a worker of one sid, on any host.
+
+        Who is killed while having it keeps it for CLAIM_TTL_S. *Raises* LockBusy.
+        """
+        key = self._keys.named("t", sid)
+        claim = Claim(self._client, key, holder=claims.me())
+        deadline = time.monotonic() + wait_s
+        try:
+            while (holder := claim.take()) is not None:
+                if time.monotonic() >= deadline:
+                    where = f"{self._client.where}: {key.decode()}"
+                    raise LockBusy(where, waited_s=wait_s, holder=holder)
+                time.sleep(layout.CLAIM_LOOK_S)
+            yield EtcdTurn()
+        finally:
+            claim.close()
+
+    def sweep(self, *, needed: Callable[[str], bool]) -> int:  # noqa: ARG002 (they end by themselves)
+        """Remove nothing: what nobody keeps runs out."""
+        return 0
+
+
+class EtcdTurn:
+    """The turn to start a worker; see store.Turn."""
+
+    def share(self) -> int:
+        """Return -1: no descriptor holds it."""
+        return -1
+
+
+class EtcdLease:
+    """A lease that was made; see store.Lease."""
+
+    def __init__(self, name: str, keeper: Keeper) -> None:
+        """Let the keeper keep it."""
+        self.name = name
+        self._keeper = keeper
+
+    def inherited(self) -> Sequence[int]:
+        """Return nothing: no descriptor holds it."""
+        return ()
+
+    def keep(self, worker: Worker) -> None:
+        """Let the keeper keep it for as long as the worker's process lives."""
+        self._keeper.guard(worker)
+
+    def hand_over(self, worker: Worker) -> None:
+        """Let the keeper keep it for as long as the worker's process lives."""
+        self._keeper.guard(worker)
+
+    def drop(self) -> None:
+        """Give it back: the worker was not registered."""
+        with contextlib.suppress(OSError):
+            self._keeper.dismiss()
