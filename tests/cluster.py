@@ -89,7 +89,15 @@ class Server:
 class Cluster:
     """One server or more, which end with the block."""
 
-    def __init__(self, home: Path, *, size: int = 1, more: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        size: int = 1,
+        scheme: str = "http",
+        listen: str = "127.0.0.1",
+        more: Sequence[str] = (),
+    ) -> None:
         """Start them, and wait until each knows a leader."""
         ports = free_ports(2 * size)
         peers = [f"http://127.0.0.1:{port}" for port in ports[size:]]
@@ -102,8 +110,8 @@ class Cluster:
                 ports[number],
                 ports[size + number],
                 [
-                    *("--listen-client-urls", f"http://127.0.0.1:{ports[number]}"),
-                    *("--advertise-client-urls", f"http://127.0.0.1:{ports[number]}"),
+                    *("--listen-client-urls", f"{scheme}://{listen}:{ports[number]}"),
+                    *("--advertise-client-urls", f"{scheme}://127.0.0.1:{ports[number]}"),
                     *("--listen-peer-urls", peers[number]),
                     *("--initial-advertise-peer-urls", peers[number]),
                     *("--initial-cluster", whole),

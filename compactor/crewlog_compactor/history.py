@@ -40,7 +40,8 @@ class History:
     partial: bool = False  # retention took the beginning: the fold begins at the older snapshot
     bases: dict[int, Snapshot] = field(default_factory=dict)
     state: Fold = field(default_factory=fold.empty)
-    checkpoints: dict[int, tuple[str, dict[str, Record], dict[str, int]] | None] = field(
+    # by seq: the hash, the records (None: retention took what they rest on), the totals
+    checkpoints: dict[int, tuple[str, dict[str, Record] | None, dict[str, int]] | None] = field(
         default_factory=dict
     )
 
@@ -142,7 +143,8 @@ class History:
         """Keep the state where a snapshot claims to be it."""
         if self.seq in self.checkpoints:
             copied = self.state.copy()
-            self.checkpoints[self.seq] = (self.hash, copied.records, copied.totals)
+            known = None if self.partial else copied.records
+            self.checkpoints[self.seq] = (self.hash, known, copied.totals)
 
     def _gap(self, line: Line) -> None:
         """Take note of a loss that was given up; the next snapshot tells what it had led to."""
@@ -177,7 +179,7 @@ class History:
                 f"the hash of event {found.last_seq} differs",
                 seq=found.last_seq,
             )
-        elif not self.hole:
+        elif not self.hole and records is not None:
             kept = {record["sid"]: record for record in (*found.sessions, *found.ended)}
             if kept != records or dict(found.totals) != totals:
                 wrong = sorted(

@@ -208,15 +208,18 @@ class Client:
                 preload_content=not stream,
             )
         except SSLError as error:
-            raise AuthFailed(
-                self.where,
-                why=f"{host}: {_reason(error)}",
-                remedy="Check CREWLOG_ETCD_CA, CREWLOG_ETCD_CERT and that the port speaks TLS",
-            ) from error
+            raise self._untrusted(host, error) from error
         except HTTPError as error:
             self._next += 1
             unsent = isinstance(error, NewConnectionError | ConnectTimeoutError)
             raise Unanswered(f"{host}: {_reason(error)}", sent=not unsent) from error
+
+    def _untrusted(self, host: str, error: SSLError) -> AuthFailed:
+        return AuthFailed(
+            self.where,
+            why=f"{host}: {_reason(error)}",
+            remedy="Check CREWLOG_ETCD_CA, CREWLOG_ETCD_CERT and that the port speaks TLS",
+        )
 
     def _pooled(self) -> urllib3.PoolManager:
         if self.closed:
@@ -282,7 +285,7 @@ class Client:
                 found = _checked(answer.status, answer.data, self.where)
                 return str(found.get("etcdserver", ""))
             except SSLError as error:
-                raise AuthFailed(self.where, why=f"{host}: {_reason(error)}") from error
+                raise self._untrusted(host, error) from error
             except (HTTPError, Unanswered) as error:
                 self._next += 1
                 if not next(pauses):
