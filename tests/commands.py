@@ -19,8 +19,15 @@ class Cli:
     def __call__(
         self, *arguments: object, code: int = 0, **options: object
     ) -> subprocess.CompletedProcess[str]:
+        return self.bare("--dir", self.where, *arguments, code=code, **options)
+
+    @staticmethod
+    def bare(
+        *arguments: object, code: int = 0, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Run it without --dir."""
         done = subprocess.run(
-            [*CREWLOG, "--dir", self.where, *map(str, arguments)],
+            [*CREWLOG, *map(str, arguments)],
             check=False, capture_output=True, text=True, timeout=60, **options,  # type: ignore[call-overload]
         )  # fmt: skip
         assert done.returncode == code, (done.stdout, done.stderr)

@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "verify": "mending",
     "repair": "mending",
     "anchor": "mending",
+    "migrate": "mending",
     "stop": "ending",
     "beat": "ending",
     "observe": "ending",

@@ -1,4 +1,4 @@
-"""Check and mend a store: verify, repair, anchor."""
+"""Check, mend and move a store: verify, repair, anchor, migrate."""
 
 from dataclasses import asdict
 from typing import Final
@@ -8,7 +8,7 @@ import click
 from crewlog_cli import shell
 from crewlog_cli.changing import tried
 from crewlog_cli.shell import Shell, command
-from crewlog_compactor import Anchor, RepairReport, anchor, repair, verify
+from crewlog_compactor import Anchor, RepairReport, anchor, migrate, repair, verify
 from crewlog_compactor.repair import parse_range
 
 
@@ -109,4 +109,30 @@ def anchor_(sh: Shell) -> None:
         sh.line(str(found))
 
 
-COMMANDS: Final = {"verify": verify_, "repair": repair_, "anchor": anchor_}
+@command(
+    "migrate",
+    examples="""crewlog migrate ~/.local/state/crewlog etcd://h1:2379,h2:2379/crew
+crewlog migrate etcd://h1:2379/crew /srv/crewlog      # and back""",
+)
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+def migrate_(sh: Shell, *, source: str, target: str) -> None:
+    """Copy a registry with its whole history to a place where there is none, and verify the copy.
+
+    Seqs, hashes, cursors and anchors stay true. Stop its writers first: the source stays as it is.
+    """
+    if sh.place is not None:
+        message = "migrate takes two places, FROM and TO, and no --dir"
+        raise click.UsageError(message)
+    with shell.progress("migrate") as told:
+        report = tried(lambda: migrate(source, target, progress=told))
+    if sh.json:
+        sh.document(asdict(report))
+    else:
+        sh.line(
+            f"copied {report.events} events up to seq {report.last_seq}, {report.workers} workers, "
+            f"{report.cursors} cursors; the last hash is {report.hash}"
+        )
+
+
+COMMANDS: Final = {"verify": verify_, "repair": repair_, "anchor": anchor_, "migrate": migrate_}

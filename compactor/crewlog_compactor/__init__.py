@@ -11,6 +11,7 @@ from crewlog_compactor.collect import (
 from crewlog_compactor.compact import compact
 from crewlog_compactor.findings import CompactReport, Finding, VerifyReport
 from crewlog_compactor.legacy import ImportReport, import_legacy
+from crewlog_compactor.migrate import MigrateReport, migrate
 from crewlog_compactor.plan import Plan
 from crewlog_compactor.policy import KeepEvents
 from crewlog_compactor.repair import RepairReport, repair
@@ -23,6 +24,7 @@ __all__ = [
     "Finding",
     "ImportReport",
     "KeepEvents",
+    "MigrateReport",
     "Plan",
     "RepairReport",
     "VerifyReport",
@@ -33,6 +35,7 @@ __all__ = [
     "compact",
     "import_legacy",
     "make_plan",
+    "migrate",
     "repair",
     "verify",
 ]

@@ -27,7 +27,7 @@ from crewlog_compactor import orphans, plan
 from crewlog_compactor.plan import Plan, Step
 
 KEEP: Final = timedelta(days=1)
-_STEPS_A_COMMIT: Final = 100  # so many workers one transaction of any store can hold
+_STEPS_A_COMMIT: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +118,9 @@ def _carry_out(
     author = reg.author("gc")
     conflicts = set(alive)
     steps = [step for step in decided.steps if step.action == "prune" or step.sid not in conflicts]
-    for first in range(0, len(steps), _STEPS_A_COMMIT):
-        part = steps[first : first + _STEPS_A_COMMIT]
+    size = min(_STEPS_A_COMMIT, reg.log().unit_workers_max) if steps else 1
+    for first in range(0, len(steps), size):
+        part = steps[first : first + size]
         reg.commit([_conditional(_event(author, step), conflicts) for step in part])
     tidied = orphans.tidy(reg) if reg.exists else orphans.Tidied()
     return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)

@@ -38,7 +38,10 @@ class _Entry:
 
 
 def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport:
-    """Register every worker of an older registry.json, all in one unit; durable on return.
+    """Register every worker of an older registry.json; durable on return.
+
+    In a directory it is one unit; on etcd units of a hundred workers, and where it is interrupted
+    it is run again.
 
     Of several entries with one sid the first counts, as it did there; sids that the registry
     holds already are skipped. *Raises* LegacyCorrupt if the file is not such a registry, and then
@@ -48,7 +51,7 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
     living: list[str] = []
     lost: list[str] = []
     skipped: list[tuple[str, str]] = []
-    steps: list[Step] = []
+    steps: list[list[Step]] = []
     seen: set[str] = set()
     for entry in entries:
         if entry.sid in seen:
@@ -58,9 +61,12 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
         else:
             seen.add(entry.sid)
             added, alive = _steps(reg, entry)
-            steps += added
+            steps.append(added)
             (living if alive else lost).append(entry.sid)
-    seq = reg.commit(steps).seq if steps else reg.last_seq
+    seq = reg.last_seq
+    size = reg.created().unit_workers_max if steps else 1
+    for first in range(0, len(steps), size):
+        seq = reg.commit([step for part in steps[first : first + size] for step in part]).seq
     return ImportReport(living=tuple(living), lost=tuple(lost), skipped=tuple(skipped), seq=seq)
 
 

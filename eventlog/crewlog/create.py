@@ -4,10 +4,25 @@ The link that gives store.json its name, made durable, is the commit point: befo
 store, and whatever an interrupted creation left is swept and made again.
 """
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
-from crewlog import codec, disk, events, identity, layout, redo, segments, structs, tail
+from crewlog import (
+    codec,
+    disk,
+    events,
+    identity,
+    layout,
+    redo,
+    segments,
+    snapshot,
+    structs,
+    tail,
+)
+from crewlog.codec import Snapshot
 from crewlog.directory import (
     Descriptors,
     Directory,
@@ -17,7 +32,7 @@ from crewlog.directory import (
     unsafe,
 )
 from crewlog.disk import Disk
-from crewlog.errors import NotAStore, StoreMissing, UnsafePermissions, from_oserror
+from crewlog.errors import LogCorrupt, NotAStore, StoreMissing, UnsafePermissions, from_oserror
 from crewlog.lock import Lock
 from crewlog.states import States
 from crewlog.structs import DurableHead
@@ -32,14 +47,67 @@ def open_or_create(path: Path, *, via: Disk | None = None, wait_s: float) -> Dir
         return open_existing(path, via=via)
     except StoreMissing:
         pass
+    return _created(path, via or Disk(), _first_segment, wait_s=wait_s)
+
+
+class Content(NamedTuple):
+    """What a store that is made from another one's history holds.
+
+    `segments` are (first seq, bytes), in order, each but the last sealed; `base` is the state
+    before the first of them, None where that is the empty one. `snapshot` is asked for after the
+    last segment: the state after the last sealed one, None where none is.
+    """
+
+    identity: bytes
+    segments: Iterator[tuple[int, bytes]]
+    base: Snapshot | None
+    snapshot: Callable[[], Snapshot | None]
+
+
+def create_with(path: Path, content: Content, *, wait_s: float) -> Directory:
+    """Create the store at `path` with a history; durable on return.
+
+    *Raises* NotAStore where there is a store already, or anything else.
+    """
+    with contextlib.suppress(StoreMissing):
+        found = open_existing(path)
+        raise NotAStore(
+            "the target is not empty",
+            where=str(path),
+            why=f"there is store {found.store}",
+            remedy="Choose an empty or a new directory",
+        )
+
+    def fill(path: Path, opened: Descriptors, via: Disk) -> Newborn:
+        return _filled_with(content, path, opened, via)
+
+    return _created(path, Disk(), fill, wait_s=wait_s)
+
+
+class Newborn(NamedTuple):
+    """A store that lacks only its store.json, and the bytes of that."""
+
+    directory: Directory
+    identity: bytes
+    first: int
+    end: int
+    seq: int
+    hash: bytes
+    sealed: bool
+
+
+Fill: TypeAlias = Callable[[Path, Descriptors, Disk], Newborn]
+
+
+def _created(path: Path, via: Disk, fill: Fill, *, wait_s: float) -> Directory:
     try:
-        _create(path, via or Disk(), wait_s=wait_s)
+        _create(path, via, fill, wait_s=wait_s)
     except OSError as error:
         raise from_oserror(error, "cannot create the registry", where=str(path)) from error
     return open_existing(path, via=via)
 
 
-def _create(path: Path, via: Disk, *, wait_s: float) -> None:
+def _create(path: Path, via: Disk, fill: Fill, *, wait_s: float) -> None:
     real = path.resolve()
     _make_directories(real, via)
     opened = Descriptors()
@@ -61,7 +129,8 @@ def _create(path: Path, via: Disk, *, wait_s: float) -> None:
     try:
         lock.acquire(wait_s=wait_s)
         if not disk.exists(layout.STORE, at=root):
-            _fill(path, opened, via)
+            _sweep_leftovers(opened, via)
+            _finish(fill(path, opened, via), opened, via)
     finally:
         lock.close()
 
@@ -105,14 +174,16 @@ def _touch(name: str, at: int, via: Disk) -> None:
         return
 
 
-def _fill(path: Path, opened: Descriptors, via: Disk) -> None:
-    """Write the first segment, the states and, last, store.json. Held: append."""
-    root = opened.fds[""]
-    _sweep_leftovers(opened, via)
+def _newborn(path: Path, opened: Descriptors, via: Disk, identity_: bytes) -> Directory:
+    store = str(codec.load_object(identity_)["store"])
+    return Directory(path, opened, store, codec.digest(identity_), via, local=True)
+
+
+def _first_segment(path: Path, opened: Descriptors, via: Disk) -> Newborn:
+    """Write a first segment that holds its header. Held: append."""
     now = events.timestamp(events.now())
     data = new_identity(now)
-    store = str(codec.load_object(data)["store"])
-    newborn = Directory(path, opened, store, codec.digest(data), via, local=True)
+    newborn = _newborn(path, opened, via, data)
     header, line = segments.own_line(
         events.SEGMENT,
         tail.header_data(newborn, identity.boot_id(), None),
@@ -122,18 +193,52 @@ def _fill(path: Path, opened: Descriptors, via: Disk) -> None:
         prev=newborn.digest,
     )
     segments.put(newborn, 1, header)
+    hash_ = codec.digest(header[:-1])
+    return Newborn(newborn, data, 1, len(header), line["seq"], hash_, sealed=False)
+
+
+def _filled_with(content: Content, path: Path, opened: Descriptors, via: Disk) -> Newborn:
+    """Write all segments of a history, and the state that it begins with. Held: append."""
+    newborn = _newborn(path, opened, via, content.identity)
+    first, data, seq = 0, b"", 0
+    for first, data in content.segments:
+        segments.put(newborn, first, data)
+    found = segments.scan(data, offset=0, seq=first - 1, prev=None)
+    if found.reason is not None or not data:
+        raise LogCorrupt(
+            layout.segment_name(first),
+            offset=found.end,
+            seq=found.seq + 1,
+            reason=found.reason or "it is empty",
+            proof="it was read from a whole history",
+        )
+    seq = found.seq
+    if content.base is not None:
+        snapshot.put_base(newborn, content.base)
+        snapshot.replace(newborn, content.base)
+    folded = content.snapshot()
+    if folded is not None:
+        snapshot.replace(newborn, folded)
+    return Newborn(newborn, content.identity, first, len(data), seq, found.hash, found.sealed)
+
+
+def _finish(made: Newborn, opened: Descriptors, via: Disk) -> None:
+    """Write the states and, last, store.json. Held: append."""
+    root, newborn = opened.fds[""], made.directory
     via.sync_directory(newborn[layout.LOG])
-    boot, end = identity.boot_bytes(), len(header)
+    boot, end = identity.boot_bytes(), made.end
     states = States(newborn)
-    states.put_append_state(structs.written(boot, 1, end, line["seq"], codec.digest(header[:-1])))
+    states.put_append_state(
+        structs.written(boot, made.first, end, made.seq, made.hash, sealed=made.sealed)
+    )
     states.put_head(
-        DurableHead(0, boot, 1, end, end, line["seq"], oldest=1, poisoned=False, errno=0)
+        DurableHead(0, boot, made.first, end, end, made.seq, oldest=1, poisoned=False, errno=0)
     )
     states.close()
     redo.make(newborn)
     via.sync_directory(root)
     temporary = f"{layout.TEMPORARY_PREFIX}store-{os.getpid()}"
-    disk.write_new(via, temporary, data, at=root)
+    disk.write_new(via, temporary, made.identity, at=root)
     via.link(temporary, layout.STORE, at=root, new_at=root)
     via.unlink(temporary, at=root)
     via.sync_directory(root)

@@ -93,6 +93,11 @@ class Reading:
         return self.directory.store
 
     @property
+    def unit_workers_max(self) -> int:
+        """Return how many workers one unit may change: as many as it may have events."""
+        return layout.BATCH_EVENTS_MAX
+
+    @property
     def one_host(self) -> bool:
         """Say whether all its workers are of this host: not on a network file system."""
         return self.directory.local
@@ -148,6 +153,14 @@ class Reading:
             snapshot_seq = self._current.snapshot_seq
             raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
         return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
+
+    def identity(self) -> bytes:
+        """Return the bytes of store.json."""
+        where = self.directory.where(layout.STORE)
+        with disk.failures("cannot read the registry", where=where):
+            return disk.read_all(
+                layout.STORE, at=self.directory.root, where=where, limit=layout.STATE_BYTES_MAX
+            )
 
     # -- the past ---------------------------------------------------------------------------
 

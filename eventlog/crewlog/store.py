@@ -45,6 +45,11 @@ class Store(Phases, Protocol):
         ...
 
     @property
+    def unit_workers_max(self) -> int:
+        """Return how many workers one unit may change."""
+        ...
+
+    @property
     def one_host(self) -> bool:
         """Say whether all its workers are of the host that we are on."""
         ...
@@ -89,6 +94,10 @@ class Store(Phases, Protocol):
 
     def tail(self, after: int, *, sieve: Sieve | None = None) -> "Tail":
         """Return what reads on from seq `after`. *Raises* CompactedError as `read` does."""
+        ...
+
+    def identity(self) -> bytes:
+        """Return what says who the store is, the bytes that its first line's `prev` is of."""
         ...
 
     # -- the past ---------------------------------------------------------------------------

@@ -64,6 +64,10 @@ class EtcdAddress:
         """Open the store, and create it if there is none; durable on return."""
         return self._engine(wait_s).created()
 
+    def empty(self, *, wait_s: float) -> "EtcdLog":
+        """Return what would be the store, for who fills it: nothing of it is read or checked."""
+        return self._engine(wait_s)
+
     def _engine(self, wait_s: float) -> "EtcdLog":
         try:
             from crewlog.etcd.engine import EtcdLog  # noqa: PLC0415 (an extra)

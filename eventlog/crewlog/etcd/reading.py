@@ -75,6 +75,8 @@ class EtcdReading:
         self.keys = Keys(address.prefix)
         self.id = ""
         self.digest = b""
+        self._identity = b""
+        self.unit_workers_max = layout.TXN_WORKERS_MAX
         self.one_host = False
         self.mutex = threading.RLock()  # guards all below
         self._fold: Fold | None = None
@@ -99,6 +101,7 @@ class EtcdReading:
         store = found.get("store")
         if not isinstance(store, str) or not store:
             raise self._broken(self.keys.store, "it names no store")
+        self._identity = identity[0].value
         self.id, self.digest = store, codec.digest(identity[0].value)
         self.saw(head, before=None)
 
@@ -365,6 +368,10 @@ class EtcdReading:
             snapshot_seq = self.last_seq()
             raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
         return EtcdTail(self, after, sieve)
+
+    def identity(self) -> bytes:
+        """Return what says who the store is."""
+        return self._identity
 
     # -- the past ---------------------------------------------------------------------------
 

@@ -1,0 +1,227 @@
+"""Copy a store with its whole history to another place, of the same or another kind, and prove it.
+
+Every line is copied byte for byte, so seqs, hashes, cursors and anchors stay true; the store keeps
+its identity. The target does not exist before its last step, and a copy that was interrupted before
+that is begun anew (on etcd) or refused (a directory that is not empty). Writers of the source are
+kept out where it is a directory; where it is a cluster, a change that comes between is noticed. The
+source stays as it is: who still writes there afterwards writes into the past.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from crewlog import create, events, fold, layout, segments
+from crewlog.address import Address, DirectoryAddress, locate
+from crewlog.codec import Snapshot
+from crewlog.errors import (
+    CompactedError,
+    HistoryDiverged,
+    LockBusy,
+)
+from crewlog.events import Line
+from crewlog.fold import Fold, FoldError
+from crewlog.log import Log
+from crewlog.store import Store
+from crewlog_compactor.findings import VerifyReport
+from crewlog_compactor.verify import verify
+
+Where: TypeAlias = str | os.PathLike[str]
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrateReport:
+    """What was copied: events are all lines, the store's own too; `hash` is that of the last."""
+
+    events: int
+    last_seq: int
+    hash: str
+    workers: int
+    cursors: int
+
+
+@dataclass(slots=True)
+class Copy:
+    """A history on its way: lines are checked and folded as they are read.
+
+    `seq` and `hash` are those of the last line, `sealed` the state after the last sealed part.
+    """
+
+    source: Store
+    first: int
+    base: Snapshot
+    progress: Progress
+    events: int = 0
+    seq: int = 0
+    hash: str = ""
+    sealed: Snapshot | None = None
+
+    def lines(self) -> Iterator[tuple[Line, bytes]]:
+        """Yield every line that is kept, each proven to follow the one before."""
+        self.seq, self.hash = self.base.last_seq, self.base.last_hash
+        base, last = self.base, self.source.last_seq()
+        state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+        for line, raw in self.source.read(self.first - 1):
+            if line["prev"] != self.hash:
+                raise HistoryDiverged(self.source.where, seq=line["seq"] - 1)
+            self.seq, self.hash = line["seq"], segments.hash_after(line, raw).hex()
+            try:
+                state.apply(line)
+            except FoldError as error:
+                raise HistoryDiverged(self.source.where, seq=self.seq) from error
+            if segments.is_end(line):
+                self.sealed = self._snapshot(state)
+            self.events += 1
+            self.progress(self.events, last - self.first + 1)
+            yield line, raw
+
+    def _snapshot(self, state: Fold) -> Snapshot:
+        return replace(
+            self.base,
+            last_seq=self.seq,
+            last_hash=self.hash,
+            written_at=events.timestamp(events.now()),
+            sessions=list(state.sessions()),
+            ended=list(state.ended()),
+            totals=dict(state.totals),
+        )
+
+    def require_still(self) -> None:
+        """Refuse to go on where the source has changed. *Raises* LockBusy."""
+        if self.source.last_seq() != self.seq:
+            raise LockBusy(self.source.where, waited_s=0, holder="a writer, who has changed it,")
+
+
+def migrate(source: Where, target: Where, *, progress: Progress | None = None) -> MigrateReport:
+    """Copy a store with its history to a place where there is none, and verify the copy.
+
+    *Guarantee*: the target is there whole, or not at all. Cursors are copied, leases are not: a
+    worker is judged by its process until it registers again. *Raises* StoreMissing; NotAStore where
+    the target is not empty; LockBusy where the source is being written to; DataDamaged.
+    """
+    origin, place = locate(source), locate(target)
+    if str(origin) == str(place):
+        message = "source and target are the same place"
+        raise ValueError(message)
+    with ExitStack() as undo:
+        store = origin.open(wait_s=layout.LOCK_WAIT_S)
+        undo.callback(store.close)
+        undo.enter_context(_still(store))
+        copy = _begin(store, progress or _silent)
+        if isinstance(place, DirectoryAddress):
+            _to_directory(copy, place)
+        else:
+            _to_etcd(copy, place)
+        return _proven(copy, place)
+
+
+def _to_etcd(copy: Copy, place: Address) -> None:
+    from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few need it)
+    from crewlog_compactor import etcd_copy  # noqa: PLC0415 (as above)
+
+    assert isinstance(place, EtcdAddress)  # there are two kinds
+    etcd_copy.write(copy, place)
+
+
+def _silent(_done: int, _whole: int) -> None:
+    return
+
+
+def _still(store: Store) -> AbstractContextManager[object]:
+    """Keep writers and compactions out, where that can be done."""
+    return _alone(store) if isinstance(store, Log) else nullcontext()
+
+
+@contextmanager
+def _alone(log: Log) -> Iterator[None]:
+    lock = log.try_compact_lock()
+    try:
+        with log.alone():
+            yield
+    finally:
+        lock.close()
+
+
+def _begin(store: Store, progress: Progress) -> Copy:
+    first = store.first_seq()
+    base = next((found for found in store.states() if found.last_seq == first - 1), None)
+    if base is None:  # retention could keep no state before what it left
+        raise CompactedError(requested=first - 1, oldest=first, snapshot_seq=store.last_seq())
+    return Copy(store, first, base, progress)
+
+
+# -- to a directory -------------------------------------------------------------------------
+
+
+def _to_directory(copy: Copy, place: DirectoryAddress) -> None:
+    content = create.Content(
+        copy.source.identity(),
+        _segments(copy),
+        copy.base if copy.base.last_seq else None,
+        lambda: copy.sealed,
+    )
+    made = Log(create.create_with(place.path, content, wait_s=layout.LOCK_WAIT_S))
+    try:
+        _copy_cursors(copy.source, made)
+    finally:
+        made.close()
+
+
+def _segments(copy: Copy) -> Iterator[tuple[int, bytes]]:
+    """Yield the history as segments: each ends with its seal."""
+    first, rows = copy.first, []
+    for line, raw in copy.lines():
+        rows.append(raw + b"\n")
+        if segments.is_end(line):
+            yield first, b"".join(rows)
+            first, rows = line["seq"] + 1, []
+    copy.require_still()
+    if rows:
+        yield first, b"".join(rows)
+
+
+def _copy_cursors(source: Store, target: Store) -> int:
+    places = [place for place in source.cursors.every() if not place.damaged]
+    for place in places:
+        target.cursors.own(place.name, start=place.seq).close()
+    return len(places)
+
+
+# -- proof ----------------------------------------------------------------------------------
+
+
+def _proven(copy: Copy, place: Address) -> MigrateReport:
+    """Read the copy back: verify it, and hold counts, hashes and state against the source."""
+    made = place.open(wait_s=layout.LOCK_WAIT_S)
+    try:
+        report = verify(str(place))
+        told = _last_hash(made)
+        if not report.ok or (report.events, told) != (copy.events, copy.hash):
+            raise HistoryDiverged(str(place), seq=_differing(report, copy))
+        with made.state() as state:
+            there = state.copy()
+        with copy.source.state() as state:
+            if (state.records, state.totals) != (there.records, there.totals):
+                raise HistoryDiverged(str(place), seq=copy.seq)
+        return MigrateReport(
+            events=copy.events,
+            last_seq=copy.seq,
+            hash=copy.hash,
+            workers=len(there.records),
+            cursors=len(made.cursors.every()),
+        )
+    finally:
+        made.close()
+
+
+def _last_hash(store: Store) -> str:
+    last = store.last_seq()
+    (line, raw), *_ = list(store.read(last - 1))
+    return segments.hash_after(line, raw).hex()
+
+
+def _differing(report: VerifyReport, copy: Copy) -> int:
+    return min([f.seq for f in report.findings if f.seq is not None], default=copy.seq)
