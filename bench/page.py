@@ -31,6 +31,9 @@ WORDS = {
     "P8": "`publish` from the write that makes a change visible, `call` from the call that makes it, sync "
     "included.",
     "P8b": "", "P8c": "", "P8d": "", "P8e": "", "P9": "", "P9b": "", "P9c": "", "P10": "",
+    "P12": "The floor sends the same transaction with nothing around it, by http.client. One server on "
+    "the same machine; several on several add a network's round trip.",
+    "P12b": "", "P12c": "", "P12d": "",
 }  # fmt: skip
 PLOTTED = {"P1", "P2", "P2b", "P6"}
 

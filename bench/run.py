@@ -31,6 +31,8 @@ import sharing
 import start
 import watch
 
+import cluster
+
 Rows = list[dict[str, float]]
 
 
@@ -175,9 +177,17 @@ def started(run: Run) -> None:
                start.commands(run.home, rounds=run.few(15, 1)))  # fmt: skip
 
 
+def clustered(run: Run) -> None:
+    """P12: a registry on one etcd server; left out where there is none."""
+    if cluster.installed():
+        cluster.run(run.home, run.figure, run.tell, seconds=run.seconds, rounds=run.rounds,
+                    smoke=run.smoke)  # fmt: skip
+
+
 FIGURES = {
     "P1": one_process, "P2": many_processes, "P3": shared, "P5": opened, "P6": asked_of_history,
     "P7": compacted, "P8": watched, "P9": judged, "P10": started,
+    "P12": clustered,
 }  # fmt: skip
 
 

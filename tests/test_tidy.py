@@ -28,7 +28,7 @@ ROOMS = {
     "rich": {"top.py"},
     "urllib3": {"client.py"},
     "termios": {"top.py"},
-    "threading": {"changes.py", "claims.py", "client.py", "log.py", "commit.py",
+    "threading": {"changes.py", "claims.py", "client.py", "log.py", "commit.py", "rides.py",
                   "reading.py", "sync.py", "registry.py", "notify.py", "states.py",
                   "writing.py", "subscribe.py", "watch.py", "starting.py"},
     "socket": {"endpoint.py"},

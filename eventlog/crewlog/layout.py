@@ -141,6 +141,7 @@ TXN_BYTES_MAX: Final = 1024 * 1024
 GROUP_EVENTS_MAX: Final = 40  # of callers that share a transaction
 KEYS_A_PAGE: Final = 256
 RECORDS_A_PAGE: Final = 1000
+NEWEST_LINES_MAX: Final = 1000  # that watchers of one process share
 PIECE_BYTES: Final = 512 * 1024
 PIECES_MAX: Final = 10_000
 CONNECTIONS_MAX: Final = 8

@@ -5,7 +5,7 @@ a page at a time, and checked as those of a directory are.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple, cast
@@ -29,6 +29,7 @@ from crewlog.etcd.client import Client, Refused
 from crewlog.etcd.cursors import EtcdCursors
 from crewlog.etcd.keys import Keys, KeyValue
 from crewlog.etcd.leases import EtcdLeases
+from crewlog.etcd.rides import Rides
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.refold import refold_lines
@@ -79,6 +80,8 @@ class EtcdReading:
         self.unit_workers_max = layout.TXN_WORKERS_MAX
         self.one_host = False
         self.mutex = threading.RLock()  # guards all below
+        self._heads: Rides[Head] = Rides()
+        self._newest = Newest()
         self._fold: Fold | None = None
         self._folded: Head | None = None
         self.seen: Head | None = None  # the newest that was read
@@ -152,7 +155,7 @@ class EtcdReading:
 
     def head(self) -> Head:
         """Return how far events are durable, now."""
-        return self.look()[0]
+        return self._heads.ask(lambda: self.look()[0])
 
     def last_seq(self) -> int:
         """Return the seq of the last durable line."""
@@ -284,6 +287,12 @@ class EtcdReading:
             due = last + 1
         if due <= stop:
             raise self._gone(due, stop)
+
+    def newest(self, after: int, stop: int, *, sieve: Sieve | None) -> Iterable[tuple[Line, bytes]]:
+        """Return lines as `lines` does; the newest are read once for all watchers, unsieved."""
+        if stop - after > layout.NEWEST_LINES_MAX:
+            return self.lines(after, stop, sieve=sieve)
+        return self._newest.between(after, stop, lambda: list(self.lines(after, stop)))
 
     def transactions(self, after: int, stop: int) -> Iterator[KeyValue]:
         """Yield what was written together, from the line after seq `after` to that of `stop`."""
@@ -502,6 +511,8 @@ class EtcdReading:
     def renew_mutex(self) -> None:
         """Begin with a mutex that nobody holds, and nothing half folded."""
         self.mutex = threading.RLock()
+        self._heads = Rides()
+        self._newest = Newest()
         self._fold = self._folded = None
 
     @property
@@ -511,6 +522,30 @@ class EtcdReading:
 
     def renew(self) -> None:
         """Do nothing: whatever is read is read anew."""
+
+
+class Newest:
+    """The newest lines that watchers read, kept for those who come a moment later."""
+
+    def __init__(self) -> None:
+        """Keep none yet."""
+        self._mutex = threading.Lock()
+        self._kept: list[tuple[Line, bytes]] = []
+        self._after = self._last = 0  # what is kept: the lines after the one seq, up to the other
+
+    def between(
+        self, after: int, stop: int, read: Callable[[], list[tuple[Line, bytes]]]
+    ) -> list[tuple[Line, bytes]]:
+        """Return the lines after a seq up to another one; `read` gets what is not kept."""
+        with self._mutex:
+            if not self._after <= after <= stop <= self._last:
+                found = read()
+                if after != self._last or len(self._kept) > layout.NEWEST_LINES_MAX:
+                    self._kept, self._after = [], after
+                self._kept += found
+                self._last = stop
+                return found
+            return [(line, raw) for line, raw in self._kept if after < line["seq"] <= stop]
 
 
 class EtcdTail:
@@ -526,7 +561,7 @@ class EtcdTail:
 
     def read(self, head: int) -> Iterator[tuple[Line, bytes]]:
         """Yield the lines up to the durable seq `head`."""
-        for line, raw in self._log.lines(self.seq, head, sieve=self._sieve):
+        for line, raw in self._log.newest(self.seq, head, sieve=self._sieve):
             self.seq = line["seq"]
             yield line, raw
         self.seq = max(self.seq, head)
