@@ -40,6 +40,11 @@ class Server:
         self._words = words
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def peer_url(self) -> str:
+        """Return where other members reach it."""
+        return f"http://127.0.0.1:{self.peer}"
+
     def start(self) -> None:
         """Start it, with what it had on disk."""
         self.home.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import random
 import signal
 import threading
 import urllib.request
@@ -277,6 +279,25 @@ def test_three_servers_lose_and_double_nothing(
         more(ledger, 40)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_many_faults_of_three_servers_by_chance(tmp_path: Path) -> None:
+    """Leaders killed and stopped, quorums lost, the history of the cluster compacted, by chance."""
+    dice, stop = random.Random(int(os.environ.get("SEED", "1"))), threading.Event()
+    with Cluster(tmp_path / "home", size=3) as cluster:
+        thread = threading.Thread(target=storm, args=(cluster, stop))
+        thread.start()
+        try:
+            with writers(cluster.url("a"), tmp_path, wait_s=3.0) as ledger:
+                for _ in range(int(os.environ.get("FAULTS", "40"))):
+                    more(ledger, 40)
+                    dice.choice([kill_leader, pause_leader, lose_quorum])(cluster)
+                more(ledger, 40)
+        finally:
+            stop.set()
+            thread.join()
+
+
 def test_quorum_that_stays_lost_is_told_in_time(tmp_path: Path) -> None:
     """Reading and writing end with an error after the wait that was asked for."""
     with Cluster(tmp_path, size=3) as cluster:
@@ -306,10 +327,10 @@ def storm(cluster: Cluster, stop: threading.Event) -> None:
             return found
 
     while not stop.wait(0.005):
-        revision = ask("kv/range", {"key": "YQ=="})["header"]["revision"]
         try:
+            revision = ask("kv/range", {"key": "YQ=="})["header"]["revision"]
             ask("kv/compaction", {"revision": revision, "physical": True})
-        except OSError:  # that revision is compacted already
+        except OSError:  # that revision is compacted already, or the server is down
             continue
 
 
