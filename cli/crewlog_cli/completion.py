@@ -29,7 +29,11 @@ def completion(sh: Shell, *, name: str) -> None:
     if kind is None:
         message = f"no completion for {name}"
         raise click.UsageError(message)
-    put(kind(crewlog, {}, "crewlog", "_CREWLOG_COMPLETE").source())
+    script = kind(crewlog, {}, "crewlog", "_CREWLOG_COMPLETE").source()
+    if sh.json:
+        sh.document({"shell": name, "script": script})
+        return
+    put(script)
     sh.note(_HOW[name])
 
 

@@ -72,7 +72,9 @@ def ls(
         for worker, found in zip(workers, judged, strict=True)
         if final or found is None or not found.dead
     ]
-    if sids:
+    if sids and sh.json:
+        sh.document({"seq": seen.seq, "sids": [worker.sid for worker, _ in shown]})
+    elif sids:
         for worker, _ in shown:
             sh.line(worker.sid)
     elif sh.json:

@@ -1,20 +1,25 @@
 """Watch from asyncio: the same feed, waiting on the loop instead of a thread.
 
-Nothing is awaited between taking an item and returning it, so a cancellation loses nothing.
+Nothing is awaited between taking an item and returning it, so a cancellation loses nothing. Where a
+look goes over a network, a thread takes it, one at a time, and who is cancelled meanwhile leaves it
+to the next one who asks.
 """
 
 import asyncio
 import contextlib
 import time
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from crewlog import layout
 from crewlog.events import Item
 from crewlog.notify import Bell
 from crewlog.watch import Vigil
 
+T = TypeVar("T")
 # Lines that are not wanted are passed over in steps, so that the loop is never held up for long.
 _LINES_A_STEP: Final = 500
 
@@ -54,6 +59,9 @@ class AsyncWatch:
         self._vigil = vigil
         self._bell = bell
         self._taking = False  # a coroutine is inside `next`
+        remote = vigil.feed.log.remote
+        self._thread = ThreadPoolExecutor(1, "crewlog-look") if remote else None
+        self._looking: asyncio.Future[Item | None] | None = None
         weakref.finalize(self, vigil.end)  # who forgets to close gives it back all the same
 
     @property
@@ -74,21 +82,21 @@ class AsyncWatch:
         finally:
             self._taking = False
             if self._vigil.closed:
-                self._vigil.end()
+                self._end()
 
     async def _next(self, timeout_s: float | None) -> Item | None:
         vigil = self._vigil
         if not vigil.closed:
-            vigil.begin()
+            await self._aside(vigil.begin)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not vigil.closed:
-            item = vigil.look(_LINES_A_STEP)
+            item = await self._look()
             if item is not None:
                 return item
             if vigil.feed.unfinished:
                 await asyncio.sleep(0)
                 continue
-            wait_s = vigil.patience_s(deadline)
+            wait_s = await self._aside(lambda: vigil.patience_s(deadline))
             if wait_s is None:
                 return None
             if await self._bell.heard(vigil.waker.pause_s(wait_s)):
@@ -99,9 +107,42 @@ class AsyncWatch:
 
     async def _safety_look(self) -> None:
         vigil = self._vigil
-        if vigil.moved_unseen() and not await self._bell.heard(layout.WAKE_GRACE_S):
+        unseen = await self._aside(vigil.moved_unseen)
+        if unseen and not await self._bell.heard(layout.WAKE_GRACE_S):
             vigil.distrust()
-        vigil.check_place()
+        await self._aside(vigil.check_place)
+
+    async def _look(self) -> Item | None:
+        """Take the next item that is there now."""
+        if self._thread is None:
+            return self._vigil.look(_LINES_A_STEP)
+        if self._looking is None:
+            loop = asyncio.get_running_loop()
+            self._looking = loop.run_in_executor(self._thread, self._vigil.look, _LINES_A_STEP)
+        try:
+            item = await asyncio.shield(self._looking)
+        except asyncio.CancelledError:  # what it finds is for the next one who asks
+            raise
+        except BaseException:
+            self._looking = None
+            raise
+        self._looking = None
+        return item
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Do what may take long where the store is remote, beside the loop."""
+        if self._thread is None:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _end(self) -> None:
+        """Give every resource back, once no thread is inside."""
+        if self._thread is None:
+            self._vigil.end()
+        else:
+            with contextlib.suppress(RuntimeError):  # it has ended before
+                self._thread.submit(self._vigil.end)
+            self._thread.shutdown(wait=False)
 
     def ack(self, item: Item) -> None:
         """Acknowledge everything up to `item` to the cursor now, not at the next take."""
@@ -116,7 +157,7 @@ class AsyncWatch:
         self._vigil.closed = True
         self._bell.ring()
         if not self._taking:
-            self._vigil.end()
+            self._end()
 
     def __aiter__(self) -> Self:
         """Return itself."""

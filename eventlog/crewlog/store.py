@@ -50,6 +50,11 @@ class Store(Phases, Protocol):
         ...
 
     @property
+    def remote(self) -> bool:
+        """Say whether a look at it goes over a network, and may take long."""
+        ...
+
+    @property
     def one_host(self) -> bool:
         """Say whether all its workers are of the host that we are on."""
         ...

@@ -4,6 +4,7 @@ Level-triggered: a wake only means that it is worth looking. What makes a wait e
 changes nothing about what is delivered.
 """
 
+import logging
 import os
 import threading
 import time
@@ -13,11 +14,13 @@ from typing import Self
 
 from crewlog import layout
 from crewlog.closing import Closing
-from crewlog.errors import HistoryRewound, RegistryClosed, StoreMissing
+from crewlog.errors import HistoryRewound, RegistryClosed, StoreMissing, Unavailable
 from crewlog.events import Item, Reset
 from crewlog.feed import Feed
 from crewlog.notify import Waker
 from crewlog.store import Cursor, Store
+
+_logger = logging.getLogger("crewlog.watch")
 
 
 class Vigil:
@@ -43,6 +46,7 @@ class Vigil:
         self._pid = os.getpid()
         self._looked_at = time.monotonic()
         self._waiting: Reset | None = None
+        self._unheard = False  # no server answers, and that was said
         self._unacknowledged: int | None = None
 
     def begin(self) -> None:
@@ -65,13 +69,14 @@ class Vigil:
 
     def look(self, lines_max: int | None = None) -> Item | None:
         """Return the next item that is there now."""
-        item: Item | None = self._waiting
-        if item is None:
-            try:
-                item = self.feed.look(lines_max)
-            except (StoreMissing, RegistryClosed, HistoryRewound):
-                self.check_place()  # another store may be there already
-                item = self._waiting or self.feed.look(lines_max)
+        try:
+            item = self._look(lines_max)
+        except Unavailable as error:  # it may come back, and nothing is lost until then
+            if not self._unheard:
+                _logger.warning("%s; the watch goes on when it answers", error)
+            self._unheard = True
+            return None
+        self._unheard = False
         self._waiting = None
         if item is not None:
             self.waker.saw_change()
@@ -79,6 +84,15 @@ class Vigil:
         elif self.cursor is not None and not self.feed.unfinished:
             self.cursor.advance(self.feed.position)  # nothing is left that was not acknowledged
         return item
+
+    def _look(self, lines_max: int | None) -> Item | None:
+        if self._waiting is not None:
+            return self._waiting
+        try:
+            return self.feed.look(lines_max)
+        except (StoreMissing, RegistryClosed, HistoryRewound):
+            self.check_place()  # another store may be there already
+            return self._waiting or self.feed.look(lines_max)
 
     def overdue(self) -> bool:
         """Say whether it is time for a safety look, and take it as done."""
@@ -106,7 +120,10 @@ class Vigil:
 
     def moved_unseen(self) -> bool:
         """Say whether the head has moved on without a wake so far."""
-        return self.waker.source != "poll" and self.feed.log.last_seq() > self.feed.seen_seq
+        try:
+            return self.waker.source != "poll" and self.feed.log.last_seq() > self.feed.seen_seq
+        except Unavailable:  # nothing is known
+            return False
 
     def distrust(self) -> None:
         """Take the missing wake as proof."""
@@ -116,7 +133,10 @@ class Vigil:
         """See whether the store in place is still the one that is watched."""
         self.waker.check()
         self.feed.log.renew()
-        log = self._current()
+        try:
+            log = self._current()
+        except Unavailable:  # the next look says so
+            return
         if log is not None and log is not self.feed.log:
             self._waiting = self.feed.moved_to(log)
             if self.cursor is not None:  # it stands in the directory that is no longer in place

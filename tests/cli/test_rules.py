@@ -34,13 +34,13 @@ FINITE: dict[str, tuple[str, ...]] = {
     "beat": ("leased",), "explain": ("a",), "gc": (), "compact": (), "verify": (), "repair": (),
     "anchor": (), "diff": ("--from", "2"), "timeline": (), "schedule": ("cron",),
     "stop": ("c", "--grace", "1s"), "observe": ("d",), "import": ("{old}",),
-    "remove": ("a", "--reason", "x"),
+    "remove": ("a", "--reason", "x"), "completion": ("bash",),
 }  # fmt: skip
 STREAMS: dict[str, tuple[str, ...]] = {
     "history": (), "watch": ("--from-start", "--count", "2", "--timeout", "20s"), "export": (),
 }  # fmt: skip
-# These have nothing to tell a program: a program of its own, scripts, a screen, positions.
-OTHERS = {"exec", "run", "top", "demo", "completion", "cursor"}
+# A program of its own, a screen, positions, and a move: tested where they are.
+OTHERS = {"exec", "run", "top", "demo", "cursor", "migrate"}
 
 
 def test_every_command_tells_in_json(cli: Cli, reg: Registry, crew: Crew, tmp_path: Path) -> None:
@@ -57,6 +57,7 @@ def test_every_command_tells_in_json(cli: Cli, reg: Registry, crew: Crew, tmp_pa
     for name, words in FINITE.items():
         found = cli.json(name, *(word.format(**values) for word in words))
         assert len(found) > 1, name
+    assert set(cli.json("ls", "--sids")) == {"schema", "seq", "sids"}
     for name, words in STREAMS.items():
         rows = cli(name, *words, "--json").stdout.splitlines()
         assert len(rows) >= 2

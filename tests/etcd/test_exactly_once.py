@@ -1,11 +1,13 @@
 """A change on etcd is made once or not at all, and what its caller is told is true."""
 
+import asyncio
 import contextlib
 import json
 import os
 import random
 import signal
 import threading
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -366,3 +368,69 @@ def test_writers_that_are_killed_lose_nothing(one_server: Cluster, tmp_path: Pat
             more(ledger, 10)
             slay(pid)
     hold_against(place, ledger)
+
+
+def test_watch_rides_out_servers_that_are_gone(tmp_path: Path) -> None:
+    """For a thread and for a loop: no error, nothing missed, and the loop is never held up."""
+    with Cluster(tmp_path / "home") as cluster:
+        (server,) = cluster.servers
+        place = cluster.url("a")
+        with crewlog.open(place, lock_timeout_s=0.3) as reg:
+            reg.register("a")
+            with reg.watch(after="now") as items:
+                items.next(1)
+                server.kill()
+                assert items.next(1.5) is None
+                server.start()
+                cluster.wait()
+                reg.update("a", state="ready")
+                item = items.next(20)
+                assert item is not None
+                assert item.seq == 3
+
+            async def work() -> tuple[int, float]:
+                async with reg.awatch(after=3) as waiting:
+                    await waiting.next(1)
+                    server.kill()
+                    asking = asyncio.create_task(waiting.next(30))
+                    latest = 0.0
+                    for _ in range(100):
+                        began = time.monotonic()
+                        await asyncio.sleep(0.01)
+                        latest = max(latest, time.monotonic() - began)
+                    await asyncio.to_thread(server.start)
+                    await asyncio.to_thread(cluster.wait)
+                    await asyncio.to_thread(reg.update, "a", meta={"n": 1})
+                    found = await asking
+                    assert found is not None
+                    return found.seq, latest
+
+            seq, latest_s = asyncio.run(work())
+            assert seq == 4
+            assert latest_s < 0.25
+
+
+def test_task_that_is_cancelled_leaves_its_item_to_the_next(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """Cancelled at any moment: each item once, in order."""
+
+    async def work() -> list[int]:
+        found: list[int] = []
+        async with crewlog.aopen(one_server.url(f"test/{tmp_path.name}")) as reg:
+            await reg.register("a")
+            async with reg.watch(after="now") as items:
+                await items.next(1)
+                for number in range(60):
+                    await reg.update("a", meta={"n": number})
+                while len(found) < 60:
+                    try:
+                        async with asyncio.timeout(0.0007):
+                            item = await items.next(5)
+                    except TimeoutError:
+                        continue
+                    if item is not None and item.kind == "change":
+                        found.append(item.seq)
+        return found
+
+    assert asyncio.run(work()) == list(range(3, 63))

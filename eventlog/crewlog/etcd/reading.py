@@ -79,6 +79,7 @@ class EtcdReading:
         self._identity = b""
         self.unit_workers_max = layout.TXN_WORKERS_MAX
         self.one_host = False
+        self.remote = True
         self.mutex = threading.RLock()  # guards all below
         self._heads: Rides[Head] = Rides()
         self._newest = Newest()
