@@ -9,9 +9,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self, cast
+from typing import Final, cast
 
+from crewlog.closing import Closing
 from procs import until
 
 MISSING: Final = "" if shutil.which("etcd") else "etcd is not installed (Debian: etcd-server)"
@@ -91,7 +91,7 @@ class Server:
         return found.get("leader") == header["member_id"]
 
 
-class Cluster:
+class Cluster(Closing):
     """One server or more, which end with the block."""
 
     def __init__(
@@ -150,16 +150,7 @@ class Cluster:
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
         return f"etcd://{hosts}/{prefix}"
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """End all of them."""
         for server in self.servers:
             server.kill()

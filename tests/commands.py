@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CREWLOG = [sys.executable, "-c", "from crewlog_cli.main import main; main()"]
+CREWLOG = [sys.executable, "-c", "from crewlog_cli.entry import main; main()"]
 
 
 class Cli:

@@ -8,16 +8,25 @@ last step removes only, so that it goes on working where the cluster's quota is 
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from crewlog import codec, events, fold, layout
 from crewlog.address import Address
 from crewlog.codec import LineError, Snapshot
-from crewlog.errors import CollectRefused, DataDamaged, QuotaExceeded, SnapshotCorrupt
+from crewlog.errors import (
+    CollectRefused,
+    CompactedError,
+    DataDamaged,
+    QuotaExceeded,
+    SegmentMissing,
+    SnapshotCorrupt,
+)
 from crewlog.etcd import keys
 from crewlog.etcd.engine import Attempt, Beaten, EtcdLog, section_data
-from crewlog.etcd.reading import Part, lines_of
-from crewlog.events import JsonObject, Line
+from crewlog.etcd.lines import Head, lines_of
+from crewlog.etcd.reading import Part
+from crewlog.events import JsonObject, Line, Record
 from crewlog.registry import Registry
 from crewlog.sieve import Sieve
 from crewlog_compactor import policy
@@ -138,7 +147,7 @@ def _tell(log: EtcdLog, going: list[Part]) -> None:
     try:
         start = log.read_base() or log.empty()
         if start.last_seq < last:
-            start = put_base(log, log.fold_to(start, last, seen=_nothing))
+            start = put_base(log, _folded(log, start, last))
         told["base"] = start.sha256
     except DataDamaged as error:
         _logger.warning("no state can be kept for the history after seq %d: %s", last, error)
@@ -151,8 +160,11 @@ def _add(attempt: Attempt, draft: codec.Draft, at: str) -> None:
     attempt.add([draft], ts=at)
 
 
-def _nothing(_line: Line) -> None:
-    return
+def _folded(log: EtcdLog, start: Snapshot, last: int) -> Snapshot:
+    """Fold up to a seq; two retentions that do it at once come to the same bytes."""
+    times: list[str] = []
+    folded = log.fold_to(start, last, seen=lambda line: times.append(line["ts"]))
+    return replace(folded, written_at=times[-1])
 
 
 def put_base(log: EtcdLog, base: Snapshot) -> Snapshot:
@@ -194,10 +206,15 @@ def verify(
     try:
         for _ in range(layout.VERIFY_TRIES):
             oldest = log.first_seq()
-            report = _Check(log, anchor, progress).run()
+            try:
+                report = _Check(log, anchor, progress).run()
+            except (CompactedError, SegmentMissing):
+                if log.first_seq() == oldest:
+                    raise
+                continue
             if report.ok or log.first_seq() == oldest:  # else a retention came between
                 return report
-        return report
+        return _Check(log, anchor, progress).run()
     finally:
         log.close()
 
@@ -211,6 +228,7 @@ class _Check:
         self._log = log
         self._progress = progress
         self._found = History(where=self._where, log_name="e", anchor=anchor)
+        self._told: dict[int, tuple[int, int]] = {}  # parts: their last seq and bytes, by first seq
 
     def _where(self, name: str) -> str:
         return f"{self._log.where}: {name}"
@@ -218,7 +236,11 @@ class _Check:
     def run(self) -> VerifyReport:
         """Read everything and return what was found."""
         log, found = self._log, self._found
-        head, records = log.records()
+        try:
+            head, records, parts = self._still()
+        except DataDamaged as error:
+            found.report(error.code, "w, s", str(error))
+            return self._report()
         state = fold.restored(head.seq, records, (), head.totals)
         now = Snapshot(
             store=log.id,
@@ -235,9 +257,21 @@ class _Check:
         self._walk(head.seq)
         if found.seq == head.seq:
             found.compare("w", now)
-        self._parts(head.seq)
+        self._parts(parts)
         found.hold_anchor()
         self._strays()
+        return self._report()
+
+    def _still(self) -> tuple[Head, list[Record], list[Part]]:
+        """Read head, records and parts between which nothing was sealed."""
+        while True:
+            parts = self._log.parts()
+            head, records = self._log.records()
+            if self._log.parts() == parts:
+                return head, records, parts
+
+    def _report(self) -> VerifyReport:
+        found = self._found
         return VerifyReport(
             events=found.events,
             last_seq=found.seq,
@@ -262,9 +296,13 @@ class _Check:
             if line["type"] == events.DROPPED and found.is_told(line["data"], first):
                 self._hold_base(base)
                 return
-        # dropped while the quota was full: nothing could be told
         found.seq, found.hash, found.partial = first - 1, "", True
         found.rebase()
+        # Dropped while the quota was full, nothing could be told; but parts go whole.
+        oldest = next((line for line, _ in log.read(first - 1)), None)
+        if oldest is None or oldest["type"] != events.SEGMENT:
+            found.report("segment_missing", "e", f"events 1 to {first - 1} are gone", seq=1)
+            found.hole = True
 
     def _hold_base(self, base: Snapshot | None) -> None:
         last, told = self._found.base_told
@@ -288,6 +326,8 @@ class _Check:
                     found.bad_line(name, offset, str(error))
                 else:
                     batch = found.good_line(name, offset, line, raw, batch)
+                    if line["type"] == events.SEGMENT:
+                        self._begun(line)
                 offset += len(raw) + 1
             if found.seq != int(row.name):
                 why = f"its last line has seq {found.seq}"
@@ -299,14 +339,26 @@ class _Check:
             why = f"seq {stop} was durable, the log ends at {found.seq}"
             found.report("log_regressed", "head", why, seq=stop)
 
-    def _parts(self, last: int) -> None:
-        """Hold the parts against each other: each begins where the one before it ends."""
-        due = self._log.first_seq()
-        for part in self._log.parts():
-            if part.first != due or not part.first <= part.last <= last:
-                why = f"it is of seqs {part.first} to {part.last}, {due} is due"
-                self._found.report("state_differs", f"s/{part.first:016d}", why, seq=part.first)
-            due = part.last + 1
+    def _begun(self, line: Line) -> None:
+        """Note the part before, as the first line of the next one tells of it."""
+        before = line["data"].get("previous")
+        if isinstance(before, dict):
+            first, last, size = (before.get(name) for name in ("first", "last", "size"))
+            if isinstance(first, int) and isinstance(last, int) and isinstance(size, int):
+                self._told[first] = last, size
+
+    def _parts(self, parts: list[Part]) -> None:
+        """Hold the sealed parts against what the log tells of them."""
+        if self._found.hole:
+            return
+        there = {part.first: (part.last, part.size) for part in parts}
+        begun = self._log.first_seq()
+        for first in sorted({*there, *self._told}):
+            found, told = there.get(first, (0, 0)), self._told.get(first, (0, 0))
+            # where a repair gave lines up, the bytes that were told of are no longer there
+            if first >= begun and (found[0] != told[0] or (found != told and not self._found.gaps)):
+                why = f"up to seq {found[0]}, {found[1]} bytes; the log: {told[0]}, {told[1]}"
+                self._found.report("state_differs", f"s/{first:016d}", why, seq=first)
 
     def _strays(self) -> None:
         """Report keys under the prefix that are none of the store's."""
@@ -318,3 +370,6 @@ class _Check:
             if key not in known and room not in _ROOMS:
                 name = key[len(begin) :].decode(errors="replace")
                 self._found.report("stray", name, "it is no key of a store")
+        for place in log.cursors.every():
+            if place.damaged:
+                self._found.report("cursor_corrupt", f"c/{place.name}", "it holds no seq")

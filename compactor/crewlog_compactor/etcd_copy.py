@@ -8,22 +8,24 @@ import os
 from collections.abc import Sequence
 
 from crewlog import codec, layout, segments
-from crewlog.errors import NotAStore
+from crewlog.codec import DocumentError
+from crewlog.errors import LockBusy, NotAStore
 from crewlog.etcd import keys
-from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.engine import EtcdLog
-from crewlog.etcd.reading import encode_head
+from crewlog.etcd.lines import encode_head
+from crewlog.etcd.place import EtcdPlace
 from crewlog.events import JsonObject, Line
+from crewlog_compactor.copying import Copy
 from crewlog_compactor.etcd import put_base
-from crewlog_compactor.migrate import Copy
 
 _LINES_A_KEY = 100
 
 
-def write(copy: Copy, place: EtcdAddress) -> None:
+def write(copy: Copy, place: EtcdPlace) -> None:
     """Copy a history to where there is no store. *Raises* NotAStore where there is anything."""
     target = place.empty(wait_s=layout.LOCK_WAIT_S)
     try:
+        target.check_version()
         _Writer(copy, target).write()
     finally:
         target.close()
@@ -37,7 +39,7 @@ class _Writer:
         self._target = target
         self._keys = target.keys
         self._token = os.urandom(8).hex().encode()
-        self._claim = codec.dump({"store": copy.source.id})
+        self._claim = codec.dump({"store": copy.source.id, "by": self._token.decode()})
         self._ops: list[JsonObject] = []
         self._bytes = 0
 
@@ -47,9 +49,7 @@ class _Writer:
         self._lines()
         self._flush()
         copy.require_still()
-        with copy.source.state() as state:
-            records, totals = list(state.records.values()), dict(state.totals)
-        for record in records:
+        for record in copy.state.records.values():
             self._put(names.named("w", record["sid"]), codec.dump(record))
         for cursor in copy.source.cursors.every():
             if not cursor.damaged:
@@ -57,46 +57,79 @@ class _Writer:
         self._flush()
         if copy.base.last_seq:
             put_base(self._target, copy.base)
-        head = encode_head(copy.source.id, copy.seq, bytes.fromhex(copy.hash), totals)
+        head = encode_head(copy.source.id, copy.seq, bytes.fromhex(copy.hash), copy.state.totals)
         mine = [keys.is_value(names.migration, self._claim), keys.is_absent(names.head)]
         then = [
             keys.put(names.store, copy.source.identity()),
             keys.put(names.head, head.raw),
             keys.delete(names.migration),
         ]
-        self._target.client.commit(keys.transaction(mine, then))
+        self._send(mine, then, proof=(names.head, head.raw))
+
+    def _send(
+        self,
+        compare: Sequence[JsonObject],
+        then: Sequence[JsonObject],
+        *,
+        proof: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """Carry out a step, if the prefix is still ours. *Raises* LockBusy.
+
+        Sent twice, its second sending may find that the first has changed what it compares with:
+        then the key of `proof` has its value.
+        """
+        key, value = proof or (self._keys.migration, self._claim)
+        answer = self._target.client.commit(keys.transaction(compare, then, [keys.get(key)]))
+        if answer.get("succeeded") is True:
+            return
+        found = keys.ranges(answer)[0]
+        if proof is None or not found or found[0].value != value:
+            raise LockBusy(self._target.where, waited_s=0, holder="another migration")
 
     def _take(self) -> None:
         """Claim the prefix, and remove what the same migration left when it was interrupted."""
-        names, client = self._keys, self._target.client
-        if any(True for _ in self._target.all_keys(*names.whole())):
-            left = [keys.is_value(names.migration, self._claim), keys.is_absent(names.head)]
-            begin, end = names.whole()
-            answer = client.commit(keys.transaction(left, [keys.delete(begin, end)]))
-            if answer.get("succeeded") is not True:
-                raise NotAStore(
-                    "the target is not empty",
-                    where=self._target.where,
-                    why="there are keys under this prefix",
-                    remedy="Choose another prefix, or remove them: etcdctl del --prefix",
-                )
-        nobody = [keys.is_absent(names.head), keys.is_absent(names.migration)]
-        client.commit(keys.transaction(nobody, [keys.put(names.migration, self._claim)]))
+        names, target = self._keys, self._target
+        put = keys.put(names.migration, self._claim)
+        before = target.ask([keys.get(names.migration)])[0]
+        if before and self._is_ours(before[0].value):
+            left = [keys.is_value(names.migration, before[0].value), keys.is_absent(names.head)]
+            self._send(left, [put], proof=(names.migration, self._claim))
+            mine = [keys.is_value(names.migration, self._claim)]
+            for room in ("e", "w", "s", "b", "c"):
+                self._send(mine, [keys.delete(*names.room(room))])
+        elif any(True for _ in target.all_keys(*names.whole())):
+            raise NotAStore(
+                "the target is not empty",
+                where=target.where,
+                why="there are keys of a store under this prefix",
+                remedy="Choose another prefix, or remove them: etcdctl del --prefix",
+            )
+        else:
+            nobody = [keys.is_absent(names.head), keys.is_absent(names.migration)]
+            self._send(nobody, [put], proof=(names.migration, self._claim))
+
+    def _is_ours(self, claim: bytes) -> bool:
+        """Say whether a claim is of a migration of the same store."""
+        try:
+            return codec.load_object(claim).get("store") == self._copy.source.id
+        except DocumentError:
+            return False
 
     def _lines(self) -> None:
         """Write the lines, many to a key, and each sealed part of the history."""
         rows: list[bytes] = []
         first, size, newest = self._copy.first, 0, ""
-        last = 0
+        last = held = 0
         for line, raw in self._copy.lines():
             rows.append(raw + b"\n")
             size += len(raw) + 1
             newest = max(newest, line["ts"])
             last = line["seq"]
+            held += len(raw) + 1
             ended = segments.is_end(line)
-            if ended or (_whole(line) and len(rows) >= _LINES_A_KEY):
+            if ended or len(rows) >= _LINES_A_KEY or held >= layout.GROUP_BYTES_MAX:
                 self._put(self._keys.event(last), b"".join(rows) + self._token)
-                rows = []
+                rows, held = [], 0
             if ended:
                 self._part(first, line, size, newest)
                 first, size, newest = last + 1, 0, ""
@@ -116,12 +149,5 @@ class _Writer:
     def _flush(self) -> None:
         ops: Sequence[JsonObject] = self._ops
         if ops:
-            mine = [keys.is_value(self._keys.migration, self._claim)]
-            self._target.client.commit(keys.transaction(mine, ops))
+            self._send([keys.is_value(self._keys.migration, self._claim)], ops)
         self._ops, self._bytes = [], 0
-
-
-def _whole(line: Line) -> bool:
-    """Say whether a line is the last of its batch: a key holds whole batches only."""
-    index, count = line.get("b", (0, 1))
-    return index + 1 == count

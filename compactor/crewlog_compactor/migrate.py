@@ -8,28 +8,23 @@ source stays as it is: who still writes there afterwards writes into the past.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
-from crewlog import create, events, fold, layout, segments
+from crewlog import create, layout, segments
 from crewlog.address import Address, DirectoryAddress, locate
-from crewlog.codec import Snapshot
 from crewlog.errors import (
-    CompactedError,
     HistoryDiverged,
-    LockBusy,
 )
-from crewlog.events import Line
-from crewlog.fold import Fold, FoldError
 from crewlog.log import Log
 from crewlog.store import Store
+from crewlog_compactor.copying import Copy, Progress, begin
 from crewlog_compactor.findings import VerifyReport
 from crewlog_compactor.verify import verify
 
 Where: TypeAlias = str | os.PathLike[str]
-Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,58 +36,6 @@ class MigrateReport:
     hash: str
     workers: int
     cursors: int
-
-
-@dataclass(slots=True)
-class Copy:
-    """A history on its way: lines are checked and folded as they are read.
-
-    `seq` and `hash` are those of the last line, `sealed` the state after the last sealed part.
-    """
-
-    source: Store
-    first: int
-    base: Snapshot
-    progress: Progress
-    events: int = 0
-    seq: int = 0
-    hash: str = ""
-    sealed: Snapshot | None = None
-
-    def lines(self) -> Iterator[tuple[Line, bytes]]:
-        """Yield every line that is kept, each proven to follow the one before."""
-        self.seq, self.hash = self.base.last_seq, self.base.last_hash
-        base, last = self.base, self.source.last_seq()
-        state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
-        for line, raw in self.source.read(self.first - 1):
-            if line["prev"] != self.hash:
-                raise HistoryDiverged(self.source.where, seq=line["seq"] - 1)
-            self.seq, self.hash = line["seq"], segments.hash_after(line, raw).hex()
-            try:
-                state.apply(line)
-            except FoldError as error:
-                raise HistoryDiverged(self.source.where, seq=self.seq) from error
-            if segments.is_end(line):
-                self.sealed = self._snapshot(state)
-            self.events += 1
-            self.progress(self.events, last - self.first + 1)
-            yield line, raw
-
-    def _snapshot(self, state: Fold) -> Snapshot:
-        return replace(
-            self.base,
-            last_seq=self.seq,
-            last_hash=self.hash,
-            written_at=events.timestamp(events.now()),
-            sessions=list(state.sessions()),
-            ended=list(state.ended()),
-            totals=dict(state.totals),
-        )
-
-    def require_still(self) -> None:
-        """Refuse to go on where the source has changed. *Raises* LockBusy."""
-        if self.source.last_seq() != self.seq:
-            raise LockBusy(self.source.where, waited_s=0, holder="a writer, who has changed it,")
 
 
 def migrate(source: Where, target: Where, *, progress: Progress | None = None) -> MigrateReport:
@@ -110,7 +53,7 @@ def migrate(source: Where, target: Where, *, progress: Progress | None = None) -
         store = origin.open(wait_s=layout.LOCK_WAIT_S)
         undo.callback(store.close)
         undo.enter_context(_still(store))
-        copy = _begin(store, progress or _silent)
+        copy = begin(store, progress or _silent)
         if isinstance(place, DirectoryAddress):
             _to_directory(copy, place)
         else:
@@ -119,10 +62,10 @@ def migrate(source: Where, target: Where, *, progress: Progress | None = None) -
 
 
 def _to_etcd(copy: Copy, place: Address) -> None:
-    from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few need it)
+    from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (few need it)
     from crewlog_compactor import etcd_copy  # noqa: PLC0415 (as above)
 
-    assert isinstance(place, EtcdAddress)  # there are two kinds
+    assert isinstance(place, EtcdPlace)  # there are two kinds
     etcd_copy.write(copy, place)
 
 
@@ -143,14 +86,6 @@ def _alone(log: Log) -> Iterator[None]:
             yield
     finally:
         lock.close()
-
-
-def _begin(store: Store, progress: Progress) -> Copy:
-    first = store.first_seq()
-    base = next((found for found in store.states() if found.last_seq == first - 1), None)
-    if base is None:  # retention could keep no state before what it left
-        raise CompactedError(requested=first - 1, oldest=first, snapshot_seq=store.last_seq())
-    return Copy(store, first, base, progress)
 
 
 # -- to a directory -------------------------------------------------------------------------

@@ -50,14 +50,29 @@ def locate(where: str | os.PathLike[str] | None = None) -> Address:
     """Return the place that `where` means: a path, a file://, etcd:// or etcds:// URL.
 
     None: `CREWLOG_DIR`, else `$XDG_STATE_HOME/crewlog` if that is absolute, else
-    `~/.local/state/crewlog`. *Raises* ValueError for a URL that names no place.
+    `~/.local/state/crewlog`. *Raises* ValueError for a URL that names no place; Unsupported where
+    the extra that it needs is not installed.
     """
     named = os.fspath(where) if where is not None else os.environ.get(directory.ENVIRONMENT, "")
-    if named.startswith(("etcd://", "etcds://")):
-        from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few ask for it)
-
-        return EtcdAddress.parse(named)
+    if named.lower().startswith(("etcd://", "etcds://")):
+        return _cluster(named)
     return DirectoryAddress(directory.locate(where))
+
+
+def _cluster(url: str) -> Address:
+    from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few ask for it)
+
+    address = EtcdAddress.parse(url)
+    try:
+        from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (an extra)
+    except ModuleNotFoundError as error:
+        raise Unsupported(
+            "etcd needs a package that is not installed",
+            where=url,
+            why=str(error),
+            remedy="pip install 'crewlog[etcd]'",
+        ) from error
+    return EtcdPlace(address)
 
 
 def locate_directory(where: str | os.PathLike[str] | None, *, what: str) -> Path:

@@ -250,6 +250,19 @@ class Snapshot:
     sha256: str = ""
 
 
+def empty_snapshot(store: str, identity: bytes) -> Snapshot:
+    """Return the state before the first event; `identity` is the digest of store.json."""
+    return Snapshot(
+        store=store,
+        last_seq=0,
+        last_hash=identity.hex(),
+        written_at="",
+        sessions=(),
+        ended=(),
+        totals={},
+    )
+
+
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """Write registry.json: one JSON object, one worker a line, its own SHA-256 last.
 

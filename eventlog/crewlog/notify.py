@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias, cast
 
-from crewlog import layout
+from crewlog import layout, threads
 
 _logger = logging.getLogger("crewlog.notify")
 
@@ -151,8 +151,7 @@ class InotifySource:
             raise
         self._rings = rings
         self._stop, self._stopped = os.pipe()
-        self._thread = threading.Thread(target=self._run, name="crewlog-inotify", daemon=True)
-        self._thread.start()
+        self._thread = threads.start(self._run, name="crewlog-inotify")
 
     def _run(self) -> None:
         poll = select.poll()

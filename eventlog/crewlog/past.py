@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Final, NamedTuple, TypedDict
 
-from crewlog import events, feed
+from crewlog import events, feed, layout
 from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
-from crewlog.events import Event, Past, event_of, past_of
+from crewlog.events import Event, Line, Past, event_of, past_of
 from crewlog.lives import Life, Lives
+from crewlog.sieve import Sieve
 from crewlog.store import Store
 
 
@@ -62,7 +63,7 @@ class Remembering:
         if newest_first:
             found = log.backwards(sieve=sieve)
         else:
-            found = log.read(log.first_seq() - 1 if after is None else after, sieve=sieve)
+            found = _from_oldest(log, sieve) if after is None else log.read(after, sieve=sieve)
         for line, raw in found:
             if newest_first and after is not None and line["seq"] <= after:
                 return
@@ -107,6 +108,21 @@ class Remembering:
             if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
                 progress(line["seq"] - oldest, last - oldest + 1)
         return found.found
+
+
+def _from_oldest(log: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:
+    """Yield all that is kept; begin again where retention takes the oldest before it is read."""
+    for left in reversed(range(layout.SEGMENT_OPEN_TRIES)):
+        begun = False
+        try:
+            for found in log.read(log.first_seq() - 1, sieve=sieve):
+                begun = True
+                yield found
+        except CompactedError:
+            if begun or not left:
+                raise
+        else:
+            return
 
 
 _PROGRESS_LINES: Final = 10_000

@@ -74,15 +74,7 @@ def newest(directory: Directory) -> Snapshot:
 
 def empty(directory: Directory) -> Snapshot:
     """Return the state before the first event."""
-    return Snapshot(
-        store=directory.store,
-        last_seq=0,
-        last_hash=directory.digest.hex(),
-        written_at="",
-        sessions=(),
-        ended=(),
-        totals={},
-    )
+    return codec.empty_snapshot(directory.store, directory.digest)
 
 
 def read_base(directory: Directory) -> Snapshot | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from commands import Cli
+from commands import CREWLOG, Cli
 from crewlog import events, layout, notify
 from crewlog.registry import Registry
 from crewlog_cli import doctor as doctors
@@ -232,3 +232,15 @@ def test_jitter_waits_no_longer_than_it_may(
     assert time.monotonic() - began < 10
     with crewlog.open(cli.place) as fresh:
         assert fresh.compacted() is not None
+
+
+def test_version_is_told_by_the_fast_way_and_the_slow_one_alike() -> None:
+    """The same words; where stdout takes nothing, the exit codes of every command."""
+    fast = Cli.bare("--version")
+    slow = Cli.bare("-q", "--version")
+    assert fast.stdout == slow.stdout == f"crewlog {crewlog.__version__}\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*CREWLOG, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, "Traceback" in done.stderr) == (74, False)

@@ -686,6 +686,15 @@ def test_use_after_close_is_refused(reg: Registry) -> None:
             use()
 
 
+def test_run_hears_of_the_end_of_its_program_each_time(where: str) -> None:
+    """However soon it ends, and whatever threads the store has: no signal goes astray."""
+    cli = Cli(where)
+    for number in range(12):
+        cli("run", f"job{number}", "--", "sh", "-c", f"exit {number}", code=number)
+    with crewlog.open(where) as reg:
+        assert [w.exit.code for w in reg.workers(all=True) if w.exit] == list(range(12))
+
+
 def test_command_line_works_on_it(where: str) -> None:
     """The commands of every day, with their JSON and exit codes."""
     cli = Cli(where)

@@ -18,8 +18,11 @@ import pytest
 
 import crewlog
 from cluster import MISSING, Cluster
+from crewlog import changes
+from crewlog.commit import Request
 from crewlog.errors import LockBusy, Unavailable, UnknownOutcome
 from crewlog.etcd import engine
+from crewlog.etcd.client import Client
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
 from lossy import LossyProxy
@@ -434,3 +437,92 @@ def test_task_that_is_cancelled_leaves_its_item_to_the_next(
         return found
 
     assert asyncio.run(work()) == list(range(3, 63))
+
+
+def test_cursor_is_not_moved_back_by_a_request_that_comes_late(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """A second copy of an acknowledgement changes nothing."""
+    proxy = LossyProxy(one_server.servers[0].port, seed=4)
+    with crewlog.open(behind(one_server, tmp_path, proxy)) as reg:
+        reg.register("a")
+        owned = reg.log().cursors.own("c", start=0)
+        proxy.share = 0.4
+        for seq in range(1, 120):
+            owned.advance(seq)
+        proxy.share = 0.0
+        assert proxy.met["late"] > 5
+        time.sleep(0.1)  # the last late one has come
+        found = reg.log().cursors.read("c")
+        assert found is not None
+        assert found.seq == 119
+        owned.close()
+    proxy.close()
+
+
+def test_rider_is_not_refused_for_a_change_that_was_not_made(
+    one_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the transaction fails, whoever was refused because of it hears of that failure."""
+    with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
+        reg.register("a")
+        log = reg.log()
+        assert isinstance(log, engine.EtcdLog)
+
+        def failing(*_: object) -> None:
+            raise Unavailable("nowhere", why="it was cut off")
+
+        monkeypatch.setattr(log.client, "commit", failing)
+        author = reg.author()
+        steps = [
+            changes.registered(author, "dup", pid=None, sock="", version="", labels=None, meta=None,
+                               ready=False, owner=None)
+            for _ in range(2)
+        ] + [changes.released(author, "nobody", reason="r", expect=None)]  # fmt: skip
+        first = changes.released(author, "nobody", reason="r", expect=None)
+        group = [Request(changes.together([step]), {step.sid}) for step in (first, *steps)]
+        with pytest.raises(Unavailable):
+            log.write(group)
+        assert [request.refused for request in group] == [True, False, False, False]
+
+
+def test_threads_of_a_forked_child_never_meet_the_parents_connections(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """Each asks for its own, at the same moment, right after the fork."""
+    with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
+        names = [f"w{number}" for number in range(8)]
+        with reg.batch() as batch:
+            for name in names:
+                batch.register(name)
+
+        def work() -> None:
+            wrong: list[str] = []
+
+            def ask(name: str) -> None:
+                for _ in range(20):
+                    worker = reg.get(name)
+                    if worker is None or worker.sid != name:
+                        wrong.append(name)
+
+            threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert wrong == []
+
+        real = Client._new_pool
+        with pytest.MonkeyPatch.context() as patch:
+
+            def slow(self: Client) -> object:
+                time.sleep(0.02)
+                return real(self)
+
+            patch.setattr(Client, "_new_pool", slow)
+            pids = [forked(work) for _ in range(3)]
+            for name in names * 5:
+                worker = reg.get(name)
+                assert worker is not None
+                assert worker.sid == name
+            joined(*pids)

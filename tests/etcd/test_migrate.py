@@ -1,5 +1,6 @@
 """A store moves between engines with its whole history, and nothing of it changes."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 import crewlog
 from cluster import MISSING, Cluster
 from commands import Cli
+from crewlog import identity
 from crewlog.errors import HistoryDiverged, LockBusy, LogCorrupt, NotAStore, Unavailable
 from crewlog.etcd.client import Client
 from crewlog.registry import Registry
 from crewlog_compactor import KeepEvents, anchor, compact, migrate, repair, verify
-from crewlog_compactor.migrate import Copy
-from procs import Crew, kill
+from crewlog_compactor.copying import Copy
+from procs import Crew, forked, joined, kill
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -195,12 +197,45 @@ def test_command_line_moves_a_store(cli: Cli, url: str, tmp_path: Path, reg: Reg
 def test_many_workers_and_lines_move(one_server: Cluster, url: str, reg: Registry) -> None:
     """More than a page and a transaction hold."""
     for part in range(5):
-        with reg.batch() as batch:
+        with reg.batch() as batch:  # one unit: in a cluster it takes many transactions
             for number in range(300):
                 batch.register(f"w{part}-{number}", meta={"filling": "x" * 300})
+    for number in range(60):
+        reg.update("w0-0", meta={"filling": f"{number:02d}" * 15_000})
     migrate(reg.where, url)
     with crewlog.open(url) as there:
         assert len(there.workers()) == 1500
         assert there.state() == reg.state()
         there.update("w3-7", state="ready")
     assert verify(url).ok
+
+
+def test_leases_do_not_speak_for_a_copy(url: str, crew: Crew, one_server: Cluster) -> None:
+    """A worker of a copied store is judged by its process; its old lease says nothing of it."""
+    with crewlog.open(url) as reg:
+        reg.register("a", lease=True)
+    migrate(url, f"{url}-copy")
+    with crewlog.open(f"{url}-copy") as copy, pytest.MonkeyPatch.context() as patch:
+        assert copy.liveness("a").alive
+        there = identity.Scope("11111111-0000-4000-8000-000000000000", "another", None)
+        patch.setattr(identity, "scope", lambda: there)
+        assert copy.liveness("a").cause == "foreign_host"
+
+
+def test_same_migration_twice_at_once_leaves_one_whole_store(
+    reg: Registry, url: str, crew: Crew
+) -> None:
+    """One of them, or none, puts it in place; never half of each."""
+    lived(reg, crew)
+    reg.close()
+
+    def work() -> None:
+        with contextlib.suppress(crewlog.CrewlogError):
+            migrate(back, f"{url}-2")
+
+    back = f"{url}-1"
+    migrate(reg.where, back)
+    joined(*[forked(work) for _ in range(4)])
+    with contextlib.suppress(NotAStore):
+        migrate(back, f"{url}-2")
+    assert verify(f"{url}-2").ok

@@ -1,19 +1,20 @@
 """Keep a store in an etcd cluster: the other engine, for workers of many hosts.
 
 Format
-    Under a prefix P lie, as values, the same bytes that a directory has in files:
+    Under a prefix P lie, as values, the same bytes that a directory has in files (no prefix can
+    hold a colon, so a store below this one disturbs nothing):
 
-    P/store               store.json: who the store is; written once
-    P/head                {"store","seq","hash","totals"}: how far the log goes, and its last hash
-    P/e/<seq, 16 digits>  the lines of one transaction, under the seq of its last one, and the
+    P/:store                store.json: who the store is; written once
+    P/:head                 {"store","seq","hash","totals"}: how far the log goes, and its last hash
+    P/:e/<seq, 16 digits>  the lines of one transaction, under the seq of its last one, and the
                           token of the attempt that wrote them
-    P/w/<sid>             the worker's record after all lines up to head
-    P/s/<first>           a sealed part of the history: its last seq, its bytes, its newest time
-    P/b/<seq>/<n>         the state before the oldest event that is kept, in pieces
-    P/l/<sid>~<lease id>  there while that lease is kept, and P/beat/… while its beat is fresh
-    P/t/<sid>             the turn to start a worker, on a lease of who has it
-    P/c/<name> P/o/<name> a subscriber's position, and its owner, on a lease
-    P/m                   a migration into here has begun and not ended
+    P/:w/<sid>              the worker's record after all lines up to head
+    P/:s/<first>            a sealed part of the history: its last seq, its bytes, its newest time
+    P/:b/<seq>/<n>          the state before the oldest event that is kept, in pieces
+    P/:l/<sid>~<id>         there while that lease is kept, and P/:beat/… while its beat is fresh
+    P/:t/<sid>              the turn to start a worker, on a lease of who has it
+    P/:c/<name> P/:o/<name> a subscriber's position, and its owner, on a lease
+    P/:m                    a migration into here has begun and not ended
 
 Valid if and only if
     A line counts once it is in the cluster: etcd answers after a quorum has synced it. Head, lines

@@ -5,13 +5,10 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from crewlog import layout
-from crewlog.errors import AuthFailed, UnsafePermissions, Unsupported
-
-if TYPE_CHECKING:
-    from crewlog.etcd.engine import EtcdLog
+from crewlog.errors import AuthFailed, UnsafePermissions
 
 USER: Final = "CREWLOG_ETCD_USER"
 PASSWORD: Final = "CREWLOG_ETCD_PASSWORD"  # noqa: S105 (the name of a variable)
@@ -48,43 +45,21 @@ class EtcdAddress:
         hosts = tuple(_host(url, name) for name in names.split(","))
         prefix = path.strip("/")
         if not _PREFIX.fullmatch(prefix):
-            raise _bad(url, f"{prefix!r} is no prefix" if prefix else "the prefix is missing")
-        return cls(hosts, prefix, tls=scheme == "etcds", user=user)
+            raise _bad(
+                url, f"{_shown(url, prefix)} is no prefix" if prefix else "the prefix is missing"
+            )
+        return cls(hosts, prefix, tls=scheme.lower() == "etcds", user=user)
 
     def __str__(self) -> str:
         """Return the URL."""
         user = f"{self.user}@" if self.user else ""
         return f"{'etcds' if self.tls else 'etcd'}://{user}{','.join(self.hosts)}/{self.prefix}"
 
-    def open(self, *, wait_s: float) -> "EtcdLog":
-        """Open the store; this creates and changes nothing. *Raises* StoreMissing."""
-        return self._engine(wait_s).opened()
-
-    def create(self, *, wait_s: float) -> "EtcdLog":
-        """Open the store, and create it if there is none; durable on return."""
-        return self._engine(wait_s).created()
-
-    def empty(self, *, wait_s: float) -> "EtcdLog":
-        """Return what would be the store, for who fills it: nothing of it is read or checked."""
-        return self._engine(wait_s)
-
-    def _engine(self, wait_s: float) -> "EtcdLog":
-        try:
-            from crewlog.etcd.engine import EtcdLog  # noqa: PLC0415 (an extra)
-        except ModuleNotFoundError as error:
-            raise Unsupported(
-                "etcd needs a package that is not installed",
-                where=str(self),
-                why=str(error),
-                remedy="pip install 'crewlog[etcd]'",
-            ) from error
-        return EtcdLog(self, wait_s=wait_s)
-
 
 def _host(url: str, name: str) -> str:
     found = _HOST.fullmatch(name)
     if found is None:
-        raise _bad(url, f"{name!r} is no host" if name else "a host is missing")
+        raise _bad(url, f"{_shown(url, name)} is no host" if name else "a host is missing")
     port = int(found[2] or _PORT)
     if not 0 < port < 2**16:
         raise _bad(url, f"there is no port {port}")
@@ -92,7 +67,12 @@ def _host(url: str, name: str) -> str:
 
 
 def _bad(url: str, why: str) -> ValueError:
-    return ValueError(f"{url!r} is not a place for a registry: {why}; it is {_FORM}")
+    return ValueError(f"{_shown(url, url)} is not a place for a registry: {why}; it is {_FORM}")
+
+
+def _shown(url: str, part: str) -> str:
+    """Quote part of a URL, but nothing of one that may hold a password."""
+    return "what stands there" if set("@?#") & set(url) else repr(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +98,8 @@ def secrets(address: EtcdAddress) -> Secrets:
             remedy = f"Set {PASSWORD_FILE}, or {PASSWORD}"
             raise AuthFailed(where, why=why, remedy=remedy)
         password = _password(file, where)
+    if not password.isascii() and "\udc80" <= max(password) <= "\udcff":
+        raise AuthFailed(where, why=f"{PASSWORD} is not UTF-8", remedy="Write it as UTF-8")
     files = {name: os.environ.get(name) or None for name in (CA, CERT, KEY)}
     for name, path in files.items():
         if path is not None and not os.access(path, os.R_OK):
@@ -143,4 +125,16 @@ def _password(file: str, where: str) -> str:
             why=f"its mode is {stat.S_IMODE(mode):o}",
             remedy=f"chmod go= {file}",
         )
-    return data.decode().rstrip("\r\n")
+    try:
+        return data.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        why = f"{PASSWORD_FILE}={file} is not UTF-8"
+        raise AuthFailed(where, why=why, remedy="Write the password as UTF-8") from error
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for a process of another directory: its paths are absolute."""
+    named = {
+        name: os.environ[name] for name in (CA, CERT, KEY, PASSWORD_FILE) if os.environ.get(name)
+    }
+    return {**os.environ, **{name: os.path.abspath(path) for name, path in named.items()}}

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
-from crewlog import layout
+from crewlog import layout, threads
 from crewlog.errors import CrewlogError
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.client import Client, Stream, Unanswered
@@ -62,8 +62,7 @@ class EtcdSource:
         self._rings = rings
         self._closing = threading.Event()
         self._stream: Stream | None = None
-        self._thread = threading.Thread(target=self._run, name="crewlog-etcd", daemon=True)
-        self._thread.start()
+        self._thread = threads.start(self._run, name="crewlog-etcd")
 
     def _run(self) -> None:
         pause_s = layout.POLL_MIN_S

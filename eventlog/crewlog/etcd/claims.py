@@ -4,13 +4,13 @@ Who claims it is its only owner while the lease lasts. A process that is stopped
 that loses it without knowing; so what an owner writes is conditional on the claim's own revision.
 """
 
+import contextlib
 import os
 import random
 import threading
-from collections.abc import Sequence
 from typing import Final, cast
 
-from crewlog import layout
+from crewlog import layout, threads
 from crewlog.errors import CrewlogError, RegistryClosed
 from crewlog.etcd import keys
 from crewlog.etcd.client import Client, Refused
@@ -24,18 +24,19 @@ def new_id() -> int:
     return (random.SystemRandom().getrandbits(_ID_BITS) << 1) or 2
 
 
-def grant(client: Client, id_: int, ttl_s: int) -> int:
-    """Make a lease; return how long it lasts without being kept, in seconds.
+def grant(client: Client, id_: int, ttl_s: int) -> tuple[int, str]:
+    """Make a lease; return how long it lasts without being kept, in seconds, and its cluster.
 
     The server may raise `ttl_s` to what its elections need.
     """
     try:
         answer = client.call("lease/grant", {"ID": str(id_), "TTL": str(ttl_s)})
     except Refused as error:
-        if "already exists" in error.why:  # our own, sent twice
-            return ttl_s
-        raise
-    return keys.number(answer, "TTL")
+        if "already exists" not in error.why:
+            raise
+        answer = client.call("lease/timetolive", {"ID": str(id_)})  # our own, sent twice
+        return keys.number(answer, "grantedTTL"), keys.cluster(answer)
+    return keys.number(answer, "TTL"), keys.cluster(answer)
 
 
 def keep(client: Client, id_: int) -> bool:
@@ -66,13 +67,12 @@ class Claim:
         """Make a lease and keep it; nothing is claimed yet. `holder` tells others who has it."""
         self.key = key
         self.revision = 0  # since when we hold it
-        self._client = client
+        self._client = client.twin()  # it outlives the store that it is for
         self._holder = holder.encode()
         self._id = new_id()
-        self._ttl_s = grant(client, self._id, layout.CLAIM_TTL_S)
+        self._ttl_s, _ = grant(self._client, self._id, layout.CLAIM_TTL_S)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="crewlog-claim", daemon=True)
-        self._thread.start()
+        threads.start(self._keep, name="crewlog-claim")
 
     def _keep(self) -> None:
         while not self._closing.wait(self._ttl_s / 3):
@@ -104,17 +104,29 @@ class Claim:
             return None
         return found[0].value.decode(errors="replace") if found else "somebody"
 
-    def write(self, then: Sequence[JsonObject]) -> bool:
-        """Change keys if the claim is still ours; False if it is not."""
-        held = [keys.is_created(self.key, self.revision)]
-        answer = self._client.call("kv/txn", keys.transaction(held, then))
-        return answer.get("succeeded") is True
+    def move(self, key: bytes, before: bytes | None, after: bytes) -> bool:
+        """Give a key another value if the claim is still ours; False if it is not.
+
+        `before` is the value that it has (None: it is absent), so that a request which arrives a
+        second time, late, changes nothing.
+        """
+        held = [
+            keys.is_created(self.key, self.revision),
+            keys.is_absent(key) if before is None else keys.is_value(key, before),
+        ]
+        owner = [keys.get(self.key), keys.get(key)]
+        body = keys.transaction(held, [keys.put(key, after)], owner)
+        answer = self._client.call("kv/txn", body)
+        if answer.get("succeeded") is True:
+            return True
+        claim, found = keys.ranges(answer)
+        ours = bool(claim) and claim[0].create_revision == self.revision
+        return ours and bool(found) and found[0].value == after  # it was sent twice
 
     def close(self) -> None:
         """Give it up; idempotent. Where no server answers, it runs out."""
         if not self._closing.is_set():
             self._closing.set()
-            try:
+            with contextlib.suppress(CrewlogError):
                 revoke(self._client, self._id)
-            except CrewlogError:
-                return
+            self._client.close()

@@ -43,6 +43,7 @@ from crewlog.events import JsonObject
 _PASSING: Final = frozenset({1, 2, 4, 13, 14})
 _NOT_FOUND, _DENIED, _EXHAUSTED, _OUT_OF_RANGE, _UNAUTHENTICATED = 5, 7, 8, 11, 16
 _NO_SPACE: Final = "database space exceeded"
+_TOO_LARGE: Final = "larger than max"
 _NO_GATEWAY: Final = 404
 _OK: Final = 200
 # What an HTTP proxy before the servers answers while they are gone.
@@ -92,8 +93,8 @@ class Client:
         self.closed = False
         self._address = address
         self._secrets = secrets(address)
-        self._pid = 0
-        self._pool: urllib3.PoolManager | None = None
+        # Set and read as one: threads of a forked child must never meet the parent's pool.
+        self._held: tuple[int, urllib3.PoolManager] | None = None
         self._token = ""
         self._next = random.randrange(len(address.hosts))  # noqa: S311 (spreads the load)
 
@@ -154,13 +155,15 @@ class Client:
     def send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
         """Send a request once. *Raises* Unanswered; else as `call`."""
         for again in (False, True):
+            token = self._token
             try:
                 return self._send(path, body, deadline=deadline)
             except Refused as error:
                 expired = error.status == _UNAUTHENTICATED or "auth store is old" in error.why
-                if again or not (expired and self._token):
+                if again or not (expired and self._secrets.user):
                     raise self._typed(error) from error
-                self._token = ""  # it has expired: log in again, once
+                if self._token == token:  # else another thread has logged in again
+                    self._token = ""
         raise AssertionError  # pragma: no cover (the second time returns or raises)
 
     def _send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
@@ -207,9 +210,9 @@ class Client:
                 timeout=urllib3.Timeout(connect=layout.CONNECT_WAIT_S, read=read_s),
                 preload_content=not stream,
             )
-        except SSLError as error:
-            raise self._untrusted(host, error) from error
         except HTTPError as error:
+            if isinstance(error, SSLError) and _is_refusal(error):
+                raise self._untrusted(host, error) from error
             self._next += 1
             unsent = isinstance(error, NewConnectionError | ConnectTimeoutError)
             raise Unanswered(f"{host}: {_reason(error)}", sent=not unsent) from error
@@ -224,10 +227,10 @@ class Client:
     def _pooled(self) -> urllib3.PoolManager:
         if self.closed:
             raise RegistryClosed(self.where)
-        if self._pool is None or self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._pool = self._new_pool()
-        return self._pool
+        held, pid = self._held, os.getpid()
+        if held is None or held[0] != pid:
+            held = self._held = pid, self._new_pool()
+        return held[1]
 
     def _new_pool(self) -> urllib3.PoolManager:
         context = None
@@ -284,9 +287,9 @@ class Client:
                 answer = self._pooled().request("GET", f"{scheme}://{host}/version", timeout=2.0)
                 found = _checked(answer.status, answer.data, self.where)
                 return str(found.get("etcdserver", ""))
-            except SSLError as error:
-                raise self._untrusted(host, error) from error
             except (HTTPError, Unanswered) as error:
+                if isinstance(error, SSLError) and _is_refusal(error):
+                    raise self._untrusted(host, error) from error
                 self._next += 1
                 if not next(pauses):
                     why = f"{host}: {_reason(error)}"
@@ -295,9 +298,13 @@ class Client:
     def close(self) -> None:
         """Close every connection; idempotent."""
         self.closed = True
-        pool, self._pool = self._pool, None
-        if pool is not None and self._pid == os.getpid():
-            pool.clear()
+        held, self._held = self._held, None
+        if held is not None and held[0] == os.getpid():
+            held[1].clear()
+
+    def twin(self) -> "Client":
+        """Return a connection of its own to the same cluster."""
+        return Client(self._address, wait_s=self.wait_s)
 
 
 class Stream:
@@ -366,9 +373,20 @@ def _checked(status: int, data: bytes, where: str) -> JsonObject:
         return found
     code = found.get("code")
     message = str(found.get("message") or found.get("error") or f"HTTP {status}")
-    if code in _PASSING or (code == _EXHAUSTED and _NO_SPACE not in message):
+    busy = code == _EXHAUSTED and _NO_SPACE not in message and _TOO_LARGE not in message
+    if code in _PASSING or busy:
         raise Unanswered(message, sent=True)
     raise Refused(where, status=code if isinstance(code, int) else 0, message=message)
+
+
+# What TLS says while it does not let anybody in; anything else may befall an answer on its way.
+_REFUSALS: Final = ("certificate", "unknown ca", "unknown_ca", "version", "handshake", "protocol")
+
+
+def _is_refusal(error: SSLError) -> bool:
+    """Say whether a failure of TLS was one of letting us in: then nothing was read or written."""
+    told = str(error).lower()
+    return any(word in told for word in _REFUSALS)
 
 
 def _reason(error: BaseException) -> str:

@@ -45,11 +45,10 @@ class EtcdCursors:
             if holder is not None:
                 raise CursorBusy(name, holder=holder)
             known = self.read(name)
-            owned = EtcdCursor(claim, name, self._keys.named("c", name))
+            seq = None if known is None else known.seq
+            owned = EtcdCursor(claim, name, self._keys.named("c", name), seq)
             if known is None:
                 owned.set(start)
-            else:
-                owned.seq = known.seq
         except BaseException:
             claim.close()
             raise
@@ -80,12 +79,13 @@ class EtcdCursors:
 class EtcdCursor:
     """A cursor that this process owns; `close` lets another one own it."""
 
-    __slots__ = ("_claim", "_closed", "_key", "name", "seq")
+    __slots__ = ("_claim", "_closed", "_key", "_stored", "name", "seq")
 
-    def __init__(self, claim: Claim, name: str, key: bytes) -> None:
-        """Use a claim that was taken."""
+    def __init__(self, claim: Claim, name: str, key: bytes, seq: int | None) -> None:
+        """Use a claim that was taken; None: there is no position yet."""
         self.name = name
-        self.seq = 0
+        self.seq = seq or 0
+        self._stored = None if seq is None else b"%d" % seq
         self._claim = claim
         self._key = key
         self._closed = False
@@ -102,9 +102,10 @@ class EtcdCursor:
         """
         if self._closed:
             raise RegistryClosed(f"cursor {self.name}")
-        if not self._claim.write([keys.put(self._key, b"%d" % seq)]):
+        after = b"%d" % seq
+        if after != self._stored and not self._claim.move(self._key, self._stored, after):
             raise CursorBusy(self.name, holder="another subscriber, since we stood still,")
-        self.seq = seq
+        self.seq, self._stored = seq, after
 
     def close(self) -> None:
         """Let go of it; idempotent."""

@@ -18,7 +18,8 @@ from crewlog.errors import LockBusy, StoreMissing, UnknownOutcome, Unsupported
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.keys import KeyValue
-from crewlog.etcd.reading import EtcdReading, Head, begin_of, encode_head, token_of
+from crewlog.etcd.lines import Head, begin_of, encode_head, token_of
+from crewlog.etcd.reading import EtcdReading
 from crewlog.events import JsonObject, Line, Record
 
 _logger = logging.getLogger("crewlog.etcd")
@@ -94,8 +95,15 @@ class Attempt:
         return not self.raws or any(not unit.lines for unit in self.units)
 
     def size(self) -> int:
-        """Return how many bytes its lines take."""
-        return sum(len(raw) for raw in self.raws)
+        """Return how many bytes its lines and the records that they change take."""
+        records = (self.written.records[sid] for sid in self.touched)
+        return sum(map(len, self.raws)) + sum(len(codec.dump(record)) for record in records)
+
+    def size_with(self, drafts: Sequence[Draft]) -> int:
+        """Return how many bytes it takes at most with more lines: each may grow its record, too."""
+        more = sum(2 * len(part.body) + layout.LINE_OVERHEAD_BYTES for part in drafts)
+        sids = {part.sid for part in drafts if part.sid} - self.touched
+        return self.size() + more + sum(len(codec.dump(self.written.get(sid))) for sid in sids)
 
     def cut(self) -> None:
         """Let what follows begin a key of its own, so that retention may drop what is before."""
@@ -144,13 +152,13 @@ class EtcdLog(EtcdReading):
 
     def opened(self) -> "EtcdLog":
         """Check the server and the store. *Raises* StoreMissing, Unsupported, AuthFailed."""
-        self._check_version()
+        self.check_version()
         self.identify()
         return self
 
     def created(self) -> "EtcdLog":
         """Create the store if there is none, and open it; durable on return."""
-        version = self._check_version()
+        version = self.check_version()
         try:
             self.identify()
         except StoreMissing:
@@ -161,7 +169,8 @@ class EtcdLog(EtcdReading):
             self.identify()
         return self
 
-    def _check_version(self) -> str:
+    def check_version(self) -> str:
+        """Return the server's version. *Raises* Unsupported for one that loses data."""
         version = self.client.version()
         if not is_sound(version):
             raise Unsupported(
@@ -226,9 +235,10 @@ class EtcdLog(EtcdReading):
 
         def compose(attempt: Attempt) -> None:
             for request in group:
-                if not _fits(attempt, request):
+                unit = _unit(attempt, request) if _fits(attempt, request) else None
+                if unit is None:
                     return
-                attempt.units.append(_unit(attempt, request))
+                attempt.units.append(unit)
 
         attempt = self._transact(about, compose)
         _tell(attempt.units)
@@ -254,7 +264,7 @@ class EtcdLog(EtcdReading):
             try:
                 passed = self._commit(attempt, sids)
             except BaseException:
-                _tell([unit for unit in attempt.units if unit.error is not None])
+                _tell(_refused_first(attempt.units))
                 raise
             if passed is None:
                 break
@@ -357,19 +367,21 @@ def _fits(attempt: Attempt, request: Request) -> bool:
         return True
     return (
         len(attempt.raws) < layout.GROUP_EVENTS_MAX
-        and attempt.size() < layout.GROUP_BYTES_MAX
         and len(attempt.touched | set(request.about)) <= layout.TXN_WORKERS_MAX
     )
 
 
-def _unit(attempt: Attempt, request: Request) -> Unit:
-    """Let one request decide on top of those before it."""
+def _unit(attempt: Attempt, request: Request) -> Unit | None:
+    """Let one request decide on top of those before it; None if it does not fit beside them."""
     written = attempt.written
     try:
         drafts = request.decide(written)
-        _check_size(attempt, drafts)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is that request's own)
         return Unit(request, error=error)
+    workers = {part.sid for part in drafts}
+    much = len(attempt.touched | workers) > layout.TXN_WORKERS_MAX
+    if drafts and (much or attempt.size_with(drafts) > layout.TXN_BYTES_MAX):
+        return None if attempt.units else Unit(request, error=_too_much(drafts))
     if not drafts:
         return Unit(request, seq=written.seq)
     begun = len(attempt.raws)
@@ -379,15 +391,22 @@ def _unit(attempt: Attempt, request: Request) -> Unit:
     return Unit(request, lines, records, written.seq)
 
 
-def _check_size(attempt: Attempt, drafts: Sequence[Draft]) -> None:
-    size = sum(len(part.body) for part in drafts) + layout.LINE_OVERHEAD_BYTES * len(drafts)
-    workers = {part.sid for part in drafts} | attempt.touched
-    if len(workers) > layout.TXN_WORKERS_MAX or size + attempt.size() > layout.TXN_BYTES_MAX:
-        message = (
-            f"on etcd a batch holds at most {layout.TXN_WORKERS_MAX} workers "
-            f"and {layout.TXN_BYTES_MAX} bytes"
+def _too_much(drafts: Sequence[Draft]) -> ValueError:
+    if len({part.sid for part in drafts}) == 1 and len(drafts) == 1:
+        return ValueError(
+            f"worker {drafts[0].sid!r} would take too much: on etcd a record and its event hold at "
+            f"most {layout.TXN_BYTES_MAX} bytes together; take something out of its meta"
         )
-        raise ValueError(message)
+    return ValueError(
+        f"on etcd a batch holds at most {layout.TXN_WORKERS_MAX} workers "
+        f"and {layout.TXN_BYTES_MAX} bytes, the records that it changes included"
+    )
+
+
+def _refused_first(units: Sequence[Unit]) -> list[Unit]:
+    """Return the refusals that rest on nothing of their own attempt, which was not made."""
+    made = next((n for n, unit in enumerate(units) if unit.lines), len(units))
+    return [unit for unit in units[:made] if unit.error is not None]
 
 
 def _tell(units: Sequence[Unit]) -> None:

@@ -16,11 +16,11 @@ import sys
 import time
 from typing import Final, cast
 
-from crewlog import codec, layout
+from crewlog import codec, identity, layout
 from crewlog.codec import DocumentError
 from crewlog.errors import CrewlogError, ProcessNotFound, SpawnFailed
 from crewlog.etcd import claims, keys
-from crewlog.etcd.address import EtcdAddress
+from crewlog.etcd.address import EtcdAddress, environment
 from crewlog.etcd.client import Client
 from crewlog.events import Identity, IdentityRecord, Worker, identity_of
 from crewlog.process import Process
@@ -28,9 +28,9 @@ from crewlog.process import Process
 _STDERR: Final = 2
 _SCRIPT: Final = """
 import sys
-sys.path[:] = sys.argv[5:]
+sys.path[:] = sys.argv[6:]
 from crewlog.etcd.keeper import main
-main(*sys.argv[1:5])
+main(*sys.argv[1:6])
 """
 
 
@@ -39,8 +39,10 @@ class Keeper:
 
     def __init__(self, url: str, key: bytes, lease: int, *, ttl_s: int) -> None:
         """Start it; it keeps the lease and its key on return. *Raises* SpawnFailed."""
-        told = [url, key.decode(), str(lease), str(ttl_s)]
-        words = [sys.executable, "-c", _SCRIPT, *told, *sys.path]
+        us = codec.dump(identity.capture(None).as_json()).decode()
+        told = [url, key.decode(), str(lease), str(ttl_s), us]
+        paths = [os.path.abspath(path) for path in sys.path]  # it runs in another directory
+        words = [sys.executable, "-c", _SCRIPT, *told, *paths]
         try:
             self._process = subprocess.Popen(
                 words,
@@ -48,6 +50,7 @@ class Keeper:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd="/",
+                env=environment(),
                 start_new_session=True,
             )
         except OSError as error:
@@ -74,7 +77,7 @@ class Keeper:
     def guard(self, worker: Worker) -> None:
         """Tell it whom to guard, and leave it alone."""
         assert worker.identity is not None  # it was registered while it ran
-        self._tell(codec.dump(worker.identity.as_json()))
+        self._tell(codec.dump(worker.identity.as_json()) + b"\n")
 
     def dismiss(self) -> None:
         """Let it end the lease, and itself."""
@@ -116,7 +119,7 @@ class _Watch:
             claims.revoke(self._client, self._lease)
 
 
-def main(url: str, key: str, lease: str, ttl_s: str) -> None:
+def main(url: str, key: str, lease: str, ttl_s: str, starter: str) -> None:
     """Be the process: keep the lease once, go into the background, guard."""
     client = Client(EtcdAddress.parse(url), wait_s=float(ttl_s))
     watch = _Watch(client, key.encode(), int(lease), ttl_s=int(ttl_s))
@@ -126,28 +129,45 @@ def main(url: str, key: str, lease: str, ttl_s: str) -> None:
         os._exit(0)
     os.close(_STDERR)
     os.open(os.devnull, os.O_WRONLY)
-    guarded = _told(watch)
+    guarded = _told(watch, _identity(starter.encode()))
     if guarded is not None:
         _guard(watch, guarded)
     watch.end()
 
 
-def _told(watch: _Watch) -> Identity | None:
-    """Read whom to guard, and keep the lease meanwhile; None for nobody."""
+def _told(watch: _Watch, starter: Identity | None) -> Identity | None:
+    """Read whom to guard, and keep the lease meanwhile; None for nobody.
+
+    The starter is looked at, too: the end of the pipe may be held open by a process that it forked.
+    """
     poll = select.poll()
     poll.register(0, select.POLLIN)
     words = b""
-    while True:
-        if not poll.poll(watch.pause_s * 1000):
+    while not words.endswith(b"\n"):
+        if poll.poll(watch.pause_s * 1000):
+            read = os.read(0, layout.STATE_BYTES_MAX)
+            if not read:
+                return None
+            words += read
+        elif starter is not None and not _lives(starter):
+            return None
+        else:
             watch.keep()
-            continue
-        read = os.read(0, layout.STATE_BYTES_MAX)
-        if not read:
-            break
-        words += read
+    return _identity(words)
+
+
+def _lives(who: Identity) -> bool:
+    try:
+        with Process(who) as held:
+            return not held.wait(0)
+    except ProcessNotFound:
+        return False
+
+
+def _identity(words: bytes) -> Identity | None:
     try:
         return identity_of(cast("IdentityRecord", codec.load_object(words)))
-    except (DocumentError, TypeError):  # nothing was said, or half of it
+    except (DocumentError, TypeError):  # half of it
         return None
 
 

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, cast
 from crewlog.events import JsonObject, JsonValue
 
 SEQ_DIGITS: Final = 16
+_OWN: Final = ":"  # in no prefix: the keys of a store below this one are never ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,10 @@ class Keys:
 
     def whole(self) -> tuple[bytes, bytes]:
         """Return the range of all keys of the store."""
-        return f"{self.prefix}/".encode(), f"{self.prefix}0".encode()
+        return f"{self.prefix}/{_OWN}".encode(), f"{self.prefix}/{chr(ord(_OWN) + 1)}".encode()
 
     def _named(self, *words: str) -> bytes:
-        return "/".join((self.prefix, *words)).encode()
+        return f"{self.prefix}/{_OWN}{'/'.join(words)}".encode()
 
 
 class KeyValue(NamedTuple):
@@ -155,6 +156,11 @@ def number(found: JsonObject, name: str) -> int:
     """Read an int64, 0 where it is left out."""
     value = found.get(name, 0)
     return int(cast("str | int", value))
+
+
+def cluster(answer: JsonObject) -> str:
+    """Read which cluster an answer is of."""
+    return str(cast("JsonObject", answer.get("header") or {}).get("cluster_id", ""))
 
 
 def objects(found: JsonObject, name: str) -> list[JsonObject]:

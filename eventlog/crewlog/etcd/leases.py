@@ -1,15 +1,17 @@
 """Keep workers' leases in a cluster, and the turns to start them.
 
 A worker's lease is a key on an etcd lease, which a process beside the worker keeps (keeper.py) for
-as long as the worker's own process lives. Its name holds the lease's id, so that it never speaks
-for an earlier or later worker of the same sid. A beat is a second key, on a lease as long as the
-worker may be silent: whether that is there is read from the cluster's clock alone.
+as long as the worker's own process lives. Its name holds the lease's id and its place, so that it
+never speaks for an earlier or later worker of the same sid, nor for a copy of the store. A beat is
+a second key, on a lease as long as the worker may be silent: whether that is there is read from the
+cluster's clock alone.
 """
 
 import contextlib
 import math
 import re
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -25,7 +27,7 @@ from crewlog.events import JsonObject, Worker
 from crewlog.liveness import LeaseSeen
 
 _MARK: Final = "~"  # in no sid
-_NAME: Final = re.compile(r".+~([0-9a-f]{16})")
+_NAME: Final = re.compile(r".+~([0-9a-f]{8})([0-9a-f]{16})")
 
 
 class EtcdLeases:
@@ -44,8 +46,8 @@ class EtcdLeases:
         *Raises* SpawnFailed if that process does not start.
         """
         id_ = claims.new_id()
-        name = f"{sid}{_MARK}{id_:016x}"
-        ttl_s = claims.grant(self._client, id_, layout.LEASE_TTL_S)
+        ttl_s, cluster = claims.grant(self._client, id_, layout.LEASE_TTL_S)
+        name = f"{sid}{_MARK}{self._place(cluster)}{id_:016x}"
         key = self._keys.named("l", name)
         self._client.call("kv/txn", keys.transaction((), [keys.put(key, b"", lease=id_)]))
         made = EtcdLease(name, Keeper(self._client.where, key, id_, ttl_s=ttl_s))
@@ -55,25 +57,27 @@ class EtcdLeases:
 
     def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:
         """Return what looks at leases: all of them were read at once."""
-        if len(names) == 1:
-            name = next(iter(names))
-            wanted = [keys.get(self._keys.named(room, name)) for room in ("l", "beat")]
-            answer = self._client.call("kv/txn", keys.transaction((), wanted))
-            rows = keys.ranges(answer)
-            held, fresh = ({row.name for row in found} for found in rows)
-        else:
-            held, fresh = self._all("l"), self._all("beat")
+        wanted = [self._wanted(room, names) for room in ("l", "beat")]
+        answer = self._client.call("kv/txn", keys.transaction((), wanted))
+        held, fresh = ({row.name for row in found} for found in keys.ranges(answer))
+        place = self._place(keys.cluster(answer))
 
         def seen(name: str) -> LeaseSeen:
-            if not _NAME.fullmatch(name):  # a directory's, from before a migration
+            found = _NAME.fullmatch(name)
+            if found is None or found[1] != place:  # of another place, from before a migration
                 return LeaseSeen("absent")
             return LeaseSeen("held" if name in held else "free", beat_expired=name not in fresh)
 
         return seen
 
-    def _all(self, room: str) -> set[str]:
-        page: JsonObject = {**keys.page(*self._keys.room(room), limit=0), "keysOnly": True}
-        return {row.name for row in keys.pairs(self._client.call("kv/range", page))}
+    def _wanted(self, room: str, names: Collection[str]) -> JsonObject:
+        if len(names) == 1:
+            return keys.get(self._keys.named(room, next(iter(names))))
+        return {"requestRange": {**keys.page(*self._keys.room(room), limit=0), "keysOnly": True}}
+
+    def _place(self, cluster: str) -> str:
+        """Name where a lease is: one of another cluster or prefix says nothing here."""
+        return f"{zlib.crc32(f'{cluster}/{self._keys.prefix}'.encode()):08x}"
 
     def beat(self, name: str, *, heartbeat_s: float | None) -> bool:
         """Note that the worker is well, now; False if there is no such lease.
@@ -86,7 +90,7 @@ class EtcdLeases:
             return False
         if heartbeat_s is None:
             return True
-        id_ = int(found[1], 16) + 1
+        id_ = int(found[2], 16) + 1
         if not claims.keep(self._client, id_):
             claims.grant(self._client, id_, math.ceil(heartbeat_s))
             put = keys.put(self._keys.named("beat", name), b"", lease=id_)

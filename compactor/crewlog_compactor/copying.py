@@ -1,0 +1,77 @@
+"""Carry a history from one store to another: each line checked and folded on its way."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from crewlog import events, fold, segments
+from crewlog.codec import Snapshot
+from crewlog.errors import CompactedError, HistoryDiverged, LockBusy
+from crewlog.events import Line
+from crewlog.fold import Fold, FoldError
+from crewlog.store import Store
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Copy:
+    """A history on its way: lines are checked and folded as they are read.
+
+    `seq`, `hash` and `state` are those of the last line, `sealed` is the state after the last seal.
+    """
+
+    source: Store
+    first: int
+    base: Snapshot
+    progress: Progress
+    events: int = 0
+    seq: int = 0
+    hash: str = ""
+    sealed: Snapshot | None = None
+    state: Fold = field(default_factory=fold.empty)
+
+    def lines(self) -> Iterator[tuple[Line, bytes]]:
+        """Yield every line that is kept, each proven to follow the one before."""
+        self.seq, self.hash = self.base.last_seq, self.base.last_hash
+        base, last = self.base, self.source.last_seq()
+        state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+        self.state = state
+        for line, raw in self.source.read(self.first - 1):
+            if line["prev"] != self.hash:
+                raise HistoryDiverged(self.source.where, seq=line["seq"] - 1)
+            self.seq, self.hash = line["seq"], segments.hash_after(line, raw).hex()
+            try:
+                state.apply(line)
+            except FoldError as error:
+                raise HistoryDiverged(self.source.where, seq=self.seq) from error
+            if segments.is_end(line):
+                self.sealed = self._snapshot(state)
+            self.events += 1
+            self.progress(self.events, last - self.first + 1)
+            yield line, raw
+
+    def _snapshot(self, state: Fold) -> Snapshot:
+        return replace(
+            self.base,
+            last_seq=self.seq,
+            last_hash=self.hash,
+            written_at=events.timestamp(events.now()),
+            sessions=list(state.sessions()),
+            ended=list(state.ended()),
+            totals=dict(state.totals),
+        )
+
+    def require_still(self) -> None:
+        """Refuse to go on where the source has changed. *Raises* LockBusy."""
+        if self.source.last_seq() != self.seq:
+            raise LockBusy(self.source.where, waited_s=0, holder="a writer, who has changed it,")
+
+
+def begin(store: Store, progress: Progress) -> Copy:
+    """Return a copy that has not begun. *Raises* CompactedError where its state is not kept."""
+    first = store.first_seq()
+    base = next((found for found in store.states() if found.last_seq == first - 1), None)
+    if base is None:  # retention could keep no state before what it left
+        raise CompactedError(requested=first - 1, oldest=first, snapshot_seq=store.last_seq())
+    return Copy(store, first, base, progress)
