@@ -100,13 +100,16 @@ class Remembering:
         log = self._existing()
         if log is None:
             return []
-        oldest, last = log.first_seq(), log.last_seq()
-        kept = [found for found in log.states() if found.last_seq == oldest - 1]
-        found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
-        for line, _ in log.read(oldest - 1):
+        last = log.last_seq()
+        found, first = Lives(()), 0
+        for line, _ in _from_oldest(log, None):
+            if not first:
+                first = line["seq"]
+                kept = [state for state in log.states() if state.last_seq == first - 1]
+                found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
             found.add(line)
             if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
-                progress(line["seq"] - oldest, last - oldest + 1)
+                progress(line["seq"] - first, last - first + 1)
         return found.found
 
 
