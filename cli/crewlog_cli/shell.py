@@ -26,6 +26,7 @@ from typing import (
 import click
 
 import crewlog
+from crewlog import layout
 from crewlog.errors import CrewlogError, StoreMissing
 from crewlog_cli import text
 
@@ -49,6 +50,7 @@ EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPT: Final = 130
 EXIT_PIPE: Final = 141
 _SID_COLUMNS: Final = 24
+_PROMPT_WAIT_S: Final = 0.5  # a prompt is no place to wait for a server
 STREAM_ERRORS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF})
 
 
@@ -107,6 +109,7 @@ class Shell:
     debug: bool = False
     color: Literal["auto", "always", "never"] = "auto"
     separated: bool = False  # a "--" stood among the words
+    wait_s: float = layout.LOCK_WAIT_S  # for other writers, and for servers
     opened: "list[Registry]" = field(default_factory=list)
 
     # -- the registry -----------------------------------------------------------------------
@@ -120,7 +123,7 @@ class Shell:
             place = address.locate(self.place)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        reg = Registry(place, via="cli")
+        reg = Registry(place, lock_timeout_s=self.wait_s, via="cli")
         self.opened.append(reg)
         return reg
 
@@ -240,7 +243,8 @@ def take_globals(shell: Shell, values: dict[str, object]) -> None:
 def complete_sid(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
     """Name the sids that begin so, for a shell's completion."""
     before = {} if ctx.parent is None else ctx.parent.params
-    shell = Shell(place=ctx.params.get("place") or before.get("place"))
+    place = ctx.params.get("place") or before.get("place")
+    shell = Shell(place=place, wait_s=_PROMPT_WAIT_S)
     try:
         reg = shell.registry()
         return [worker.sid for worker in reg.workers(all=True) if worker.sid.startswith(begun)]

@@ -3,8 +3,10 @@
 import base64
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -630,3 +632,13 @@ def test_grown_record_and_large_groups_are_counted(url: str) -> None:
             raise AssertionError
         reg.update("w0", meta={f"more{n}": None for n in range(20)})
     assert verify(url).ok
+
+
+def test_completion_does_not_wait_for_servers_that_are_gone() -> None:
+    """A prompt is no place to wait: nothing is offered, soon."""
+    began = time.monotonic()
+    env = {**os.environ, "_CREWLOG_COMPLETE": "bash_complete", "COMP_CWORD": "2",
+           "COMP_WORDS": "crewlog show ", "CREWLOG_DIR": "etcd://127.0.0.1:1/p"}  # fmt: skip
+    done = Cli.bare(env=env)
+    assert done.stdout.strip() == ""
+    assert time.monotonic() - began < 4
