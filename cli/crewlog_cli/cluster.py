@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
+from crewlog import layout
+from crewlog.address import Address
 from crewlog.etcd import keys
 from crewlog.etcd.engine import EtcdLog, outdated
+from crewlog.etcd.place import EtcdPlace
 from crewlog.events import JsonObject
 from crewlog.notify import Bell, Waker
 from crewlog.store import Store
@@ -26,6 +29,17 @@ def checks(log: Store) -> Iterator[Check]:
         yield Check(name="wakes", status="ok", found=f"by {waker.source}")
     finally:
         waker.close()
+
+
+def servers(place: Address) -> Iterator[Check]:
+    """Look at the servers of a place where no store can be opened."""
+    assert isinstance(place, EtcdPlace)  # as above
+    log = place.empty(wait_s=layout.ANSWER_WAIT_S)
+    try:
+        yield _place(log)
+        yield from _servers(log)
+    finally:
+        log.close()
 
 
 def _place(log: EtcdLog) -> Check:

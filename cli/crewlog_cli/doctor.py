@@ -15,6 +15,7 @@ from typing import Final
 import click
 
 from crewlog import disk, identity, layout
+from crewlog.address import DirectoryAddress, locate
 from crewlog.errors import CrewlogError, StoreMissing
 from crewlog.log import Log
 from crewlog.notify import Bell, Waker
@@ -43,6 +44,7 @@ def checks(reg: Registry) -> Iterator[Check]:
             found=f"{reg.where}: there is no registry yet",
             remedy="The first change creates one; check --dir and CREWLOG_DIR",
         )
+        yield from _servers(reg)
     except CrewlogError as error:
         yield Check(
             name="place",
@@ -50,6 +52,7 @@ def checks(reg: Registry) -> Iterator[Check]:
             found=f"{error.where or reg.where}: {error.why or error.what}",
             remedy=error.remedy,
         )
+        yield from _servers(reg)
     else:
         if isinstance(log, Log):
             yield from _store(reg, log)
@@ -61,6 +64,16 @@ def checks(reg: Registry) -> Iterator[Check]:
         yield _clock(reg)
     yield from _kernel()
     yield _versions()
+
+
+def _servers(reg: Registry) -> Iterator[Check]:
+    """Look at each server of a cluster that is no registry yet, or does not answer."""
+    place = locate(reg.where)
+    if isinstance(place, DirectoryAddress):
+        return
+    from crewlog_cli import cluster  # noqa: PLC0415 (few need it)
+
+    yield from cluster.servers(place)
 
 
 # -- the store ------------------------------------------------------------------------------

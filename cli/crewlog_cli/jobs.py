@@ -233,6 +233,8 @@ def compact_(
         )
         if report.dropped is not None:
             sh.line(f"dropped history: events {report.dropped[0]} to {report.dropped[1]}")
+    if report.full is not None:
+        shell.fail(sh, report.full)
     if report.refused is not None:
         shell.fail(sh, report.refused)
 

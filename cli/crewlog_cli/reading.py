@@ -357,7 +357,7 @@ def print_line(sh: Shell, event: Event) -> None:
 
 @command("path", examples='ls -l "$(crewlog path)"')
 def path(sh: Shell) -> None:
-    """Print the registry's directory, whether or not it exists."""
+    """Print the registry's place, a directory or a URL, whether or not it exists."""
     reg = sh.registry()
     if sh.json:
         sh.document({"path": reg.where, "exists": reg.exists})

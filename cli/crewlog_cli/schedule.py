@@ -23,7 +23,7 @@ Description=Compact the crewlog registry {place}
 
 [Service]
 Type=oneshot
-{user}ExecStart={program} --dir {place} compact -q --jitter {jitter}
+{user}{environment}ExecStart={program} --dir {place} compact -q --jitter {jitter}
 Nice=10
 NoNewPrivileges=yes
 ProtectSystem=full
@@ -63,6 +63,10 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
         "jitter": _JITTER,
         "every": _EVERY_MINUTES,
         "user": f"User={owner}\n" if kind == "systemd-system" else "",
+        "environment": "".join(
+            f"Environment={shlex.quote(f'{name}={value}')}\n".replace("%", "%%")
+            for name, value in _environment(where).items()
+        ),
         **names,
     }
     return {
@@ -74,7 +78,20 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
 def cron_line(where: str) -> str:
     """Return the line of a crontab; there, a percent sign would end the command."""
     words = [program(), "--dir", where, "compact", "-q", "--jitter", _JITTER]
-    return f"*/{_EVERY_MINUTES} * * * * {shlex.join(words)}".replace("%", "\\%")
+    told = [f"{name}={shlex.quote(value)}" for name, value in _environment(where).items()]
+    command = " ".join([*told, shlex.join(words)])
+    return f"*/{_EVERY_MINUTES} * * * * {command}".replace("%", "\\%")
+
+
+def _environment(where: str) -> dict[str, str]:
+    """Return what a job must be told to reach a cluster; a password only by its file."""
+    if not where.startswith("etcd"):
+        return {}
+    from crewlog.etcd import address  # noqa: PLC0415 (few need it)
+
+    known = address.environment()
+    names = (address.USER, address.PASSWORD_FILE, address.CA, address.CERT, address.KEY)
+    return {name: known[name] for name in names if known.get(name)}
 
 
 @command(
@@ -87,6 +104,8 @@ crewlog schedule systemd-system --dir /var/lib/crewlog""",
 def schedule(sh: Shell, *, kind: Kind) -> None:
     """Print a cron line, or systemd units, that compact this registry, with its real paths."""
     where = sh.registry().where
+    if where.startswith("etcd") and "CREWLOG_ETCD_PASSWORD" in os.environ:
+        sh.note("A password is not written down: give it by CREWLOG_ETCD_PASSWORD_FILE")
     if kind == "cron":
         if sh.json:
             sh.document({"cron": cron_line(where)})

@@ -27,7 +27,7 @@ import click
 
 import crewlog
 from crewlog import layout
-from crewlog.errors import CrewlogError, StoreMissing
+from crewlog.errors import CrewlogError
 from crewlog_cli import text
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ class Shell:
     def existing(self) -> "Registry":
         """Open a registry that exists. *Raises* StoreMissing (66): reading creates nothing."""
         reg = self.registry()
-        if not reg.exists:
-            raise StoreMissing(reg.where)
+        reg.log()
         return reg
 
     def close(self) -> None:

@@ -41,7 +41,11 @@ def _options(function: Callable[P, None]) -> Callable[P, None]:
         click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="A label."),
         click.option("--version", default="", help="Its version."),
         click.option("--sock", default="", help="Where it will listen."),
-        click.option("--lease", is_flag=True, help="It inherits a lock that proves it lives."),
+        click.option(
+            "--lease",
+            is_flag=True,
+            help="Prove its life to other namespaces and hosts.",
+        ),
         click.option("--heartbeat", metavar="SPAN", help="Stalled without a beat for so long."),
     ):
         function = option(function)
@@ -208,12 +212,21 @@ def _begin(started: Launch) -> bool:
 
 def _tell_end(sh: Shell, reg: Registry, worker: Worker, code: int) -> None:
     """Record how our child ended; whatever keeps us from it is told, and changes no exit code."""
+    how = f"exited with {code}" if code >= 0 else f"was ended by signal {-code}"
+    told = f"worker {worker.sid} {how}"
+
+    def late(error: CrewlogError) -> None:
+        shell.warn(f"crewlog: {told}; that is not recorded yet: {error}")
+        # Ctrl-C ends the waiting, and nothing else any more
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
     try:
         step = functools.partial(judging.exit_of, reg.author(), worker.sid, code)
-        if not reg.record_end(worker, lambda rev: step(rev=rev)):
+        if not reg.record_end(worker, lambda rev: step(rev=rev), late=late):
             sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
-    except CrewlogError as error:
-        sh.note(f"crewlog: {error}")
+    except (CrewlogError, KeyboardInterrupt) as error:
+        shell.warn(f"crewlog: {told}; that is not recorded: {error or 'interrupted'}")
 
 
 def _tell_stopping(sh: Shell, reg: Registry, worker: Worker, why: str) -> None:

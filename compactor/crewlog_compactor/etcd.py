@@ -51,12 +51,13 @@ def compact(reg: Registry, *, gc: bool, force: bool, keep_history: Keep) -> Comp
         except CollectRefused as error:  # the rest goes on; the caller tells
             refused = error
     folded = 0
+    full: QuotaExceeded | None = None
     try:
         folded = seal(log)
-    except QuotaExceeded:
+    except QuotaExceeded as error:
         if keep_history is None:  # then nothing is left that could be done
             raise
-        _logger.warning("the quota is full: nothing is sealed")
+        full = error
     return CompactReport(
         folded_events=folded,
         snapshot_seq=log.last_seq(),
@@ -64,6 +65,7 @@ def compact(reg: Registry, *, gc: bool, force: bool, keep_history: Keep) -> Comp
         dropped=retain(log, keep_history),
         collected=collected,
         refused=refused,
+        full=full,
     )
 
 

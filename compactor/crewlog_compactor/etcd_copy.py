@@ -102,7 +102,7 @@ class _Writer:
                 "the target is not empty",
                 where=target.where,
                 why="there are keys of a store under this prefix",
-                remedy="Choose another prefix, or remove them: etcdctl del --prefix",
+                remedy=f"Choose another prefix, or: etcdctl del --prefix '{names.prefix}/:'",
             )
         else:
             nobody = [keys.is_absent(names.head), keys.is_absent(names.migration)]

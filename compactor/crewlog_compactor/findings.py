@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from crewlog.errors import CollectRefused
+from crewlog.errors import CollectRefused, QuotaExceeded
 from crewlog_compactor.collect import CollectReport
 
 _REPAIRABLE: Final = frozenset(
@@ -49,7 +49,8 @@ class CompactReport:
     `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
     yet); `archived_segments` counts moves into the archive, `dropped` is the range of seqs that
     retention took (first, last); `collected` is None without `gc`, and
-    `refused` says why the collection was refused, if it was.
+    `refused` says why the collection was refused, if it was; `full` that a cluster's quota is full,
+    so that nothing was done but dropping.
     """
 
     folded_events: int
@@ -58,3 +59,4 @@ class CompactReport:
     dropped: tuple[int, int] | None
     collected: CollectReport | None
     refused: CollectRefused | None
+    full: QuotaExceeded | None = None

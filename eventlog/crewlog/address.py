@@ -54,7 +54,7 @@ def locate(where: str | os.PathLike[str] | None = None) -> Address:
     the extra that it needs is not installed.
     """
     named = os.fspath(where) if where is not None else os.environ.get(directory.ENVIRONMENT, "")
-    if named.lower().startswith(("etcd://", "etcds://")):
+    if named.lower().startswith(("etcd:", "etcds:")):
         return _cluster(named)
     return DirectoryAddress(directory.locate(where))
 
@@ -70,7 +70,7 @@ def _cluster(url: str) -> Address:
             "etcd needs a package that is not installed",
             where=url,
             why=str(error),
-            remedy="pip install 'crewlog[etcd]'",
+            remedy="pip install urllib3 (the extra [etcd] of crewlog)",
         ) from error
     return EtcdPlace(address)
 
@@ -89,5 +89,5 @@ def no_directory(where: str, *, what: str) -> Unsupported:
         f"{what} is for a directory",
         where=where,
         why="its events are kept by a cluster",
-        remedy="The cluster mends and backs itself up: see docs/operations.md",
+        remedy="See docs/etcd.md; to mend a store in a cluster, restore a backup of it",
     )

@@ -7,6 +7,7 @@ signal goes out, through that same pidfd. The entry stays until the end is prove
 import os
 import signal as signals
 import time
+from typing import Final
 
 from crewlog import changes, identity, layout
 from crewlog.errors import (
@@ -18,8 +19,10 @@ from crewlog.errors import (
 )
 from crewlog.events import Event, Worker, WorkerState
 from crewlog.identity import Status
-from crewlog.judging import Judging, death, hold, status_in
+from crewlog.judging import Judging, death, hold, runs_here, status_in
 from crewlog.process import Process
+
+_THERE: Final = "Stop it from there"
 
 
 class Ending(Judging):
@@ -44,6 +47,12 @@ class Ending(Judging):
         grace_s, reason = changes.check_wait(grace_s), changes.check_reason(reason)
         number = signals.Signals(signal)
         worker = self.known(sid)
+        if worker.state is WorkerState.LOST and runs_here(worker):
+            raise _refused(
+                worker,
+                "it is recorded as lost, and its process runs here",
+                f"Register it again, then stop it: crewlog register {sid} --pid {worker.pid}",
+            )
         held = None if worker.final else self._hold_living(worker)
         if held is None:
             return self._ended(worker, None)
@@ -61,10 +70,14 @@ class Ending(Judging):
         if found.dead:
             return None
         who = worker.identity
+        if found.cause in {"foreign_pid_namespace", "foreign_host"}:
+            raise _refused(worker, "it is of another host or pid namespace", _THERE)
         if who is None or not found.alive:
             raise IdentityMismatch(worker.sid, pid=worker.pid, cause=found.cause)
         if found.cause in {"lease", "found_in_namespace"}:
-            raise _refused(worker, "it lives in another pid namespace", "Stop it from in there")
+            raise _refused(
+                worker, "it lives on another host or in another pid namespace", "Stop it from there"
+            )
         return hold(worker)
 
     def _ask(self, worker: Worker, number: int, *, grace_s: float, reason: str) -> Event | None:
@@ -134,6 +147,12 @@ class Ending(Judging):
         """
         limit_s = None if timeout_s is None else changes.check_wait(timeout_s)
         worker = self.known(sid)
+        if worker.state is WorkerState.LOST and runs_here(worker):
+            raise _refused(
+                worker,
+                "it is recorded as lost, and its process runs here",
+                f"Register it again, then stop it: crewlog register {sid} --pid {worker.pid}",
+            )
         held = None if worker.final else self._hold_living(worker)
         if held is None:
             return self._ended(worker, None)

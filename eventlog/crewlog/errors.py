@@ -327,14 +327,15 @@ class StoreMissing(CrewlogError):
     code = "store_missing"
     exit_code = 66
 
-    def __init__(self, where: str, *, why: str = "there is no store.json") -> None:
+    def __init__(
+        self,
+        where: str,
+        *,
+        why: str = "there is no store.json",
+        remedy: str = "The first write creates one; check --dir and CREWLOG_DIR",
+    ) -> None:
         """Name the place."""
-        super().__init__(
-            "no registry",
-            where=where,
-            why=why,
-            remedy="The first write creates one; check --dir and CREWLOG_DIR",
-        )
+        super().__init__("no registry", where=where, why=why, remedy=remedy)
 
 
 class NotAStore(CrewlogError):
@@ -458,10 +459,10 @@ class Unavailable(CrewlogError):
     def __init__(self, where: str, *, why: str) -> None:
         """Name the servers and what the last of them said."""
         super().__init__(
-            "no server can be reached",
+            "no quorum of the servers answers",
             where=where,
             why=why,
-            remedy="Check the address and that a quorum of the cluster is up; then try again",
+            remedy="Check the address, and start the servers; then try again (crewlog doctor)",
         )
 
 
@@ -494,7 +495,7 @@ class QuotaExceeded(CrewlogError):
             "the server's quota is full",
             where=where,
             why="it takes no change but removals until its alarm is disarmed",
-            remedy="crewlog compact --keep-history 30d; then etcdctl compact, defrag, alarm disarm",
+            remedy="Drop history: crewlog compact --keep-history 30d; then see docs/etcd.md",
         )
 
 

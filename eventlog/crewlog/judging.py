@@ -1,5 +1,6 @@
 """Judge whether workers live, hear their beats, and put their ends on record."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -9,10 +10,13 @@ from typing import Final
 from crewlog import changes, endpoint, layout, liveness
 from crewlog.changes import Author, Step
 from crewlog.errors import (
+    CrewlogError,
     InvalidTransition,
     LeaseMissing,
     ProcessNotFound,
     StaleRevision,
+    Unavailable,
+    UnknownOutcome,
     WorkerNotFound,
 )
 from crewlog.events import Event, Worker, WorkerState
@@ -158,11 +162,32 @@ class Judging(ABC):
         """Return the event that brought a worker to where it is."""
         return next(self.history(sid=worker.sid, after=worker.rev - 1))
 
-    def record_end(self, worker: Worker, step: Callable[[int], Step]) -> bool:
+    def record_end(
+        self,
+        worker: Worker,
+        step: Callable[[int], Step],
+        *,
+        late: Callable[[CrewlogError], None] | None = None,
+    ) -> bool:
         """Write a step, made for the worker's rev, about its end; False if the sid is another's.
 
-        A worker that is recorded as ended already, in another way than lost, stays as it is.
+        A worker that is recorded as ended already, in another way than lost, stays as it is. Where
+        no server answers it is tried for END_WAIT_S, for nobody else knows how it ended; `late` is
+        told once.
         """
+        deadline = time.monotonic() + layout.END_WAIT_S
+        while True:
+            try:
+                return self._record_end(worker, step)
+            except (Unavailable, UnknownOutcome) as error:
+                if time.monotonic() > deadline:
+                    raise
+                if late is not None:
+                    late(error)
+                    late = None
+                time.sleep(layout.SAFETY_LOOK_S)
+
+    def _record_end(self, worker: Worker, step: Callable[[int], Step]) -> bool:
         for _ in range(layout.CHANGE_TRIES):
             now = self.get(worker.sid)
             if now is None or now.generation != worker.generation:
@@ -175,6 +200,13 @@ class Judging(ABC):
                 continue
             return True
         return False
+
+
+def runs_here(worker: Worker) -> bool:
+    """Say whether the very process of a worker runs in this namespace, whatever is recorded."""
+    seen = witness().look(worker.identity, last_event_at=worker.updated_at)
+    found = liveness.judge(worker.identity, seen, final=False)
+    return found.alive and found.cause in {"identity", "start_time"}
 
 
 def hold(worker: Worker) -> Process | None:

@@ -79,6 +79,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         self._opening = threading.Lock()
         _living.add(self)
         self._log: Store | None = None
+        self._missing: StoreMissing | None = None  # why there was none at the last look
         self._closed = False
 
     # -- life -------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         """Return the store, for the compactor. *Raises* StoreMissing if there is none."""
         log = self._existing()
         if log is None:
-            raise StoreMissing(self.where)
+            raise self._missing or StoreMissing(self.where)
         return log
 
     def files(self) -> Log:
@@ -146,7 +147,8 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
                 if self._log is None:
                     try:
                         self._log = self._place.open(wait_s=self._wait_s)
-                    except StoreMissing:
+                    except StoreMissing as error:
+                        self._missing = error
                         return None
         return self._log
 

@@ -209,6 +209,19 @@ def test_redacted_words_are_nowhere(where: str) -> None:
         assert worker.meta == {"gone": True}
 
 
+def test_what_another_changed_meanwhile_is_never_missed(reg: Registry, where: str) -> None:
+    """Neither a refusal nor "nothing to do" rests on what was known from the change before."""
+    with crewlog.open(where) as other:
+        reg.register("a", meta={"n": 1})
+        other.exited("a", code=0)
+        assert reg.register("a", meta={"n": 1}).generation == 2
+        other.update("a", meta={"n": 2})
+        assert reg.update("a", meta={"n": 1}).meta == {"n": 1}
+        other.remove("a", reason="r")
+        with pytest.raises(crewlog.InvalidTransition):
+            reg.update("a", meta={"n": 3})
+
+
 # -- order ----------------------------------------------------------------------------------
 
 
@@ -529,6 +542,7 @@ def aged(reg: Registry) -> int:
 def test_history_that_was_dropped_is_compacted_error(reg: Registry, where: str) -> None:
     """Never an empty answer: the error says what is kept. The state is whole."""
     oldest = aged(reg)
+    assert reg.log().first_seq() == oldest
     assert [w.sid for w in reg.workers(all=True)] == [f"w{n}" for n in range(12)]
     for ask in (
         lambda: list(reg.history(after=0)),

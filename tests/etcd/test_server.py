@@ -20,7 +20,8 @@ import pytest
 
 import crewlog
 from cluster import MISSING, Cluster
-from commands import Cli
+from commands import CREWLOG, Cli
+from crewlog import changes
 from crewlog.address import locate
 from crewlog.errors import (
     AuthFailed,
@@ -30,9 +31,10 @@ from crewlog.errors import (
     UnsafePermissions,
     Unsupported,
 )
-from crewlog.etcd.engine import is_sound, outdated
+from crewlog.etcd.engine import EtcdLog, is_sound, outdated
 from crewlog_compactor import KeepEvents, compact, repair, verify
-from procs import until
+from crewlog_compactor import etcd as job
+from procs import Crew, until
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -320,7 +322,9 @@ def test_full_quota_refuses_changes_and_retention_still_works(tmp_path: Path) ->
                 reg.exited("w1", code=0)
             report = compact(reg, keep_history=KeepEvents(0))
             assert report.dropped is not None
+            assert report.full is not None
             assert reg.last_seq == last
+            assert Cli(place)("compact", "-q", "--keep-history", "0", code=74).stderr
             assert len(reg.workers()) == 6
             assert Cli(place).json("doctor", code=1)["ok"] is False
             Cli(place)("update", "w0", "--state", "ready", code=74)
@@ -642,3 +646,132 @@ def test_completion_does_not_wait_for_servers_that_are_gone() -> None:
     done = Cli.bare(env=env)
     assert done.stdout.strip() == ""
     assert time.monotonic() - began < 4
+
+
+# -- what a newcomer met --------------------------------------------------------------------
+
+
+def test_end_of_a_child_is_recorded_once_the_servers_are_back(tmp_path: Path, crew: Crew) -> None:
+    """`crewlog run` alone knows how it ended: it waits, says so, and tells it."""
+    with Cluster(tmp_path / "home") as cluster:
+        (server,) = cluster.servers
+        place = cluster.url("p")
+        gate = tmp_path / "gate"
+        words = f"while [ ! -e {gate} ]; do sleep 0.05; done; exit 7"
+        runner = subprocess.Popen(
+            [*CREWLOG, "--dir", place, "run", "w", "--", "sh", "-c", words],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with crewlog.open(place) as reg:
+            until(lambda: reg.get("w") is not None)
+            server.kill()
+            gate.touch()
+            assert runner.stderr is not None
+            told = iter(runner.stderr.readline, "")
+            assert any("exited with 7; that is not recorded yet" in row for row in told)
+            server.start()
+            cluster.wait()
+            assert runner.wait(60) == 7
+            runner.stderr.close()
+            worker = reg.get("w")
+            assert worker is not None
+            assert worker.exit is not None
+            assert worker.exit.code == 7
+
+
+def test_servers_of_two_clusters_in_one_address_are_refused(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """Before a second registry could begin in the other one."""
+    with Cluster(tmp_path / "home") as other:
+        ports = [one_server.servers[0].port, other.servers[0].port]
+        place = f"etcd://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/test/{tmp_path.name}"
+        with pytest.raises(Unsupported, match="of two clusters"):
+            for _ in range(12):  # whichever is asked first
+                with crewlog.open(place) as reg:
+                    reg.register(f"w{reg.last_seq}")
+                    list(reg.log().client.each("maintenance/status", {}))  # type: ignore[attr-defined]
+
+
+def test_lost_worker_that_runs_here_is_not_taken_for_ended(url: str, crew: Crew) -> None:
+    """Recorded as lost by another host: `stop` says what is to be done, and sends nothing."""
+    process = crew.sleeper()
+    with crewlog.open(url) as reg:
+        worker = reg.register("a", pid=process.pid)
+        step = changes.lost(
+            reg.author(), "a", cause="lease_released", evidence={}, expect=worker.rev
+        )
+        reg.change("a", step)
+        with pytest.raises(crewlog.StopRefused, match="its process runs here"):
+            reg.stop("a", reason="r")
+        reg.register("a", pid=process.pid)
+        assert reg.stop("a", reason="r").type == "worker.exited"
+
+
+def test_schedule_tells_what_a_job_needs_but_no_password(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """User, certificates and the file of the password, absolute; never the password."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CREWLOG_ETCD_USER", "ann")
+    monkeypatch.setenv("CREWLOG_ETCD_PASSWORD", "geheim")
+    monkeypatch.setenv("CREWLOG_ETCD_PASSWORD_FILE", "secret file")
+    cli = Cli("etcds://h1:2379/p")
+    line = cli("schedule", "cron").stdout
+    assert f"CREWLOG_ETCD_USER=ann CREWLOG_ETCD_PASSWORD_FILE='{tmp_path}/secret file' " in line
+    unit = cli("schedule", "systemd-user")
+    assert f"Environment='CREWLOG_ETCD_PASSWORD_FILE={tmp_path}/secret file'\n" in unit.stdout
+    assert "geheim" not in line + unit.stdout + unit.stderr
+    assert "CREWLOG_ETCD_PASSWORD_FILE" in unit.stderr
+
+
+def test_doctor_names_each_server_when_none_answers() -> None:
+    """What each of them said, and what to do."""
+    cli = Cli("etcd://127.0.0.1:1,127.0.0.1:2/p")
+    told = cli.json("doctor", code=1)
+    found = [c["found"] for c in told["checks"] if c["name"] == "server"]  # type: ignore[attr-defined]
+    assert found == ["127.0.0.1:1: connection refused", "127.0.0.1:2: connection refused"]
+    said = cli("ls", code=75).stderr
+    assert "127.0.0.1:1: connection refused" in said
+    assert "127.0.0.1:2: connection refused" in said
+
+
+def test_part_is_sealed_once_whatever_comes_between(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another compaction seals after this one has measured, and before it looks."""
+    real, others = job._measure, [True]
+
+    def measured(log: EtcdLog, first: int) -> tuple[int, str, int]:
+        found = real(log, first)
+        if others and others.pop():
+            with crewlog.open(url) as other:
+                compact(other)
+        return found
+
+    with crewlog.open(url) as reg:
+        reg.register("a")
+    monkeypatch.setattr(job, "_measure", measured)
+    with crewlog.open(url) as reg:
+        assert compact(reg).folded_events == 0
+        assert [line["type"] for line, _ in reg.log().read(0)].count("_seal") == 1
+    assert verify(url).ok
+
+
+def test_lines_that_are_missing_from_a_transaction_are_noticed_by_readers(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """Its key says which seq is the last; no reader takes less for all."""
+    prefix = f"test/{tmp_path.name}"
+    port = one_server.servers[0].port
+    with crewlog.open(one_server.url(prefix)) as reg:
+        with reg.batch() as batch:
+            batch.register("a")
+            batch.register("b")
+        key = text(f"{prefix}/:e/0000000000000003")
+        (row,) = cast("list[dict[str, str]]", ask(port, "kv/range", {"key": key})["kvs"])
+        lines = base64.b64decode(row["value"]).split(b"\n")
+        cut = base64.b64encode(lines[0] + b"\n" + lines[2]).decode()
+        ask(port, "kv/put", {"key": key, "value": cut})
+        with pytest.raises(crewlog.LogCorrupt, match="seq 3 is the last"):
+            list(reg.history())

@@ -34,7 +34,9 @@ class EtcdAddress:
     @classmethod
     def parse(cls, url: str) -> "EtcdAddress":
         """Read a URL. *Raises* ValueError, which says what is wrong with it."""
-        scheme, _, rest = url.partition("://")
+        scheme, slashes, rest = url.partition("://")
+        if not slashes:
+            raise _bad(url, "it is no URL")
         place, _, path = rest.partition("/")
         user, at, names = place.rpartition("@")
         if ":" in user:
@@ -72,7 +74,9 @@ def _bad(url: str, why: str) -> ValueError:
 
 def _shown(url: str, part: str) -> str:
     """Quote part of a URL, but nothing of one that may hold a password."""
-    return "what stands there" if set("@?#") & set(url) else repr(part)
+    if "@" in url:
+        return "what stands there"
+    return repr(part.partition("?")[0] + "?…" if "?" in part else part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import urllib3
@@ -96,6 +96,7 @@ class Client:
         # Set and read as one: threads of a forked child must never meet the parent's pool.
         self._held: tuple[int, urllib3.PoolManager] | None = None
         self._token = ""
+        self._clusters: dict[str, str] = {}  # by host, as each said last
         self._next = random.randrange(len(address.hosts))  # noqa: S311 (spreads the load)
 
     # -- requests ---------------------------------------------------------------------------
@@ -107,12 +108,14 @@ class Client:
         """
         deadline = time.monotonic() + self.wait_s
         pauses = self.pauses(deadline)
+        reasons: dict[str, None] = {}  # in order, each once
         while True:
             try:
                 return self.send(path, body, deadline=deadline)
             except Unanswered as error:
+                reasons[str(error)] = None
                 if not next(pauses):
-                    raise Unavailable(self.where, why=str(error)) from error
+                    raise self._unavailable(reasons) from error
 
     def commit(self, body: JsonObject) -> JsonObject:
         """Send a transaction that compares; the same one again where no answer comes.
@@ -123,18 +126,26 @@ class Client:
         deadline = time.monotonic() + self.wait_s
         pauses = self.pauses(deadline)
         sent = ""
+        reasons: dict[str, None] = {}
         while True:
             try:
                 return self.send("kv/txn", body, deadline=deadline)
             except Unanswered as error:
                 sent = str(error) if error.sent else sent
+                reasons[str(error)] = None
                 if not next(pauses):
-                    kind = UnknownOutcome if sent else Unavailable
-                    raise kind(self.where, why=sent or str(error)) from error
+                    if sent:
+                        raise UnknownOutcome(self.where, why=sent) from error
+                    raise self._unavailable(reasons) from error
             except CrewlogError as error:
                 if sent:
                     raise UnknownOutcome(self.where, why=sent) from error
                 raise
+
+    def _unavailable(self, reasons: Mapping[str, None]) -> Unavailable:
+        """Say what each server said last."""
+        newest = {reason.partition(": ")[0]: reason for reason in reasons}
+        return Unavailable(self.where, why="; ".join(newest.values()))
 
     def pauses(self, deadline: float) -> Iterator[bool]:
         """Pause, ever longer and by chance, and yield True; yield False once the deadline is near.
@@ -168,9 +179,27 @@ class Client:
 
     def _send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
         left_s = max(0.05, deadline - time.monotonic())
+        host = self._host()
         answer = self._request(path, body, read_s=min(left_s, layout.ANSWER_WAIT_S))
-        data = answer.data
-        return _checked(answer.status, data, self.where)
+        found = _checked(answer.status, answer.data, self.where, host=host)
+        self._require_one(host, keys.cluster(found))
+        return found
+
+    def _host(self) -> str:
+        return self._address.hosts[self._next % len(self._address.hosts)]
+
+    def _require_one(self, host: str, cluster: str) -> None:
+        """Refuse servers of two clusters in one address: each would have a registry of its own."""
+        before, self._clusters[host] = dict(self._clusters), cluster
+        others = [name for name, known in before.items() if known != cluster and name != host]
+        if cluster and others:
+            self._clusters = {host: cluster}  # a cluster that was restored has another id for all
+            raise Unsupported(
+                "these servers are of two clusters",
+                where=self.where,
+                why=f"{host} is not of the cluster of {others[0]}",
+                remedy="Give servers of one cluster",
+            )
 
     def _typed(self, error: Refused) -> CrewlogError:
         """Return what a refusal means to a caller of ours."""
@@ -196,7 +225,7 @@ class Client:
     ) -> urllib3.BaseHTTPResponse:
         """Send to the server whose turn it is; the next one's after a failure."""
         pool = self._pooled()
-        host = self._address.hosts[self._next % len(self._address.hosts)]
+        host = self._host()
         headers = {"Content-Type": "application/json"}
         if self._secrets.user and path != "auth/authenticate":
             headers["Authorization"] = self._logged_in(read_s)
@@ -280,8 +309,9 @@ class Client:
         """Return the version of the server whose turn it is. *Raises* Unavailable."""
         deadline = time.monotonic() + self.wait_s
         pauses = self.pauses(deadline)
+        reasons: dict[str, None] = {}
         while True:
-            host = self._address.hosts[self._next % len(self._address.hosts)]
+            host = self._host()
             scheme = "https" if self._address.tls else "http"
             try:
                 answer = self._pooled().request("GET", f"{scheme}://{host}/version", timeout=2.0)
@@ -291,9 +321,9 @@ class Client:
                 if isinstance(error, SSLError) and _is_refusal(error):
                     raise self._untrusted(host, error) from error
                 self._next += 1
+                reasons[f"{host}: {_reason(error)}"] = None
                 if not next(pauses):
-                    why = f"{host}: {_reason(error)}"
-                    raise Unavailable(self.where, why=why) from error
+                    raise self._unavailable(reasons) from error
 
     def close(self) -> None:
         """Close every connection; idempotent."""
@@ -349,7 +379,7 @@ def _is_whole(row: bytes) -> bool:
     return True
 
 
-def _checked(status: int, data: bytes, where: str) -> JsonObject:
+def _checked(status: int, data: bytes, where: str, *, host: str = "") -> JsonObject:
     """Return the answer, or raise what it says."""
     if status == _NO_GATEWAY:
         raise Unsupported(
@@ -362,7 +392,7 @@ def _checked(status: int, data: bytes, where: str) -> JsonObject:
         found = codec.load_object(data)
     except DocumentError as error:
         if status in _GATEWAY_ERRORS:
-            raise Unanswered(f"HTTP {status}", sent=True) from error
+            raise Unanswered(f"{host}: HTTP {status}", sent=True) from error
         raise StorageFailed(
             "the server does not speak as etcd does",
             where=where,
@@ -375,7 +405,7 @@ def _checked(status: int, data: bytes, where: str) -> JsonObject:
     message = str(found.get("message") or found.get("error") or f"HTTP {status}")
     busy = code == _EXHAUSTED and _NO_SPACE not in message and _TOO_LARGE not in message
     if code in _PASSING or busy:
-        raise Unanswered(message, sent=True)
+        raise Unanswered(f"{host}: {message}", sent=True)
     raise Refused(where, status=code if isinstance(code, int) else 0, message=message)
 
 
@@ -391,7 +421,9 @@ def _is_refusal(error: SSLError) -> bool:
 
 def _reason(error: BaseException) -> str:
     """Say what went wrong without the addresses of objects that urllib3 puts into its messages."""
+    inner = error.__cause__ or error.__context__
+    if isinstance(error, NewConnectionError) and isinstance(inner, OSError):
+        return (inner.strerror or str(inner)).lower()
     if isinstance(error, ConnectTimeoutError):
         return "it cannot be connected to in time"
-    inner = error.__cause__ or error.__context__
     return str(inner if isinstance(inner, OSError) else error).rpartition(">: ")[2]

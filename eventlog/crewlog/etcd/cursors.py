@@ -1,5 +1,6 @@
 """Keep the positions of named subscribers in a cluster: one key each, one owner at a time."""
 
+from crewlog import layout
 from crewlog.errors import CursorBusy, CursorCorrupt, RegistryClosed
 from crewlog.etcd import claims, keys
 from crewlog.etcd.claims import Claim
@@ -43,7 +44,7 @@ class EtcdCursors:
         try:
             holder = claim.take()
             if holder is not None:
-                raise CursorBusy(name, holder=holder)
+                raise CursorBusy(name, holder=f"{holder}, or did within {layout.CLAIM_TTL_S} s,")
             known = self.read(name)
             seq = None if known is None else known.seq
             owned = EtcdCursor(claim, name, self._keys.named("c", name), seq)

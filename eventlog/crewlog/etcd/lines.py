@@ -91,7 +91,11 @@ class EtcdLines:
 
     def _missing(self) -> StoreMissing:
         if self.ask([keys.get(self.keys.migration)])[0]:
-            return StoreMissing(self.where, why="a migration into it has not been finished")
+            return StoreMissing(
+                self.where,
+                why="a migration into it has not been finished",
+                remedy="Run the same `crewlog migrate` again: it begins anew",
+            )
         return StoreMissing(self.where, why="there is none under this prefix")
 
     def _broken(self, key: bytes, why: str) -> NotAStore:
