@@ -198,6 +198,16 @@ def test_user_with_a_password_works_and_others_are_told(
     assert "wrong" not in told
 
 
+def _accepted(port: int, token: str) -> bool:
+    try:
+        ask(port, "kv/range", {"key": text("test/x")}, token)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    time.sleep(1.5)  # asking keeps it alive: ask less often than it lives
+    return True
+
+
 def test_token_that_expires_is_renewed_once(
     guarded: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +218,8 @@ def test_token_that_expires_is_renewed_once(
         reg.register("a")
         client = reg.log().client  # type: ignore[attr-defined]
         before = client._token
-        client._token = before[:-1] + ("0" if before[-1] != "0" else "1")
+        port = guarded.servers[0].port
+        until(lambda: not _accepted(port, before))  # it lives for a second
         reg.update("a", state="ready")
         assert client._token not in {"", before}
         with reg.watch(after="now") as items:
@@ -455,27 +466,39 @@ def test_old_version_is_warned_of_once_it_is_written_to(
 # -- a backup that came back ----------------------------------------------------------------
 
 
+def backed_up(cluster: Cluster, place: str, home: Path) -> Path:
+    """Make a store of one worker, and copy all that the server has."""
+    (server,) = cluster.servers
+    with crewlog.open(place) as reg:
+        reg.register("a")
+    server.kill()
+    shutil.copytree(server.home, home / "backup")
+    server.start()
+    cluster.wait()
+    return home / "backup"
+
+
+def bring_back(cluster: Cluster, backup: Path) -> None:
+    """Let the server be what it was."""
+    (server,) = cluster.servers
+    server.kill()
+    shutil.rmtree(server.home)
+    shutil.copytree(backup, server.home)
+    server.start()
+    cluster.wait()
+
+
 def test_store_that_went_back_in_time_is_noticed(tmp_path: Path) -> None:
     """Writers and readers that saw more are told; a watcher gets a Reset and goes on."""
     with Cluster(tmp_path / "home") as cluster:
-        (server,) = cluster.servers
         place = cluster.url("p")
-        with crewlog.open(place) as reg:
-            reg.register("a")
-        server.kill()
-        shutil.copytree(server.home, tmp_path / "backup")
-        server.start()
-        cluster.wait()
+        backup = backed_up(cluster, place, tmp_path)
         reg = crewlog.open(place)
         items = reg.watch(after=0)
         for number in range(5):
             reg.update("a", meta={"n": number})
         assert len(items.drain()) >= 6
-        server.kill()
-        shutil.rmtree(server.home)
-        shutil.copytree(tmp_path / "backup", server.home)
-        server.start()
-        cluster.wait()
+        bring_back(cluster, backup)
         with pytest.raises(HistoryRewound) as caught:
             reg.update("a", state="ready")
         assert (caught.value.seen, caught.value.found) == (7, 2)
@@ -498,25 +521,15 @@ def test_store_that_went_back_in_time_is_noticed(tmp_path: Path) -> None:
 def test_backup_that_has_grown_since_is_noticed_by_watchers_and_cursors(tmp_path: Path) -> None:
     """Other events bear the seqs that were seen: a Reset, and nothing after it is left out."""
     with Cluster(tmp_path / "home") as cluster:
-        (server,) = cluster.servers
         place = cluster.url("p")
-        with crewlog.open(place) as reg:
-            reg.register("a")
-        server.kill()
-        shutil.copytree(server.home, tmp_path / "backup")
-        server.start()
-        cluster.wait()
+        backup = backed_up(cluster, place, tmp_path)
         with crewlog.open(place) as reg:
             plain, held = reg.watch(after=0), reg.watch(after=0, cursor="c")
             for number in range(3):
                 reg.update("a", meta={"n": number})
             seen = [item.seq for item in plain.drain()]
             assert [item.seq for item in held.drain()] == seen
-            server.kill()
-            shutil.rmtree(server.home)
-            shutil.copytree(tmp_path / "backup", server.home)
-            server.start()
-            cluster.wait()
+            bring_back(cluster, backup)
             with crewlog.open(place) as other:
                 for number in range(6):
                     other.update("a", meta={"other": number})
