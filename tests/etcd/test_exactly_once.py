@@ -18,7 +18,7 @@ import pytest
 
 import crewlog
 from cluster import MISSING, Cluster
-from crewlog import changes
+from crewlog import changes, layout
 from crewlog.commit import Request
 from crewlog.errors import LockBusy, Unavailable, UnknownOutcome
 from crewlog.etcd import engine
@@ -448,14 +448,15 @@ def test_cursor_is_not_moved_back_by_a_request_that_comes_late(
         reg.register("a")
         owned = reg.log().cursors.own("c", start=0)
         proxy.share = 0.4
-        for seq in range(1, 120):
+        for seq in range(1, 100):
             owned.advance(seq)
+            if seq % 3 == 0:
+                time.sleep(0.05)  # what comes late has come
+                found = reg.log().cursors.read("c")
+                assert found is not None
+                assert found.seq == seq
         proxy.share = 0.0
         assert proxy.met["late"] > 5
-        time.sleep(0.1)  # the last late one has come
-        found = reg.log().cursors.read("c")
-        assert found is not None
-        assert found.seq == 119
         owned.close()
     proxy.close()
 
@@ -526,3 +527,20 @@ def test_threads_of_a_forked_child_never_meet_the_parents_connections(
                 assert worker is not None
                 assert worker.sid == name
             joined(*pids)
+
+
+def test_change_wakes_a_watcher_long_before_it_would_look(
+    one_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch of etcd rings; the look a second is for when it does not."""
+    monkeypatch.setattr(layout, "SAFETY_LOOK_S", 60.0)
+    with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
+        reg.register("a")
+        with reg.watch(after="now") as items:
+            items.next(1)
+            for number in range(5):
+                threading.Timer(0.1, reg.update, ["a"], {"meta": {"n": number}}).start()
+                began = time.monotonic()
+                item = items.next(10)
+                assert item is not None
+                assert time.monotonic() - began < 2
