@@ -544,11 +544,16 @@ def test_history_that_was_dropped_is_compacted_error(reg: Registry, where: str) 
     oldest = aged(reg)
     assert reg.log().first_seq() == oldest
     assert [w.sid for w in reg.workers(all=True)] == [f"w{n}" for n in range(12)]
+
+    def watch() -> None:
+        with reg.watch(after=0, on_compacted="raise") as items:
+            items.next(1)
+
     for ask in (
         lambda: list(reg.history(after=0)),
         lambda: reg.at(oldest - 2),
         lambda: reg.at(datetime(2020, 1, 1, tzinfo=UTC)),
-        lambda: reg.watch(after=0, on_compacted="raise").next(1),
+        watch,
     ):
         with pytest.raises(crewlog.CompactedError) as caught:
             ask()

@@ -31,6 +31,7 @@ from crewlog.errors import (
     UnsafePermissions,
     Unsupported,
 )
+from crewlog.etcd.client import Client
 from crewlog.etcd.engine import EtcdLog, is_sound, outdated
 from crewlog_compactor import KeepEvents, compact, repair, verify
 from crewlog_compactor import etcd as job
@@ -527,12 +528,17 @@ def test_backup_that_has_grown_since_is_noticed_by_watchers_and_cursors(tmp_path
             plain, held = reg.watch(after=0), reg.watch(after=0, cursor="c")
             for number in range(3):
                 reg.update("a", meta={"n": number})
+            folded = crewlog.open(place)
+            assert len(folded.workers()) == 1
             seen = [item.seq for item in plain.drain()]
             assert [item.seq for item in held.drain()] == seen
             bring_back(cluster, backup)
             with crewlog.open(place) as other:
                 for number in range(6):
                     other.update("a", meta={"other": number})
+            with pytest.raises(HistoryRewound):
+                folded.workers()
+            folded.close()
             for items in (plain, held):
                 item = items.next(10)
                 assert item is not None
@@ -788,3 +794,46 @@ def test_lines_that_are_missing_from_a_transaction_are_noticed_by_readers(
         ask(port, "kv/put", {"key": key, "value": cut})
         with pytest.raises(crewlog.LogCorrupt, match="seq 3 is the last"):
             list(reg.history())
+
+
+def test_state_before_the_history_that_is_half_written_is_passed_over(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """A retention that was killed while it wrote the next one: the one before it still holds."""
+    prefix = f"test/{tmp_path.name}"
+    place, port = one_server.url(prefix), one_server.servers[0].port
+    with crewlog.open(place) as reg:
+        for number in range(8):
+            reg.register(f"w{number}")
+            compact(reg)
+        report = compact(reg, keep_history=KeepEvents(8))
+        assert report.dropped is not None
+        first = report.dropped[1] + 1
+        half = {"key": text(f"{prefix}/:b/{first + 3:016d}/0001"), "value": text("half")}
+        ask(port, "kv/put", {**half})
+        assert len(reg.at(first).workers) > 0
+        assert compact(reg, keep_history=KeepEvents(4)).dropped is not None
+        assert reg.at(reg.log().first_seq()).seq == reg.log().first_seq()
+    assert verify(place).ok
+
+
+def test_records_of_many_pages_are_of_one_moment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change between two pages belongs to what is read afterwards, and is folded once."""
+    with crewlog.open(url) as other:
+        for first in range(0, 1100, 100):
+            with other.batch() as batch:
+                for number in range(first, first + 100):
+                    batch.register(f"w{number:04d}")
+        real, todo = Client.call, [True]
+
+        def call(self: Client, path: str, body: dict[str, object]) -> object:
+            if path == "kv/range" and "revision" in body and todo:
+                todo.pop()
+                other.exited("w1099", code=0)
+            return real(self, path, body)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Client, "call", call)
+        with crewlog.open(url) as reg:
+            assert len(reg.workers(all=True)) == 1100
+            assert not todo
+            assert reg.state() == other.state()
