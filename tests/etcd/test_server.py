@@ -31,8 +31,10 @@ from crewlog.errors import (
     UnsafePermissions,
     Unsupported,
 )
+from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.client import Client
 from crewlog.etcd.engine import EtcdLog, is_sound, outdated
+from crewlog.events import JsonObject
 from crewlog_compactor import KeepEvents, compact, repair, verify
 from crewlog_compactor import etcd as job
 from procs import Crew, until
@@ -248,8 +250,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (at / "more").write_text(
         "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
-    for name in ("server", "client"):
-        subject = "/CN=server" if name == "server" else "/O=crewlog"
+    for name, subject in (("server", "/CN=server"), ("client", "/O=crewlog"), ("ann", "/CN=ann")):
         openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key",
                 "-out", f"{name}.csr", "-subj", subject, at=at)  # fmt: skip
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
@@ -305,6 +306,26 @@ def test_tls_with_client_certificates(
                 reg.update("a", state="ready")
                 assert items.next(5) is not None
         assert Cli(place).json("doctor")["ok"] is True
+        admin = Client(EtcdAddress.parse(place), wait_s=5)
+        for path, body in (
+            ("auth/user/add", {"name": "root", "password": "geheim"}),
+            ("auth/role/add", {"name": "root"}),
+            ("auth/user/grant", {"user": "root", "role": "root"}),
+            ("auth/enable", {}),
+        ):
+            admin.call(path, cast("JsonObject", body))
+        admin.close()
+        with crewlog.open(place) as reg, pytest.raises(AuthFailed):
+            reg.register("b")
+        monkeypatch.setenv("CREWLOG_ETCD_USER", "root")
+        monkeypatch.setenv("CREWLOG_ETCD_PASSWORD", "geheim")
+        with crewlog.open(place) as reg:
+            reg.register("b")
+        with monkeypatch.context() as patch:
+            patch.setenv("CREWLOG_ETCD_CERT", str(certificates / "ann.pem"))
+            patch.setenv("CREWLOG_ETCD_KEY", str(certificates / "ann.key"))
+            with crewlog.open(place) as reg, pytest.raises(AuthFailed, match="CommonName"):
+                reg.register("c")
         plain = place.replace("etcds://", "etcd://")
         with crewlog.open(plain, lock_timeout_s=1) as reg, pytest.raises(crewlog.CrewlogError):
             reg.workers()

@@ -45,6 +45,7 @@ _NOT_FOUND, _DENIED, _EXHAUSTED, _OUT_OF_RANGE, _UNAUTHENTICATED = 5, 7, 8, 11, 
 _NO_SPACE: Final = "database space exceeded"
 _TOO_LARGE: Final = "larger than max"
 _NO_GATEWAY: Final = 404
+_COMMON_NAME: Final = b"CommonName of client"
 _OK: Final = 200
 # What an HTTP proxy before the servers answers while they are gone.
 _GATEWAY_ERRORS: Final = frozenset({502, 503, 504})
@@ -387,6 +388,12 @@ def _checked(status: int, data: bytes, where: str, *, host: str = "") -> JsonObj
             where=where,
             why="it does not know /v3",
             remedy="Start etcd without --enable-grpc-gateway=false, and check host and port",
+        )
+    if _COMMON_NAME in data and status != _OK:
+        raise AuthFailed(
+            where,
+            why="with users, its gateway takes no client certificate that has a CommonName",
+            remedy="Use one without (a subject of /O=…), and CREWLOG_ETCD_USER with a password",
         )
     try:
         found = codec.load_object(data)
