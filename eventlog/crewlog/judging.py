@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Final
 
-from crewlog import changes, endpoint, layout, liveness
+from crewlog import changes, endpoint, identity, layout, liveness
 from crewlog.changes import Author, Step
 from crewlog.errors import (
     CrewlogError,
@@ -67,12 +67,12 @@ class Judging(ABC):
     def liveness(self, sid: str) -> Liveness:
         """Judge whether one worker lives, now. *Raises* WorkerNotFound.
 
-        Of one that lives, its socket is asked too, where it has a Unix one: it sees a connection
-        that ends at once.
+        Of one that lives on this host, its socket is asked too, where it has a Unix one: it sees a
+        connection that ends at once.
         """
         worker = self.known(sid)
         found = self.judge([worker])[0]
-        if not found.alive or not worker.sock:
+        if not found.alive or not worker.sock or not is_of_this_boot(worker):
             return found
         seen = found.evidence._replace(sock=endpoint.ask(worker.sock))
         return liveness.judge(worker.identity, seen, final=False)
@@ -209,9 +209,14 @@ def runs_here(worker: Worker) -> bool:
     return found.alive and found.cause in {"identity", "start_time"}
 
 
+def is_of_this_boot(worker: Worker) -> bool:
+    """Say whether a worker's pid and paths may be looked at: on another host they are others'."""
+    return worker.identity is not None and worker.identity.boot_id == identity.scope().boot_id
+
+
 def hold(worker: Worker) -> Process | None:
-    """Hold a worker's process; None if it has ended."""
-    if worker.identity is None:
+    """Hold a worker's process; None if it has ended, or is of another host."""
+    if worker.identity is None or not is_of_this_boot(worker):
         return None
     try:
         return Process(worker.identity)

@@ -215,9 +215,11 @@ class Starting(Judging):
 
 def _await_end(worker: Worker, wait_s: float) -> None:
     held = hold(worker)
-    if held is not None:
-        with held:
-            held.wait(max(0.0, wait_s))
+    if held is None:  # it has just ended, or is on another host
+        time.sleep(max(0.0, wait_s))
+        return
+    with held:
+        held.wait(max(0.0, wait_s))
 
 
 def _tell_end(own: Starting, worker: Worker, started: Launch) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 
 import crewlog
 from cluster import MISSING, Cluster
-from crewlog import identity, layout
+from crewlog import endpoint, identity, layout
 from crewlog.registry import Registry
 from crewlog.witness import Witness
 from crewlog_compactor import collect
@@ -192,11 +193,12 @@ def test_clock_of_another_host_is_irrelevant(
 
 
 def test_pid_of_another_host_is_never_looked_at(
-    url: str, crew: Crew, monkeypatch: pytest.MonkeyPatch
+    url: str, crew: Crew, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No pidfd, no signal, no /proc: with every way to look made to fail."""
+    """No pidfd, no signal, no /proc, no socket: with every way to look made to fail."""
     with crewlog.open(url) as reg:
-        reg.register("leased", lease=True)
+        listener = socket.create_server(str(tmp_path / "sock"), family=socket.AF_UNIX)
+        reg.register("leased", lease=True, sock=str(tmp_path / "sock"), ready=True)
         reg.register("bare", pid=crew.sleeper().pid)
         with elsewhere(monkeypatch) as _, monkeypatch.context() as patch:
 
@@ -206,9 +208,14 @@ def test_pid_of_another_host_is_never_looked_at(
             for name in ("open_pidfd", "read_stat", "killed", "look_portable"):
                 patch.setattr(identity, name, never)
             patch.setattr(Witness, "_look_here", never, raising=False)
+            patch.setattr(endpoint, "ask", never)
             assert cause(reg, "leased") == ("alive", "lease")
             assert cause(reg, "bare") == ("unknown", "foreign_host")
             report = collect(reg)
+            reg.update("leased", state="draining")
+            with pytest.raises(crewlog.WaitTimeout):  # it leaves there; nobody looks for it here
+                reg.ensure("leased", ["sleep", "1"], timeout_s=0.2)
+        listener.close()
         assert report.unknown == ("bare",)
         with elsewhere(monkeypatch), pytest.raises(crewlog.CrewlogError):
             reg.stop("bare", reason="it is another host's")
