@@ -8,6 +8,7 @@ transaction.
 import functools
 import json
 import os
+import signal
 import sqlite3
 import time
 import traceback
@@ -137,10 +138,11 @@ def crowd(
 ) -> list[list[float]]:
     """Make changes in several processes at once; return what each change of each writer took."""
     go, started = os.pipe(), os.pipe()
-    readers = []
+    readers, pids = [], []
     for writer in range(writers):
         end, result = os.pipe()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             os.close(end)
             code = 1
             try:
@@ -163,8 +165,12 @@ def crowd(
                 os._exit(code)
         os.close(result)
         readers.append(end)
+        pids.append(pid)
     for _ in range(writers):
-        assert os.read(started[0], 1) == b".", f"a writer of {make} failed"
+        if os.read(started[0], 1) != b".":  # nobody may be left waiting for the others
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            raise RuntimeError(f"a writer of {make} failed")
     os.write(go[1], b"." * writers)
     times = []
     for end in readers:

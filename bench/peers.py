@@ -167,10 +167,12 @@ class Predecessor:
         self._path = home / f"predecessor-{self.workers}.json"
         self._lock = os.open(home / "predecessor.lock", os.O_RDWR | os.O_CREAT, 0o600)
         self._sid = f"worker-{writer % self.workers}"
+        self._flock(self._lock, 2)
         if not self._path.exists():
             row = {"pid": 1, "sock": "/run/w.sock", "version": "1.0", "created_at": "2026-11-24"}
             rows = [{"sid": f"worker-{n}", **row} for n in range(self.workers)]
             self._path.write_text(json.dumps({"sessions": rows}))
+        self._flock(self._lock, 8)
 
     def change(self, number: int) -> None:
         import orjson
