@@ -1,14 +1,15 @@
 """Carry a history from one store to another: each line checked and folded on its way."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from crewlog import events, fold, segments
+from crewlog import fold, segments
 from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError, HistoryDiverged, LockBusy
 from crewlog.events import Line
 from crewlog.fold import Fold, FoldError
+from crewlog.refold import snapshot_of
 from crewlog.store import Store
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -46,21 +47,10 @@ class Copy:
             except FoldError as error:
                 raise HistoryDiverged(self.source.where, seq=self.seq) from error
             if segments.is_end(line):
-                self.sealed = self._snapshot(state)
+                self.sealed = snapshot_of(state, store=base.store, last_hash=self.hash)
             self.events += 1
             self.progress(self.events, last - self.first + 1)
             yield line, raw
-
-    def _snapshot(self, state: Fold) -> Snapshot:
-        return replace(
-            self.base,
-            last_seq=self.seq,
-            last_hash=self.hash,
-            written_at=events.timestamp(events.now()),
-            sessions=list(state.sessions()),
-            ended=list(state.ended()),
-            totals=dict(state.totals),
-        )
 
     def require_still(self) -> None:
         """Refuse to go on where the source has changed. *Raises* LockBusy."""

@@ -27,6 +27,7 @@ from crewlog.etcd.engine import Attempt, Beaten, EtcdLog, section_data
 from crewlog.etcd.lines import Head, lines_of
 from crewlog.etcd.reading import Part
 from crewlog.events import JsonObject, Line, Record
+from crewlog.refold import snapshot_of
 from crewlog.registry import Registry
 from crewlog.sieve import Sieve
 from crewlog_compactor import policy
@@ -155,11 +156,7 @@ def _tell(log: EtcdLog, going: list[Part]) -> None:
         _logger.warning("no state can be kept for the history after seq %d: %s", last, error)
     draft = codec.draft(events.DROPPED, "", b"{}", told)
     at = events.timestamp(events.now())
-    log.note(lambda attempt: _add(attempt, draft, at))
-
-
-def _add(attempt: Attempt, draft: codec.Draft, at: str) -> None:
-    attempt.add([draft], ts=at)
+    log.note(lambda attempt: attempt.add([draft], ts=at))
 
 
 def _folded(log: EtcdLog, start: Snapshot, last: int) -> Snapshot:
@@ -244,15 +241,7 @@ class _Check:
             found.report(error.code, "w, s", str(error))
             return self._report()
         state = fold.restored(head.seq, records, (), head.totals)
-        now = Snapshot(
-            store=log.id,
-            last_seq=head.seq,
-            last_hash=head.hash.hex(),
-            written_at="",
-            sessions=list(state.sessions()),
-            ended=list(state.ended()),
-            totals=head.totals,
-        )
+        now = snapshot_of(state, store=log.id, last_hash=head.hash.hex())
         found.checkpoints = {head.seq: None}
         found.hash = log.digest.hex()
         self._begin()

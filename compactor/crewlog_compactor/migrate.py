@@ -15,9 +15,7 @@ from typing import TypeAlias
 
 from crewlog import create, layout, segments
 from crewlog.address import Address, DirectoryAddress, locate
-from crewlog.errors import (
-    HistoryDiverged,
-)
+from crewlog.errors import HistoryDiverged
 from crewlog.log import Log
 from crewlog.store import Store
 from crewlog_compactor.copying import Copy, Progress, begin
@@ -118,11 +116,10 @@ def _segments(copy: Copy) -> Iterator[tuple[int, bytes]]:
         yield first, b"".join(rows)
 
 
-def _copy_cursors(source: Store, target: Store) -> int:
-    places = [place for place in source.cursors.every() if not place.damaged]
-    for place in places:
-        target.cursors.own(place.name, start=place.seq).close()
-    return len(places)
+def _copy_cursors(source: Store, target: Store) -> None:
+    for place in source.cursors.every():
+        if not place.damaged:
+            target.cursors.own(place.name, start=place.seq).close()
 
 
 # -- proof ----------------------------------------------------------------------------------

@@ -47,13 +47,7 @@ class Ending(Judging):
         grace_s, reason = changes.check_wait(grace_s), changes.check_reason(reason)
         number = signals.Signals(signal)
         worker = self.known(sid)
-        if worker.state is WorkerState.LOST and runs_here(worker):
-            raise _refused(
-                worker,
-                "it is recorded as lost, and its process runs here",
-                f"Register it again, then stop it: crewlog register {sid} --pid {worker.pid}",
-            )
-        held = None if worker.final else self._hold_living(worker)
+        held = self._hold_living(worker)
         if held is None:
             return self._ended(worker, None)
         with held:
@@ -65,7 +59,16 @@ class Ending(Judging):
             return self._ended(worker, status, proven=True)
 
     def _hold_living(self, worker: Worker) -> Process | None:
-        """Hold the worker's process; None if it is proven dead."""
+        """Hold the worker's process; None if it has ended, or is proven dead."""
+        if worker.state is WorkerState.LOST and runs_here(worker):
+            raise _refused(
+                worker,
+                "it is recorded as lost, and its process runs here",
+                f"Register it again, then stop it: crewlog register {worker.sid} "
+                f"--pid {worker.pid}",
+            )
+        if worker.final:
+            return None
         found = self.judge([worker])[0]
         if found.dead:
             return None
@@ -75,9 +78,7 @@ class Ending(Judging):
         if who is None or not found.alive:
             raise IdentityMismatch(worker.sid, pid=worker.pid, cause=found.cause)
         if found.cause in {"lease", "found_in_namespace"}:
-            raise _refused(
-                worker, "it lives on another host or in another pid namespace", "Stop it from there"
-            )
+            raise _refused(worker, "it lives on another host or in another pid namespace", _THERE)
         return hold(worker)
 
     def _ask(self, worker: Worker, number: int, *, grace_s: float, reason: str) -> Event | None:
@@ -147,13 +148,7 @@ class Ending(Judging):
         """
         limit_s = None if timeout_s is None else changes.check_wait(timeout_s)
         worker = self.known(sid)
-        if worker.state is WorkerState.LOST and runs_here(worker):
-            raise _refused(
-                worker,
-                "it is recorded as lost, and its process runs here",
-                f"Register it again, then stop it: crewlog register {sid} --pid {worker.pid}",
-            )
-        held = None if worker.final else self._hold_living(worker)
+        held = self._hold_living(worker)
         if held is None:
             return self._ended(worker, None)
         with held:

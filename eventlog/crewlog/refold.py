@@ -7,7 +7,7 @@ from crewlog.codec import Snapshot
 from crewlog.directory import Directory
 from crewlog.errors import HistoryDiverged, LogCorrupt
 from crewlog.events import Line
-from crewlog.fold import FoldError
+from crewlog.fold import Fold, FoldError
 from crewlog.reader import Reader
 from crewlog.segments import Position
 
@@ -69,14 +69,19 @@ def refold_lines(
             seen(line)
         if state.seq == stop:
             break
+    return snapshot_of(state, store=start.store, last_hash=prev)
+
+
+def snapshot_of(state: Fold, *, store: str, last_hash: str) -> Snapshot:
+    """Copy a state out of a fold; `last_hash` is the hex digest of the last line it has seen."""
     return Snapshot(
-        store=start.store,
+        store=store,
         last_seq=state.seq,
-        last_hash=prev,
+        last_hash=last_hash,
         written_at=events.timestamp(events.now()),
         sessions=list(state.sessions()),
         ended=list(state.ended()),
-        totals=state.totals,
+        totals=state.totals.copy(),
     )
 
 

@@ -20,7 +20,7 @@ from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.keys import KeyValue
 from crewlog.etcd.lines import Head, begin_of, encode_head, token_of
 from crewlog.etcd.reading import EtcdReading
-from crewlog.events import JsonObject, Line, Record
+from crewlog.events import JsonObject, Record
 
 _logger = logging.getLogger("crewlog.etcd")
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -116,24 +116,21 @@ class Attempt:
             yield seq, b"".join(self.raws[begun:end]) + self.token
             begun = end
 
-    def add(self, drafts: Sequence[Draft], *, ts: str) -> tuple[Line, ...]:
+    def add(self, drafts: Sequence[Draft], *, ts: str) -> None:
         """Compose lines that follow, as one unit, and fold them."""
         written = self.written
-        lines: list[Line] = []
         count = len(drafts)
         for index, part in enumerate(drafts):
             place = (index, count) if count > 1 else None
             seq = written.seq + 1
             raw = codec.line(part, seq=seq, ts=ts, synced=0, prev=written.hash, batch=place)
-            line = codec.as_parsed(part, seq=seq, ts=ts)
             if part.type in events.WORKER_TYPES:
+                line = codec.as_parsed(part, seq=seq, ts=ts)
                 written.records[part.sid] = fold.after(line, written.get(part.sid))
                 written.totals[part.type] = written.totals.get(part.type, 0) + 1
                 self.touched.add(part.sid)
             written.seq, written.hash = seq, codec.digest(raw[:-1])
             self.raws.append(raw)
-            lines.append(line)
-        return tuple(lines)
 
 
 class EtcdLog(EtcdReading):
@@ -244,12 +241,12 @@ class EtcdLog(EtcdReading):
         _tell(attempt.units)
         return len(attempt.units), attempt.written.seq, 0
 
-    def note(self, compose: Callable[[Attempt], None]) -> int:
-        """Write lines of the store's own, and what goes with them; return the seq after them.
+    def note(self, compose: Callable[[Attempt], None]) -> None:
+        """Write lines of the store's own, and what goes with them; durable on return.
 
         *Raises* Beaten where a key is there that must not be.
         """
-        return self._transact(set(), compose).written.seq
+        self._transact(set(), compose)
 
     def _transact(self, about: Collection[str], compose: Callable[[Attempt], None]) -> Attempt:
         """Look, compose, commit; again until no other writer comes between."""
@@ -291,10 +288,7 @@ class EtcdLog(EtcdReading):
             self._left = head, done.records
 
     def _written(self, head: Head, records: dict[str, Record | None]) -> Written:
-        return Written(head, records, self._fetch)
-
-    def _fetch(self, sid: str) -> Record | None:
-        return self.record(sid)
+        return Written(head, records, self.record)
 
     def _looked(self, sids: Sequence[str]) -> Written:
         head, rows = self.look(*self._records_of(sids))

@@ -24,9 +24,7 @@ from crewlog.etcd.leases import EtcdLeases
 from crewlog.etcd.lines import EtcdLines, Head
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
-from crewlog.refold import refold_lines
-
-_SEQ_AT = len(b'{"v":1,"seq":')
+from crewlog.refold import refold_lines, snapshot_of
 
 
 class Part(NamedTuple):
@@ -193,15 +191,7 @@ class EtcdReading(EtcdLines):
         with self.state() as state:
             head = self._folded
             assert head is not None  # the state was just read
-            return Snapshot(
-                store=self.id,
-                last_seq=head.seq,
-                last_hash=head.hash.hex(),
-                written_at=events.timestamp(events.now()),
-                sessions=list(state.sessions()),
-                ended=list(state.ended()),
-                totals=state.totals.copy(),
-            )
+            return snapshot_of(state, store=self.id, last_hash=head.hash.hex())
 
     def read_base(self) -> Snapshot | None:
         """Return the state before the oldest event that is kept; None if no retention left one.
