@@ -696,14 +696,14 @@ def test_end_of_a_child_is_recorded_once_the_servers_are_back(tmp_path: Path, cr
     with Cluster(tmp_path / "home") as cluster:
         (server,) = cluster.servers
         place = cluster.url("p")
-        gate = tmp_path / "gate"
-        words = f"while [ ! -e {gate} ]; do sleep 0.05; done; exit 7"
+        begun, gate = tmp_path / "begun", tmp_path / "gate"
+        words = f"touch {begun}; while [ ! -e {gate} ]; do sleep 0.05; done; exit 7"
         runner = subprocess.Popen(
             [*CREWLOG, "--dir", place, "run", "w", "--", "sh", "-c", words],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         with crewlog.open(place) as reg:
-            until(lambda: reg.get("w") is not None)
+            until(begun.exists)  # it is let go once the registration is answered
             server.kill()
             gate.touch()
             assert runner.stderr is not None
