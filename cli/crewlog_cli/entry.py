@@ -19,8 +19,9 @@ def _tells_version() -> bool:
     if sys.stdout is None:
         return False
     try:
-        sys.stdout.write(f"crewlog {__version__}\n")
-        sys.stdout.flush()
+        # past the buffer: what it holds and cannot write, whoever flushes next would stumble over
+        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+        raw.write(f"crewlog {__version__}\n".encode())
     except OSError:  # EPIPE, ENOSPC
         return False
     return True

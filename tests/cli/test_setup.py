@@ -241,6 +241,7 @@ def test_version_is_told_by_the_fast_way_and_the_slow_one_alike() -> None:
     assert fast.stdout == slow.stdout == f"crewlog {crewlog.__version__}\n"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*CREWLOG, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+            [*CREWLOG, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        )  # fmt: skip
     assert (done.returncode, "Traceback" in done.stderr) == (74, False)
