@@ -115,10 +115,10 @@ class Lock:
     def abandon(self) -> None:
         """Close the descriptor and leave the lock to those who share it: for a forked child."""
         if self._fd != _CLOSED:
-            os.close(self._fd)
-            self._fd = _CLOSED
+            fd, self._fd = self._fd, _CLOSED  # first: a child forked between must not do it again
             self._held = False
             self._stamp = Stamp(self._at)
+            os.close(fd)
 
     @contextmanager
     def held(self, *, wait_s: float) -> Iterator[None]:

@@ -119,9 +119,10 @@ class Redo:
 
     def close(self) -> None:
         """Close the file; the next use opens the one that is in place."""
-        if self._fd != _NONE:
-            os.close(self._fd)
-        self._fd, self._inode, self._sound = _NONE, 0, False
+        fd, self._fd = self._fd, _NONE  # first: a child forked between must not close it again
+        self._inode, self._sound = 0, False
+        if fd != _NONE:
+            os.close(fd)
 
 
 def read(directory: Directory) -> bytes:

@@ -108,9 +108,9 @@ class Source:
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: a child forked between must not close it again
+        if fd >= 0:
+            os.close(fd)
 
 
 def open_segment(directory: Directory, first: int) -> Source:

@@ -114,9 +114,9 @@ class StateFile(Generic[T]):
                 self._drop()
 
     def _drop(self) -> None:
-        if self._fd != _NONE:
-            os.close(self._fd)
-            self._fd = _NONE
+        fd, self._fd = self._fd, _NONE  # first: a child forked between must not use it
+        if fd != _NONE:
+            os.close(fd)
 
     def after_fork(self) -> None:
         """Renew the guard in a forked child: another thread of the parent may have held it."""

@@ -182,11 +182,13 @@ def test_child_that_is_forked_while_threads_share_goes_on(place: Path, reg: Regi
     def child(number: int) -> None:
         reg.register(f"child-{number}")
 
-    for number in range(5):
-        joined(forked(lambda n=number: child(n)))  # type: ignore[misc]
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for number in range(5):
+            joined(forked(lambda n=number: child(n)))  # type: ignore[misc]
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert {worker.sid for worker in reg.workers()} >= {f"child-{n}" for n in range(5)}
     assert verify(reg.path).ok
 
