@@ -1,5 +1,6 @@
 """A fork may come between any two steps of another thread; the child goes on all the same."""
 
+import functools
 import os
 import shutil
 import sys
@@ -17,14 +18,13 @@ from crewlog import Registry, layout
 from crewlog_compactor.verify import verify
 from procs import forked, joined
 
-# What a thread that appends, seals and reads goes through, but for what only computes.
-ROOMS: Final = {
-    str(Path(crewlog.__file__).with_name(f"{name}.py")): name
-    for name in (
-        *("commit", "current", "directory", "disk", "lock", "log", "reader", "reading"),
-        *("redo", "segments", "states", "sync", "tail", "writing"),
-    )
-}
+# What a thread goes through that opens or creates, and one that appends, seals and reads; but for
+# what only computes.
+OPENING: Final = ("address", "create", "directory", "disk", "registry")
+WORKING: Final = (
+    *("commit", "current", "directory", "disk", "lock", "log", "reader", "reading"),
+    *("redo", "segments", "states", "sync", "tail", "writing"),
+)
 FORKS_AT_ONCE: Final = 12  # they contend for the locks
 QUIET_ROUNDS: Final = 4  # after so many that met no new line, nearly all were met
 Place = tuple[str, int]
@@ -33,34 +33,73 @@ Place = tuple[str, int]
 class Stops:
     """A trace function: its thread stops at each line that no thread has stopped at before."""
 
-    def __init__(self, at: "Queue[Place | None]") -> None:
-        """Tell `at` of each stop, and go on once released; None is for the end."""
-        self.at = at
-        self.on = threading.Semaphore(0)
+    def __init__(self, *rooms: str) -> None:
+        """Watch over these modules."""
+        home = Path(crewlog.__file__).parent
+        self.rooms = {str(home / f"{name}.py"): name for name in rooms}
         self.seen: set[Place] = set()
-        self.left = 0  # how many more stops this round may have
+        self._at: Queue[Place | None] = Queue()  # where it stopped; None: it is through
+        self._on = threading.Semaphore(0)
+        self._left = 0  # how many more stops this round may have
 
     def __call__(self, frame: FrameType, event: str, _: object) -> "Stops | None":
         """Take one step; see sys.settrace."""
-        file = frame.f_code.co_filename
-        if file not in ROOMS:
+        room = self.rooms.get(frame.f_code.co_filename)
+        if room is None:
             return None
-        place = ROOMS[file], frame.f_lineno
-        if event == "line" and self.left and place not in self.seen:
+        place = room, frame.f_lineno
+        if event == "line" and self._left and place not in self.seen:
             self.seen.add(place)
-            self.left -= 1
-            self.at.put(place)
-            self.on.acquire()
+            self._left -= 1
+            self._at.put(place)
+            self._on.acquire()
         return self
 
-    def through(self, work: Callable[[], None]) -> None:
-        """Do the work, with stops."""
+    def _through(self, work: Callable[[], object]) -> None:
         sys.settrace(self)
         try:
             work()
         finally:
             sys.settrace(None)
-            self.at.put(None)
+            self._at.put(None)
+
+    def round(self, work: Callable[[], object], child: Callable[[str], object]) -> set[str]:
+        """Let a thread work, and fork at its stops; each child is told its sid once that is over.
+
+        Return the sids.
+        """
+        self._left = FORKS_AT_ONCE
+        over, end = os.pipe()
+        thread = threading.Thread(target=self._through, args=(work,))
+        thread.start()
+        children = {}
+        while (at := self._at.get()) is not None:
+            sid = f"c{len(self.seen)}"
+
+            def forked_here(at: Place = at, sid: str = sid) -> None:
+                sys.stderr.write(f"forked at {at}\n")  # shown if it fails
+                os.close(end)
+                os.read(over, 1)  # until the thread is through, and holds no lock
+                child(sid)
+
+            children[sid] = forked(forked_here)
+            self._on.release()
+        thread.join()
+        os.close(end)
+        os.close(over)
+        joined(*children.values())
+        return set(children)
+
+
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a child end where a hook of the fork itself fails."""
+
+    def end(failure: "sys.UnraisableHookArgs") -> None:
+        sys.stderr.write(f"a hook failed: {failure.exc_value!r}\n")
+        os._exit(1)
+
+    monkeypatch.setattr(sys, "unraisablehook", end)
 
 
 def test_child_forked_at_any_line_of_another_thread_goes_on(
@@ -68,30 +107,22 @@ def test_child_forked_at_any_line_of_another_thread_goes_on(
 ) -> None:
     """What was half done in the parent leaves the child neither a lock nor a closed descriptor."""
     monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2000)
-    monkeypatch.setattr(sys, "unraisablehook", _die)  # what fails in the hooks of the fork itself
-    stops = Stops(Queue())
-    quiet = 0
+    stops, sids, quiet = Stops(*WORKING), {"a"}, 0
     with crewlog.open(place) as reg:
+
+        def child(sid: str) -> None:
+            reg.register(sid)
+            reg.update("a", meta={"fill": sid})
+            assert reg.get(sid) is not None
+
         reg.register("a")
         while quiet < QUIET_ROUNDS:
-            before, stops.left = len(stops.seen), FORKS_AT_ONCE
-            over, end = os.pipe()
-            thread = threading.Thread(target=stops.through, args=(lambda: _work(reg, place),))
-            thread.start()
-            children = []
-            while (at := stops.at.get()) is not None:
-                sid = f"c{len(stops.seen)}"
-                children.append(forked(_child(reg, sid, at, over=(over, end))))
-                stops.on.release()
-            thread.join()
-            os.close(end)
-            os.close(over)
-            joined(*children)
-            quiet = quiet + 1 if len(stops.seen) == before else 0
-        assert len(stops.seen) > 600
-        expected = {"a", *(f"c{n + 1}" for n in range(len(stops.seen)))}
-        assert {worker.sid for worker in reg.workers()} == expected
-    assert {name for name, _ in stops.seen} == set(ROOMS.values())
+            new = stops.round(lambda: _work(reg, place), child)
+            quiet = 0 if new else quiet + 1
+            sids |= new
+        assert {worker.sid for worker in reg.workers()} == sids
+    assert len(sids) > 600
+    assert {name for name, _ in stops.seen} == set(WORKING)
     assert verify(place).ok
 
 
@@ -105,18 +136,16 @@ def _work(reg: Registry, place: Path) -> None:
         reg.get("a")
 
 
-def _child(reg: Registry, sid: str, at: Place, *, over: tuple[int, int]) -> Callable[[], None]:
-    def child() -> None:
-        sys.stderr.write(f"forked at {at}\n")  # shown if it fails
-        os.close(over[1])
-        os.read(over[0], 1)  # until the parent's thread is through, and holds no lock
-        reg.register(sid)
-        reg.update("a", meta={"fill": sid})
-        assert reg.get(sid) is not None
-
-    return child
-
-
-def _die(failure: "sys.UnraisableHookArgs") -> None:
-    sys.stderr.write(f"a hook failed: {failure.exc_value!r}\n")
-    os._exit(1)
+def test_child_forked_while_another_thread_opens_goes_on(place: Path) -> None:
+    """The store is there only in part, and whoever opens it holds a mutex."""
+    stops = Stops(*OPENING)
+    for number in range(1000):
+        where = place / str(number)
+        with crewlog.open(where) as reg:
+            sids = stops.round(functools.partial(reg.register, "a"), reg.register)
+            assert {worker.sid for worker in reg.workers()} == {"a", *sids}
+        assert verify(where).ok
+        if not sids:
+            break
+    assert len(stops.seen) > 150
+    assert {name for name, _ in stops.seen} == set(OPENING)
