@@ -32,7 +32,7 @@ ROOMS = {
                   "rides.py", "reading.py", "sync.py", "registry.py", "notify.py", "states.py",
                   "writing.py", "subscribe.py", "threads.py", "watch.py", "starting.py"},
     "socket": {"endpoint.py"},
-    "subprocess": {"keeper.py", "launch.py", "demo.py", "identity.py", "watching.py", "testing.py"},
+    "subprocess": {"keeper.py", "child.py", "demo.py", "identity.py", "watching.py", "testing.py"},
     "pytest": {"testing.py"},
 }  # fmt: skip
 CHANGES_FILES = re.compile(

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from typing import Final
 
 import click
@@ -22,6 +21,8 @@ _LOOK_S: Final = 0.05  # a death is no event: it is looked for
 
 def not_found(reg: Registry, sid: str) -> WorkerNotFound:
     """Return the error of an unknown sid, with the nearest names as the hint."""
+    from difflib import get_close_matches  # noqa: PLC0415 (start-up)
+
     error = WorkerNotFound(sid)
     near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
     if near:

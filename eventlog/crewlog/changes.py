@@ -133,8 +133,7 @@ Redact: TypeAlias = Callable[[str, JsonObject], Mapping[str, JsonValue]]
 _GIVEN: Final[tuple[str, ...]] = ("sock", "version", "labels", "meta", "reason")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Author:
+class Author(NamedTuple):
     """Who asks: the actor as JSON bytes, encoded once; and what must not be written."""
 
     actor: bytes

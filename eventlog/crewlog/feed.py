@@ -5,9 +5,8 @@ writers nothing and itself no more than that. What is delivered is durable.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from crewlog import events
 from crewlog.errors import CompactedError, SegmentMissing
@@ -19,8 +18,7 @@ After: TypeAlias = int | Literal["now", "oldest"] | datetime | None
 OnCompacted: TypeAlias = Literal["reset", "raise"]
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
+class Filter(NamedTuple):
     """Which events a reader wants; None: all of the workers' events."""
 
     sids: frozenset[str] | None = None

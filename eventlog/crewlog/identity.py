@@ -17,11 +17,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from crewlog import layout
 from crewlog.errors import ProcessNotFound
@@ -43,8 +42,7 @@ _PIDFD_INFO: Final = struct.Struct("=Q52xi")
 StatusSource: TypeAlias = Literal["pidfd", "zombie"]
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(NamedTuple):
     """What /proc/PID/stat says: state letter, parent, threads, start in ticks, wait status."""
 
     state: str
@@ -54,8 +52,7 @@ class Stat:
     wait_status: int
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """How a process ended: with a code or by a signal, and where that was read."""
 
     code: int | None
@@ -63,8 +60,7 @@ class Status:
     source: StatusSource
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(NamedTuple):
     """Where pids mean what they mean here: boot, host and pid namespace."""
 
     boot_id: str
@@ -372,8 +368,7 @@ def _capture_portable(pid: int) -> Identity:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Portable:
+class Portable(NamedTuple):
     """What psutil tells of a process; `denied` where it may not look."""
 
     exists: bool = True
@@ -398,8 +393,7 @@ def look_portable(pid: int) -> Portable:
         return Portable(denied=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What a process has used: processor seconds since its start, resident bytes now."""
 
     cpu_s: float

@@ -10,8 +10,6 @@ import contextlib
 import errno
 import os
 import select
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Final, TypeAlias
@@ -21,7 +19,7 @@ from crewlog.errors import SpawnFailed
 
 Stream: TypeAlias = int | IO[bytes] | IO[str] | None
 Words: TypeAlias = Sequence[str | os.PathLike[str]]
-NOWHERE: Final = subprocess.DEVNULL
+NOWHERE: Final = -3  # subprocess.DEVNULL
 _STDERR: Final = 2
 NOT_RUN: Final = 126
 NOT_FOUND: Final = 127
@@ -51,13 +49,6 @@ except OSError as error:
 """
 
 
-class _Child(subprocess.Popen[bytes]):
-    """A child that outlives us on purpose, so that no warning is due when it is forgotten."""
-
-    def __del__(self) -> None:
-        """Say nothing."""
-
-
 class Launch:
     """A process that waits for the word to become the program."""
 
@@ -79,6 +70,8 @@ class Launch:
         `keep` are descriptors that the program inherits; `turn` is one that only the waiting
         process holds. *Raises* SpawnFailed.
         """
+        from crewlog.child import Child  # noqa: PLC0415 (slow to load; who only reads needs none)
+
         self._go = self._told = -1
         self.argv = check_argv(argv)
         held, self._go = _pipe()
@@ -90,7 +83,7 @@ class Launch:
         numbers = [str(held), str(told), locale, mine]
         words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
         try:
-            self._child = _Child(
+            self._child = Child(
                 [*words, *self.argv],
                 cwd=cwd,
                 env=env,
@@ -189,6 +182,8 @@ def check_argv(argv: Words) -> list[str]:
 def _interpreter() -> str:
     """Return a bare Python; in a frozen program sys.executable is that program."""
     own = "" if getattr(sys, "frozen", False) else sys.executable
+    import shutil  # noqa: PLC0415 (as child)
+
     found = own or shutil.which("python3")
     if not found:
         raise SpawnFailed("python3", why="no interpreter to start from is known")

@@ -4,9 +4,7 @@ gzip is in every Python; zstd (extra `[zstd]`) is smaller and faster to read. Bo
 of what they hold, so damage shows before a line is looked at. `zcat` and `zstdcat` read them too.
 """
 
-import gzip
 import importlib
-import zlib
 from types import ModuleType
 from typing import Final, Literal, TypeAlias, assert_never
 
@@ -43,6 +41,8 @@ def pack(data: bytes, packing: Packing) -> bytes:
     """Compress; the same bytes give the same archive."""
     match packing:
         case "gzip":
+            import gzip  # noqa: PLC0415 (slow to load; few reads go that far back)
+
             return gzip.compress(data, _GZIP_LEVEL, mtime=0)
         case "zstd":
             module = _zstandard("archive")
@@ -56,6 +56,9 @@ def unpack(packed: bytes, *, name: str, where: str) -> bytes:
     packing = packing_of(name)
     match packing:
         case "gzip":
+            import gzip  # noqa: PLC0415 (as above)
+            import zlib  # noqa: PLC0415 (as above)
+
             try:
                 return gzip.decompress(packed)
             except (OSError, EOFError, zlib.error) as error:

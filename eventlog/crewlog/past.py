@@ -9,15 +9,17 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from typing import Final, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict
 
 from crewlog import events, feed, layout
 from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
-from crewlog.lives import Life, Lives
 from crewlog.sieve import Sieve
 from crewlog.store import Store
+
+if TYPE_CHECKING:
+    from crewlog.lives import Life
 
 
 class HistoryOptions(TypedDict, total=False):
@@ -92,7 +94,7 @@ class Remembering:
             return past_of(0, {}, since=None, until=None, disputed=None)
         return _at(log, _before(log, stamp) if stamp else _Place(seq, None))
 
-    def lives(self, *, progress: Callable[[int, int], None] | None = None) -> list[Life]:
+    def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
         """Return every worker's life that the kept history tells of, in order of registration.
 
         `progress` is told how many of how many events are read. *Raises* DataDamaged.
@@ -101,6 +103,8 @@ class Remembering:
         if log is None:
             return []
         last = log.last_seq()
+        from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
+
         found, first = Lives(()), 0
         for line, _ in _from_oldest(log, None):
             if not first:

@@ -5,9 +5,8 @@ beyond it are known to have been durable. If they are, acknowledged data are dam
 may be cut; if not, the tail is what an interrupted append leaves and goes to quarantine.
 """
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 
 class Action(StrEnum):
@@ -20,8 +19,7 @@ class Action(StrEnum):
     REGRESSED = "regressed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(NamedTuple):
     """What a scan of the last segment found.
 
     `end` is the offset after its valid prefix (bytes), `seq` and `hash` those of the last line in
@@ -38,8 +36,7 @@ class Found:
     synced: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Known(NamedTuple):
     """What is known to have been durable; 0 where nothing is.
 
     `head_*` come from head/durable of any boot: it is written after the sync that it tells of,
@@ -52,8 +49,7 @@ class Known:
     snapshot_seq: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """An action and the proof that it rests on."""
 
     action: Action

@@ -9,7 +9,7 @@ That last fsync is the commit point of a compaction.
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from crewlog import codec, disk, layout
 from crewlog.codec import DocumentError, Snapshot
@@ -17,8 +17,7 @@ from crewlog.directory import Directory
 from crewlog.errors import LogRegressed, SnapshotCorrupt
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """The newest good snapshot (None: there is none), and what was wrong with newer ones."""
 
     snapshot: Snapshot | None

@@ -6,9 +6,8 @@ Two keep these promises: a directory of this machine (log.py) and a prefix of an
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from crewlog.appending import Appended, Decide
 from crewlog.codec import Snapshot
@@ -183,8 +182,7 @@ class Tail(Protocol):
 # -- cursors --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """A cursor as anyone may see it: everything up to `seq` is acknowledged.
 
     Of a damaged one that is not known: `seq` is then 0, and it holds back everything.
