@@ -8,30 +8,26 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench clean
 .DEFAULT_GOAL := demo
 
-$(VENV)/installed: pyproject.toml
+# what was installed with these extras: demo, then test with more of them, installs the rest
+$(VENV)/installed-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
-$(VENV)/linters: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
-	@touch $@
-
-demo: $(VENV)/installed
+demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/crewlog demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/linters
+lint: $(VENV)/installed-test,lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing
 	$(BIN)/lint-imports
 
-bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+bench: $(VENV)/installed-test,bench
 	$(BIN)/python bench/run.py --out figures.jsonl $(ARGS)
 	$(BIN)/python bench/page.py figures.jsonl
 
