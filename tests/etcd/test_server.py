@@ -389,6 +389,27 @@ def test_too_much_for_one_transaction_is_refused_before_it_is_sent(url: str) -> 
         assert [w.sid for w in reg.workers()] == ["a"]
 
 
+# -- a server that answers, but is cut off from the others ----------------------------------
+
+
+@pytest.mark.parametrize("answer", [{"code": 14, "message": "etcdserver: no leader"}, "proxy"])
+def test_server_without_a_leader_is_left_for_the_next_one(
+    one_server: Cluster, answer: dict[str, object] | str, tmp_path: Path
+) -> None:
+    """It is reached and answers, so nothing else would ever lead away from it."""
+    with pretending(answer, status=503) as port:
+        place = f"etcd://127.0.0.1:{port},{one_server.url(tmp_path.name).removeprefix('etcd://')}"
+        with crewlog.open(place) as reg:
+            reg.register("a")
+            log = reg.log()
+            assert isinstance(log, EtcdLog)
+            for number, ask in enumerate((log.client.version, log.last_seq, reg.workers)):
+                log.client._next, began = 0, time.monotonic()
+                assert ask()
+                reg.update("a", meta={"n": number})
+                assert time.monotonic() - began < 1
+
+
 # -- versions and gateways ------------------------------------------------------------------
 
 
@@ -410,13 +431,13 @@ def test_versions_are_refused_or_warned_of(version: str, *, sound: bool, old: bo
 
 
 @contextmanager
-def pretending(answer: dict[str, object] | None) -> Iterator[int]:
+def pretending(answer: object, *, status: int = 200) -> Iterator[int]:
     """Serve HTTP that answers everything alike, or with 404; yield its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = json.dumps(answer).encode()
-            self.send_response(404 if answer is None else 200)
+            self.send_response(404 if answer is None else status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

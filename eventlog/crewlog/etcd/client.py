@@ -12,8 +12,8 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, TypeVar
 
 import urllib3
 from urllib3.exceptions import (
@@ -47,8 +47,14 @@ _TOO_LARGE: Final = "larger than max"
 _NO_GATEWAY: Final = 404
 _COMMON_NAME: Final = b"CommonName of client"
 _OK: Final = 200
+_LOGIN: Final = "v3/auth/authenticate"
+_VERSION: Final = "version"
+_OPEN: Final = frozenset({_LOGIN, _VERSION})  # to those who have not logged in
 # What an HTTP proxy before the servers answers while they are gone.
 _GATEWAY_ERRORS: Final = frozenset({502, 503, 504})
+
+
+T = TypeVar("T")
 
 
 class Unanswered(Exception):
@@ -107,12 +113,16 @@ class Client:
 
         *Raises* Refused; Unavailable after `wait_s` without an answer; AuthFailed, QuotaExceeded.
         """
+        return self._answered(lambda deadline: self.send(path, body, deadline=deadline))
+
+    def _answered(self, ask: Callable[[float], T]) -> T:
+        """Ask with a deadline, again where no answer comes. *Raises* Unavailable after `wait_s`."""
         deadline = time.monotonic() + self.wait_s
         pauses = self.pauses(deadline)
         reasons: dict[str, None] = {}  # in order, each once
         while True:
             try:
-                return self.send(path, body, deadline=deadline)
+                return ask(deadline)
             except Unanswered as error:
                 reasons[str(error)] = None
                 if not next(pauses):
@@ -181,13 +191,26 @@ class Client:
     def _send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
         left_s = max(0.05, deadline - time.monotonic())
         host = self._host()
-        answer = self._request(path, body, read_s=min(left_s, layout.ANSWER_WAIT_S))
-        found = _checked(answer.status, answer.data, self.where, host=host)
+        answer = self._request(host, f"v3/{path}", body, read_s=min(left_s, layout.ANSWER_WAIT_S))
+        found = self._checked(host, answer.status, answer.data)
         self._require_one(host, keys.cluster(found))
         return found
 
     def _host(self) -> str:
         return self._address.hosts[self._next % len(self._address.hosts)]
+
+    def _leave(self, host: str) -> None:
+        """Go on with the next server, unless another thread has done so."""
+        if host == self._host():
+            self._next += 1
+
+    def _checked(self, host: str, status: int, data: bytes) -> JsonObject:
+        """Return the answer of a server, or raise what it says."""
+        try:
+            return _checked(status, data, self.where, host=host)
+        except Unanswered:  # it may be cut off from the others
+            self._leave(host)
+            raise
 
     def _require_one(self, host: str, cluster: str) -> None:
         """Refuse servers of two clusters in one address: each would have a registry of its own."""
@@ -222,20 +245,19 @@ class Client:
         return error
 
     def _request(
-        self, path: str, body: JsonObject, *, read_s: float, stream: bool = False
+        self, host: str, path: str, body: JsonObject | None, *, read_s: float, stream: bool = False
     ) -> urllib3.BaseHTTPResponse:
-        """Send to the server whose turn it is; the next one's after a failure."""
+        """Send to a server; after a failure it is the next one's turn. No body: a GET."""
         pool = self._pooled()
-        host = self._host()
         headers = {"Content-Type": "application/json"}
-        if self._secrets.user and path != "auth/authenticate":
-            headers["Authorization"] = self._logged_in(read_s)
+        if self._secrets.user and path not in _OPEN:
+            headers["Authorization"] = self._logged_in(host, read_s)
         scheme = "https" if self._address.tls else "http"
         try:
             return pool.request(
-                "POST",
-                f"{scheme}://{host}/v3/{path}",
-                body=codec.dump(body),
+                "GET" if body is None else "POST",
+                f"{scheme}://{host}/{path}",
+                body=None if body is None else codec.dump(body),
                 headers=headers,
                 timeout=urllib3.Timeout(connect=layout.CONNECT_WAIT_S, read=read_s),
                 preload_content=not stream,
@@ -243,7 +265,7 @@ class Client:
         except HTTPError as error:
             if isinstance(error, SSLError) and _is_refusal(error):
                 raise self._untrusted(host, error) from error
-            self._next += 1
+            self._leave(host)
             unsent = isinstance(error, NewConnectionError | ConnectTimeoutError)
             raise Unanswered(f"{host}: {_reason(error)}", sent=not unsent) from error
 
@@ -276,11 +298,12 @@ class Client:
             maxsize=layout.CONNECTIONS_MAX, retries=False, ssl_context=context
         )
 
-    def _logged_in(self, read_s: float) -> str:
+    def _logged_in(self, host: str, read_s: float) -> str:
         if not self._token:
             who: JsonObject = {"name": self._secrets.user, "password": self._secrets.password}
-            answer = self._request("auth/authenticate", who, read_s=read_s)
-            self._token = str(_checked(answer.status, answer.data, self.where).get("token", ""))
+            answer = self._request(host, _LOGIN, who, read_s=read_s)
+            found = self._checked(host, answer.status, answer.data)
+            self._token = str(found.get("token", ""))
         return self._token
 
     def each(self, path: str, body: JsonObject) -> Iterator[tuple[str, JsonObject | str]]:
@@ -298,33 +321,24 @@ class Client:
     def watch(self, key: bytes) -> "Stream":
         """Begin a stream of what happens to a key from now on. *Raises* Unanswered, Refused."""
         body: JsonObject = {"create_request": {"key": keys.text(key)}}
-        answer = self._request("watch", body, read_s=layout.STREAM_WAIT_S, stream=True)
+        host = self._host()
+        answer = self._request(host, "v3/watch", body, read_s=layout.STREAM_WAIT_S, stream=True)
         if answer.status != _OK:
             self._token = ""
-            _checked(answer.status, answer.read(), self.where)
+            self._checked(host, answer.status, answer.read())
         return Stream(answer)
 
     # -- life -------------------------------------------------------------------------------
 
     def version(self) -> str:
         """Return the version of the server whose turn it is. *Raises* Unavailable."""
-        deadline = time.monotonic() + self.wait_s
-        pauses = self.pauses(deadline)
-        reasons: dict[str, None] = {}
-        while True:
-            host = self._host()
-            scheme = "https" if self._address.tls else "http"
-            try:
-                answer = self._pooled().request("GET", f"{scheme}://{host}/version", timeout=2.0)
-                found = _checked(answer.status, answer.data, self.where)
-                return str(found.get("etcdserver", ""))
-            except (HTTPError, Unanswered) as error:
-                if isinstance(error, SSLError) and _is_refusal(error):
-                    raise self._untrusted(host, error) from error
-                self._next += 1
-                reasons[f"{host}: {_reason(error)}"] = None
-                if not next(pauses):
-                    raise self._unavailable(reasons) from error
+
+        def ask(deadline: float) -> str:
+            host, left_s = self._host(), max(0.05, deadline - time.monotonic())
+            answer = self._request(host, _VERSION, None, read_s=min(left_s, layout.ANSWER_WAIT_S))
+            return str(self._checked(host, answer.status, answer.data).get("etcdserver", ""))
+
+        return self._answered(ask)
 
     def close(self) -> None:
         """Close every connection; idempotent."""
@@ -380,7 +394,7 @@ def _is_whole(row: bytes) -> bool:
     return True
 
 
-def _checked(status: int, data: bytes, where: str, *, host: str = "") -> JsonObject:
+def _checked(status: int, data: bytes, where: str, *, host: str) -> JsonObject:
     """Return the answer, or raise what it says."""
     if status == _NO_GATEWAY:
         raise Unsupported(
