@@ -24,11 +24,8 @@ def checks(log: Store) -> Iterator[Check]:
     yield from _servers(log)
     yield _room(log)
     yield Check(name="log", status="ok", found=f"seq {log.last_seq()} is durable")
-    waker = Waker(log.changes, backend="auto", bell=Bell())
-    try:
+    with Waker(log.changes, backend="auto", bell=Bell()) as waker:
         yield Check(name="wakes", status="ok", found=f"by {waker.source}")
-    finally:
-        waker.close()
 
 
 def servers(place: Address) -> Iterator[Check]:

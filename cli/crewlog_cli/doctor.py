@@ -159,11 +159,8 @@ def _clock(reg: Registry) -> Check:
 
 
 def _waking(log: Log) -> Check:
-    waker = Waker(log.changes, backend="auto", bell=Bell())
-    try:
+    with Waker(log.changes, backend="auto", bell=Bell()) as waker:
         source = waker.source
-    finally:
-        waker.close()
     if source == "poll":
         return Check(
             name="wakes",

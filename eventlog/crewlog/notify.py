@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias, cast
 
 from crewlog import layout, threads
+from crewlog.closing import Closing
 
 _logger = logging.getLogger("crewlog.notify")
 
@@ -332,7 +333,7 @@ def check_backend(backend: object) -> Backend:
     return cast("Backend", backend)
 
 
-class Waker:
+class Waker(Closing):
     """One reader's place at a hub."""
 
     def __init__(self, changes: Changes, *, backend: Backend, bell: Bell) -> None:

@@ -24,44 +24,41 @@ class Keys:
     @property
     def head(self) -> bytes:
         """Return the key that every append moves."""
-        return self._named("head")
+        return self.named("head")
 
     @property
     def store(self) -> bytes:
         """Return the key of the store's identity."""
-        return self._named("store")
+        return self.named("store")
 
     @property
     def migration(self) -> bytes:
         """Return the key that is there while a migration into here is under way."""
-        return self._named("m")
+        return self.named("m")
 
     def event(self, seq: int) -> bytes:
         """Return the key of the transaction whose last line has that seq."""
-        return self._named("e", f"{seq:0{SEQ_DIGITS}d}")
+        return self.named("e", f"{seq:0{SEQ_DIGITS}d}")
 
     def part(self, first: int) -> bytes:
         """Return the key of a sealed part of the history."""
-        return self._named("s", f"{first:0{SEQ_DIGITS}d}")
+        return self.named("s", f"{first:0{SEQ_DIGITS}d}")
 
     def base(self, seq: int, piece: int) -> bytes:
         """Return the key of a piece of the state that the history begins with."""
-        return self._named("b", f"{seq:0{SEQ_DIGITS}d}", f"{piece:04d}")
+        return self.named("b", f"{seq:0{SEQ_DIGITS}d}", f"{piece:04d}")
 
-    def named(self, room: str, name: str) -> bytes:
-        """Return a key by its room, a letter or word, and a sid or another name."""
-        return self._named(room, name)
+    def named(self, *words: str) -> bytes:
+        """Return a key by its room, a letter or word, and what it has there, such as a sid."""
+        return f"{self.prefix}/{_OWN}{'/'.join(words)}".encode()
 
     def room(self, room: str) -> tuple[bytes, bytes]:
         """Return the range of all keys of a room."""
-        return self._named(room, ""), self._named(room) + b"0"  # "0" follows "/"
+        return self.named(room, ""), self.named(room) + b"0"  # "0" follows "/"
 
     def whole(self) -> tuple[bytes, bytes]:
         """Return the range of all keys of the store."""
         return f"{self.prefix}/{_OWN}".encode(), f"{self.prefix}/{chr(ord(_OWN) + 1)}".encode()
-
-    def _named(self, *words: str) -> bytes:
-        return f"{self.prefix}/{_OWN}{'/'.join(words)}".encode()
 
 
 class KeyValue(NamedTuple):

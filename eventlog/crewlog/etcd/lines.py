@@ -156,7 +156,7 @@ class EtcdLines:
     def first_seq(self) -> int:
         """Return the seq of the oldest line that is kept."""
         head, (first,) = self.look(keys.first_of(*self.keys.room("e")))
-        return begin_of(first[0]) if first else head.seq + 1
+        return oldest_of(head, first)
 
     # -- lines ------------------------------------------------------------------------------
 
@@ -350,6 +350,11 @@ def _follows(before: Head, head: Head) -> bool:
 def lines_of(row: KeyValue) -> bytes:
     """Return the lines of a transaction, without the token behind them."""
     return row.value[: row.value.rfind(b"\n") + 1]
+
+
+def oldest_of(head: Head, first: Sequence[KeyValue]) -> int:
+    """Return the seq of the oldest line that is kept, by the first key of the lines."""
+    return begin_of(first[0]) if first else head.seq + 1
 
 
 def begin_of(row: KeyValue) -> int:

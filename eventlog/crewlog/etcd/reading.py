@@ -21,7 +21,7 @@ from crewlog.etcd.client import Refused
 from crewlog.etcd.cursors import EtcdCursors
 from crewlog.etcd.keys import KeyValue
 from crewlog.etcd.leases import EtcdLeases
-from crewlog.etcd.lines import EtcdLines, Head
+from crewlog.etcd.lines import EtcdLines, Head, oldest_of
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.refold import refold_lines, snapshot_of
@@ -144,14 +144,10 @@ class EtcdReading(EtcdLines):
 
     def parts(self) -> list[Part]:
         """Return the sealed parts of the history that are kept, oldest first."""
-        rows = keys.pairs(self.client.call("kv/range", keys.page(*self.keys.room("s"), limit=0)))
-        oldest = self.first_seq()
-        found = []
-        for row in rows:
-            part = self._part(row)
-            if part.first >= oldest:
-                found.append(part)
-        return found
+        sealed: JsonObject = {"requestRange": keys.page(*self.keys.room("s"), limit=0)}
+        head, (rows, first) = self.look(sealed, keys.first_of(*self.keys.room("e")))
+        oldest = oldest_of(head, first)
+        return [part for part in map(self._part, rows) if part.first >= oldest]
 
     def _part(self, row: KeyValue) -> Part:
         try:
