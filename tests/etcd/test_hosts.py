@@ -129,6 +129,29 @@ def test_worker_outlives_its_manager_and_keeps_its_lease(
         os.kill(worker.pid, signal.SIGKILL)
 
 
+def test_keeper_outlives_a_kill(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its two processes is made anew by the other one; the lease never runs out."""
+    before = set(keepers())
+    with crewlog.open(url) as reg:
+        worker = reg.spawn("a", ["sleep", "300"], lease=True)
+        for oldest in (True, False):
+            until(lambda: len(set(keepers()) - before) == 2)
+            pids = sorted(set(keepers()) - before, key=_started)
+            os.kill(pids[0] if oldest else pids[-1], signal.SIGKILL)
+            killed = datetime.now(UTC)
+            until(lambda: datetime.now(UTC) - killed > timedelta(seconds=1.5 * TTL_S))  # noqa: B023
+            with elsewhere(monkeypatch):
+                assert cause(reg, "a") == ("alive", "lease")
+        os.kill(worker.pid, signal.SIGKILL)
+        until(lambda: set(keepers()) <= before)
+
+
+def _started(pid: int) -> int:
+    stat = identity.read_stat(pid)
+    assert stat is not None
+    return stat.start_ticks
+
+
 def test_keeper_that_is_killed_lets_the_lease_run_out_and_one_of_many_records_it(
     url: str, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +160,7 @@ def test_keeper_that_is_killed_lets_the_lease_run_out_and_one_of_many_records_it
     with crewlog.open(url) as reg:
         worker = reg.spawn("a", ["sleep", "300"], lease=True)
         reg.register("kept", pid=crew.sleeper().pid)
+        until(lambda: len(set(keepers()) - before) == 2)
         for pid in set(keepers()) - before:
             os.kill(pid, signal.SIGKILL)
         with elsewhere(monkeypatch):

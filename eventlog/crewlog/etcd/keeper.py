@@ -4,8 +4,12 @@ A thread of the worker would stop with it (SIGSTOP, a long garbage collection) a
 one of whoever started it would end with that one. So a small process of its own holds the worker's
 pidfd and keeps the lease until that is ready, then ends the lease and itself. It is told whom to
 guard once the worker is registered; if it never is, because we fail or are killed, it reads the end
-of its pipe and ends the lease. Nothing but its own end, by SIGKILL or with the host, lets a lease
-of a living worker run out.
+of its pipe and ends the lease.
+
+It guards as two processes, so that it outlives a kill (the kernel's when memory runs out): a child
+keeps the lease, and its parent, which has little to do, starts another one where that is killed; a
+child whose parent is killed becomes one itself. Nothing but the end of both at once, or of the
+host, lets a lease of a living worker run out.
 """
 
 import contextlib
@@ -175,7 +179,27 @@ def _guard(watch: _Watch, who: Identity) -> None:
     """Keep the lease until the process has ended."""
     try:
         with Process(who) as held:
+            parent = _go_on_in_a_child()
+            watch.keep()
             while not held.wait(watch.pause_s):
+                if os.getppid() != parent:
+                    parent = _go_on_in_a_child()
                 watch.keep()
     except ProcessNotFound:  # it has ended already
         return
+
+
+def _go_on_in_a_child() -> int:
+    """Return in a child, with our pid; in another one where that does not do its work."""
+    us = os.getpid()
+    while True:
+        try:
+            child = os.fork()
+        except OSError:  # EAGAIN, ENOMEM: then without a second one
+            return os.getppid()
+        if not child:
+            return us
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            os._exit(0)
+        time.sleep(layout.BACKOFF_MIN_S)
