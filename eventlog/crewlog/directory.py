@@ -138,13 +138,32 @@ def open_existing(path: Path, *, via: Disk | None = None) -> Directory:
             for name in layout.DIRECTORIES:
                 opened.fds[name] = disk.open_directory(name, at=root, where=str(path / name))
         except FileNotFoundError as error:
-            raise NotAStore(
-                "not a whole registry",
-                where=str(path),
-                why=f"{error.filename} is missing",
-                remedy="Restore it from a backup",
-            ) from error
+            raise incomplete(error, root=root, where=str(path)) from error
     return Directory(path, opened, store, digest, via or Disk(), _require_local(root, path))
+
+
+# What a backup may leave out because it is empty.
+_EMPTY: Final = frozenset(
+    {layout.LOCKS, layout.ARCHIVE, layout.CURSORS, layout.LEASES, layout.QUARANTINE}
+)
+
+
+def incomplete(error: FileNotFoundError, *, root: int, where: str) -> CrewlogError:
+    """Return what to say of a file that is missing: the store was removed, or is not whole."""
+    if os.fstat(root).st_nlink == 0 or not disk.exists(layout.STORE, at=root):
+        return StoreMissing(where, why=f"{error.filename} was removed")
+    from shlex import quote  # noqa: PLC0415 (start-up)
+
+    missing = Path(error.filename)
+    gone = [name for name in layout.DIRECTORIES if not disk.exists(name, at=root)]
+    remedy = "Restore it from a backup"
+    if gone and _EMPTY.issuperset(gone):
+        names = " ".join(quote(str(Path(where, name))) for name in gone)
+        remedy = f"If nothing was in it: mkdir -m 700 {names}"
+    elif missing.parent.name == layout.LOCKS:
+        names = " ".join(quote(str(missing.with_name(name))) for name in layout.LOCK_NAMES)
+        remedy = f"Once no process uses the registry: (umask 77; touch {names})"
+    return NotAStore("not a whole registry", where=str(missing), why="it is missing", remedy=remedy)
 
 
 def unsafe(real: Path, error: UnsafePermissions, *, where: str) -> CrewlogError:

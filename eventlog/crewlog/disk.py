@@ -115,7 +115,11 @@ def open_directory(name: str, *, at: int | None = None, where: str) -> int:
     *Raises* FileNotFoundError if it is absent; UnsafePermissions if it is not a directory of
     ours, or open to others.
     """
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=at)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=at)
+    except FileNotFoundError as error:
+        error.filename = where
+        raise
     try:
         _check(os.fstat(fd), where=where)
     except BaseException:
@@ -133,6 +137,9 @@ def open_file(name: str, *, at: int, where: str, change: bool = False, append: b
     flags = (os.O_RDWR if change else os.O_RDONLY) | (os.O_APPEND if append else 0)
     try:
         fd = os.open(name, flags | _SAFE | os.O_NONBLOCK, dir_fd=at)
+    except FileNotFoundError as error:
+        error.filename = where
+        raise
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise _unsafe(where, "it is a link or no plain file", "Remove it") from error

@@ -54,7 +54,7 @@ from crewlog import codec, disk, events, identity, layout, segments, structs, ta
 from crewlog.appending import Appended, Decide
 from crewlog.commit import Commits, Request
 from crewlog.current import Written
-from crewlog.directory import Directory
+from crewlog.directory import Directory, incomplete
 from crewlog.disk import Stamp
 from crewlog.errors import (
     LogCorrupt,
@@ -101,7 +101,7 @@ class Log(Reading):
     def _new_turn(self) -> None:
         self.writer = threading.Lock()  # one thread at a time writes; taken before the mutex
         mine = self.writer, self.append_lock, self.mutex
-        self._writing = Writing(*mine, wait_s=self.wait_s, where=self.where)
+        self._writing = Writing(*mine, wait_s=self.wait_s, directory=self.directory)
 
     def _lock(self, name: str) -> Lock:
         where = self.directory.lock_path(name)
@@ -399,7 +399,11 @@ class Log(Reading):
     def try_compact_lock(self) -> Lock:
         """Take locks/compact or raise LockBusy at once; the caller closes it."""
         name = layout.LOCK_COMPACT
-        return take(name, at=self.directory[layout.LOCKS], where=self.directory.lock_path(name))
+        where = self.directory.lock_path(name)
+        try:
+            return take(name, at=self.directory[layout.LOCKS], where=where)
+        except FileNotFoundError as error:
+            raise incomplete(error, root=self.directory.root, where=self.where) from error
 
     @contextmanager
     def alone(self) -> Iterator[States]:

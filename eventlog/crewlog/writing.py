@@ -9,7 +9,8 @@ from typing import NamedTuple
 from crewlog import codec, events, layout
 from crewlog.codec import Draft
 from crewlog.commit import Request
-from crewlog.errors import LockBusy, StoreMissing, from_oserror
+from crewlog.directory import Directory, incomplete
+from crewlog.errors import LockBusy, from_oserror
 from crewlog.events import Line
 from crewlog.lock import Lock
 from crewlog.structs import AppendState
@@ -23,7 +24,7 @@ class Writing:
     the system inside the block gets its type. It keeps nothing itself: one serves a whole log.
     """
 
-    __slots__ = ("_lock", "_mutex", "_turn", "_wait_s", "_where")
+    __slots__ = ("_directory", "_lock", "_mutex", "_turn", "_wait_s")
 
     def __init__(
         self,
@@ -32,14 +33,14 @@ class Writing:
         mutex: "threading.RLock",
         *,
         wait_s: float,
-        where: str,
+        directory: Directory,
     ) -> None:
-        """Take nothing yet; `where` names the store for messages."""
+        """Take nothing yet; `directory` is that of the store."""
         self._turn = turn
         self._lock = lock
         self._mutex = mutex
         self._wait_s = wait_s
-        self._where = where
+        self._directory = directory
 
     def __enter__(self) -> None:
         """Take all three. *Raises* LockBusy after `wait_s`."""
@@ -81,10 +82,11 @@ class Writing:
 
     def _translate(self, error: BaseException) -> None:
         if isinstance(error, FileNotFoundError):
-            raise StoreMissing(self._where, why=f"{error.filename} was removed") from error
+            root, where = self._directory.root, str(self._directory.path)
+            raise incomplete(error, root=root, where=where) from error
         if isinstance(error, OSError):
             why = "cannot write to the registry"
-            raise from_oserror(error, why, where=self._where) from error
+            raise from_oserror(error, why, where=str(self._directory.path)) from error
 
 
 def size_of(drafts: Sequence[Draft]) -> int:

@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from crewlog.errors import (
     CrewlogError,
     LockBusy,
     LogCorrupt,
+    NotAStore,
     RegistryClosed,
     StorageFailed,
     StorePoisoned,
@@ -561,3 +564,29 @@ def test_stamp_is_settled_by_the_time_of_the_look(
     stamp.settle()
     assert stamp.moved()
     os.close(fd)
+
+
+def test_backup_without_what_is_empty_is_made_whole_by_what_the_errors_say(
+    reg: Registry, tmp_path: Path
+) -> None:
+    """Many tools leave empty directories out; each error names the command that makes them."""
+    reg.register("a")
+    backup = tmp_path / "it's a backup"
+    shutil.copytree(reg.path, backup)
+    for name in (layout.LOCKS, layout.LEASES, layout.CURSORS, layout.QUARANTINE, layout.ARCHIVE):
+        shutil.rmtree(backup / name)
+    with crewlog.open(backup) as copy:
+        for change in (copy.workers, lambda: copy.update("a", state="ready")):
+            with pytest.raises(NotAStore, match="not a whole registry") as caught:
+                change()
+            command = caught.value.remedy.partition(": ")[2]
+            subprocess.run(["sh", "-c", command], check=True)
+        copy.update("a", state="ready")
+        compact(copy)
+        (backup / layout.LOCKS / layout.LOCK_COMPACT).unlink()
+        with pytest.raises(NotAStore, match="not a whole registry"):
+            compact(copy)
+        assert verify(backup).ok
+    shutil.rmtree(backup / layout.HEAD)
+    with crewlog.open(backup) as copy, pytest.raises(NotAStore, match="Restore it from a backup"):
+        copy.workers()
