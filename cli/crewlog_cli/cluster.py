@@ -84,6 +84,7 @@ def _room(log: EtcdLog) -> Check:
             name="room",
             status="fail",
             found="the quota is full: no change is taken",
-            remedy="crewlog compact --keep-history 30d; then etcdctl compact, defrag, alarm disarm",
+            remedy="crewlog compact --keep-history 30d --yes; "
+            "then etcdctl compact, defrag, alarm disarm",
         )
     return Check(name="room", status="ok", found="no alarm")

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import click
 
@@ -25,13 +25,12 @@ _WAIT_S: Final = 20.0
 _SIDS: Final = ("web-1", "web-2", "mail-1")
 
 _MANAGER: Final = """\
-import subprocess, sys, time
+import sys, time
 import crewlog
 
 with crewlog.open(sys.argv[1], actor="first manager") as reg:
     for sid in sys.argv[2:]:
-        worker = subprocess.Popen(["sleep", "120"], start_new_session=True)
-        reg.register(sid, pid=worker.pid, labels={"app": sid.split("-")[0]}, ready=True)
+        reg.spawn(sid, ["sleep", "120"], labels={"app": sid.split("-")[0]}, ready=True)
 print("started", flush=True)
 time.sleep(120)
 """
@@ -59,18 +58,23 @@ class _Stage:
         self.say(f"   ok  {words}")
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        # in a session of its own: Ctrl-C comes to the demo alone, which ends what it started
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
         self.processes.append(process)
         return process
 
     def clear(self, reg: Registry) -> None:
         """End every process that the demo started, the workers by their proven identity."""
+        for process in self.processes:  # first: then nothing more is started
+            process.kill()
+            process.communicate()
         for worker in reg.workers():
             if reg.liveness(worker.sid).alive:
                 os.kill(worker.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 @command("demo", examples="crewlog demo\ncrewlog demo --keep")
@@ -80,6 +84,8 @@ def demo(sh: Shell, *, keep: bool) -> None:
     if sh.place is not None:
         message = "demo plays in a directory of its own; leave out --dir, and --keep keeps it"
         raise click.UsageError(message)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # an orderly end, which clears up
     home = Path(tempfile.mkdtemp(prefix="crewlog-demo-"))
     stage = _Stage(sh, home / "registry")
     began = time.monotonic()

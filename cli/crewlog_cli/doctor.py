@@ -7,7 +7,7 @@ changed, and nothing is created but a watch that ends at once.
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from crewlog.errors import CrewlogError, StoreMissing
 from crewlog.log import Log
 from crewlog.notify import Bell, Waker
 from crewlog.registry import Registry
+from crewlog.store import Store
 from crewlog_cli import shell, text
 from crewlog_cli.looking import Check
 from crewlog_cli.shell import Shell, command
@@ -54,16 +55,29 @@ def checks(reg: Registry) -> Iterator[Check]:
         )
         yield from _servers(reg)
     else:
-        if isinstance(log, Log):
-            yield from _store(reg, log)
-        else:
-            from crewlog_cli import cluster  # noqa: PLC0415 (few need it)
-
-            yield from cluster.checks(log)
-        yield _compaction(reg)
-        yield _clock(reg)
+        yield from _whole(reg, log)
+        yield from _told("compaction", lambda: iter([_compaction(reg)]))
+        yield from _told("clock", lambda: iter([_clock(reg)]))
     yield from _kernel()
     yield _versions()
+
+
+def _whole(reg: Registry, log: Store) -> Iterator[Check]:
+    if isinstance(log, Log):
+        yield from _told("log", lambda: _store(reg, log))
+        return
+    from crewlog_cli import cluster  # noqa: PLC0415 (few need it)
+
+    yield from _told("log", lambda: cluster.checks(log))
+
+
+def _told(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """Yield what a look finds; what it stumbles over is found, too."""
+    try:
+        yield from look()
+    except CrewlogError as error:
+        found = ": ".join(part for part in (error.what, error.where, error.why) if part)
+        yield Check(name=name, status="fail", found=found, remedy=error.remedy)
 
 
 def _servers(reg: Registry) -> Iterator[Check]:

@@ -1,7 +1,6 @@
 """End workers, hear their beats, see them end: stop, beat, observe. Only stop sends signals."""
 
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -70,7 +69,12 @@ def stop(
     if dry_run:
         _print_targets(sh, reg, workers)
         return
-    if all_ and not yes and not _confirmed(len(workers)):
+    count = len(workers)
+    if (
+        all_
+        and not yes
+        and not shell.confirmed(f"Stop {count} workers?", f"--all would stop {count} workers")
+    ):
         sh.note("nobody was stopped")
         raise SystemExit(shell.EXIT_NO)
 
@@ -92,13 +96,6 @@ def _known(reg: Registry, sid: str) -> Worker:
     if worker is None:
         raise reading.not_found(reg, sid)
     return worker
-
-
-def _confirmed(count: int) -> bool:
-    if not sys.stdin.isatty():
-        message = f"--all would stop {count} workers: without a terminal it needs --yes"
-        raise click.UsageError(message)
-    return click.confirm(f"Stop {count} workers?", err=True)
 
 
 def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:

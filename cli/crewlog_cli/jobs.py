@@ -2,6 +2,9 @@
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -10,7 +13,7 @@ import click
 
 from crewlog import disk, layout
 from crewlog.disk import Disk
-from crewlog.errors import PlanInvalid, WorkerExists
+from crewlog.errors import CrewlogError, PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
 from crewlog_cli import facts, metrics, reading, shell, times, words
@@ -173,7 +176,7 @@ def _read_plan(path: Path) -> Plan:
 @command(
     "compact",
     examples="""crewlog compact
-crewlog compact --keep-history 90d --pack zstd
+crewlog compact --keep-history 90d --yes --pack zstd
 crewlog schedule cron                # the line for a crontab""",
 )
 @click.option("--gc/--no-gc", "gc_", default=True, help="Collect the dead first.")
@@ -187,6 +190,7 @@ crewlog schedule cron                # the line for a crontab""",
 )
 @click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
               help="How to compress what is archived now; zstd is an extra.")  # fmt: skip
+@click.option("--yes", is_flag=True, help="Drop history without asking.")
 @click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
 @click.option("--jitter", metavar="TIME", help="Wait up to this long first, by chance.")
 def compact_(
@@ -196,6 +200,7 @@ def compact_(
     force: bool,
     keep_history: str,
     pack: Packing,
+    yes: bool,
     prometheus: str | None,
     jitter: str | None,
 ) -> None:
@@ -204,14 +209,20 @@ def compact_(
     Silent with -q unless something is wrong; 75 if another compaction runs.
     """
     keep = _keep(keep_history)
+    if (
+        keep is not None
+        and not yes
+        and not shell.confirmed(
+            f"Drop history for good, but for {keep_history}?", "--keep-history drops history"
+        )
+    ):
+        raise SystemExit(shell.EXIT_NO)
     wait_s = 0.0 if jitter is None else random.uniform(0.0, words.span_s(jitter))  # noqa: S311 (no secret)
     reg = sh.existing()
     time.sleep(wait_s)
-    began = time.monotonic()
-    report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack)
-    if prometheus is not None:
-        took_s = time.monotonic() - began
-        metrics.write(reg, Path(prometheus), took_s=took_s, refused=report.refused is not None)
+    with _metered(reg, prometheus) as told:
+        report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack)
+        told.refused = report.refused is not None
     if sh.json:
         sh.document(
             {
@@ -237,6 +248,28 @@ def compact_(
         shell.fail(sh, report.full)
     if report.refused is not None:
         shell.fail(sh, report.refused)
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the metrics say of a compaction."""
+
+    refused: bool = False
+
+
+@contextmanager
+def _metered(reg: Registry, path: str | None) -> Iterator[_Told]:
+    """Write metrics after a compaction, also where it failed."""
+    began, told = time.monotonic(), _Told()
+    try:
+        yield told
+    except CrewlogError:
+        if path is not None:
+            metrics.write_failure(Path(path), took_s=time.monotonic() - began)
+        raise
+    if path is not None:
+        took_s = time.monotonic() - began
+        metrics.write(reg, Path(path), took_s=took_s, refused=told.refused)
 
 
 COMMANDS: Final = {"gc": gc, "compact": compact_}

@@ -5,7 +5,7 @@ prometheus.io, "Exposition formats" and "Metric and label naming".
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,16 +22,28 @@ def write(reg: Registry, path: Path, *, took_s: float | None = None, refused: bo
 
     After a compaction `took_s` is how long it took, and `refused` that it collected nobody.
     """
-    rows = "\n".join(_rows(reg, took_s=took_s, refused=refused)) + "\n"
+    rows = list(_rows(reg))
+    if took_s is not None:
+        rows += _compaction(took_s, success=not refused)
+    _put(path, rows)
+
+
+def write_failure(path: Path, *, took_s: float) -> None:
+    """Put at a path that a compaction failed, and nothing else: the registry may be unreadable."""
+    _put(path, _compaction(took_s, success=False))
+
+
+def _put(path: Path, rows: Iterable[str]) -> None:
     with disk.failures("cannot write the metrics", where=str(path)):
         try:
-            disk.replace_file(Disk(), path.absolute(), rows.encode(), public=True)
+            made = "".join(f"{row}\n" for row in rows)
+            disk.replace_file(Disk(), path.absolute(), made.encode(), public=True)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             message = f"--prometheus {path}: {error.strerror}"
             raise click.UsageError(message) from error
 
 
-def _rows(reg: Registry, *, took_s: float | None, refused: bool) -> Iterator[str]:
+def _rows(reg: Registry) -> Iterator[str]:
     states = Counter(worker.state for worker in reg.workers(all=True))
     yield from _metric(
         "workers", "gauge", "Workers listed, by state.",
@@ -54,18 +66,20 @@ def _rows(reg: Registry, *, took_s: float | None, refused: bool) -> Iterator[str
         "bytes", "gauge", "Bytes on disk, by directory; of a cluster, its database.",
         {f'{{directory="{name}"}}': count for name, count in reg.log().sizes().items()},
     )  # fmt: skip
-    if took_s is not None:
-        now = datetime.now(UTC).timestamp()
-        yield from _metric(
-            "compaction_timestamp_seconds", "gauge", "When a compaction last ended.", {"": now}
-        )
-        yield from _metric(
-            "compaction_duration_seconds", "gauge", "How long it took.", {"": round(took_s, 6)}
-        )
-        yield from _metric(
-            "compaction_success", "gauge", "1, or 0 where collecting was refused.",
-            {"": int(not refused)},
-        )  # fmt: skip
+
+
+def _compaction(took_s: float, *, success: bool) -> Iterator[str]:
+    now = datetime.now(UTC).timestamp()
+    yield from _metric(
+        "compaction_timestamp_seconds", "gauge", "When a compaction last ended.", {"": now}
+    )
+    yield from _metric(
+        "compaction_duration_seconds", "gauge", "How long it took.", {"": round(took_s, 6)}
+    )
+    yield from _metric(
+        "compaction_success", "gauge", "1; 0 where it failed, or collecting was refused.",
+        {"": int(success)},
+    )  # fmt: skip
 
 
 def _metric(name: str, kind: str, told: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Read: ls, show, alive, history, path. No lock is taken and nothing is written."""
 
 import itertools
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -299,7 +300,7 @@ def history(
     if follow:  # what comes later is followed, and must not be printed twice
         found = (event for event in found if event.seq <= last_seq)
     if count is not None:
-        found = itertools.islice(found, count)
+        found = itertools.islice(found, min(count, sys.maxsize))
     if newest_first and not reverse:
         found = list(found)[::-1]
     if sh.json:
@@ -321,6 +322,8 @@ def _by(found: Iterable[Event], actor: str | None) -> Iterator[Event]:
 
 def _print_period(sh: Shell, reg: Registry) -> None:
     """Say what the answer can cover at all, so that silence is not mistaken for peace."""
+    if sh.quiet:
+        return
     for gap in reg.history(types=["_gap"]):
         sh.note(f"events {gap.data.get('first')} to {gap.seq} are lost; a repair gave them up")
     oldest = next(reg.history(types=["_segment"]), None)

@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeAlias
 
 import click
 
+from crewlog.errors import from_oserror
 from crewlog_cli.shell import Shell, command, put
 
 Kind: TypeAlias = Literal["cron", "systemd-user", "systemd-system"]
@@ -128,6 +129,8 @@ def _owner(where: str) -> int:
         return os.stat(where).st_uid
     except FileNotFoundError:
         return os.geteuid()
+    except PermissionError as error:
+        raise from_oserror(error, "cannot look at the registry", where=where) from error
 
 
 COMMANDS: Final = {"schedule": schedule}

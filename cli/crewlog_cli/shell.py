@@ -18,6 +18,7 @@ from typing import (
     Literal,
     NoReturn,
     ParamSpec,
+    TextIO,
     TypeAlias,
     TypeVar,
     cast,
@@ -70,7 +71,16 @@ def put(row: str, *, flush: bool = False) -> None:
 
 def warn(words: str) -> None:
     """Tell a person on stderr what must not be missed, also with --quiet."""
-    sys.stderr.write(text.visible(words) + "\n")
+    _tell(text.visible(words))
+
+
+def _tell(row: str) -> None:
+    """Write one line to stderr; where that takes nothing, the exit code has to say it."""
+    try:
+        sys.stderr.write(row + "\n")
+        sys.stderr.flush()
+    except OSError:  # ENOSPC, EPIPE
+        _lose(sys.stderr)
 
 
 def warn_rows(words: str) -> None:
@@ -177,7 +187,7 @@ class Shell:
     def note(self, words: str) -> None:
         """Tell a person something that is not data."""
         if not self.quiet:
-            sys.stderr.write(text.visible(words) + "\n")
+            _tell(text.visible(words))
 
     def when(self, moment: datetime) -> str:
         """Write a time for a table."""
@@ -186,6 +196,14 @@ class Shell:
     def offset(self) -> str:
         """Write the offset that the table's times have."""
         return text.offset(datetime.now(UTC), utc=self.utc)
+
+
+def confirmed(question: str, what: str) -> bool:
+    """Ask a person before what cannot be taken back; without a terminal it needs --yes."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        message = f"{what}: without a terminal it needs --yes"
+        raise click.UsageError(message)
+    return click.confirm(question, err=True)
 
 
 _PROGRESS_AFTER_S: Final = 0.5
@@ -321,11 +339,11 @@ def complain(shell: Shell, *, code: str, exit_code: int, what: str, where: str, 
     if shell.json:
         message = what + (f": {where}" if where else "")
         body = {"code": code, "exit": exit_code, "message": message, "hint": hint}
-        sys.stderr.write(json.dumps({"error": body}) + "\n")
+        _tell(json.dumps({"error": body}))
         return
     for row in (f"crewlog: {what}", f"  {where}", f"  {hint}"):
         if row.strip():
-            sys.stderr.write(text.visible(row) + "\n")
+            _tell(text.visible(row))
 
 
 def fail(shell: Shell, error: CrewlogError) -> NoReturn:
@@ -351,10 +369,14 @@ def complain_of(shell: Shell, error: CrewlogError) -> None:
 
 def lose_stdout() -> None:
     """Keep the interpreter from flushing into a closed or full stdout at its end."""
+    _lose(sys.stdout)
+
+
+def _lose(stream: TextIO) -> None:
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-    except OSError:  # no descriptor left, or no stdout at all: there is nothing to lose then
+        os.dup2(nowhere, stream.fileno())
+    except OSError:  # no descriptor left, or no such stream: there is nothing to lose then
         return
 
 

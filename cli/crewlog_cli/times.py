@@ -59,9 +59,9 @@ def moment(text: str, *, now: datetime, zone: tzinfo | None = None) -> tuple[dat
         if word == "now":
             return now.astimezone(UTC), ""
         if word == "today":
-            return _zoned(midnight, zone)
+            return _at(midnight, zone, 0), ""  # where the clock skips it: the day's first moment
         if word == "yesterday":
-            return _zoned(midnight - timedelta(days=1), zone)
+            return _at(midnight - timedelta(days=1), zone, 0), ""
         if word.startswith("@"):
             return datetime.fromtimestamp(float(word[1:]), UTC), ""
         if _COMPACT.fullmatch(word):

@@ -7,10 +7,10 @@ and the append survives. Sockets and leases come last, when the deaths are durab
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
-from crewlog import changes
+from crewlog import changes, events
 from crewlog.appending import Written
 from crewlog.changes import Author
 from crewlog.codec import Draft
@@ -72,7 +72,7 @@ def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:
     store = reg.log().id if reg.exists else ""
     workers = list(reg.state().workers.values())
     judged = reg.judge(workers)
-    return plan.make(workers, judged, store=store, now=datetime.now(UTC), keep=keep)
+    return plan.make(workers, judged, store=store, now=events.now(), keep=keep)
 
 
 def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectReport:

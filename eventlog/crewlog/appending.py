@@ -1,7 +1,7 @@
 """State what an append is: a decision on the state that the next event will follow."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from crewlog.codec import Draft
 from crewlog.events import Record
@@ -19,6 +19,17 @@ class Written(Protocol):
         """Return the record of that sid, None if there is none."""
         ...
 
+
+class _Empty:
+    """The state of a store that is not there yet."""
+
+    seq = 0
+
+    def get(self, _sid: str) -> None:
+        """Return None: there is none."""
+
+
+EMPTY: Final[Written] = _Empty()
 
 # Looks at the state and returns what to write, or raises. It may run more than once and must not
 # do anything else.

@@ -121,14 +121,15 @@ class AsyncRegistry:
         )  # it had been recorded before
 
     async def _append(self, steps: Sequence[Step]) -> Appended:
+        decide = changes.together(steps)
         log = self._log
         if log is None or log.closed:
-            log = self._log = await self.call(self.registry.created)
+            log = self._log = await self.call(lambda: self.registry.log_for(decide))
         loop = asyncio.get_running_loop()
         if self._inbox is None or self._inbox.loop is not loop:
             self._inbox = _Inbox(loop)
         about = {step.sid for step in steps}
-        request = _Awaited(changes.together(steps), about, log, self._inbox, self._leaders)
+        request = _Awaited(decide, about, log, self._inbox, self._leaders)
         log.commits.submit(request)
         await request.future
         return request.outcome()
@@ -189,13 +190,16 @@ class AsyncRegistry:
 
 
 class AsyncBatch(Batch):
-    """Changes that become durable together at the end of an `async with` block, or not at all."""
+    """Changes that become durable together at the end of an `async with` block, or not at all.
+
+    The socket of a worker that gets ready is not looked at, which may take long; `update` does.
+    """
 
     def __init__(
         self, registry: Registry, commit: Callable[[Sequence[Step]], Awaitable[Appended]]
     ) -> None:
         """Begin empty."""
-        super().__init__(registry.author(), registry.commit)
+        super().__init__(registry.author(), registry.commit, sock_of=lambda _: None)
         self._acommit = commit
 
     async def __aenter__(self) -> Self:

@@ -13,10 +13,17 @@ from crewlog.events import JsonValue
 class Batch:
     """Changes that become durable together, or not at all; made by `Registry.batch`."""
 
-    def __init__(self, author: Author, commit: Callable[[list[Step]], Appended]) -> None:
-        """Begin empty; `commit` writes steps as one unit."""
+    def __init__(
+        self,
+        author: Author,
+        commit: Callable[[list[Step]], Appended],
+        *,
+        sock_of: Callable[[str], str | None],
+    ) -> None:
+        """Begin empty; `commit` writes steps as one unit, `sock_of` tells a worker's socket."""
         self._author = author
         self._commit = commit
+        self._sock_of = sock_of
         self._steps: list[Step] = []
         self.last_seq: int | None = None
 
@@ -71,6 +78,7 @@ class Batch:
                 meta=meta,
                 reason=reason,
                 expect=expect,
+                sock_known=self._sock_of(sid) if state == "ready" and sock is None else None,
             )
         )
 

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol, TypeAlias
 
-from crewlog import layout
+from crewlog import layout, threads
 from crewlog.appending import Appended, Decide
 from crewlog.errors import AppendUncertain, LockBusy
 
@@ -123,6 +123,8 @@ class Commits:
     def append(self, phases: Phases, decide: Decide, about: Collection[str]) -> Appended:
         """Append, or ride along with others who do; durable on return."""
         request: Request | None = None
+        if threads.is_inside(Commits.append.__code__, self):
+            raise LockBusy(self._where, waited_s=0, holder=threads.INTERRUPTED)
         try:
             waiting = None
             with self._mutex:
@@ -176,12 +178,12 @@ class Commits:
 
     def lead(self, phases: Phases, own: Request) -> None:
         """Append for everybody who waits, the leader's own request first."""
-        with self._mutex:
-            group = [own, *self._queue]
-            self._queue.clear()
-            self._leader = own
-        written = False
+        group, written = [own], False
         try:
+            with self._mutex:
+                group = [own, *self._queue]
+                self._queue.clear()
+                self._leader = own
             count, seq, generation = phases.write(group)
             written = True
             if count < len(group):
@@ -196,11 +198,13 @@ class Commits:
             group = []
             raise
         finally:
-            if self._leader is own:
-                self._hand_on()
-            for request in group:
-                if request is not own:
-                    request.advance("done")
+            try:
+                if self._leader is own:
+                    self._hand_on()
+            finally:
+                for request in group:
+                    if request is not own:
+                        request.advance("done")
 
     def _hand_on(self) -> None:
         """Let the next one lead, if anybody waits."""

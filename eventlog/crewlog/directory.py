@@ -48,7 +48,11 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
     if "\0" in named:
         message = f"{named!r} is not a path: it holds a NUL"
         raise ValueError(message)
-    return Path(named).expanduser().absolute()
+    try:
+        return Path(named).expanduser().absolute()
+    except FileNotFoundError as error:
+        remedy = "Go to a directory that exists, or give an absolute path"
+        raise StoreMissing(named, why="the working directory was removed", remedy=remedy) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,9 @@ class Filter(NamedTuple):
         """Return what a wanted line must have, so that the others need not be parsed."""
         needles = None
         if self.sids is not None:
-            needles = [b'"sid":"%b"' % sid.encode() for sid in sorted(self.sids)]
+            needles = [b'"sid":"%b"' % _bytes(sid) for sid in sorted(self.sids)]
         elif self.types is not None:
-            needles = [b'"type":"%b"' % kind.encode() for kind in sorted(self.types)]
+            needles = [b'"type":"%b"' % _bytes(kind) for kind in sorted(self.types)]
         return None if needles is None and not since else Sieve(needles, since.encode())
 
 
@@ -243,3 +243,8 @@ class Feed:
     def close(self) -> None:
         """Close what is open."""
         self._drop_tail()
+
+
+def _bytes(name: str) -> bytes:
+    """Return a name as the log has it; what none can have (a lone surrogate) finds nothing."""
+    return name.encode(errors="backslashreplace")

@@ -18,6 +18,7 @@ from crewlog.watch import Vigil, Watch
 if TYPE_CHECKING:
     from crewlog.awatch import AsyncWatch
 
+_STATES: Final = frozenset(state.value for state in WorkerState)
 _WORDS: Final = frozenset({"now", "oldest"})
 
 
@@ -123,6 +124,9 @@ class Following(ABC):
         something else.
         """
         changes.check_sid(sid)
+        if state not in _STATES:
+            message = f"state is one of {', '.join(sorted(_STATES))}, not {state!r}"
+            raise ValueError(message)
         wanted = WorkerState(state)
         began = self.state().seq
 
@@ -135,7 +139,8 @@ class Following(ABC):
             return False
 
         with self.mirror() as now:
-            worker = now.wait(arrived, timeout_s=timeout_s).get(sid)
+            what = f"state {state} of worker {sid!r}"
+            worker = now.wait(arrived, timeout_s=timeout_s, what=what).get(sid)
         if worker is None:
             raise WorkerNotFound(sid)
         return worker

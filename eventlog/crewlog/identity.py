@@ -118,8 +118,14 @@ def _pid_namespace() -> str | None:
 
 @cache
 def scope() -> Scope:
-    """Return the scope of this process; it survives a fork but not unshare(2)."""
+    """Return the scope of this process.
+
+    Only a fork can change it: what unshare(2) makes is for children.
+    """
     return Scope(boot_id(), _host_id(), _pid_namespace())
+
+
+os.register_at_fork(after_in_child=scope.cache_clear)
 
 
 def booted_at() -> datetime:

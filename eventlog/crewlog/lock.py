@@ -12,8 +12,9 @@ import fcntl
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -32,11 +33,11 @@ class Lock:
         "__weakref__",
         "_at",
         "_fd",
-        "_held",
         "_inode",
         "_name",
         "_stamp",
         "_usual_s",
+        "release",
         "where",
     )
 
@@ -46,7 +47,9 @@ class Lock:
         self._at = at
         self._fd = _CLOSED
         self._inode = 0
-        self._held = False
+        # Gives the lock back, harmless when it is not held. A call of C: no signal handler comes
+        # into it, as one may before the first instruction of a function.
+        self.release: Callable[[], object] = bool
         self._stamp = Stamp(at)
         self._usual_s = 0.0  # what a wait has taken lately
         self.where = where
@@ -58,11 +61,9 @@ class Lock:
         for _ in range(_REPLACED_TRIES):
             if self._fd == _CLOSED:
                 self._open()
-            self._held = True  # before: an interrupt must not leave a lock that nobody gives back
             try:
                 fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:  # EWOULDBLOCK: held by another
-                self._held = False
                 return False
             if self._in_place():
                 return True
@@ -72,6 +73,7 @@ class Lock:
     def _open(self) -> None:
         self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=True)
         self._inode = os.fstat(self._fd).st_ino
+        self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)
 
     def _in_place(self) -> bool:
         if not self._stamp.moved():
@@ -100,12 +102,6 @@ class Lock:
                 self._usual_s += 0.2 * (min(waited_s, layout.LOCK_PAUSE_MAX_S) - self._usual_s)
                 return
 
-    def release(self) -> None:
-        """Give the lock back; harmless when it is not held."""
-        if self._held:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-            self._held = False
-
     def close(self) -> None:
         """Give the lock back, also for children that inherited its descriptor, and close."""
         if self._fd != _CLOSED:
@@ -116,9 +112,14 @@ class Lock:
         """Close the descriptor and leave the lock to those who share it: for a forked child."""
         if self._fd != _CLOSED:
             fd, self._fd = self._fd, _CLOSED  # first: a child forked between must not do it again
-            self._held = False
+            self.release = bool
             self._stamp = Stamp(self._at)
             os.close(fd)
+
+    def __del__(self) -> None:
+        """Close: who is interrupted between taking a lock and keeping it must not hold it on."""
+        if self._fd != _CLOSED:
+            os.close(self._fd)
 
     @contextmanager
     def held(self, *, wait_s: float) -> Iterator[None]:

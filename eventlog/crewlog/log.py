@@ -99,7 +99,7 @@ class Log(Reading):
         _living.add(self)
 
     def _new_turn(self) -> None:
-        self.writer = threading.Lock()  # one thread at a time writes; taken before the mutex
+        self.writer = threading.RLock()  # one thread at a time writes; taken before the mutex
         mine = self.writer, self.append_lock, self.mutex
         self._writing = Writing(*mine, wait_s=self.wait_s, directory=self.directory)
 
@@ -122,27 +122,26 @@ class Log(Reading):
         """Do phase one for a group; see commit.Phases."""
         about = group[0].about if len(group) == 1 else set().union(*[r.about for r in group])
         self._prepare(about)
-        with self._writing:
+
+        def work() -> tuple[int, int, int]:
             state, head = self._ready()
             try:
                 taken, seq = self._write(group, state, head)
             except BaseException:
                 self._current.forget_written()  # it holds lines that may never be
                 raise
-        return taken, seq, head.generation
+            return taken, seq, head.generation
+
+        return self._writing.run(work)
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
-        with self._writing:
-            state, head = self._ready()
-            state = self._put_own(kind, data, state, head)
+        state = self._writing.run(lambda: self._put_own(kind, data, *self._ready()))
         self._sync.make_durable(state.seq)
 
     def rotate(self) -> None:
         """Seal the active segment and begin the next one; durable on return."""
-        with self._writing:
-            state, head = self._ready()
-            self._begin_next(self._seal(state, head))
+        self._writing.run(lambda: self._begin_next(self._seal(*self._ready())))
 
     def _prepare(self, about: Collection[str]) -> None:
         """Read, before the lock is taken, what would take long under it."""
@@ -408,7 +407,8 @@ class Log(Reading):
     @contextmanager
     def alone(self) -> Iterator[States]:
         """Keep every writer and sync leader out, for a repair; yield the states. Held: compact."""
-        with self._writing, self._sync.nobody_leads():
+        mine = self.append_lock.held(wait_s=self.wait_s)
+        with self.writer, mine, self.mutex, self._sync.nobody_leads():
             yield self._states
 
     def after_fork(self) -> None:
@@ -437,6 +437,10 @@ class Log(Reading):
             self.append_lock.close()
             self._sync.close()
             self._states.close()
+
+    def __del__(self) -> None:
+        """Close: who forgets a registry gives its descriptors back all the same."""
+        self.close()
 
     def _close_active(self) -> None:
         if self._active is not None:

@@ -7,6 +7,7 @@ is a network one), or is proven not to (the head moved on and no wake came), the
 polling, with one warning. This is the only module that uses watchdog and inotify_simple.
 """
 
+import errno
 import logging
 import os
 import select
@@ -120,7 +121,10 @@ class WatchdogSource:
         self._observer.schedule(
             Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
         )
-        self._observer.start()
+        try:
+            self._observer.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     def healthy(self) -> bool:
         """Say whether its threads run."""
@@ -151,8 +155,13 @@ class InotifySource:
             self._inotify.close()
             raise
         self._rings = rings
-        self._stop, self._stopped = os.pipe()
-        self._thread = threads.start(self._run, name="crewlog-inotify")
+        # rung, not closed: a forked child would hold a pipe open, and the thread wait for ever
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._thread = threads.start(self._run, name="crewlog-inotify")
+        except BaseException:
+            self._let_go()
+            raise
 
     def _run(self) -> None:
         poll = select.poll()
@@ -175,8 +184,11 @@ class InotifySource:
 
     def close(self) -> None:
         """Stop its thread."""
-        os.close(self._stopped)
+        os.eventfd_write(self._stop, 1)
         self._thread.join()
+        self._let_go()
+
+    def _let_go(self) -> None:
         os.close(self._stop)
         self._inotify.close()
 

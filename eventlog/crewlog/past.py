@@ -15,6 +15,7 @@ from crewlog import events, feed, layout
 from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
+from crewlog.feed import Filter
 from crewlog.sieve import Sieve
 from crewlog.store import Store
 
@@ -58,21 +59,13 @@ class Remembering:
         """
         wanted = feed.filter_of(None if sid is None else [sid], types)
         first, last = _moment(since, name="since"), _moment(until, name="until")
+        if after is not None and (type(after) is not int or after < 0):
+            message = f"after must be a seq, not {after!r}"
+            raise ValueError(message)
         log = self._existing()
         if log is None:
-            return
-        sieve = wanted.sieve(first)
-        if newest_first:
-            found = log.backwards(sieve=sieve)
-        else:
-            found = _from_oldest(log, sieve) if after is None else log.read(after, sieve=sieve)
-        for line, raw in found:
-            if newest_first and after is not None and line["seq"] <= after:
-                return
-            # times may step back: whatever is out of range, the next one may match again
-            in_time = line["ts"] >= first and (not last or line["ts"] < last)
-            if in_time and wanted.wants(line):
-                yield event_of(line, raw)
+            return iter(())
+        return _matching(log, wanted, first, last, after=after, newest_first=newest_first)
 
     def at(self, when: datetime | int) -> Past:
         """Return the state as it was at a seq, or after the last event up to an aware time.
@@ -201,10 +194,31 @@ def _nearest(log: Store, seq: int) -> Snapshot:
     return max(fitting, key=lambda found: found.last_seq)
 
 
-def _moment(when: datetime | None, *, name: str) -> str:
+def _matching(
+    log: Store, wanted: Filter, first: str, last: str, *, after: int | None, newest_first: bool
+) -> Iterator[Event]:
+    """Yield the events that are wanted, from one time on and before another."""
+    sieve = wanted.sieve(first)
+    if newest_first:
+        found = log.backwards(sieve=sieve)
+    else:
+        found = _from_oldest(log, sieve) if after is None else log.read(after, sieve=sieve)
+    for line, raw in found:
+        if newest_first and after is not None and line["seq"] <= after:
+            return
+        # times may step back: whatever is out of range, the next one may match again
+        in_time = line["ts"] >= first and (not last or line["ts"] < last)
+        if in_time and wanted.wants(line):
+            yield event_of(line, raw)
+
+
+def _moment(when: object, *, name: str) -> str:
     """Write a time as the log does, "" for none."""
     if when is None:
         return ""
+    if not isinstance(when, datetime):
+        message = f"{name} must be a datetime, not {type(when).__name__}"
+        raise TypeError(message)
     if when.tzinfo is None:
         message = f"{name} must be an aware time: give it a time zone"
         raise ValueError(message)

@@ -1,5 +1,6 @@
 """Offer what users hold: a registry of workers, its changes, its reading and its history."""
 
+import copy
 import os
 import pwd
 import sys
@@ -17,7 +18,7 @@ from crewlog import (
     layout,
 )
 from crewlog.address import Address, DirectoryAddress, no_directory
-from crewlog.appending import Appended
+from crewlog.appending import EMPTY, Appended, Decide
 from crewlog.batch import Batch
 from crewlog.changes import Author, Redact, Step
 from crewlog.closing import Closing
@@ -113,7 +114,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         """Return the store, for the compactor. *Raises* StoreMissing if there is none."""
         log = self._existing()
         if log is None:
-            raise self._missing or StoreMissing(self.where)
+            raise copy.copy(self._missing) or StoreMissing(self.where)
         return log
 
     def files(self) -> Log:
@@ -148,7 +149,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
                     try:
                         self._log = self._place.open(wait_s=self._wait_s)
                     except StoreMissing as error:
-                        self._missing = error
+                        self._missing = copy.copy(error)  # its traceback would keep us, and more
                         return None
         return self._log
 
@@ -163,6 +164,14 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             if self._log is None:
                 self._log = self._place.create(wait_s=self._wait_s)
             return self._log
+
+    def log_for(self, decide: Decide) -> Store:
+        """Return the store, and create it if there is none, unless an empty one refuses this."""
+        log = self._existing()
+        if log is None:
+            decide(EMPTY)
+            log = self.created()
+        return log
 
     def author(self, via: Via | None = None) -> Author:
         """Return who we are in this process, encoded; `via` says through what it acts."""
@@ -301,7 +310,6 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         expect: int | None = None,
     ) -> Step:
         """Return the step of an `update`."""
-        known = self.get(sid) if state == "ready" and sock is None else None
         return changes.updated(
             self.author(),
             sid,
@@ -312,8 +320,12 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             meta=meta,
             reason=reason,
             expect=expect,
-            sock_known=None if known is None else known.sock or None,
+            sock_known=self._sock_of(sid) if state == "ready" and sock is None else None,
         )
+
+    def _sock_of(self, sid: str) -> str | None:
+        known = self.get(sid)
+        return None if known is None else known.sock or None
 
     def exited(
         self,
@@ -356,15 +368,15 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
 
     def batch(self) -> Batch:
         """Collect changes in a `with` block; all of them become durable at its end, or none."""
-        return Batch(self.author(), self.commit)
+        return Batch(self.author(), self.commit, sock_of=self._sock_of)
 
     def change(self, sid: str, step: Step) -> Event:
         """Write one step; return its event, or the worker's last one if nothing had to be."""
         return self._event(self._append([step]), sid)
 
     def _append(self, steps: list[Step]) -> Appended:
-        about = {step.sid for step in steps}
-        return self.created().append(changes.together(steps), about=about)
+        about, decide = {step.sid for step in steps}, changes.together(steps)
+        return self.log_for(decide).append(decide, about=about)
 
     def commit(self, steps: list[Step]) -> Appended:
         """Write steps as one unit, for the compactor; durable on return."""

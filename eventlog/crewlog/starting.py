@@ -165,7 +165,10 @@ class Starting(Judging):
             name=f"crewlog-{worker.sid}",
             daemon=True,
         )
-        tell.start()
+        try:
+            tell.start()
+        except RuntimeError as error:  # EAGAIN: it runs and is listed; a collector finds its end
+            _logger.warning("nobody waits for the end of worker %s: %s", worker.sid, error)
         return worker
 
     def ensure(

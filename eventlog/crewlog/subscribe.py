@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from crewlog import layout
+from crewlog import changes, layout
 from crewlog.closing import Closing
-from crewlog.errors import WaitTimeout
+from crewlog.errors import Unsupported, WaitTimeout
 from crewlog.events import Item, State, Worker
 from crewlog.watch import Watch
 
@@ -41,7 +41,15 @@ class Subscription(Closing):
         self._on_error = on_error
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="crewlog-subscribe", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # EAGAIN
+            watch.close()
+            raise Unsupported(
+                "no thread to subscribe by",
+                why=str(error),
+                remedy="Raise the limit of processes (ulimit -u), or use watch",
+            ) from error
 
     def _run(self) -> None:
         with self._watch as items:
@@ -102,12 +110,18 @@ class Mirror(Closing):
         return self._state().get(sid)
 
     def wait(
-        self, predicate: Callable[[State], object], *, timeout_s: float | None = None
+        self,
+        predicate: Callable[[State], object],
+        *,
+        timeout_s: float | None = None,
+        what: str = "the awaited state",
     ) -> State:
         """Return the first state that the predicate accepts, asked again after every change.
 
-        *Raises* WaitTimeout after `timeout_s` seconds.
+        *Raises* WaitTimeout, which names `what`, after `timeout_s` seconds.
         """
+        if timeout_s is not None:
+            changes.check_wait(timeout_s)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             state = self._state()
@@ -116,9 +130,10 @@ class Mirror(Closing):
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if self._wait(state.seq, left_s):
                 continue
-            if predicate(self._state()):
-                return self._state()
-            raise WaitTimeout("the awaited state", waited_s=timeout_s or 0)
+            state = self._state()
+            if predicate(state):
+                return state
+            raise WaitTimeout(what, waited_s=timeout_s or 0)
 
     def _wait(self, seq: int, timeout_s: float | None) -> bool:
         """Return True once something newer than `seq` is durable."""

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from crewlog import codec, disk, events, layout, redo, segments
+from crewlog import codec, disk, events, layout, redo, segments, threads
 from crewlog.directory import Directory
 from crewlog.errors import AppendUncertain, CrewlogError, Outcome, StorageFailed, StorePoisoned
 from crewlog.events import JsonObject
@@ -48,7 +48,7 @@ class Syncer:
         ]
         self._noted = False
         self._failed = 0  # errno of a failure that this process knows of
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         # All below is guarded by _turn.
         self._closed = False
         self._segment: Source | None = None
@@ -70,9 +70,11 @@ class Syncer:
         "unknown" in every case, because the lines are written.
         """
         deadline = time.monotonic() + self._wait_s
-        if not self._turn.acquire(timeout=self._wait_s):
-            raise AppendUncertain(self._where(), why="another thread's sync does not finish")
-        try:
+        if threads.is_mine(self._turn):
+            raise AppendUncertain(self._where(), why=f"its sync waits for {threads.INTERRUPTED}")
+        try:  # of what is taken inside, nothing may stay taken after an interrupt; see writing.py
+            if not self._turn.acquire(timeout=self._wait_s):
+                raise AppendUncertain(self._where(), why="another thread's sync does not finish")
             if begun is not None:
                 begun()
             self._share(seq, generation, deadline)
@@ -83,7 +85,10 @@ class Syncer:
                 raise
             raise AppendUncertain(error.where or self._where(), why=str(error)) from error
         finally:
-            self._turn.release()
+            try:  # noqa: SIM105 (suppress is a call of Python)
+                self._turn.release()
+            except RuntimeError:  # it was never ours
+                pass
 
     def _where(self) -> str:
         return str(self._directory.path)
@@ -286,7 +291,7 @@ class Syncer:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child; the locks look after themselves."""
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._close_files()
 
     def close(self) -> None:

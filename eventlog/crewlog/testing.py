@@ -23,6 +23,7 @@ import pytest
 import crewlog
 from crewlog import directory, events
 from crewlog.disk import Disk
+from crewlog.errors import WorkerNotFound
 from crewlog.events import Worker
 from crewlog.registry import Registry
 
@@ -55,11 +56,22 @@ class FakeWorkers:
     ) -> Worker:
         """Start a process and register it."""
         process = subprocess.Popen(["sleep", "3600"])
+        try:
+            worker = self._registry.register(sid, pid=process.pid, ready=ready, labels=labels)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         self._processes[sid] = process
-        return self._registry.register(sid, pid=process.pid, ready=ready, labels=labels)
+        return worker
 
     def kill(self, sid: str, number: int = signal.SIGKILL) -> None:
-        """End a process behind the registry's back, and reap it: what a crash leaves."""
+        """End a process behind the registry's back, and reap it: what a crash leaves.
+
+        *Raises* WorkerNotFound for one that was not started here, or has been ended.
+        """
+        if sid not in self._processes:
+            raise WorkerNotFound(sid)
         process = self._processes.pop(sid)
         process.send_signal(number)
         process.wait()

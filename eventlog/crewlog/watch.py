@@ -206,11 +206,12 @@ class Watch(Closing):
         was asked for; DataDamaged where the log is damaged.
         """
         self._mind_fork()
-        with self._taking:
-            item = self._next(timeout_s)
-        if self._vigil.closed:
-            self.close()  # whoever closed it could not let go while we were inside
-        return item
+        try:
+            with self._taking:
+                return self._next(timeout_s)
+        finally:
+            if self._vigil.closed:
+                self.close()  # whoever closed it could not let go while we were inside
 
     def _mind_fork(self) -> None:
         """Renew the mutex in a forked child: another thread of the parent may have held it."""

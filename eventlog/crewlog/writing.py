@@ -2,11 +2,10 @@
 
 import threading
 import time
-from collections.abc import Sequence
-from types import TracebackType
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
-from crewlog import codec, events, layout
+from crewlog import codec, events, layout, threads
 from crewlog.codec import Draft
 from crewlog.commit import Request
 from crewlog.directory import Directory, incomplete
@@ -15,20 +14,23 @@ from crewlog.events import Line
 from crewlog.lock import Lock
 from crewlog.structs import AppendState
 
+T = TypeVar("T")
+
 
 class Writing:
-    """A block of code under the writer's turn, locks/append and the mutex of the state.
+    """What phase one runs under: the writer's turn, locks/append and the mutex of the state.
 
-    The mutex comes last, so readers of this process never wait for another process's lock.
-    Whatever interrupts the taking or the giving back, what was taken is given back. A failure of
-    the system inside the block gets its type. It keeps nothing itself: one serves a whole log.
+    The mutex comes last, so readers of this process never wait for another process's lock. An
+    interrupt (Ctrl-C) may come wherever a function of Python begins or a call has returned, and
+    must leave nothing taken: so all of it is given back by calls of C alone, each in a `finally` of
+    its own. It keeps nothing itself: one serves a whole log.
     """
 
     __slots__ = ("_directory", "_lock", "_mutex", "_turn", "_wait_s")
 
     def __init__(
         self,
-        turn: threading.Lock,
+        turn: "threading.RLock",
         lock: Lock,
         mutex: "threading.RLock",
         *,
@@ -42,51 +44,35 @@ class Writing:
         self._wait_s = wait_s
         self._directory = directory
 
-    def __enter__(self) -> None:
-        """Take all three. *Raises* LockBusy after `wait_s`."""
-        began, taken = time.monotonic(), 0
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the work under all three. *Raises* LockBusy after `wait_s`; what it raises, typed."""
+        if threads.is_mine(self._turn):
+            raise LockBusy(self._lock.where, waited_s=0, holder=threads.INTERRUPTED)
+        began = time.monotonic()
         try:
             if not self._turn.acquire(timeout=self._wait_s):
                 raise LockBusy(self._lock.where, waited_s=self._wait_s, holder="another thread")
-            taken = 2  # before it is: giving back a flock that is not held is harmless
-            self._lock.acquire(wait_s=max(0.0, began + self._wait_s - time.monotonic()))
-            self._mutex.acquire()
-        except BaseException as error:
-            self._give_back(taken)
+            try:
+                self._lock.acquire(wait_s=max(0.0, began + self._wait_s - time.monotonic()))
+                with self._mutex:
+                    return work()
+            finally:
+                self._lock.release()
+        except OSError as error:
             self._translate(error)
             raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give all three back."""
-        self._give_back(3)
-        if error is not None:
-            self._translate(error)
-
-    def _give_back(self, taken: int) -> None:
-        """Give back what was taken: nothing, the first two, or all three."""
-        try:
-            if taken >= 3:  # noqa: PLR2004 (all three)
-                self._mutex.release()
         finally:
-            try:
-                if taken >= 2:  # noqa: PLR2004 (the first two)
-                    self._lock.release()
-            finally:
-                if taken:
-                    self._turn.release()
+            try:  # noqa: SIM105 (suppress is a call of Python)
+                self._turn.release()
+            except RuntimeError:  # it was never ours
+                pass
 
-    def _translate(self, error: BaseException) -> None:
+    def _translate(self, error: OSError) -> None:
         if isinstance(error, FileNotFoundError):
             root, where = self._directory.root, str(self._directory.path)
             raise incomplete(error, root=root, where=where) from error
-        if isinstance(error, OSError):
-            why = "cannot write to the registry"
-            raise from_oserror(error, why, where=str(self._directory.path)) from error
+        why = "cannot write to the registry"
+        raise from_oserror(error, why, where=str(self._directory.path)) from error
 
 
 def size_of(drafts: Sequence[Draft]) -> int:

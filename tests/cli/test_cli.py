@@ -613,9 +613,9 @@ def test_compact_keeps_history_as_told(cli: Cli, reg: Registry) -> None:
     for number in range(6):
         reg.update("a", meta={"number": number})
         cli("compact", "-q")
-    assert cli.json("compact", "--keep-history", "90d")["dropped"] is None
-    assert cli.json("compact", "--keep-history", "1GiB")["dropped"] is None
-    assert cli.json("compact", "--keep-history", "0s")["dropped"] is not None
+    assert cli.json("compact", "--yes", "--keep-history", "90d")["dropped"] is None
+    assert cli.json("compact", "--yes", "--keep-history", "1GiB")["dropped"] is None
+    assert cli.json("compact", "--yes", "--keep-history", "0s")["dropped"] is not None
     assert "what is kept: from seq" in cli("history").stderr
     assert cli.json("verify")["findings"] == []
     cli("compact", "--keep-history", "much", code=2)

@@ -116,9 +116,7 @@ def test_half_line_behind_a_seal_does_not_undo_the_seal(place: Path) -> None:
     with crewlog.open(place) as reg:
         reg.register("a")
         log = reg.files()
-        with log._writing:
-            state, head = log._ready()
-            sealed = log._seal(state, head)
+        sealed = log._writing.run(lambda: log._seal(*log._ready()))
         segment = place / layout.LOG / layout.segment_name(1)
         with segment.open("ab") as file:
             file.write(b'{"v":1,"seq":')

@@ -126,7 +126,7 @@ def test_every_command_acknowledges_after_its_syncs(
         ("gc", "--apply", tmp_path / "plan"),
         ("cursor", "set", "c", 1),
         ("cursor", "rm", "c"),
-        ("compact", "--keep-history", "0s"),
+        ("compact", "--yes", "--keep-history", "0s"),
     ]
     for command in commands:
         if command == ("gc", "--plan", tmp_path / "plan"):

@@ -1,0 +1,206 @@
+"""Interrupts, forks, forgetting and limits: whatever befalls a program, nothing stays taken."""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import crewlog
+from crewlog import Registry
+from crewlog.errors import LockBusy, Unsupported
+from crewlog_compactor import collect
+from crewlog_compactor.verify import verify
+from procs import forked, joined, slay, until
+
+INTERRUPTS = 1500
+NEW_PID_NAMESPACE = 0x20000000
+
+
+def _in_another_thread(work: Callable[[], object]) -> object:
+    """Return what the work returns, within two seconds."""
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(2)
+    assert found, "it hangs, or raised"
+    return found[0]
+
+
+def test_interrupts_leave_nothing_taken(place: Path) -> None:
+    """Ctrl-C at any moment of a change; then another thread reads and changes at once."""
+
+    def child() -> None:
+        armed, number, moments = False, 0, random.Random(20261126)
+
+        def interrupt(*_: object) -> None:
+            nonlocal armed
+            if armed:
+                armed = False
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        with crewlog.open(place, lock_timeout_s=1) as reg:
+            reg.register("a")
+            for _ in range(INTERRUPTS):
+                with contextlib.suppress(KeyboardInterrupt):
+                    armed = True
+                    signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.00002, 0.0012))
+                    while armed:
+                        number += 1
+                        reg.update("a", meta={"n": number})
+                armed = False
+                assert _in_another_thread(functools.partial(reg.get, "a"))
+                change = functools.partial(reg.update, "a", labels={"n": str(number)})
+                assert _in_another_thread(change)
+
+    joined(forked(child))
+    assert verify(place).ok
+
+
+@pytest.mark.parametrize("phase", ["write", "settle"])
+def test_change_from_a_signal_handler_within_a_change_is_refused_at_once(
+    reg: Registry, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could only wait for what it has interrupted; nothing of it is written."""
+    reg.register("a")
+    told: list[str] = []
+
+    def handler(*_: object) -> None:
+        with pytest.raises(LockBusy, match="this very thread") as caught:
+            reg.update("a", labels={"by": "handler"})
+        told.append(caught.value.outcome)
+
+    log = reg.files()
+    owner, name = (log, "_ready") if phase == "write" else (log._sync, "_share")
+    real = getattr(owner, name)
+
+    def interrupted(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGUSR1)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        assert reg.update("a", meta={"n": 1}).labels == {}
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == ["not_written"]
+
+
+def test_watch_closed_by_a_handler_that_raises_gives_its_cursor_back(reg: Registry) -> None:
+    """The thread inside `next` gives everything back, however it leaves."""
+    reg.register("a")
+    items = reg.watch(cursor="mailer", after="now")
+    items.drain()
+
+    def handler(*_: object) -> None:
+        items.close()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            items.next(30)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    with reg.watch(cursor="mailer") as again:
+        assert again.has_cursor
+
+
+@pytest.mark.parametrize("backend", ["inotify", "watchdog", "poll"])
+def test_watch_is_closed_while_a_forked_child_lives(reg: Registry, backend: str) -> None:
+    """What wakes its thread must not hang on a descriptor that the child has, too."""
+    if backend == "inotify":
+        pytest.importorskip("inotify_simple")
+    reg.register("a")
+    items = reg.watch(after="now", backend=backend)  # type: ignore[arg-type]
+    child = forked(signal.pause)
+    try:
+        _in_another_thread(functools.partial(items.close))
+    finally:
+        slay(child)
+
+
+def test_registry_that_is_forgotten_gives_its_descriptors_back(place: Path) -> None:
+    """As a watch does."""
+    with crewlog.open(place) as reg:
+        reg.register("a")
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        crewlog.open(place).update("a", meta={"n": number})
+        crewlog.open(place).workers()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_limit_of_threads_lets_a_watch_poll_and_a_spawn_go_on(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was started is returned; what cannot be had without a thread is refused, typed."""
+    reg.register("a")
+
+    def none(self: threading.Thread) -> None:
+        message = "can't start new thread"
+        raise RuntimeError(message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            with reg.watch(after="now") as items:
+                assert items.stats()["source"] == "poll"
+                reg.update("a", meta={"n": os.urandom(4).hex()})
+                assert items.next(5) is not None
+        with pytest.raises(Unsupported, match="no thread"):
+            reg.subscribe(print)
+        assert len(os.listdir("/proc/self/fd")) <= before
+        worker = reg.spawn("b", ["sleep", "300"])
+    assert reg.liveness("b").alive
+    assert "nobody waits for the end of worker b" in caplog.text
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: reg.liveness("b").dead)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root, to make a pid namespace"
+)
+def test_child_in_a_pid_namespace_of_its_own_neither_buries_nor_is_buried(reg: Registry) -> None:
+    """Its pids mean something else: what the parent knew of its scope is not the child's."""
+    reg.register("outside")
+    registered, tell = os.pipe()
+    over, end = os.pipe()
+
+    def inner() -> None:
+        reg.register("inside")
+        assert collect(reg).lost == ()
+        os.write(tell, b".")
+        os.read(over, 1)
+
+    def outer() -> None:
+        os.close(end)
+        assert ctypes.CDLL(None).unshare(NEW_PID_NAMESPACE) == 0
+        joined(forked(inner))
+
+    child = forked(outer)
+    try:
+        assert os.read(registered, 1) == b"."
+        assert not reg.liveness("inside").dead
+        assert collect(reg).lost == ()
+        assert {worker.sid for worker in reg.workers()} == {"outside", "inside"}
+    finally:
+        for fd in (registered, tell, over, end):
+            os.close(fd)
+        joined(child)
