@@ -209,6 +209,14 @@ def test_what_is_no_time_is_refused_with_examples(words: str) -> None:
         times.moment(words, now=NOW, zone=BERLIN)
 
 
+def test_today_begins_with_its_first_moment_where_midnight_is_skipped() -> None:
+    """In Santiago the clock goes from 24:00 to 01:00."""
+    zone, noon = ZoneInfo("America/Santiago"), datetime(2026, 9, 6, 15, tzinfo=UTC)
+    first = datetime(2026, 9, 6, 4, tzinfo=UTC)
+    assert times.moment("today", now=noon, zone=zone) == (first, "")
+    assert times.moment("yesterday", now=noon + timedelta(days=1), zone=zone) == (first, "")
+
+
 def test_local_time_that_a_clock_change_skips_or_repeats() -> None:
     """The skipped one is refused, of the repeated one the earlier is taken, and said."""
     with pytest.raises(times.TimeError, match="does not exist"):

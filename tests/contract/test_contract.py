@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -86,6 +86,49 @@ def test_nothing_is_created_by_reading(reg: Registry, where: str) -> None:
         assert not other.exists
     with pytest.raises(crewlog.StoreMissing):
         reg.watch()
+
+
+def test_nothing_is_created_by_a_change_that_an_empty_store_refuses(
+    reg: Registry, where: str
+) -> None:
+    """A typo in a sid, or in the place, leaves no store behind."""
+    changes: list[Callable[[], object]] = [
+        lambda: reg.update("typo", state="ready"),
+        lambda: reg.exited("typo", code=0),
+        lambda: reg.remove("typo", reason="none"),
+    ]
+    for change in changes:
+        with pytest.raises(crewlog.WorkerNotFound):
+            change()
+    with pytest.raises(crewlog.WorkerNotFound), reg.batch() as batch:
+        batch.update("typo", state="ready")
+
+    async def later() -> None:
+        async with crewlog.aopen(where) as mine:
+            await mine.update("typo", state="ready")
+
+    with pytest.raises(crewlog.WorkerNotFound):
+        asyncio.run(later())
+    assert not reg.exists
+    with reg.batch() as batch:
+        batch.register("a")
+        batch.update("a", state="ready")
+    assert reg.exists
+
+
+def test_bad_questions_are_refused_at_once_and_say_what_is_right(reg: Registry) -> None:
+    """Before anything is read, and not as an AttributeError of the first item."""
+    reg.register("a")
+    with pytest.raises(TypeError, match="since must be a datetime, not str"):
+        reg.history(since="yesterday")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="after must be a seq, not 'x'"):
+        reg.history(after="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"state is one of draining, exited, .*, not 'bogus'"):
+        reg.wait("a", state="bogus")
+    with pytest.raises(TypeError, match="a wait must be a number of seconds"):
+        reg.wait("a", state="ready", timeout_s="1")  # type: ignore[arg-type]
+    with pytest.raises(crewlog.WaitTimeout, match="state ready of worker 'a' did not happen"):
+        reg.wait("a", state="ready", timeout_s=0.01)
 
 
 def test_register_returns_the_worker_and_everybody_sees_it(reg: Registry, where: str) -> None:

@@ -1,0 +1,135 @@
+"""What befalls commands: signals, full disks, damage, strange words, a directory that is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import CREWLOG, Cli
+from crewlog import layout
+from crewlog.registry import Registry
+from procs import Crew, until
+
+
+def marked(word: str) -> list[int]:
+    """Return the pids of the processes that have a word in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and word.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # gone, or another's
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("after", ["1. A manager", "2. Another", "3. A worker"])
+def test_demo_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, after: str
+) -> None:
+    """Neither a process nor a directory, whatever it was doing."""
+    word = f"CREWLOG_TEST_{os.urandom(6).hex()}"
+    demo = subprocess.Popen(
+        [*CREWLOG, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), word: "1"}, start_new_session=True,
+    )  # fmt: skip
+    assert demo.stdout is not None
+    for row in demo.stdout:
+        if row.startswith(after):
+            break
+    os.killpg(demo.pid, number)
+    _, told = demo.communicate(timeout=30)
+    assert demo.returncode == 128 + number
+    assert "Traceback" not in told
+    until(lambda: not marked(word))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_looks_at_a_damaged_store(cli: Cli, reg: Registry) -> None:
+    """What one check stumbles over is a finding, and the others are made."""
+    reg.register("a")
+    reg.close()
+    segment = cli.place / layout.LOG / layout.segment_name(1)
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    found = cli.json("doctor", code=1)["checks"]
+    assert isinstance(found, list)
+    failed = {check["name"]: check["remedy"] for check in found if check["status"] == "fail"}
+    assert any("crewlog repair" in remedy for remedy in failed.values())
+    assert {"versions", "place"} <= {check["name"] for check in found}
+
+
+def test_history_is_dropped_only_when_it_is_meant(cli: Cli, reg: Registry) -> None:
+    """Without a terminal to ask on, --yes says so."""
+    reg.register("a")
+    assert "needs --yes" in cli("compact", "--keep-history", "0", code=2).stderr
+    cli("compact", "--keep-history", "0", "--yes")
+    cli("compact", "--keep-history", "all")
+
+
+def test_metrics_tell_of_a_compaction_that_failed(cli: Cli, reg: Registry, tmp_path: Path) -> None:
+    """The file of the last good one would hide it."""
+    path = tmp_path / "crewlog.prom"
+    reg.register("a")
+    cli("compact", "-q", "--prometheus", path)
+    assert "crewlog_compaction_success 1" in path.read_text()
+    reg.update("a", state="ready")
+    reg.close()
+    segment = max((cli.place / layout.LOG).iterdir())
+    data = segment.read_bytes()
+    segment.write_bytes(data[:-20] + b"x" + data[-19:])
+    cli("compact", "-q", "--prometheus", path, code=65)
+    assert "crewlog_compaction_success 0" in path.read_text()
+
+
+def test_full_stderr_does_not_change_the_exit_code(cli: Cli, reg: Registry) -> None:
+    """Nobody can read it; the code still tells."""
+    reg.register("a")
+    for words, code in ((["show", "nope"], 1), (["nosuch"], 2), (["history"], 0)):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [*CREWLOG, "--dir", cli.where, *words],
+                check=False, stdout=subprocess.PIPE, stderr=full,
+            )  # fmt: skip
+        assert done.returncode == code, words
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["history", "--sid", b"\xff"], 0),
+        (["history", "--type", b"\xff"], 0),
+        (["export", "--sid", b"\xff"], 0),
+        (["history", "-n", "9" * 20], 0),
+        (["stop", "--all"], 2),
+    ],
+)
+def test_strange_words_are_no_fault_of_ours(
+    cli: Cli, reg: Registry, words: list[str | bytes], code: int, crew: Crew
+) -> None:
+    """Not 70, also without stdin."""
+    reg.register("a", pid=crew.sleeper().pid)
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *CREWLOG, "--dir", cli.where, *words],
+        check=False, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+
+
+def test_working_directory_that_was_removed_is_told(tmp_path: Path) -> None:
+    """A relative place leads nowhere then."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f'cd {gone}; rmdir {gone}; exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", code, "sh", *CREWLOG, "--dir", "here", "ls"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 66
+    assert "absolute path" in done.stderr
