@@ -5,11 +5,12 @@ where the clock stepped back near it, events of both sides of the step claim the
 answer names them.
 """
 
+import contextlib
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, TypeVar
 
 from crewlog import events, feed, layout
 from crewlog.codec import Snapshot
@@ -21,6 +22,8 @@ from crewlog.store import Store
 
 if TYPE_CHECKING:
     from crewlog.lives import Life
+
+T = TypeVar("T")
 
 
 class HistoryOptions(TypedDict, total=False):
@@ -85,7 +88,9 @@ class Remembering:
         log = self._existing()
         if log is None:
             return past_of(0, {}, since=None, until=None, disputed=None)
-        return _at(log, _before(log, stamp) if stamp else _Place(seq, None))
+        return _beside_retention(
+            lambda: _at(log, _before(log, stamp) if stamp else _Place(seq, None))
+        )
 
     def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
         """Return every worker's life that the kept history tells of, in order of registration.
@@ -95,19 +100,30 @@ class Remembering:
         log = self._existing()
         if log is None:
             return []
-        last = log.last_seq()
-        from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
+        return _beside_retention(lambda: _lives(log, progress))
 
-        found, first = Lives(()), 0
-        for line, _ in _from_oldest(log, None):
-            if not first:
-                first = line["seq"]
-                kept = [state for state in log.states() if state.last_seq == first - 1]
-                found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
-            found.add(line)
-            if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
-                progress(line["seq"] - first, last - first + 1)
-        return found.found
+
+def _beside_retention(work: Callable[[], T]) -> T:
+    """Do the work, again where retention took what it was about to read."""
+    for _ in range(layout.SEGMENT_OPEN_TRIES - 1):
+        with contextlib.suppress(CompactedError):
+            return work()
+    return work()
+
+
+def _lives(log: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
+    from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
+
+    last, found, first = log.last_seq(), Lives(()), 0
+    for line, _ in _from_oldest(log, None):
+        if not first:
+            first = line["seq"]
+            kept = [state for state in log.states() if state.last_seq == first - 1]
+            found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
+        found.add(line)
+        if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
+            progress(line["seq"] - first, last - first + 1)
+    return found.found
 
 
 def _from_oldest(log: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:

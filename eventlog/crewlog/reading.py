@@ -15,7 +15,7 @@ from crewlog.codec import Snapshot
 from crewlog.current import Current
 from crewlog.cursor import Cursors
 from crewlog.directory import Directory
-from crewlog.errors import CompactedError, StoreMissing, from_oserror
+from crewlog.errors import CompactedError, SegmentMissing, StoreMissing, from_oserror
 from crewlog.events import Line, Record
 from crewlog.fold import Fold
 from crewlog.lease import Leases
@@ -138,6 +138,9 @@ class Reading:
                 for line, raw in reader.read(segments.durable_end(head)):
                     if line["seq"] > after:
                         yield line, raw
+            except SegmentMissing as error:
+                self._require_kept(error, after)
+                raise
             finally:
                 reader.close()
 
@@ -157,7 +160,19 @@ class Reading:
         if after + 1 < oldest:
             snapshot_seq = self._current.snapshot_seq
             raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
-        return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
+        try:
+            return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
+        except SegmentMissing as error:
+            self._require_kept(error, after)
+            raise
+
+    def _require_kept(self, error: SegmentMissing, after: int) -> None:
+        """Raise CompactedError where a segment is missing because retention has dropped it."""
+        oldest = self.first_seq()
+        if error.first < oldest:
+            raise CompactedError(
+                requested=after + 1, oldest=oldest, snapshot_seq=oldest - 1
+            ) from error
 
     def identity(self) -> bytes:
         """Return the bytes of store.json."""
@@ -176,7 +191,11 @@ class Reading:
 
     def begins(self, first: int) -> str:
         """Return the time in a segment's header, "" where it cannot be read."""
-        source = segments.open_segment(self.directory, first)
+        try:
+            source = segments.open_segment(self.directory, first)
+        except SegmentMissing as error:
+            self._require_kept(error, first - 1)
+            raise
         try:
             for step in walk(source, segments.start_of(first)):
                 if step.line is not None:
@@ -193,7 +212,11 @@ class Reading:
         """Return the state at a durable seq from an older one; `seen` is told of each line."""
         head = self.head()
         stop = segments.durable_end(head) if seq == head.seq else Position(0, 0, seq)
-        return refold(self.directory, start, stop, seen=seen)
+        try:
+            return refold(self.directory, start, stop, seen=seen)
+        except SegmentMissing as error:
+            self._require_kept(error, start.last_seq)
+            raise
 
     def compacted(self) -> tuple[int, datetime] | None:
         """Return what seq registry.json covers, and when it was written."""

@@ -1,12 +1,13 @@
 """The past: what happened, and what the state was, at every seq and at any time."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 import crewlog
-from crewlog import events, layout, snapshot
+from crewlog import events, layout, reader, segments, snapshot
 from crewlog.codec import Snapshot
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, CompactedError, SnapshotCorrupt, Unsupported
@@ -326,3 +327,40 @@ def test_redaction_happens_before_the_append(place: Path) -> None:
         with pytest.raises(ValueError, match="keys"):
             reg.register("b")
         assert reg.last_seq == before
+
+
+@pytest.mark.parametrize("verb", ["history", "lives", "at a time", "at a seq"])
+def test_reader_beside_retention_is_not_told_of_damage(
+    reg: Registry, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes between the listing and the opening was dropped on purpose: go on, or say so."""
+    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2000)
+    reg.register("a")
+    for number in range(40):
+        reg.update("a", meta={"fill": f"{number}" * 200})
+    compact(reg)
+    when = next(reg.history(newest_first=True)).ts
+    real, left = segments.open_segment, [1]
+
+    def opened(directory: Directory, first: int) -> segments.Source:
+        if left:
+            left.pop()
+            with crewlog.open(reg.path) as other:
+                other.update("a", labels={"more": "1"})
+                assert compact(other, keep_history=0).dropped is not None
+        return real(directory, first)
+
+    monkeypatch.setattr(segments, "open_segment", opened)
+    monkeypatch.setattr(reader, "open_segment", opened)
+    asked: dict[str, Callable[[], object]] = {
+        "history": lambda: list(reg.history()),
+        "lives": reg.lives,
+        "at a time": lambda: reg.at(when),
+        "at a seq": lambda: reg.at(20),
+    }
+    if verb.startswith("at "):  # honestly no longer known
+        with pytest.raises(CompactedError):
+            asked[verb]()
+    else:
+        assert asked[verb]()
+    assert not left
