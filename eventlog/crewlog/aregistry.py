@@ -11,18 +11,20 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpack
+from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast
 
-from crewlog import address, changes, codec, layout
+from crewlog import address, changes, codec, layout, threads
 from crewlog.appending import Appended, Decide
 from crewlog.awatch import AsyncWatch
 from crewlog.batch import Batch
 from crewlog.changes import Redact, Step
 from crewlog.commit import Phase, Request
-from crewlog.errors import AppendUncertain, RegistryClosed
+from crewlog.errors import AppendUncertain, RegistryClosed, WaitTimeout
 from crewlog.events import Event, JsonValue, Worker, event_of, worker_of
 from crewlog.follow import WatchOptions
 from crewlog.past import HistoryOptions
@@ -70,19 +72,63 @@ def _threaded(
     return call
 
 
+def _aside(
+    method: Callable[Concatenate[Registry, P], R],
+) -> Callable[Concatenate["AsyncRegistry", P], Awaitable[R]]:
+    """Make a verb that may take for ever a coroutine, in a thread of its own that nobody joins."""
+
+    @functools.wraps(method)
+    async def call(self: "AsyncRegistry", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def settle(found: R | None, error: Exception | None) -> None:
+            if future.done():  # its task was cancelled
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(cast("R", found))
+
+        def work() -> None:
+            found, failed = None, None
+            try:
+                found = method(self.registry, *args, **kwargs)
+            except Exception as error:  # noqa: BLE001 (the task raises it)
+                failed = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, found, failed)
+
+        threads.start(work, name="crewlog-aside")
+        return await future
+
+    return call
+
+
 class AsyncRegistry:
     """A registry for asyncio; see `Registry` for what each verb promises. Use `crewlog.aopen`."""
 
     def __init__(self, registry: Registry) -> None:
         """Take over a registry, which is closed with this one."""
         self.registry = registry
+        self._log: Store | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have pools without a thread yet."""
+        self._pid = os.getpid()
         self._leaders = ThreadPoolExecutor(_LEADERS, thread_name_prefix="crewlog-lead")
         self._calls = ThreadPoolExecutor(_CALLS_MAX, thread_name_prefix="crewlog-call")
         self._inbox: _Inbox | None = None
-        self._log: Store | None = None
+
+    def _mind_fork(self) -> None:
+        """Begin anew in a forked child: the threads of the pools are the parent's."""
+        if self._pid != os.getpid():
+            self._begin()
 
     async def call(self, work: Callable[[], R]) -> R:
         """Run something that may block in a thread."""
+        self._mind_fork()
         return await asyncio.get_running_loop().run_in_executor(self._calls, work)
 
     # -- change -----------------------------------------------------------------------------
@@ -121,6 +167,7 @@ class AsyncRegistry:
         )  # it had been recorded before
 
     async def _append(self, steps: Sequence[Step]) -> Appended:
+        self._mind_fork()
         decide = changes.together(steps)
         log = self._log
         if log is None or log.closed:
@@ -138,7 +185,7 @@ class AsyncRegistry:
     spawn = _threaded(Registry.spawn)
     ensure = _threaded(Registry.ensure)
     stop = _threaded(Registry.stop)
-    observe = _threaded(Registry.observe)
+    observe = _aside(Registry.observe)
     beat = _threaded(Registry.beat)
 
     # -- read -------------------------------------------------------------------------------
@@ -151,7 +198,6 @@ class AsyncRegistry:
     judge = _threaded(Registry.judge)
     at = _threaded(Registry.at)
     lives = _threaded(Registry.lives)
-    wait = _threaded(Registry.wait)
 
     async def last_seq(self) -> int:
         """Return the seq of the last durable event, 0 where there is no store."""
@@ -166,6 +212,23 @@ class AsyncRegistry:
                 yield event
             if len(part) < _EVENTS_A_STEP:
                 return
+
+    async def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
+        """Return the worker once it is in `state`; see `Registry.wait`. No thread waits with it."""
+        arrived = await self.call(lambda: self.registry.arrival(sid, state))
+        deadline = None if timeout_s is None else time.monotonic() + changes.check_wait(timeout_s)
+        async with self.watch(after="now") as items:
+            over = False
+            while True:
+                now = await self.state()
+                worker = now.get(sid)
+                if arrived(now) and worker is not None:
+                    return worker
+                if over:
+                    what = f"state {state} of worker {sid!r}"
+                    raise WaitTimeout(what, waited_s=timeout_s or 0)
+                left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                over = await items.next(left_s) is None
 
     def watch(self, **options: Unpack[WatchOptions]) -> AsyncWatch:
         """Deliver events as they become durable, with `async for`; see `Registry.watch`."""

@@ -123,6 +123,16 @@ class Following(ABC):
         *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
         something else.
         """
+        arrived = self.arrival(sid, state)
+        with self.mirror() as now:
+            what = f"state {state} of worker {sid!r}"
+            worker = now.wait(arrived, timeout_s=timeout_s, what=what).get(sid)
+        if worker is None:
+            raise WorkerNotFound(sid)
+        return worker
+
+    def arrival(self, sid: str, state: str) -> Callable[[State], bool]:
+        """Return what says of a state whether the worker is in `state`; see `wait`."""
         changes.check_sid(sid)
         if state not in _STATES:
             message = f"state is one of {', '.join(sorted(_STATES))}, not {state!r}"
@@ -138,12 +148,7 @@ class Following(ABC):
                 raise WorkerEnded(sid, state=worker.state.value, wanted=wanted.value)
             return False
 
-        with self.mirror() as now:
-            what = f"state {state} of worker {sid!r}"
-            worker = now.wait(arrived, timeout_s=timeout_s, what=what).get(sid)
-        if worker is None:
-            raise WorkerNotFound(sid)
-        return worker
+        return arrived
 
     def _vigil(
         self,

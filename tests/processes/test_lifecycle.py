@@ -1,5 +1,6 @@
 """Interrupts, forks, forgetting and limits: whatever befalls a program, nothing stays taken."""
 
+import asyncio
 import contextlib
 import ctypes
 import functools
@@ -7,6 +8,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -204,3 +206,59 @@ def test_child_in_a_pid_namespace_of_its_own_neither_buries_nor_is_buried(reg: R
         for fd in (registered, tell, over, end):
             os.close(fd)
         joined(child)
+
+
+def test_cancelled_waits_of_tasks_keep_no_thread(reg: Registry) -> None:
+    """However many are cancelled, other verbs go on, and so does closing."""
+    reg.register("a")
+
+    async def main() -> None:
+        async with crewlog.aopen(reg.path) as mine:
+            for _ in range(70):  # more than there are threads for calls
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(mine.wait("nobody", state="ready"), 0.01)
+            found = await asyncio.wait_for(mine.get("a"), 5)
+            assert found is not None
+            with pytest.raises(crewlog.WaitTimeout, match="state ready of worker 'a'"):
+                await mine.wait("a", state="ready", timeout_s=0.01)
+            waiting = asyncio.create_task(mine.wait("a", state="ready", timeout_s=10))
+            await mine.update("a", state="ready")
+            assert (await waiting).state == "ready"
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_cancelled_observation_does_not_hold_the_program_up(place: Path) -> None:
+    """It would have been joined at the end: for as long as the worker lives."""
+    code = (
+        "import asyncio, sys, crewlog\n"
+        "async def main():\n"
+        "    async with crewlog.aopen(sys.argv[1]) as reg:\n"
+        "        worker = await reg.spawn('w', ['sleep', '60'])\n"
+        "        try:\n"
+        "            await asyncio.wait_for(reg.observe('w'), 0.2)\n"
+        "        except TimeoutError:\n"
+        "            print(worker.pid)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(place)],
+        check=True, stdout=subprocess.PIPE, text=True, timeout=20,
+    )  # fmt: skip
+    os.kill(int(done.stdout), signal.SIGKILL)
+
+
+def test_registry_of_tasks_goes_on_in_a_forked_child(place: Path) -> None:
+    """Its pools are new there: the threads are the parent's."""
+    mine = crewlog.aopen(place)
+
+    async def use(sid: str) -> None:
+        await mine.register(sid)
+        await mine.update(sid, meta={"sid": sid})
+        assert await mine.get(sid) is not None
+
+    asyncio.run(use("parent"))
+    joined(forked(lambda: asyncio.run(asyncio.wait_for(use("child"), 10))))
+    asyncio.run(use("again"))
+    asyncio.run(mine.aclose())
+    assert verify(place).ok
