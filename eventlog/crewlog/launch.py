@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import IO, Final, TypeAlias
 
@@ -49,6 +50,27 @@ except OSError as error:
 """
 
 
+# Our ends of pipes to waiting processes. A child that another thread forks must not have them: the
+# waiting process would never read the end, nor we its word. So a fork waits while some are made.
+_ours: set[int] = set()
+_guard = threading.RLock()
+
+
+def _let_go_in_child() -> None:
+    global _guard  # noqa: PLW0603 (held by the thread that forked, which is this one)
+    _guard = threading.RLock()
+    for fd in _ours:
+        os.close(fd)
+    _ours.clear()
+
+
+os.register_at_fork(
+    before=lambda: _guard.acquire(),  # noqa: PLW0108 (whichever it is then)
+    after_in_parent=lambda: _guard.release(),  # noqa: PLW0108 (as above)
+    after_in_child=_let_go_in_child,
+)
+
+
 class Launch:
     """A process that waits for the word to become the program."""
 
@@ -74,34 +96,36 @@ class Launch:
 
         self._go = self._told = -1
         self.argv = check_argv(argv)
-        held, self._go = _pipe()
-        self._told, told = _pipe()
-        kept = [_above_standard(os.dup(fd)) for fd in (*keep, *([turn] if turn >= 0 else []))]
-        mine = str(kept[-1] if turn >= 0 else -1)
         variables = os.environ if env is None else env
         locale = "1" if "LC_CTYPE" in variables else "0"
-        numbers = [str(held), str(told), locale, mine]
-        words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
-        try:
-            self._child = Child(
-                [*words, *self.argv],
-                cwd=cwd,
-                env=env,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                pass_fds=(held, told, *kept),
-                start_new_session=own_session,
-            )
-        except OSError as error:
-            self._close()
-            raise SpawnFailed(self.argv[0], why=str(error)) from error
-        except BaseException:
-            self._close()
-            raise
-        finally:
-            for fd in (held, told, *kept):
-                os.close(fd)
+        with _guard:
+            held, self._go = _pipe()
+            self._told, told = _pipe()
+            _ours.update((self._go, self._told))
+            kept = [_above_standard(os.dup(fd)) for fd in (*keep, *([turn] if turn >= 0 else []))]
+            mine = str(kept[-1] if turn >= 0 else -1)
+            numbers = [str(held), str(told), locale, mine]
+            words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
+            try:
+                self._child = Child(
+                    [*words, *self.argv],
+                    cwd=cwd,
+                    env=env,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    pass_fds=(held, told, *kept),
+                    start_new_session=own_session,
+                )
+            except OSError as error:
+                self._close()
+                raise SpawnFailed(self.argv[0], why=str(error)) from error
+            except BaseException:
+                self._close()
+                raise
+            finally:
+                for fd in (held, told, *kept):
+                    os.close(fd)
         self.pid = self._child.pid
 
     def go(self) -> None:
@@ -130,6 +154,7 @@ class Launch:
     def give_up(self) -> None:
         """Let the waiting process end without having begun."""
         self._close()
+        self._child.kill()  # it has not begun, and need not read the end of the pipe
         self.wait()
 
     def wait(self) -> int:
@@ -137,10 +162,12 @@ class Launch:
         return self._child.wait()
 
     def _close(self) -> None:
-        for fd in (self._go, self._told):
-            if fd >= 0:
-                os.close(fd)
-        self._go = self._told = -1
+        with _guard:
+            for fd in (self._go, self._told):
+                if fd in _ours:  # in a forked child it is no longer
+                    _ours.discard(fd)
+                    os.close(fd)
+            self._go = self._told = -1
 
 
 def _pipe() -> tuple[int, int]:

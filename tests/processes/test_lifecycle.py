@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import crewlog
-from crewlog import Registry
+from crewlog import Registry, lease
 from crewlog.errors import LockBusy, Unsupported
+from crewlog.launch import Launch
 from crewlog_compactor import collect
 from crewlog_compactor.verify import verify
 from procs import forked, joined, slay, until
@@ -262,3 +264,59 @@ def test_registry_of_tasks_goes_on_in_a_forked_child(place: Path) -> None:
     asyncio.run(use("again"))
     asyncio.run(mine.aclose())
     assert verify(place).ok
+
+
+def test_child_forked_during_a_spawn_holds_nothing_up(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waiting process reads the end of its pipe, and we its word, all the same."""
+    reg.register("lives")
+    real, children = Launch.__init__, []
+
+    def forking(self: Launch, *arguments: object, **options: object) -> None:
+        real(self, *arguments, **options)  # type: ignore[arg-type]
+        thread = threading.Thread(target=lambda: children.append(forked(signal.pause)))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(Launch, "__init__", forking)
+    try:
+        began = time.monotonic()
+        with pytest.raises(crewlog.WorkerExists):
+            reg.spawn("lives", ["sleep", "300"])
+        worker = reg.spawn("new", ["sleep", "300"], lease=True)
+        assert time.monotonic() - began < 5
+        os.kill(worker.pid, signal.SIGKILL)
+        until(lambda: reg.liveness("new").dead)
+        assert worker.lease is not None
+        name = worker.lease
+        at = reg.files().directory
+        until(lambda: lease.look(at, name).state in {"free", "absent"})
+    finally:
+        for child in children:
+            slay(child)
+
+
+def test_forks_beside_spawns_wait_for_each_other(reg: Registry) -> None:
+    """Without a seam: one thread forks children that live on, another starts a sid that lives."""
+    reg.register("lives")
+    children: list[int] = []
+    over = threading.Event()
+
+    def fork() -> None:
+        while not over.is_set() and len(children) < 60:
+            children.append(forked(signal.pause))
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    try:
+        for _ in range(25):
+            began = time.monotonic()
+            with pytest.raises(crewlog.WorkerExists):
+                reg.spawn("lives", ["true"])
+            assert time.monotonic() - began < 5
+    finally:
+        over.set()
+        thread.join()
+        for child in children:
+            slay(child)
