@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -20,6 +21,7 @@ from crewlog.registry import Registry
 from crewlog.writing import Writing
 from crewlog_compactor import collect
 
+T = TypeVar("T")
 PROCESSES = 1000
 WORKERS = 10_000
 DEAD = 1000
@@ -86,16 +88,17 @@ def _round(reg: Registry, workers: list[Worker]) -> dict[str, float]:
 def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
     """Collect 1,000 dead workers; how long writers were kept out, and the whole, in ms."""
     held: list[float] = []
-    enter, leave = Writing.__enter__, Writing.__exit__
-    since: list[float] = []
+    run = Writing.run
 
-    def entered(self: Writing) -> None:
-        enter(self)
-        since.append(time.perf_counter())
+    def timed_run(self: Writing, work: Callable[[], T]) -> T:
+        def timed_work() -> T:
+            began = time.perf_counter()
+            try:
+                return work()
+            finally:
+                held.append((time.perf_counter() - began) * 1e3)
 
-    def left(self: Writing, *arguments: object) -> None:
-        leave(self, *arguments)  # type: ignore[arg-type]
-        held.append((time.perf_counter() - since.pop()) * 1e3)
+        return run(self, timed_work)
 
     found = []
     for number in range(rounds):
@@ -106,11 +109,11 @@ def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
                     batch.register(f"w-{index}", pid=pid)
             end(pids)
             held.clear()
-            Writing.__enter__, Writing.__exit__ = entered, left  # type: ignore[method-assign]
+            Writing.run = timed_run  # type: ignore[method-assign]
             try:
                 whole = timed(lambda: collect(reg, force=True))
             finally:
-                Writing.__enter__, Writing.__exit__ = enter, leave  # type: ignore[method-assign]
+                Writing.run = run  # type: ignore[method-assign]
             assert not reg.workers()
         found.append({"crewlog": max(held), "whole collection": whole})
     return found

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import click
 
@@ -47,6 +48,7 @@ class _Stage:
         self.sh = sh
         self.place = place
         self.processes: list[subprocess.Popen[str]] = []
+        self.ending = _Ending()
 
     def say(self, words: str) -> None:
         for row in words.split("\n"):
@@ -59,8 +61,11 @@ class _Stage:
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
         # in a session of its own: Ctrl-C comes to the demo alone, which ends what it started
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        self.processes.append(process)
+        with self.ending.later():
+            process = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            self.processes.append(process)
         return process
 
     def clear(self, reg: Registry) -> None:
@@ -73,8 +78,32 @@ class _Stage:
                 os.kill(worker.pid, signal.SIGKILL)
 
 
-def _leave(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
+class _Ending:
+    """Turns the signals that end us into an orderly end, which clears up."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._held = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._come)
+
+    def _come(self, number: int, _: object) -> None:
+        self._number = number
+        self._end()
+
+    def _end(self) -> None:
+        if self._number and not self._held:
+            raise SystemExit(128 + self._number)
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """Put them off for a block: what it starts must be known, or it would be left behind."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._end()
 
 
 @command("demo", examples="crewlog demo\ncrewlog demo --keep")
@@ -84,8 +113,6 @@ def demo(sh: Shell, *, keep: bool) -> None:
     if sh.place is not None:
         message = "demo plays in a directory of its own; leave out --dir, and --keep keeps it"
         raise click.UsageError(message)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)  # an orderly end, which clears up
     home = Path(tempfile.mkdtemp(prefix="crewlog-demo-"))
     stage = _Stage(sh, home / "registry")
     began = time.monotonic()
@@ -94,7 +121,8 @@ def demo(sh: Shell, *, keep: bool) -> None:
             try:
                 _play(stage, reg)
             finally:
-                stage.clear(reg)
+                with stage.ending.later():
+                    stage.clear(reg)
     except _Broken as error:
         stage.say(f"FAILED  {error}")
         raise SystemExit(1) from error

@@ -191,7 +191,9 @@ class Shell:
 
     def when(self, moment: datetime) -> str:
         """Write a time for a table."""
-        return text.moment(moment, utc=self.utc)
+        told = text.moment(moment, utc=self.utc)
+        own = text.offset(moment, utc=self.utc)  # the clock may have been changed since
+        return told if own == self.offset() else f"{told} {own}"
 
     def offset(self) -> str:
         """Write the offset that the table's times have."""

@@ -251,7 +251,7 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], height: int) -> "Grou
             text.duration(now - worker.created_at),
             "-" if row.cpu is None else f"{row.cpu:.0%}",
             "-" if row.rss_bytes is None else text.size(row.rss_bytes),
-            "" if event is None else f"{sh.when(event.ts)[11:]} {event.type}",
+            "" if event is None else f"{sh.when(event.ts)[11:19]} {event.type}",
         ]
         style = "" if row.found.alive else "red" if row.found.dead else "yellow"
         table.add_row(*(Text(text.visible(cell)) for cell in cells), style=style)

@@ -118,8 +118,7 @@ class Lock:
 
     def __del__(self) -> None:
         """Close: who is interrupted between taking a lock and keeping it must not hold it on."""
-        if self._fd != _CLOSED:
-            os.close(self._fd)
+        self.abandon()  # which forgets it, too: of a cycle's objects any may come after this one
 
     @contextmanager
     def held(self, *, wait_s: float) -> Iterator[None]:

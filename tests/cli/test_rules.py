@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shlex
+import subprocess
+import sys
 import tempfile
 import unicodedata
 from datetime import UTC, datetime, timedelta
@@ -224,6 +226,25 @@ def test_local_time_that_a_clock_change_skips_or_repeats() -> None:
     found, said = times.moment("2026-10-25T02:30", now=NOW, zone=BERLIN)
     assert found == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
     assert "came twice" in said
+
+
+def test_time_from_before_a_change_of_the_clock_bears_its_own_offset() -> None:
+    """The header's is that of now."""
+    winter, summer = datetime(2026, 1, 15, 12, tzinfo=UTC), datetime(2026, 7, 15, 12, tzinfo=UTC)
+    code = (
+        "import sys; from datetime import datetime; from crewlog_cli.shell import Shell\n"
+        "sh = Shell()\n"
+        "for word in sys.argv[1:]: print(sh.when(datetime.fromisoformat(word)), sh.offset())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, winter.isoformat(), summer.isoformat()],
+        check=True, capture_output=True, text=True, env={**os.environ, "TZ": "Europe/Berlin"},
+    )  # fmt: skip
+    rows = {row.rpartition(" ")[0] for row in done.stdout.splitlines()}
+    now = done.stdout.split()[-1]
+    other = {"+01:00": "2026-07-15 14:00:00 +02:00", "+02:00": "2026-01-15 13:00:00 +01:00"}
+    same = {"+01:00": "2026-01-15 13:00:00", "+02:00": "2026-07-15 14:00:00"}
+    assert rows == {other[now], same[now]}
 
 
 def test_tables_are_local_with_the_offset_in_the_header(cli: Cli, reg: Registry) -> None:
