@@ -66,13 +66,11 @@ def event_row(shell: Shell, event: Event) -> list[str]:
 
 
 def actor_text(event: Event) -> str:
-    """Name who did it: a given name, else user and program."""
+    """Name who did it: a given name, else user and program; and its process, for there are many."""
     actor = event.actor
-    name = actor.get("name")
-    if isinstance(name, str):
-        return name
-    user, program, pid = actor.get("user"), actor.get("program"), actor.get("pid")
-    return f"{user}@{program}[{pid}]" if user is not None else "crewlog"
+    name, user, program = actor.get("name"), actor.get("user"), actor.get("program")
+    who = name if isinstance(name, str) else f"{user}@{program}"
+    return f"{who}[{actor.get('pid')}]" if user is not None else "crewlog"
 
 
 _TELLING: Final = ("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock")

@@ -1,4 +1,4 @@
-"""Do the work of cron: collect the dead, compact the log, verify the store, import an older one."""
+"""Do what is done to a whole store: collect, compact, verify, anchor, repair, migrate, import."""
 
 from crewlog_compactor.anchor import Anchor, anchor
 from crewlog_compactor.collect import (

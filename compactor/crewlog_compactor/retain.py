@@ -71,8 +71,11 @@ def _name(directory: Directory, first: int) -> str:
 def _newest(directory: Directory, first: int) -> str:
     source = segments.open_segment(directory, first)
     ts = ""
-    for step in walk(source, segments.start_of(first)):
-        ts = max(ts, step.line["ts"]) if step.line is not None else ts
+    try:
+        for step in walk(source, segments.start_of(first)):
+            ts = max(ts, step.line["ts"]) if step.line is not None else ts
+    finally:
+        source.close()
     return ts
 
 

@@ -1,4 +1,4 @@
-"""Turn one event into one checked line and back; the same for snapshots and the two state files.
+"""Turn one event into one checked line and back; the same for snapshots.
 
 A line is one JSON object and one newline::
 

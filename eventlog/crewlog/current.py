@@ -212,7 +212,7 @@ class Current:
 
 
 class Written:
-    """The state that a writer decides upon: see store.Written."""
+    """The state that a writer decides upon: see appending.Written."""
 
     __slots__ = ("_current", "_head", "_state", "seq")
 

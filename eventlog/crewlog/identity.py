@@ -149,14 +149,14 @@ def started_at(identity: Identity) -> datetime | None:
 # -- reading one process --------------------------------------------------------------------
 
 
-def read_stat(pid: int, *, proc: str = "/proc") -> Stat | None:
+def read_stat(pid: int) -> Stat | None:
     """Read /proc/PID/stat; None where it is not to be had.
 
     The name may hold spaces and parentheses, so fields are counted after the last ")".
     Source: proc_pid_stat(5), fields 3, 4, 20, 22 and 52.
     """
     try:
-        with open(f"{proc}/{pid}/stat", "rb") as file:
+        with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
     except OSError:  # gone, hidden, or no /proc: the caller has other witnesses
         return None

@@ -68,8 +68,8 @@ PUBLIC_MODE: Final = 0o644  # of metrics alone, which name no worker
 LINE_BYTES_MAX: Final = 64 * 1024
 LINE_BYTES_CEILING: Final = 1024 * 1024
 # More than seq, ts, place, synced, prev and crc take.
-HEADER_BYTES: Final = 1024  # a segment's first line names the store within these
 LINE_OVERHEAD_BYTES: Final = 256
+HEADER_BYTES: Final = 1024  # a segment's first line names the store within these
 REDO_BYTES: Final = 256 * 1024  # so much is committed between two syncs of a segment
 SEGMENT_BYTES_MAX: Final = 8 * 1024 * 1024
 GROUP_BYTES_MAX: Final = 256 * 1024  # of lines that callers of one process share a write for

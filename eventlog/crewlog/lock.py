@@ -2,10 +2,9 @@
 
 flock belongs to the open file, not to the process: two registries of one process exclude each
 other, threads that share a descriptor do not (they queue on a mutex before they come here). The
-kernel drops a dead holder's lock at once; a stopped holder keeps it. Lock files are never
-unlinked; still, a store may be restored under us, so after taking a lock the path must name the
-file that is locked. Blocking flock has no deadline, hence the poll. With disk.sync on macOS the
-only user of fcntl.
+kernel drops a dead holder's lock at once; a stopped holder keeps it. The files of locks/ are never
+unlinked, those of leases and cursors are, and a store may be restored under us: so after taking a
+lock the path must name the file that is locked. Blocking flock has no deadline, hence the poll.
 """
 
 import fcntl
@@ -13,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -88,16 +87,16 @@ class Lock:
         self._stamp.settle()
         return True
 
-    def acquire(self, *, wait_s: float, shared: bool = False) -> None:
+    def acquire(self, *, wait_s: float) -> None:
         """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder."""
-        if self.try_acquire(shared=shared):
+        if self.try_acquire():
             return
         began = time.monotonic()
         for pause_s in pauses(self._usual_s / 2):
             if time.monotonic() > began + wait_s:
                 raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())
             time.sleep(min(pause_s, wait_s))
-            if self.try_acquire(shared=shared):
+            if self.try_acquire():
                 waited_s = time.monotonic() - began
                 self._usual_s += 0.2 * (min(waited_s, layout.LOCK_PAUSE_MAX_S) - self._usual_s)
                 return
@@ -118,7 +117,8 @@ class Lock:
 
     def __del__(self) -> None:
         """Close: who is interrupted between taking a lock and keeping it must not hold it on."""
-        self.abandon()  # which forgets it, too: of a cycle's objects any may come after this one
+        with suppress(AttributeError):  # interrupted while it was made
+            self.abandon()  # which forgets it, too: others of a cycle may come after this one
 
     @contextmanager
     def held(self, *, wait_s: float) -> Iterator[None]:

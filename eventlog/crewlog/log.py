@@ -48,7 +48,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from crewlog import codec, disk, events, identity, layout, segments, structs, tail, writing
 from crewlog.appending import Appended, Decide
@@ -440,7 +440,8 @@ class Log(Reading):
 
     def __del__(self) -> None:
         """Close: who forgets a registry gives its descriptors back all the same."""
-        self.close()
+        with suppress(AttributeError):  # interrupted while it was made
+            self.close()
 
     def _close_active(self) -> None:
         if self._active is not None:

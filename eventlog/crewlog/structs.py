@@ -1,4 +1,4 @@
-"""Encode the three small files that are overwritten in place: both states, and a worker's beat.
+"""Encode small files that are overwritten in place: both states, and a worker's beat.
 
 Each is one fixed-size struct that ends with the CRC-32 of what stands before it. They are caches
 and evidence: what cannot be decoded is rebuilt or left out of account.

@@ -32,7 +32,6 @@ class Witness:
         *,
         now: datetime,
         began_at: datetime,
-        proc: str = "/proc",
         local_file_system: bool = True,
         leases: Leases | None = None,
     ) -> None:
@@ -43,7 +42,6 @@ class Witness:
         self._here = here
         self._now = now
         self._began_at = began_at - _BOOT_SLACK
-        self._proc = proc
         self._local = local_file_system
         self._leases = leases
         self._owners: dict[Identity, bool] = {}
@@ -96,7 +94,7 @@ class Witness:
                 inode = os.fstat(fd).st_ino
                 if inode != who.pidfd_id or not identity.ended(fd):
                     return seen._replace(opened=opened, pidfd_id=inode, ended=False)
-            stat = identity.read_stat(who.pid, proc=self._proc)
+            stat = identity.read_stat(who.pid)
             seen = seen._replace(opened=opened, pidfd_id=inode)
             if stat is not None:
                 seen = _with_stat(seen, stat, who.uid)
@@ -127,7 +125,7 @@ class Witness:
         living: set[int] = set()
         over: set[int] = set()
         complete = identity.sees_every_process()
-        for name in os.listdir(self._proc) if os.path.isdir(self._proc) else ():
+        for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
             if not name.isdecimal():
                 continue
             with identity.opened_pidfd(int(name)) as (opened, fd):

@@ -1,8 +1,8 @@
 """Hear of changes from etcd: a stream that watches head, and only rings.
 
-Whatever ends the stream (a server that goes, a lost leader, a revision that was compacted away, a
-minute without a word), the readers are rung and a new one is begun: they read by the keys, so
-nothing that a stream tells or fails to tells changes what they deliver.
+Whatever ends the stream (a server that goes, a lost leader, a revision that was compacted away,
+half a minute without a word), the readers are rung and a new one is begun: they read by the keys,
+so nothing that a stream tells or fails to tell changes what they deliver.
 """
 
 import logging

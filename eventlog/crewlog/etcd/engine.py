@@ -137,7 +137,7 @@ class EtcdLog(EtcdReading):
     """The store under one prefix; threads may share it, and a forked child may go on using it."""
 
     def __init__(self, address: EtcdAddress, *, wait_s: float) -> None:
-        """Use `EtcdAddress.open` or `.create`."""
+        """Use `EtcdPlace.open` or `.create`."""
         super().__init__(address, wait_s=wait_s)
         self.commits = Commits(where=self.where, wait_s=wait_s)
         # What the last append left, so that the next one need not look first. A look is due where
