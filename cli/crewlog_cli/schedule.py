@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import unicodedata
 from pathlib import Path
 from shutil import which
 from typing import Final, Literal, TypeAlias
@@ -20,18 +21,17 @@ _JITTER: Final = "30s"
 # processes, PrivateUsers owners, PrivateTmp the sockets of workers.
 _SERVICE: Final = """# {service}
 [Unit]
-Description=Compact the crewlog registry {place}
+Description=Compact the crewlog registry {about}
 
 [Service]
 Type=oneshot
 {user}{environment}ExecStart={program} --dir {place} compact -q --jitter {jitter}
 Nice=10
 NoNewPrivileges=yes
-ProtectSystem=full
-"""
+{protect}"""
 _TIMER: Final = """# {timer}
 [Unit]
-Description=Compact the crewlog registry {place} every {every} minutes
+Description=Compact the crewlog registry {about} every {every} minutes
 
 [Timer]
 OnBootSec={every}min
@@ -59,13 +59,16 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
         "timer": f"{home}/crewlog-compact.timer",
     }
     values = {
-        "place": shlex.quote(where).replace("%", "%%"),
-        "program": shlex.quote(program()).replace("%", "%%"),
+        "place": _word(where),
+        "about": where.replace("%", "%%"),
+        "program": _word(program()),
         "jitter": _JITTER,
         "every": _EVERY_MINUTES,
         "user": f"User={owner}\n" if kind == "systemd-system" else "",
+        # in a user's unit it would imply PrivateUsers, which hides what must be seen
+        "protect": "ProtectSystem=full\n" if kind == "systemd-system" else "",
         "environment": "".join(
-            f"Environment={shlex.quote(f'{name}={value}')}\n".replace("%", "%%")
+            f"Environment={_word(f'{name}={value}', command=False)}\n"
             for name, value in _environment(where).items()
         ),
         **names,
@@ -74,6 +77,17 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
         names["service"]: _SERVICE.format(**values),
         names["timer"]: _TIMER.format(**values),
     }
+
+
+def _word(word: str, *, command: bool = True) -> str:
+    """Quote a word for a unit. Source: systemd.syntax(7), systemd.service(5) "Command lines"."""
+    told = word.replace("%", "%%")
+    if command:
+        told = told.replace("$", "$$")
+    if shlex.quote(word) == word:
+        return told
+    escaped = told.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def cron_line(where: str) -> str:
@@ -105,6 +119,9 @@ crewlog schedule systemd-system --dir /var/lib/crewlog""",
 def schedule(sh: Shell, *, kind: Kind) -> None:
     """Print a cron line, or systemd units, that compact this registry, with its real paths."""
     where = sh.registry().where
+    if any(unicodedata.category(letter) == "Cc" for letter in where):
+        message = f"{where!r} holds a control character, which neither a crontab nor a unit can"
+        raise click.UsageError(message)
     if where.startswith("etcd") and "CREWLOG_ETCD_PASSWORD" in os.environ:
         sh.note("A password is not written down: give it by CREWLOG_ETCD_PASSWORD_FILE")
     if kind == "cron":

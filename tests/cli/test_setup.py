@@ -122,6 +122,17 @@ def test_percent_and_spaces_in_a_path_are_escaped(tmp_path: Path) -> None:
         assert str(place).replace("%", "%%") in shlex.split(row.removeprefix("ExecStart="))
 
 
+def test_place_cannot_add_to_a_schedule(cli: Cli) -> None:
+    """Neither a line of its own, nor a variable that systemd would expand."""
+    for kind in ("cron", "systemd-user", "systemd-system"):
+        done = Cli("/x\n* * * * * touch /tmp/owned #")("schedule", kind, code=2)
+        assert done.stdout == ""
+        assert "control character" in done.stderr
+    (service, _) = schedule.units("systemd-user", '/a ${HOME}\\"b', owner=0).values()
+    assert "ExecStart=" in service
+    assert '--dir "/a $${HOME}\\\\\\"b" compact' in service
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 @pytest.mark.parametrize("kind", ["systemd-user", "systemd-system"])
 def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: schedule.Kind) -> None:
@@ -140,9 +151,11 @@ def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: schedule.Kin
 def test_unit_blinds_no_collection(reg: Registry) -> None:
     """Nothing that hides processes, users or sockets from who collects."""
     told = "".join(schedule.units("systemd-system", reg.where, owner=0).values())
+    mine = "".join(schedule.units("systemd-user", reg.where, owner=0).values())
     for word in ("PrivatePIDs", "ProtectProc", "PrivateUsers", "PrivateTmp"):
-        assert word not in told
+        assert word not in told + mine
     assert "User=" in told
+    assert "ProtectSystem" not in mine, "in a user's unit it implies PrivateUsers"
 
 
 # -- completion -----------------------------------------------------------------------------
