@@ -93,6 +93,9 @@ def export(
     types: tuple[str, ...],
 ) -> None:
     """Write the history to stdout, oldest first, one event a line; a seq names it for ever."""
+    if sh.json and form == "csv":
+        message = "--json goes with the formats jsonl and cloudevents"
+        raise click.UsageError(message)
     first, last = words.moment(since, sh), words.moment(until, sh)
     reg = sh.existing()
     found = reg.history(sid=sid, types=types or None, since=first, until=last, after=after)

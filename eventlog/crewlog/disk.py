@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -159,7 +159,8 @@ def _check(found: os.stat_result, *, where: str, regular: bool = False) -> None:
         raise _unsafe(where, f"its owner is uid {found.st_uid}, not {os.geteuid()}", "Use your own")
     if found.st_mode & _OTHERS:
         mode = stat.S_IMODE(found.st_mode)
-        raise _unsafe(where, f"mode {mode:04o} lets others in", f"Run: chmod go= {where}")
+        deep = "-R " if stat.S_ISDIR(found.st_mode) else ""  # a copy lets them into all of it
+        raise _unsafe(where, f"mode {mode:04o} lets others in", f"Run: chmod {deep}go= {where}")
 
 
 def _unsafe(where: str, why: str, remedy: str) -> UnsafePermissions:
@@ -213,8 +214,12 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
     """Put a file of ours at a path outside the store, whole or not at all.
 
     It is owner-only, or with `public` readable by all. A link at that path is replaced, never
-    followed.
+    followed. *Raises* UnsafePermissions where a device or a pipe is there, which would be gone.
     """
+    with suppress(FileNotFoundError, NotADirectoryError):  # told below
+        there = os.lstat(path).st_mode
+        if not (stat.S_ISREG(there) or stat.S_ISLNK(there) or stat.S_ISDIR(there)):
+            raise _unsafe(str(path), "it is a device or a pipe", "Name a file, or a new one")
     at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     temporary = f"{layout.TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
     try:

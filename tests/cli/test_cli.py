@@ -183,7 +183,7 @@ def test_newer_format_is_78_and_open_permissions_77(cli: Cli, reg: Registry) -> 
     cli("ls", code=78)
     store.write_bytes(good)
     cli.place.chmod(0o755)
-    assert "chmod go=" in cli("ls", code=77).stderr
+    assert "chmod -R go=" in cli("ls", code=77).stderr
 
 
 def test_closed_pipe_is_141_without_a_word(cli: Cli, reg: Registry) -> None:

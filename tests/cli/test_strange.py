@@ -133,3 +133,35 @@ def test_working_directory_that_was_removed_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 66
     assert "absolute path" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("timeline", "--html"), ("compact", "--prometheus"), ("gc", "--plan")]
+)
+def test_pipe_in_place_of_a_file_is_not_replaced(
+    cli: Cli, reg: Registry, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    """Nor a device: /dev/null would be a file from then on."""
+    reg.register("a")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "device or a pipe" in cli(*words, pipe, code=77).stderr
+    assert pipe.is_fifo()
+
+
+def test_copy_without_modes_is_mended_by_one_command(cli: Cli, reg: Registry) -> None:
+    """The first refusal names it for all that is inside."""
+    reg.register("a")
+    for path in (cli.place, *cli.place.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    told = cli("ls", code=77).stderr
+    command = told.partition("Run: ")[2].strip()
+    subprocess.run(["sh", "-c", command], check=True)
+    cli("update", "a", "--state", "ready")
+    cli("compact", "-q")
+
+
+def test_tables_as_json_are_refused(cli: Cli, reg: Registry) -> None:
+    """What asks for JSON must not get CSV."""
+    reg.register("a")
+    cli("export", "--format", "csv", "--json", code=2)
