@@ -102,7 +102,8 @@ class Feed:
                 return min(after, last)
 
     def _before(self, ts: str) -> int:
-        for line, _ in self.log.read(self.log.first_seq() - 1):
+        sieve = Sieve(None, ts.encode())  # where the clock stepped back, the first is meant
+        for line, _ in self.log.read(self.log.first_seq() - 1, sieve=sieve):
             if line["ts"] >= ts:
                 return line["seq"] - 1
         return self.log.last_seq()
