@@ -50,7 +50,7 @@ import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from crewlog import codec, disk, events, identity, layout, segments, structs, tail, writing
+from crewlog import codec, disk, events, identity, layout, segments, structs, tail, threads, writing
 from crewlog.appending import Appended, Decide
 from crewlog.commit import Commits, Request
 from crewlog.current import Written
@@ -426,8 +426,12 @@ class Log(Reading):
     def close(self) -> None:
         """Let go of everything once no thread is inside; idempotent.
 
-        The directory stays open for as long as a reader still holds it.
+        The directory stays open for as long as a reader still holds it. From a signal handler that
+        has interrupted a change, nothing is closed under it: that is done when this is forgotten.
         """
+        if any(map(threads.is_mine, (self.writer, self.mutex, self._sync.turn))):
+            self.closed = True
+            return
         _living.discard(self)
         with self.writer, self.mutex:
             self.closed = True

@@ -48,8 +48,8 @@ class Syncer:
         ]
         self._noted = False
         self._failed = 0  # errno of a failure that this process knows of
-        self._turn = threading.RLock()
-        # All below is guarded by _turn.
+        self.turn = threading.RLock()
+        # All below is guarded by the turn.
         self._closed = False
         self._segment: Source | None = None
         self._redo = Redo(directory)
@@ -70,10 +70,10 @@ class Syncer:
         "unknown" in every case, because the lines are written.
         """
         deadline = time.monotonic() + self._wait_s
-        if threads.is_mine(self._turn):
+        if threads.is_mine(self.turn):
             raise AppendUncertain(self._where(), why=f"its sync waits for {threads.INTERRUPTED}")
         try:  # of what is taken inside, nothing may stay taken after an interrupt; see writing.py
-            if not self._turn.acquire(timeout=self._wait_s):
+            if not self.turn.acquire(timeout=self._wait_s):
                 raise AppendUncertain(self._where(), why="another thread's sync does not finish")
             if begun is not None:
                 begun()
@@ -86,7 +86,7 @@ class Syncer:
             raise AppendUncertain(error.where or self._where(), why=str(error)) from error
         finally:
             try:  # noqa: SIM105 (suppress is a call of Python)
-                self._turn.release()
+                self.turn.release()
             except RuntimeError:  # it was never ours
                 pass
 
@@ -94,7 +94,7 @@ class Syncer:
         return str(self._directory.path)
 
     def _share(self, goal: int, generation: int | None, deadline: float) -> None:
-        """Wait for the leader or become it, turn by turn. Held: _turn."""
+        """Wait for the leader or become it, turn by turn. Held: the turn."""
         waits = pauses(self._sync_s / 2)
         while True:
             if self._closed:
@@ -286,17 +286,17 @@ class Syncer:
     def nobody_leads(self) -> Iterator[None]:
         """Hold off every leader, while the states are rebuilt. Held: append."""
         first, second = self._locks
-        with self._turn, first.held(wait_s=self._wait_s), second.held(wait_s=self._wait_s):
+        with self.turn, first.held(wait_s=self._wait_s), second.held(wait_s=self._wait_s):
             yield
 
     def after_fork(self) -> None:
         """Begin anew in a forked child; the locks look after themselves."""
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
         self._close_files()
 
     def close(self) -> None:
         """Let those who wait hear that they cannot know, and close every descriptor."""
-        with self._turn:
+        with self.turn:
             self._closed = True
             for lock in self._locks:
                 lock.close()

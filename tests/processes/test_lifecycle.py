@@ -100,6 +100,33 @@ def test_change_from_a_signal_handler_within_a_change_is_refused_at_once(
     assert told == ["not_written"]
 
 
+@pytest.mark.parametrize("phase", ["write", "settle"])
+def test_registry_closed_by_a_handler_within_a_change_breaks_nothing(
+    place: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is closed under the change, which would have looked like a broken disk."""
+    reg = crewlog.open(place)
+    reg.register("a")
+    log = reg.files()
+    owner, name = (log, "_put") if phase == "write" else (log._sync, "_sync")
+    real = getattr(owner, name)
+
+    def interrupted(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGUSR1)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    before = signal.signal(signal.SIGUSR1, lambda *_: reg.close())
+    try:
+        with contextlib.suppress(crewlog.RegistryClosed):
+            reg.update("a", meta={"n": 1})
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with crewlog.open(place) as other:
+        assert other.update("a", meta={"n": 2}).meta == {"n": 2}
+    assert verify(place).ok
+
+
 def test_watch_closed_by_a_handler_that_raises_gives_its_cursor_back(reg: Registry) -> None:
     """The thread inside `next` gives everything back, however it leaves."""
     reg.register("a")
