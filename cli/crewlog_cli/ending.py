@@ -35,7 +35,7 @@ def _signal(ctx: click.Context, param: click.Parameter, value: str) -> signal.Si
 crewlog stop web-1 web-2 --grace 30s
 crewlog stop --all --yes --reason 'the host goes down'""",
 )
-@click.argument("sids", metavar="SID…", nargs=-1)
+@click.argument("sids", metavar="SID…", nargs=-1, shell_complete=shell.complete_sid)
 @click.option("--grace", default="10s", show_default=True, help="Kill it after this long.")
 @click.option(
     "--signal", "number", default="TERM", show_default=True, help="What asks it to end.",

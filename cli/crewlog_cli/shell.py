@@ -174,7 +174,8 @@ class Shell:
             return self.color == "always"
         if os.environ.get("NO_COLOR"):
             return False
-        return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+        able = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        return bool(os.environ.get("FORCE_COLOR")) or able
 
     def document(self, found: Mapping[str, object]) -> None:
         """Print one JSON object on one line, ASCII only, with its schema."""

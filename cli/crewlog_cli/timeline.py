@@ -44,7 +44,8 @@ crewlog timeline --html timeline.html && xdg-open timeline.html""",
 @click.option("--html", "html", metavar="FILE", help="Write a page that needs no network.")
 @click.option("--since", metavar="TIME", help="Only lives that lasted until this time or later.")
 @click.option("--until", metavar="TIME", help="Only lives that began before this time.")
-@click.option("--sid", "sids", multiple=True, help="Only this worker; repeatable.")
+@click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
+              help="Only this worker; repeatable.")  # fmt: skip
 @click.option("-n", "count", type=click.IntRange(min=1), default=_ROWS, show_default=True,
               help="Show the newest N workers in the terminal.")  # fmt: skip
 def timeline(

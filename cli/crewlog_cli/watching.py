@@ -36,7 +36,8 @@ crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
 @click.option(
     "--now", is_flag=True, help="Begin with the events to come; the default shows the state first."
 )
-@click.option("--sid", "sids", multiple=True, help="Only this worker; repeatable.")
+@click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
+              help="Only this worker; repeatable.")  # fmt: skip
 @words.with_types
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 @click.option(

@@ -13,11 +13,9 @@ from crewlog import directory, layout, segments, snapshot
 from crewlog.address import DirectoryAddress, locate
 from crewlog.directory import Directory
 from crewlog.errors import (
-    CrewlogError,
-    FormatTooNew,
+    NotAStore,
     SegmentMissing,
     SnapshotCorrupt,
-    StoreMissing,
 )
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.check import check
@@ -34,8 +32,8 @@ def verify(
 
     An `anchor` that was kept elsewhere shows what no store can show of itself: a history that was
     rewritten or cut by somebody who may write it. `progress` is told how many segments of how many
-    are read. *Raises* StoreMissing if there is none; an
-    unreadable file is StorageFailed, never a finding.
+    are read. *Raises* StoreMissing if there is none, NotAStore where something else is, and
+    UnsafePermissions; an unreadable file is StorageFailed, never a finding.
     """
     place = locate(where)
     if not isinstance(place, DirectoryAddress):
@@ -50,10 +48,8 @@ def _verify(
 ) -> VerifyReport:
     try:
         opened = directory.open_existing(path)
-    except StoreMissing:
-        raise
-    except CrewlogError as error:
-        if error.exit_code == FormatTooNew.exit_code or error.code == "storage_failed":
+    except NotAStore as error:
+        if not (path / layout.STORE).exists():  # what is not there at all is no finding about it
             raise
         finding = Finding(code=error.code, path=str(path), message=str(error))
         return VerifyReport(events=0, last_seq=0, findings=(finding,))

@@ -165,3 +165,31 @@ def test_tables_as_json_are_refused(cli: Cli, reg: Registry) -> None:
     """What asks for JSON must not get CSV."""
     reg.register("a")
     cli("export", "--format", "csv", "--json", code=2)
+
+
+def test_verify_of_what_is_no_registry_is_no_finding(cli: Cli, reg: Registry) -> None:
+    """It is what every other command says of it; a damaged store.json is a finding."""
+    reg.register("a")
+    assert Cli("/etc/passwd")("verify", code=66).stderr
+    cli.place.chmod(0o755)
+    cli("verify", code=77)
+    cli.place.chmod(0o700)
+    (cli.place / "store.json").write_text("{")
+    assert cli.json("verify", code=1)["findings"]
+
+
+@pytest.mark.parametrize(
+    "words", [("stop",), ("watch", "--sid"), ("timeline", "--sid"), ("gc", "--assume-dead")]
+)
+def test_sids_are_completed_wherever_one_is_asked_for(
+    cli: Cli, reg: Registry, words: tuple[str, ...]
+) -> None:
+    """By the shell's own variables."""
+    reg.register("web-1")
+    asked = ["crewlog", "--dir", cli.where, *words, "we"]
+    done = subprocess.run(
+        CREWLOG, check=False, capture_output=True, text=True,
+        env={**os.environ, "_CREWLOG_COMPLETE": "bash_complete",
+             "COMP_WORDS": " ".join(asked), "COMP_CWORD": str(len(asked) - 1)},
+    )  # fmt: skip
+    assert "web-1" in done.stdout
