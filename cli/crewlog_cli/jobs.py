@@ -13,7 +13,7 @@ import click
 
 from crewlog import disk, layout
 from crewlog.disk import Disk
-from crewlog.errors import CrewlogError, PlanInvalid, WorkerExists
+from crewlog.errors import CrewlogError, LockBusy, PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
 from crewlog_cli import facts, metrics, reading, shell, times, words
@@ -260,10 +260,12 @@ class _Told:
 
 @contextmanager
 def _metered(reg: Registry, path: str | None) -> Iterator[_Told]:
-    """Write metrics after a compaction, also where it failed."""
+    """Write metrics after a compaction, also where it failed; of one beside another, nothing."""
     began, told = time.monotonic(), _Told()
     try:
         yield told
+    except LockBusy:
+        raise
     except CrewlogError:
         if path is not None:
             metrics.write_failure(Path(path), took_s=time.monotonic() - began)

@@ -1,5 +1,6 @@
 """What befalls commands: signals, full disks, damage, strange words, a directory that is gone."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -79,6 +80,9 @@ def test_metrics_tell_of_a_compaction_that_failed(cli: Cli, reg: Registry, tmp_p
     reg.register("a")
     cli("compact", "-q", "--prometheus", path)
     assert "crewlog_compaction_success 1" in path.read_text()
+    with contextlib.closing(reg.files().try_compact_lock()):
+        cli("compact", "-q", "--prometheus", path, code=75)
+    assert "crewlog_compaction_success 1" in path.read_text(), "another one runs: no failure"
     reg.update("a", state="ready")
     reg.close()
     segment = max((cli.place / layout.LOG).iterdir())
