@@ -781,7 +781,7 @@ def test_schedule_tells_what_a_job_needs_but_no_password(
     line = cli("schedule", "cron").stdout
     assert f"CREWLOG_ETCD_USER=ann CREWLOG_ETCD_PASSWORD_FILE='{tmp_path}/secret file' " in line
     unit = cli("schedule", "systemd-user")
-    assert f"Environment='CREWLOG_ETCD_PASSWORD_FILE={tmp_path}/secret file'\n" in unit.stdout
+    assert f'Environment="CREWLOG_ETCD_PASSWORD_FILE={tmp_path}/secret file"\n' in unit.stdout
     assert "geheim" not in line + unit.stdout + unit.stderr
     assert "CREWLOG_ETCD_PASSWORD_FILE" in unit.stderr
 
