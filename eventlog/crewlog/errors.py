@@ -495,7 +495,7 @@ class QuotaExceeded(CrewlogError):
             "the server's quota is full",
             where=where,
             why="it takes no change but removals until its alarm is disarmed",
-            remedy="Drop history: crewlog compact --keep-history 30d; then see docs/etcd.md",
+            remedy="Drop history: crewlog compact --keep-history 30d --yes; then see docs/etcd.md",
         )
 
 

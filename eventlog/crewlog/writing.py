@@ -9,7 +9,7 @@ from crewlog import codec, events, layout, threads
 from crewlog.codec import Draft
 from crewlog.commit import Request
 from crewlog.directory import Directory, incomplete
-from crewlog.errors import LockBusy, from_oserror
+from crewlog.errors import CrewlogError, LockBusy, from_oserror
 from crewlog.events import Line
 from crewlog.lock import Lock
 from crewlog.structs import AppendState
@@ -59,20 +59,18 @@ class Writing:
             finally:
                 self._lock.release()
         except OSError as error:
-            self._translate(error)
-            raise
+            raise self._typed(error) from error
         finally:
             try:  # noqa: SIM105 (suppress is a call of Python)
                 self._turn.release()
             except RuntimeError:  # it was never ours
                 pass
 
-    def _translate(self, error: OSError) -> None:
+    def _typed(self, error: OSError) -> CrewlogError:
+        root, where = self._directory.root, str(self._directory.path)
         if isinstance(error, FileNotFoundError):
-            root, where = self._directory.root, str(self._directory.path)
-            raise incomplete(error, root=root, where=where) from error
-        why = "cannot write to the registry"
-        raise from_oserror(error, why, where=str(self._directory.path)) from error
+            return incomplete(error, root=root, where=where)
+        return from_oserror(error, "cannot write to the registry", where=where)
 
 
 def size_of(drafts: Sequence[Draft]) -> int:

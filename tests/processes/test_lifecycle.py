@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -70,6 +71,28 @@ def test_interrupts_leave_nothing_taken(place: Path) -> None:
     assert verify(place).ok
 
 
+@contextlib.contextmanager
+def _interrupted_in(
+    monkeypatch: pytest.MonkeyPatch,
+    step: tuple[object, str],
+    handler: Callable[[int, FrameType | None], object],
+) -> Iterator[None]:
+    """Let a signal come as a step begins: an object and the name of its method."""
+    owner, name = step
+    real = getattr(owner, name)
+
+    def interrupted(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGUSR1)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.parametrize("phase", ["write", "settle"])
 def test_change_from_a_signal_handler_within_a_change_is_refused_at_once(
     reg: Registry, phase: str, monkeypatch: pytest.MonkeyPatch
@@ -84,19 +107,9 @@ def test_change_from_a_signal_handler_within_a_change_is_refused_at_once(
         told.append(caught.value.outcome)
 
     log = reg.files()
-    owner, name = (log, "_ready") if phase == "write" else (log._sync, "_share")
-    real = getattr(owner, name)
-
-    def interrupted(*arguments: object) -> object:
-        signal.raise_signal(signal.SIGUSR1)
-        return real(*arguments)
-
-    monkeypatch.setattr(owner, name, interrupted)
-    before = signal.signal(signal.SIGUSR1, handler)
-    try:
+    step = (log, "_ready") if phase == "write" else (log._sync, "_share")
+    with _interrupted_in(monkeypatch, step, handler):
         assert reg.update("a", meta={"n": 1}).labels == {}
-    finally:
-        signal.signal(signal.SIGUSR1, before)
     assert told == ["not_written"]
 
 
@@ -108,20 +121,10 @@ def test_registry_closed_by_a_handler_within_a_change_breaks_nothing(
     reg = crewlog.open(place)
     reg.register("a")
     log = reg.files()
-    owner, name = (log, "_put") if phase == "write" else (log._sync, "_sync")
-    real = getattr(owner, name)
-
-    def interrupted(*arguments: object) -> object:
-        signal.raise_signal(signal.SIGUSR1)
-        return real(*arguments)
-
-    monkeypatch.setattr(owner, name, interrupted)
-    before = signal.signal(signal.SIGUSR1, lambda *_: reg.close())
-    try:
-        with contextlib.suppress(crewlog.RegistryClosed):
-            reg.update("a", meta={"n": 1})
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    step = (log, "_put") if phase == "write" else (log._sync, "_sync")
+    closing = _interrupted_in(monkeypatch, step, lambda *_: reg.close())
+    with closing, contextlib.suppress(crewlog.RegistryClosed):
+        reg.update("a", meta={"n": 1})
     with crewlog.open(place) as other:
         assert other.update("a", meta={"n": 2}).meta == {"n": 2}
     assert verify(place).ok
