@@ -54,15 +54,23 @@ def test_socket_of_a_dead_worker_is_removed(reg: Registry, crew: Crew, server: S
     assert os.listdir(server.path.parent) == ["store"]
 
 
+@pytest.mark.parametrize("batched", [False, True])
 def test_socket_bound_after_the_registration_is_known_once_ready(
-    reg: Registry, crew: Crew, tmp_path: Path
+    reg: Registry, crew: Crew, tmp_path: Path, *, batched: bool
 ) -> None:
     """At the registration it was not there yet; a ready worker's is."""
     worker = crew.sleeper()
     path = tmp_path / "late.sock"
     assert reg.register("a", pid=worker.pid, sock=str(path)).sock_id is None
     late = Server(path)
-    assert reg.update("a", state="ready").sock_id == endpoint.socket_id(str(path))
+    if batched:
+        with reg.batch() as batch:
+            batch.update("a", state="ready")
+    else:
+        reg.update("a", state="ready")
+    ready = reg.get("a")
+    assert ready is not None
+    assert ready.sock_id == endpoint.socket_id(str(path))
     late.die()
     kill(worker)
     assert collect(reg).sockets == (str(path),)

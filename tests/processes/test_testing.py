@@ -3,6 +3,7 @@
 import errno
 from datetime import timedelta
 
+import psutil
 import pytest
 
 import crewlog
@@ -29,6 +30,32 @@ def test_fake_workers_live_and_die(
     crewlog_workers.kill("a")
     assert collect(crewlog_registry).lost == ("a",)
     assert [worker.sid for worker in crewlog_registry.workers()] == ["b"]
+
+
+def test_fake_worker_that_is_refused_leaves_no_process(
+    crewlog_registry: Registry, crewlog_workers: FakeWorkers
+) -> None:
+    """And the one that lives under its sid is still known, and ends with the test."""
+    first = crewlog_workers.start("a")
+    before = psutil.Process().children()
+    with pytest.raises(crewlog.WorkerExists):
+        crewlog_workers.start("a")
+    assert psutil.Process().children() == before
+    crewlog_workers.kill("a")
+    assert not psutil.pid_exists(first.pid)
+    with pytest.raises(crewlog.WorkerNotFound):
+        crewlog_workers.kill("a")
+
+
+def test_frozen_clock_is_what_a_collection_goes_by(
+    crewlog_registry: Registry, crewlog_clock: FrozenClock
+) -> None:
+    """What has just ended by it is kept, for as long as it stands still."""
+    crewlog_registry.register("a")
+    crewlog_registry.exited("a", code=0)
+    assert collect(crewlog_registry).pruned == ()
+    crewlog_clock.advance(days=400)
+    assert collect(crewlog_registry).pruned == ("a",)
 
 
 def test_frozen_clock_is_what_events_go_by(

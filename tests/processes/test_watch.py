@@ -12,8 +12,9 @@ import pytest
 import crewlog
 from crewlog import layout, notify
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
-from crewlog.events import Change, JsonObject, JsonValue, Synced
+from crewlog.events import Change, JsonObject, JsonValue, State, Synced
 from crewlog.registry import Registry
+from crewlog.subscribe import Mirror
 from crewlog_compactor import compact, verify
 from faults import EIO, FailingDisk, only, registry_on
 from procs import Crew, forked, joined, until
@@ -201,3 +202,19 @@ def test_watch_command_prints_json_lines(place: Path, reg: Registry, crew: Crew)
     reg.remove("a", reason="done")
     assert json.loads(watcher.stdout.readline())["type"] == "worker.released"
     assert watcher.wait(30) == 0
+
+
+def test_mirror_returns_the_very_state_that_was_accepted(reg: Registry) -> None:
+    """Also at the deadline, where another change may come right behind the last look."""
+    reg.register("a")
+    looks = 0
+
+    def state() -> State:
+        nonlocal looks
+        looks += 1
+        reg.update("a", labels={"look": str(looks)})
+        return reg.state()
+
+    with Mirror(reg.watch(after="now"), state) as now:
+        found = now.wait(lambda seen: seen.workers["a"].labels["look"] == "2", timeout_s=0)
+    assert found.workers["a"].labels["look"] == "2"
