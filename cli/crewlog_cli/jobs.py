@@ -21,6 +21,7 @@ from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import (
     CollectReport,
+    CompactReport,
     KeepEvents,
     Plan,
     apply_plan,
@@ -177,6 +178,7 @@ def _read_plan(path: Path) -> Plan:
 @command(
     "compact",
     examples="""crewlog compact
+crewlog compact --keep-history 90d --dry-run
 crewlog compact --keep-history 90d --yes --pack zstd
 crewlog schedule cron                # the line for a crontab""",
 )
@@ -191,6 +193,7 @@ crewlog schedule cron                # the line for a crontab""",
 )
 @click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
               help="How to compress what is archived now; zstd is an extra.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--yes", is_flag=True, help="Drop history without asking.")
 @click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
 @click.option("--jitter", metavar="TIME", help="Wait up to this long first, by chance.")
@@ -201,6 +204,7 @@ def compact_(
     force: bool,
     keep_history: str,
     pack: Packing,
+    dry_run: bool,
     yes: bool,
     prometheus: str | None,
     jitter: str | None,
@@ -210,9 +214,12 @@ def compact_(
     Silent with -q unless something is wrong; 75 if another compaction runs.
     """
     keep = _keep(keep_history)
+    if dry_run and prometheus is not None:
+        message = "--dry-run compacts nothing that --prometheus could tell of"
+        raise click.UsageError(message)
     if (
         keep is not None
-        and not yes
+        and not (yes or dry_run)
         and not shell.confirmed(
             f"Drop history for good, but for {keep_history}?", "--keep-history drops history"
         )
@@ -222,33 +229,45 @@ def compact_(
     reg = sh.existing()
     time.sleep(wait_s)
     with _metered(reg, prometheus) as told:
-        report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack)
+        report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack, dry_run=dry_run)
         told.refused = report.refused is not None
     if sh.json:
-        sh.document(
-            {
-                "seq": reg.last_seq,
-                "folded_events": report.folded_events,
-                "snapshot_seq": report.snapshot_seq,
-                "archived_segments": report.archived_segments,
-                "dropped": report.dropped,
-                "collected": None if report.collected is None else _told(report.collected),
-                "refused": None if report.refused is None else str(report.refused),
-            }
-        )
-    elif not sh.quiet:
-        if report.collected is not None:
-            _print_report(sh, report.collected)
-        sh.line(
-            f"folded {report.folded_events} events up to seq {report.snapshot_seq}, "
-            f"archived {report.archived_segments} segments"
-        )
-        if report.dropped is not None:
-            sh.line(f"dropped history: events {report.dropped[0]} to {report.dropped[1]}")
+        sh.document(_compaction(reg, report))
+    elif dry_run or not sh.quiet:
+        _print_compaction(sh, report)
     if report.full is not None:
         shell.fail(sh, report.full)
     if report.refused is not None:
         shell.fail(sh, report.refused)
+
+
+def _compaction(reg: Registry, report: CompactReport) -> dict[str, object]:
+    return {
+        "seq": reg.last_seq,
+        "dry_run": report.dry_run,
+        "folded_events": report.folded_events,
+        "snapshot_seq": report.snapshot_seq,
+        "archived_segments": report.archived_segments,
+        "dropped": report.dropped,
+        "collected": None if report.collected is None else _told(report.collected),
+        "refused": None if report.refused is None else str(report.refused),
+    }
+
+
+def _print_compaction(sh: Shell, report: CompactReport) -> None:
+    if report.collected is not None:
+        _print_report(sh, report.collected)
+    fold, archive, drop = (
+        ("would fold", "archive", "would drop")
+        if report.dry_run
+        else ("folded", "archived", "dropped")
+    )
+    sh.line(
+        f"{fold} {report.folded_events} events up to seq {report.snapshot_seq}, "
+        f"{archive} {report.archived_segments} segments"
+    )
+    if report.dropped is not None:
+        sh.line(f"{drop} history: events {report.dropped[0]} to {report.dropped[1]}")
 
 
 @dataclass(slots=True)

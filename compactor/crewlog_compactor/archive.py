@@ -15,23 +15,34 @@ def archive(directory: Directory, *, covered: int, packing: Packing) -> list[int
     Held: locks/compact. Interrupted anywhere, a segment is in log/, in archive/, or in both with
     the same content; the next call goes on from there.
     """
-    firsts = segments.active_and_sealed(directory)
-    moved = []
-    for first, following in itertools.pairwise(firsts):
-        if following - 1 > covered:
-            break
+    coming = due(directory, covered=covered)
+    for first in coming:
         _move(directory, first, packing)
-        moved.append(first)
-    return moved
+    return coming
+
+
+def due(directory: Directory, *, covered: int) -> list[int]:
+    """Return the first seqs of the sealed segments whose last seq is at most `covered`."""
+    pairs = itertools.pairwise(segments.active_and_sealed(directory))
+    return [first for first, following in pairs if following - 1 <= covered]
+
+
+def packed_bytes(directory: Directory, first: int, wanted: Packing) -> int:
+    """Return how many bytes a segment would take in the archive."""
+    return len(packing.pack(_content(directory, first), wanted))
+
+
+def _content(directory: Directory, first: int) -> bytes:
+    source = segments.open_segment(directory, first)
+    try:
+        return source.read(0, source.size())
+    finally:
+        source.close()
 
 
 def _move(directory: Directory, first: int, wanted: Packing) -> None:
     via, log, shelf = directory.disk, directory[layout.LOG], directory[layout.ARCHIVE]
-    source = segments.open_segment(directory, first)
-    try:
-        data = source.read(0, source.size())
-    finally:
-        source.close()
+    data = _content(directory, first)
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
     # one that an interrupted move left is replaced, also where it is packed another way
     name = segments.archive_file(directory, first) or layout.archive_name(first, wanted)

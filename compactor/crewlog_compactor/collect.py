@@ -15,6 +15,7 @@ from crewlog.appending import Written
 from crewlog.changes import Author
 from crewlog.codec import Draft
 from crewlog.errors import (
+    CollectRefused,
     InvalidTransition,
     PlanInvalid,
     StaleRevision,
@@ -48,6 +49,11 @@ class CollectReport:
     sockets_kept: tuple[tuple[str, str], ...] = ()
     dry_run: bool = False
 
+    @property
+    def changed(self) -> bool:
+        """Say whether a worker's state changed, or would."""
+        return bool(self.lost or self.exited or self.pruned)
+
 
 def collect(
     reg: Registry, *, dry_run: bool = False, keep: timedelta = KEEP, force: bool = False
@@ -60,8 +66,28 @@ def collect(
     """
     decided = make_plan(reg, keep=keep)
     if dry_run:
-        return _report(decided, conflicts=set(), tidied=orphans.Tidied(), dry_run=True)
+        return _foretold(decided)
     return _carry_out(reg, decided, alive=(), force=force)
+
+
+def _foretold(decided: Plan) -> CollectReport:
+    """Report what a plan would do."""
+    return _report(decided, conflicts=set(), tidied=orphans.Tidied(), dry_run=True)
+
+
+def try_collect(
+    reg: Registry, *, force: bool, dry_run: bool = False
+) -> tuple[CollectReport | None, CollectRefused | None]:
+    """Collect as a part of a larger job, which goes on where this is refused, and tells."""
+    try:
+        if not dry_run:
+            return collect(reg, force=force), None
+        decided = make_plan(reg)
+        if not force:
+            plan.require_plausible(decided)
+        return _foretold(decided), None
+    except CollectRefused as error:
+        return None, error
 
 
 def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:

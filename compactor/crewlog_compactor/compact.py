@@ -7,18 +7,16 @@ needs are in place, killed after it, the next compaction archives what this one 
 
 from crewlog import disk, events, layout, segments, snapshot, tail
 from crewlog.codec import Snapshot
-from crewlog.errors import CollectRefused
 from crewlog.log import Log
 from crewlog.packing import Packing, require
 from crewlog.reader import Reader
 from crewlog.refold import refold
 from crewlog.registry import Registry
 from crewlog.segments import Position
-from crewlog_compactor import archive
-from crewlog_compactor.collect import KEEP, CollectReport, collect
+from crewlog_compactor import archive, retain
+from crewlog_compactor.collect import try_collect
 from crewlog_compactor.findings import CompactReport
 from crewlog_compactor.policy import Keep, check_keep
-from crewlog_compactor.retain import retain
 
 
 def compact(
@@ -28,14 +26,16 @@ def compact(
     force: bool = False,
     keep_history: Keep = None,
     packing: Packing = "gzip",
+    dry_run: bool = False,
 ) -> CompactReport:
     """Collect the dead, fold the log into registry.json, archive what two snapshots cover.
 
     *Guarantee*: durable on return; safe to kill anywhere; writers go on meanwhile; no history is
     lost unless `keep_history` says so: None keeps all, a timedelta what is younger, an int so many
     bytes of archive, KeepEvents so many events; a cursor holds back what it needs. *Args*:
-    `packing` of what is archived now, gzip or zstd (extra `[zstd]`). *Raises* LockBusy at once
-    where another compaction runs, StoreMissing, DataDamaged, Unsupported.
+    `packing` of what is archived now, gzip or zstd (extra `[zstd]`); with `dry_run` nothing is
+    written. *Raises* LockBusy at once where another compaction runs, StoreMissing, DataDamaged,
+    Unsupported.
     """
     check_keep(keep_history)
     packed = require(packing)
@@ -43,11 +43,12 @@ def compact(
     if not isinstance(log, Log):
         from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
 
-        return etcd.compact(reg, gc=gc, force=force, keep_history=keep_history)
+        return etcd.compact(reg, gc=gc, force=force, keep_history=keep_history, dry_run=dry_run)
+    job = _foretell if dry_run else _compact
     lock = log.try_compact_lock()
     try:
         with disk.failures("cannot compact", where=reg.where):
-            return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
+            return job(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
     finally:
         lock.close()
 
@@ -57,14 +58,14 @@ def _compact(
 ) -> CompactReport:
     """Do the whole job. Held: locks/compact."""
     _sweep(log)
-    collected, refused = _collect(reg, force=force) if gc else (None, None)
+    collected, refused = try_collect(reg, force=force) if gc else (None, None)
     if _has_events(log):
         log.rotate()
     folded, current = _fold(log)
     if folded:
         log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
     moved = _archive(log, packing)
-    dropped = retain(log, keep_history)
+    dropped = retain.retain(log, keep_history)
     return CompactReport(
         folded_events=folded,
         snapshot_seq=current.last_seq,
@@ -75,17 +76,33 @@ def _compact(
     )
 
 
+def _foretell(
+    reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
+) -> CompactReport:
+    """Say what the job would do, and write nothing. Held: locks/compact."""
+    collected, refused = try_collect(reg, force=force, dry_run=True) if gc else (None, None)
+    head, current = log.head(), snapshot.newest(log.directory)
+    would_seal = _has_events(log) or (collected is not None and collected.changed)
+    last = max(head.seq if would_seal else head.segment - 1, current.last_seq)
+    before = current if last > current.last_seq else _previous(log)
+    coming = archive.due(log.directory, covered=0 if before is None else before.last_seq)
+    sizes = {first: archive.packed_bytes(log.directory, first, packing) for first in coming}
+    going = retain.due(log, keep_history, coming=sizes)
+    return CompactReport(
+        folded_events=last - current.last_seq,
+        snapshot_seq=last,
+        archived_segments=len(coming),
+        dropped=(going[0].first, going[-1].last) if going else None,
+        collected=collected,
+        refused=refused,
+        dry_run=True,
+    )
+
+
 def _sweep(log: Log) -> None:
     """Remove what a killed compaction left; the compact lock proves that no other one runs."""
     segments.sweep(log.directory, log.directory.root)
     segments.sweep(log.directory, log.directory[layout.ARCHIVE])
-
-
-def _collect(reg: Registry, *, force: bool) -> tuple[CollectReport | None, CollectRefused | None]:
-    try:
-        return collect(reg, keep=KEEP, force=force), None
-    except CollectRefused as error:  # folding goes on; the caller tells
-        return None, error
 
 
 def _has_events(log: Log) -> bool:
@@ -112,7 +129,11 @@ def _fold(log: Log) -> tuple[int, Snapshot]:
 
 def _archive(log: Log, packing: Packing) -> int:
     """Archive what the previous snapshot covers too, so that two generations can be rebuilt."""
-    previous = snapshot.read(log.directory, layout.SNAPSHOT_PREV)
+    previous = _previous(log)
     if previous is None:
         return 0
     return len(archive.archive(log.directory, covered=previous.last_seq, packing=packing))
+
+
+def _previous(log: Log) -> Snapshot | None:
+    return snapshot.read(log.directory, layout.SNAPSHOT_PREV)

@@ -15,7 +15,6 @@ from crewlog import codec, events, fold, layout
 from crewlog.address import Address
 from crewlog.codec import LineError, Snapshot
 from crewlog.errors import (
-    CollectRefused,
     CompactedError,
     DataDamaged,
     QuotaExceeded,
@@ -32,7 +31,7 @@ from crewlog.registry import Registry
 from crewlog.sieve import Sieve
 from crewlog_compactor import policy
 from crewlog_compactor.anchor import Anchor
-from crewlog_compactor.collect import CollectReport, collect
+from crewlog_compactor.collect import try_collect
 from crewlog_compactor.findings import CompactReport, VerifyReport
 from crewlog_compactor.history import History
 from crewlog_compactor.policy import Keep
@@ -41,16 +40,24 @@ _logger = logging.getLogger("crewlog.retain")
 _OWN: Final = "_"
 
 
-def compact(reg: Registry, *, gc: bool, force: bool, keep_history: Keep) -> CompactReport:
+def compact(
+    reg: Registry, *, gc: bool, force: bool, keep_history: Keep, dry_run: bool = False
+) -> CompactReport:
     """Collect, seal, retain; see compact.compact."""
     log = require(reg)
-    collected: CollectReport | None = None
-    refused: CollectRefused | None = None
-    if gc:
-        try:
-            collected = collect(reg, force=force)
-        except CollectRefused as error:  # the rest goes on; the caller tells
-            refused = error
+    none = None, None
+    collected, refused = try_collect(reg, force=force, dry_run=dry_run) if gc else none
+    if dry_run:
+        sealed, going = _foretell(log, keep_history)
+        return CompactReport(
+            folded_events=sealed,
+            snapshot_seq=log.last_seq(),
+            archived_segments=0,
+            dropped=(going[0].first, going[-1].last) if going else None,
+            collected=collected,
+            refused=refused,
+            dry_run=True,
+        )
     folded = 0
     full: QuotaExceeded | None = None
     try:
@@ -96,6 +103,16 @@ def seal(log: EtcdLog) -> int:
         return count
 
 
+def _foretell(log: EtcdLog, keep: Keep) -> tuple[int, list[Part]]:
+    """Say how many events would be sealed, and which parts would then be dropped."""
+    parts = log.parts()
+    first = parts[-1].last + 1 if parts else log.first_seq()
+    size, newest, count = _measure(log, first)
+    if count:
+        parts.append(Part(first, log.last_seq(), size, newest, sealed_at=""))
+    return count, due(log, parts, keep)
+
+
 def _measure(log: EtcdLog, first: int) -> tuple[int, str, int]:
     """Return the bytes of a part so far, its newest time, and its events of workers."""
     size, newest, count = 0, "", 0
@@ -125,12 +142,7 @@ def _sealed(log: EtcdLog, attempt: Attempt, first: int, size: int, newest: str) 
 
 def retain(log: EtcdLog, keep: Keep) -> tuple[int, int] | None:
     """Drop what the policy no longer keeps; return the range of seqs that went, None for none."""
-    if keep is None:
-        return None
-    parts = log.parts()
-    kept = [policy.Part(part.first, part.last, part.size, part.newest) for part in parts]
-    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
-    going = parts[: policy.held_back(kept, surplus, log.cursors.every())]
+    going = due(log, log.parts(), keep)
     if not going:
         return None
     first, last = going[0].first, going[-1].last
@@ -140,6 +152,15 @@ def retain(log: EtcdLog, keep: Keep) -> tuple[int, int] | None:
         _logger.warning("the quota is full: no state is kept for the history after seq %d", last)
     drop(log, going)
     return first, last
+
+
+def due(log: EtcdLog, parts: list[Part], keep: Keep) -> list[Part]:
+    """Return the parts that the policy lets go."""
+    if keep is None:
+        return []
+    kept = [policy.Part(part.first, part.last, part.size, part.newest) for part in parts]
+    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
+    return parts[: policy.held_back(kept, surplus, log.cursors.every())]
 
 
 def _tell(log: EtcdLog, going: list[Part]) -> None:

@@ -44,13 +44,15 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactReport:
-    """What a compaction did.
+    """What a compaction did, or with `dry_run` would do to what is there now.
 
     `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
     yet); `archived_segments` counts moves into the archive, `dropped` is the range of seqs that
     retention took (first, last); `collected` is None without `gc`, and
     `refused` says why the collection was refused, if it was; `full` that a cluster's quota is full,
     so that nothing was done but dropping.
+
+    What a dry run counts is what is there: not the few lines that a compaction adds itself.
     """
 
     folded_events: int
@@ -60,3 +62,4 @@ class CompactReport:
     collected: CollectReport | None
     refused: CollectRefused | None
     full: QuotaExceeded | None = None
+    dry_run: bool = False

@@ -7,6 +7,7 @@ the files go.
 """
 
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 
 from crewlog import events, layout, segments, snapshot
@@ -28,11 +29,7 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
 
     Held: locks/compact.
     """
-    if keep is None:
-        return None
-    kept = _archive(log.directory, keep)
-    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
-    going = kept[: policy.held_back(kept, surplus, log.cursors.every())]
+    going = due(log, keep, coming={})
     if not going:
         return None
     first, last = going[0].first, going[-1].last
@@ -48,20 +45,37 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     return first, last
 
 
-def _archive(directory: Directory, keep: Keep) -> list[Part]:
-    firsts = segments.archived(directory)
+def due(log: Log, keep: Keep, *, coming: Mapping[int, int]) -> list[Part]:
+    """Return the parts that the policy lets go.
+
+    `coming` are segments that will be archived first: by first seq, the bytes that each will take.
+    """
+    if keep is None:
+        return []
+    kept = _archive(log.directory, keep, coming)
+    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
+    return kept[: policy.held_back(kept, surplus, log.cursors.every())]
+
+
+def _archive(directory: Directory, keep: Keep, coming: Mapping[int, int]) -> list[Part]:
+    firsts = sorted({*segments.archived(directory), *coming})
     if not firsts:
         return []
-    following = [*firsts[1:], segments.active_and_sealed(directory)[0]]
+    left = next(first for first in segments.active_and_sealed(directory) if first > firsts[-1])
+    following = [*firsts[1:], left]
     found = []
     young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
     for first, after in zip(firsts, following, strict=True):
-        size = (directory.path / layout.ARCHIVE / _name(directory, first)).stat().st_size
+        size = coming.get(first) or _bytes(directory, first)
         newest = "" if young else _newest(directory, first)
         if isinstance(keep, timedelta) and newest >= policy.oldest_ts(keep):
             young = True
         found.append(Part(first, after - 1, size, newest))
     return found
+
+
+def _bytes(directory: Directory, first: int) -> int:
+    return (directory.path / layout.ARCHIVE / _name(directory, first)).stat().st_size
 
 
 def _name(directory: Directory, first: int) -> str:

@@ -454,7 +454,7 @@ class Unavailable(CrewlogError):
     """No server answered in time; nothing of the change was sent."""
 
     code = "unavailable"
-    exit_code = 75
+    exit_code = 69
 
     def __init__(self, where: str, *, why: str) -> None:
         """Name the servers and what the last of them said."""

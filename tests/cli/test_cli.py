@@ -607,6 +607,23 @@ def test_alive_waits_until_it_is_true(cli: Cli, reg: Registry, crew: Crew) -> No
     assert waiting.wait(30) == 0
 
 
+def test_compact_dry_run_needs_no_yes_and_does_nothing(cli: Cli, reg: Registry) -> None:
+    """It only says what it would do, also with -q."""
+    reg.register("a")
+    cli("compact", "-q")
+    covered = reg.compacted()
+    reg.update("a", version="2")
+    told = cli("compact", "--dry-run", "-q", "--keep-history", "0s").stdout
+    assert "would fold" in told
+    assert "archive 1 segments" in told
+    assert "would drop history: events 1 to" in told
+    found = cli.json("compact", "--dry-run")
+    assert (found["dry_run"], found["dropped"]) == (True, None)
+    assert covered is not None
+    assert reg.compacted() == covered
+    cli("compact", "--dry-run", "--prometheus", "x", code=2)
+
+
 def test_compact_keeps_history_as_told(cli: Cli, reg: Registry) -> None:
     """--keep-history by age, size, or all; verify knows policy from loss."""
     reg.register("a")

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -645,6 +646,58 @@ def test_keep_history_by_age_and_by_bytes(reg: Registry) -> None:
     assert compact(reg, keep_history=10**9).dropped is None
     assert compact(reg, keep_history=0).dropped is not None
     assert list(shown(reg)) == ["a"]
+
+
+@pytest.mark.parametrize("keep", [None, KeepEvents(20), 0, timedelta(0), timedelta(hours=1)])
+def test_dry_run_foretells_a_compaction_and_changes_nothing(
+    reg: Registry, where: str, crew: Crew, keep: timedelta | int | KeepEvents | None
+) -> None:
+    """Whom it would collect, what it would fold, archive and drop: then it does just that."""
+    for number in range(12):
+        reg.register(f"w{number}")
+        compact(reg)
+    doomed = crew.sleeper()
+    reg.register("doomed", pid=doomed.pid)
+    kill(doomed)
+    before = seqs(reg), shown(reg), reg.compacted(), contents(where)
+    told = compact(reg, keep_history=keep, dry_run=True)
+    assert (seqs(reg), shown(reg), reg.compacted(), contents(where)) == before
+    done = compact(reg, keep_history=keep)
+    assert (told.dry_run, done.dry_run) == (True, False)
+    assert told.collected is not None
+    assert done.collected is not None
+    assert told.collected.lost == done.collected.lost == ("doomed",)
+    assert told.archived_segments == done.archived_segments
+    # the death, and what a compaction writes of itself, come to what was there
+    assert 0 < told.folded_events <= done.folded_events <= told.folded_events + 4
+    assert told.snapshot_seq < done.snapshot_seq <= told.snapshot_seq + 4
+    if told.dropped is None or done.dropped is None:
+        assert told.dropped is done.dropped
+    else:
+        assert told.dropped[0] == done.dropped[0]
+        assert told.dropped[1] <= done.dropped[1] <= told.dropped[1] + 4
+    assert verify(where).ok
+
+
+def contents(where: str) -> dict[str, bytes]:
+    """Return every file of a store in a directory; elsewhere nothing."""
+    found = [path for path in Path(where).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in found}
+
+
+def test_dry_run_foretells_a_refused_collection(reg: Registry, crew: Crew) -> None:
+    """As the compaction itself would tell it."""
+    doomed = [crew.sleeper() for _ in range(12)]
+    for number, process in enumerate(doomed):
+        reg.register(f"d{number}", pid=process.pid)
+    for process in doomed:
+        kill(process)
+    report = compact(reg, dry_run=True)
+    assert (report.collected, type(report.refused)) == (None, crewlog.CollectRefused)
+    forced = compact(reg, dry_run=True, force=True).collected
+    assert forced is not None
+    assert len(forced.lost) == 12
+    assert len(reg.workers()) == 12
 
 
 # -- liveness -------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_nobody_there_is_told_with_the_address(tmp_path: Path) -> None:
             with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1") as caught:
                 use()
             assert caught.value.outcome == "not_written"
-    done = Cli("etcd://127.0.0.1:1/p")("ls", code=75)
+    done = Cli("etcd://127.0.0.1:1/p")("ls", code=69)
     assert done.stderr.count("\n") == 3
 
 
@@ -792,7 +792,7 @@ def test_doctor_names_each_server_when_none_answers() -> None:
     told = cli.json("doctor", code=1)
     found = [c["found"] for c in told["checks"] if c["name"] == "server"]  # type: ignore[attr-defined]
     assert found == ["127.0.0.1:1: connection refused", "127.0.0.1:2: connection refused"]
-    said = cli("ls", code=75).stderr
+    said = cli("ls", code=69).stderr
     assert "127.0.0.1:1: connection refused" in said
     assert "127.0.0.1:2: connection refused" in said
 
