@@ -79,7 +79,7 @@ def only(call: str, number: int) -> Fault:
 def registry_on(place: Path, disk: Disk, *, wait_s: float = 5.0) -> Registry:
     """Open a registry whose store is created and changed through `disk`."""
     reg = crewlog.open(place)
-    reg._log = Log(create.open_or_create(place, via=disk, wait_s=wait_s), wait_s=wait_s)
+    reg.session._store = Log(create.open_or_create(place, via=disk, wait_s=wait_s), wait_s=wait_s)
     return reg
 
 

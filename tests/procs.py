@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from crewlog.log import Log
+from crewlog.registry import Registry
+
 WAIT_S = 30.0
 
 
@@ -18,6 +21,13 @@ def until(holds: Callable[[], bool], *, wait_s: float = WAIT_S) -> None:
     while not holds():
         assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.002)
+
+
+def files(reg: Registry) -> Log:
+    """Return the store of a registry, which is in a directory."""
+    store = reg.session.store()
+    assert isinstance(store, Log)
+    return store
 
 
 class Crew:

@@ -46,6 +46,15 @@ def test_starting_block_leaves_an_orderly_end(place: Path, monkeypatch: pytest.M
         ]  # fmt: skip
 
 
+def test_guide_names_every_verb_of_a_registry() -> None:
+    """And no registry offers what it does not name; asyncio has the same verbs."""
+    table = (ROOT / "docs/guide.md").read_text().split("## All of it")[1].split("##")[0]
+    offered = {name for name in dir(crewlog.Registry) if not name.startswith("_")}
+    assert offered == set(re.findall(r"`(\w+)`", table)) - {"with"}
+    plain = {"where", "path", "exists", "close", "awatch", "subscribe", "mirror"}
+    assert offered - plain <= set(dir(crewlog.AsyncRegistry))
+
+
 def test_watching_block_prints_changes(
     place: Path, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:

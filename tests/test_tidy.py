@@ -30,7 +30,7 @@ ROOMS = {
     "termios": {"top.py"},
     "threading": {"changes.py", "claims.py", "client.py", "launch.py", "lines.py", "log.py",
                   "commit.py",
-                  "rides.py", "reading.py", "sync.py", "registry.py", "notify.py", "states.py",
+                  "rides.py", "reading.py", "sync.py", "session.py", "notify.py", "states.py",
                   "writing.py", "subscribe.py", "threads.py", "watch.py", "starting.py"},
     "socket": {"endpoint.py"},
     "subprocess": {"keeper.py", "child.py", "demo.py", "identity.py", "watching.py", "testing.py"},

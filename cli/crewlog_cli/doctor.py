@@ -37,7 +37,7 @@ def checks(reg: Registry) -> Iterator[Check]:
     """Yield what a look at everything finds, the versions last."""
     log = None
     try:
-        log = reg.log()
+        log = reg.session.store()
     except StoreMissing:
         yield Check(
             name="place",

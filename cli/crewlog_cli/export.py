@@ -102,7 +102,7 @@ def export(
     writers: dict[str, Callable[[Iterator[Event]], None]] = {
         "jsonl": _jsonl,
         "csv": _csv,
-        "cloudevents": _cloudevents(reg.log().id),
+        "cloudevents": _cloudevents(reg.session.store().id),
     }
     writers[form](found)
 

@@ -64,7 +64,7 @@ def _rows(reg: Registry) -> Iterator[str]:
     )  # fmt: skip
     yield from _metric(
         "bytes", "gauge", "Bytes on disk, by directory; of a cluster, its database.",
-        {f'{{directory="{name}"}}': count for name, count in reg.log().sizes().items()},
+        {f'{{directory="{name}"}}': count for name, count in reg.session.store().sizes().items()},
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ class Shell:
     def existing(self) -> "Registry":
         """Open a registry that exists. *Raises* StoreMissing (66): reading creates nothing."""
         reg = self.registry()
-        reg.log()
+        reg.session.store()
         return reg
 
     def close(self) -> None:

@@ -9,16 +9,15 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
 
-from crewlog import changes, judging, launch, layout
+from crewlog import changes, judging, launch, layout, registering, starting
 from crewlog.errors import CrewlogError, SpawnFailed, StaleRevision
 from crewlog.events import Worker
 from crewlog.launch import Launch
+from crewlog.registering import Wish, enter, leasing
 from crewlog.registry import Registry
 from crewlog.store import Lease, Turn
 from crewlog_cli import shell, words
@@ -63,56 +62,18 @@ class _Options(TypedDict):
     heartbeat: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What the options say of the worker, checked."""
-
-    sock: str
-    version: str
-    labels: dict[str, str]
-    ready: bool
-    leased: bool
-    heartbeat_s: float | None
-
-
-def _wish(options: _Options) -> _Wish:
+def _wish(options: _Options) -> Wish:
     spoken = options["heartbeat"]
     heartbeat_s = None if spoken is None else words.span_s(spoken)
     tried(lambda: changes.check_heartbeat(heartbeat_s))
-    return _Wish(
+    return Wish(
         sock=safe(options["sock"]),
         version=safe(options["version"]),
         labels=words.pairs([safe(row) for row in options["labels"]]),
         ready=not options["starting"],
-        leased=options["lease"] or heartbeat_s is not None,
+        lease=options["lease"],
         heartbeat_s=heartbeat_s,
     )
-
-
-def _leasing(reg: Registry, sid: str, wish: _Wish) -> AbstractContextManager[Lease | None]:
-    tried(lambda: changes.check_sid(sid))
-    return reg.leasing(sid, wanted=wish.leased, heartbeat_s=wish.heartbeat_s)
-
-
-def _register(
-    reg: Registry, sid: str, pid: int, wish: _Wish, *, held: Lease | None, owner: int | None = None
-) -> Worker:
-    step = tried(
-        lambda: changes.registered(
-            reg.author(),
-            sid,
-            pid=pid,
-            sock=wish.sock,
-            version=wish.version,
-            labels=wish.labels,
-            meta=None,
-            ready=wish.ready,
-            owner=owner,
-            lease=None if held is None else held.name,
-            heartbeat_s=wish.heartbeat_s,
-        )
-    )
-    return reg.claim(sid, step)
 
 
 def _require_separated(sh: Shell) -> None:
@@ -139,10 +100,7 @@ def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Opti
     _require_separated(sh)
     wish = _wish(options)
     with sh.registry() as reg:
-        with _leasing(reg, sid, wish) as held:
-            worker = _register(reg, sid, os.getpid(), wish, held=held)
-        if held is not None:
-            held.keep(worker)
+        tried(lambda: registering.register(reg.session, sid, os.getpid(), wish))
         shell.flush()
         code = _replace(argv)
         reg.exited(sid, code=code)
@@ -174,15 +132,16 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     The exit code is the program's, or 128 plus the signal that ended it.
     """
     _require_separated(sh)
-    wish = _wish(options)
+    wish = _wish(options)._replace(owner=os.getpid())
     with sh.registry() as reg:
-        with tried(lambda: reg.turn(sid)) as turn:
-            with _leasing(reg, sid, wish) as held:
+        session = reg.session
+        with tried(lambda: starting.turn(session, sid)) as turn:
+            with leasing(session, sid, wish) as held:
                 started = tried(lambda: _waiting(argv, held, turn))
                 try:
                     # Before the registration: a signal of now must reach the worker, or find none.
                     signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
-                    worker = _register(reg, sid, started.pid, wish, held=held, owner=os.getpid())
+                    worker = tried(lambda: enter(session, sid, started.pid, wish, held=held))
                 except BaseException:
                     started.give_up()
                     raise
@@ -222,8 +181,8 @@ def _tell_end(sh: Shell, reg: Registry, worker: Worker, code: int) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     try:
-        step = functools.partial(judging.exit_of, reg.author(), worker.sid, code)
-        if not reg.record_end(worker, lambda rev: step(rev=rev), late=late):
+        step = functools.partial(judging.exit_of, reg.session.author(), worker.sid, code)
+        if not judging.record_end(reg.session, worker, lambda rev: step(rev=rev), late=late):
             sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
     except (CrewlogError, KeyboardInterrupt) as error:
         shell.warn(f"crewlog: {told}; that is not recorded: {error or 'interrupted'}")

@@ -125,7 +125,7 @@ def _document(reg: Registry, found: _Ends) -> dict[str, object]:
             "restarts": dict(found.restarts.most_common()),
             "flapping": found.flapping,
         },
-        "bytes": reg.log().sizes(),
+        "bytes": reg.session.store().sizes(),
     }
 
 
@@ -165,7 +165,9 @@ def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
         for sid, most in list(found.flapping.items())[:_SHOWN]
     ]
     rows += [[f"events {name}", str(count)] for name, count in sorted(reg.totals().items())]
-    rows += [[f"bytes {name}", text.size(count)] for name, count in reg.log().sizes().items()]
+    rows += [
+        [f"bytes {name}", text.size(count)] for name, count in reg.session.store().sizes().items()
+    ]
     sh.table(["what", "value"], rows)
     began = next((event.ts for event in reg.history(types=["_segment"])), datetime.now(UTC))
     sh.note(f"lives since {text.exact(began, utc=sh.utc)}; events since the store began")

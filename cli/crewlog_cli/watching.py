@@ -230,10 +230,10 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
         raise click.UsageError(message)
     reg = sh.existing()
     if action == "ls":
-        _print_cursors(sh, reg, reg.log().cursors.every())
+        _print_cursors(sh, reg, reg.session.store().cursors.every())
         return
     name = changing.tried(lambda: changes.check_sid(name, what="cursor"))
-    cursors = reg.log().cursors
+    cursors = reg.session.store().cursors
     if action == "rm":
         if not cursors.remove(name):
             raise _no_cursor(name)
@@ -260,7 +260,7 @@ def _no_cursor(name: str) -> WorkerNotFound:
 
 
 def _print_cursors(sh: Shell, reg: Registry, places: Sequence[Standing]) -> None:
-    oldest, last = reg.log().first_seq(), reg.last_seq
+    oldest, last = reg.session.store().first_seq(), reg.last_seq
     rows = [
         {
             "name": place.name,
@@ -289,7 +289,7 @@ def _print_cursors(sh: Shell, reg: Registry, places: Sequence[Standing]) -> None
 
 
 def _owned(reg: Registry, name: str) -> bool:
-    return reg.log().cursors.is_owned(name)
+    return reg.session.store().cursors.is_owned(name)
 
 
 COMMANDS: Final = {"watch": watch, "cursor": cursor_}

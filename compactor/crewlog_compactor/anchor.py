@@ -37,7 +37,7 @@ class Anchor:
 
 def anchor(reg: Registry) -> Anchor:
     """Return the anchor of the last durable event. *Raises* StoreMissing."""
-    log = reg.log()
+    log = reg.session.store()
     seq = log.last_seq()
     for line, raw in log.read(seq - 1):
         if line["seq"] >= seq:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from crewlog import changes, events
+from crewlog import changes, events, judging
 from crewlog.appending import Written
 from crewlog.changes import Author
 from crewlog.codec import Draft
@@ -95,7 +95,7 @@ def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:
     if keep < timedelta(0):
         message = "keep must not be negative"
         raise ValueError(message)
-    store = reg.log().id if reg.exists else ""
+    store = reg.session.store().id if reg.exists else ""
     workers = list(reg.state().workers.values())
     judged = reg.judge(workers)
     return plan.make(workers, judged, store=store, now=events.now(), keep=keep)
@@ -107,7 +107,7 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
     Workers that changed since it was made are conflicts, and so are those that live in spite of it.
     *Raises* PlanInvalid for another store's plan; CollectRefused.
     """
-    if reg.log().id != decided.store:
+    if reg.session.store().id != decided.store:
         raise PlanInvalid(reg.where, why=f"it was made for store {decided.store or '(none)'}")
     revs = {step.sid: step.rev for step in decided.steps if step.action == "bury"}
     same = [w for w in reg.workers() if revs.get(w.sid) == w.rev]
@@ -122,17 +122,17 @@ def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
     One that is proven dead is recorded as such. *Raises* WorkerExists if it is proven to live;
     WorkerNotFound, InvalidTransition, StaleRevision.
     """
-    worker = reg.known(sid)
+    worker = reg.session.known(sid)
     found = reg.judge([worker])[0]
     if found.alive:
         raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
-    burial = reg.burial(sid)
+    burial = judging.burial(reg.session, sid)
     if burial:
-        return reg.change(sid, burial[0])
+        return reg.session.change(burial[0])
     step = changes.released(
-        reg.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
+        reg.session.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
     )
-    return reg.change(sid, step)
+    return reg.session.change(step)
 
 
 def _carry_out(
@@ -141,13 +141,13 @@ def _carry_out(
     """Write the plan's events, each on its condition, then tidy up."""
     if not force:
         plan.require_plausible(decided)
-    author = reg.author("gc")
+    author = reg.session.author("gc")
     conflicts = set(alive)
     steps = [step for step in decided.steps if step.action == "prune" or step.sid not in conflicts]
-    size = min(_STEPS_A_COMMIT, reg.log().unit_workers_max) if steps else 1
+    size = min(_STEPS_A_COMMIT, reg.session.store().unit_workers_max) if steps else 1
     for first in range(0, len(steps), size):
         part = steps[first : first + size]
-        reg.commit([_conditional(_event(author, step), conflicts) for step in part])
+        reg.session.append([_conditional(_event(author, step), conflicts) for step in part])
     tidied = orphans.tidy(reg) if reg.exists else orphans.Tidied()
     return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)
 

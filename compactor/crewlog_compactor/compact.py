@@ -39,7 +39,7 @@ def compact(
     """
     check_keep(keep_history)
     packed = require(packing)
-    log = reg.log()
+    log = reg.session.store()
     if not isinstance(log, Log):
         from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
 

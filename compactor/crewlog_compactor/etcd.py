@@ -79,7 +79,7 @@ def compact(
 
 def require(reg: Registry) -> EtcdLog:
     """Return the store, which the caller knows to be in a cluster."""
-    log = reg.log()
+    log = reg.session.store()
     assert isinstance(log, EtcdLog)  # the caller looked at its address
     return log
 

@@ -64,14 +64,16 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
             steps.append(added)
             (living if alive else lost).append(entry.sid)
     seq = reg.last_seq
-    size = reg.created().unit_workers_max if steps else 1
+    size = reg.session.created().unit_workers_max if steps else 1
     for first in range(0, len(steps), size):
-        seq = reg.commit([step for part in steps[first : first + size] for step in part]).seq
+        seq = reg.session.append(
+            [step for part in steps[first : first + size] for step in part]
+        ).seq
     return ImportReport(living=tuple(living), lost=tuple(lost), skipped=tuple(skipped), seq=seq)
 
 
 def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:
-    author = reg.author()
+    author = reg.session.author()
     cause = None
     who = None
     try:

@@ -47,7 +47,7 @@ def tidy(reg: Registry) -> Tidied:
             removed.append(worker.sock)
         else:
             kept.append((worker.sock, why))
-    reg.log().leases.sweep(needed=lambda name: _is_needed(reg, name))
+    reg.session.store().leases.sweep(needed=lambda name: _is_needed(reg, name))
     return Tidied(tuple(removed), tuple(kept))
 
 

@@ -18,17 +18,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast
 
-from crewlog import address, changes, codec, layout, threads
+from crewlog import address, changes, follow, layout, threads
 from crewlog.appending import Appended, Decide
 from crewlog.awatch import AsyncWatch
 from crewlog.batch import Batch
 from crewlog.changes import Redact, Step
 from crewlog.commit import Phase, Request
 from crewlog.errors import AppendUncertain, RegistryClosed, WaitTimeout
-from crewlog.events import Event, JsonValue, Worker, event_of, worker_of
+from crewlog.events import Event, JsonValue, Worker
 from crewlog.follow import WatchOptions
 from crewlog.past import HistoryOptions
 from crewlog.registry import Registry, Where
+from crewlog.session import Session, event_in, worker_in
 from crewlog.store import Store
 
 P = ParamSpec("P")
@@ -111,7 +112,8 @@ class AsyncRegistry:
     def __init__(self, registry: Registry) -> None:
         """Take over a registry, which is closed with this one."""
         self.registry = registry
-        self._log: Store | None = None
+        self._session = registry.session
+        self._store: Store | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -138,46 +140,43 @@ class AsyncRegistry:
         if options.get("sock") is not None or options.get("state") == "ready":
             # the socket is looked at, and may lie where a look takes long
             return await self.call(lambda: self.registry.update(sid, **options))
-        appended = await self._append([self.registry.updating(sid, **options)])
-        record = appended.records.get(sid)
-        if record is None:
-            return await self.call(lambda: self.registry.known(sid))
-        return worker_of(record)
+        step = changes.updated(self._session.author(), sid, **options)
+        worker = worker_in(await self._append([step]), sid)
+        if worker is None:
+            return await self.call(lambda: self._session.known(sid))
+        return worker
 
     async def exited(self, sid: str, **options: Unpack[ExitOptions]) -> Event:
         """Record that a worker ended, and return the event; see `Registry.exited`."""
-        return await self._event(self.registry.exiting(sid, **options))
+        return await self._event(changes.exited(self._session.author(), sid, **options))
 
     async def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
         """Take a worker out of the registry; see `Registry.remove`."""
-        author = self.registry.author()
+        author = self._session.author()
         return await self._event(changes.released(author, sid, reason=reason, expect=expect))
 
     def batch(self) -> "AsyncBatch":
         """Collect changes in an `async with` block; durable at its end together, or none."""
-        return AsyncBatch(self.registry, self._append)
+        return AsyncBatch(self._session, self._append)
 
     async def _event(self, step: Step) -> Event:
-        appended = await self._append([step])
-        if appended.lines:
-            raw = appended.lines[-1]
-            return event_of(codec.parse(raw), raw)
-        return await self.call(
-            lambda: self.registry.last_event(self.registry.known(step.sid))
-        )  # it had been recorded before
+        found, session = event_in(await self._append([step])), self._session
+        if found is None:  # it had been recorded before
+            return await self.call(lambda: session.last_event(session.known(step.sid)))
+        return found
 
     async def _append(self, steps: Sequence[Step]) -> Appended:
         self._mind_fork()
         decide = changes.together(steps)
-        log = self._log
-        if log is None or log.closed:
-            log = self._log = await self.call(lambda: self.registry.log_for(decide))
+        store = self._store
+        if store is None or store.closed:
+            store = self._store = await self.call(lambda: self._session.store_for(decide))
         loop = asyncio.get_running_loop()
         if self._inbox is None or self._inbox.loop is not loop:
             self._inbox = _Inbox(loop)
         about = {step.sid for step in steps}
-        request = _Awaited(decide, about, log, self._inbox, self._leaders)
-        log.commits.submit(request)
+        request = _Awaited(decide, about, store, self._inbox, self._leaders)
+        store.commits.submit(request)
         await request.future
         return request.outcome()
 
@@ -194,6 +193,7 @@ class AsyncRegistry:
     workers = _threaded(Registry.workers)
     state = _threaded(Registry.state)
     totals = _threaded(Registry.totals)
+    compacted = _threaded(Registry.compacted)
     liveness = _threaded(Registry.liveness)
     judge = _threaded(Registry.judge)
     at = _threaded(Registry.at)
@@ -215,7 +215,7 @@ class AsyncRegistry:
 
     async def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
         """Return the worker once it is in `state`; see `Registry.wait`. No thread waits with it."""
-        arrived = await self.call(lambda: self.registry.arrival(sid, state))
+        arrived = await self.call(lambda: follow.arrival(self._session, sid, state))
         deadline = None if timeout_s is None else time.monotonic() + changes.check_wait(timeout_s)
         async with self.watch(after="now") as items:
             over = False
@@ -259,10 +259,10 @@ class AsyncBatch(Batch):
     """
 
     def __init__(
-        self, registry: Registry, commit: Callable[[Sequence[Step]], Awaitable[Appended]]
+        self, session: Session, commit: Callable[[Sequence[Step]], Awaitable[Appended]]
     ) -> None:
         """Begin empty."""
-        super().__init__(registry.author(), registry.commit, sock_of=lambda _: None)
+        super().__init__(session.author(), session.append, sock_of=lambda _: None)
         self._acommit = commit
 
     async def __aenter__(self) -> Self:
@@ -301,18 +301,18 @@ class _Inbox:
 class _Awaited(Request):
     """A request whose caller is a task."""
 
-    __slots__ = ("_inbox", "_leaders", "_log", "future")
+    __slots__ = ("_inbox", "_leaders", "_store", "future")
 
     def __init__(
         self,
         decide: Decide,
         about: Collection[str],
-        log: Store,
+        store: Store,
         inbox: _Inbox,
         leaders: ThreadPoolExecutor,
     ) -> None:
         super().__init__(decide, about)
-        self._log = log
+        self._store = store
         self._inbox = inbox
         self._leaders = leaders
         self.future: asyncio.Future[None] = inbox.loop.create_future()
@@ -325,22 +325,22 @@ class _Awaited(Request):
         try:
             self._leaders.submit(self._go_on)
         except RuntimeError:  # the pool is gone: the registry was closed meanwhile
-            where = self._log.where
+            where = self._store.where
             self.fail(
                 AppendUncertain(where, why="the registry was closed meanwhile")
                 if phase == "written"
                 else RegistryClosed(where)
             )
             self._inbox.put(self)
-            self._log.commits.leave(self)
+            self._store.commits.leave(self)
 
     def _go_on(self) -> None:
         """Do what is left to do, in a thread."""
         try:
             if self.phase == "lead":
-                self._log.commits.lead(self._log, self)
+                self._store.commits.lead(self._store, self)
             else:
-                self._log.settle(0 if self.result is None else self.result.seq)
+                self._store.settle(0 if self.result is None else self.result.seq)
         except Exception as error:  # noqa: BLE001 (the task raises it)
             self.fail(error)
         self.advance("done")

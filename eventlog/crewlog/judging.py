@@ -1,10 +1,7 @@
 """Judge whether workers live, hear their beats, and put their ends on record."""
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable, Collection
 from typing import Final
 
 from crewlog import changes, endpoint, identity, layout, liveness
@@ -17,189 +14,122 @@ from crewlog.errors import (
     StaleRevision,
     Unavailable,
     UnknownOutcome,
-    WorkerNotFound,
 )
-from crewlog.events import Event, Worker, WorkerState
+from crewlog.events import Worker, WorkerState
 from crewlog.identity import Status
 from crewlog.liveness import Evidence, Liveness
 from crewlog.process import Process
-from crewlog.store import Lease, Store
+from crewlog.session import Session
 from crewlog.witness import witness
 
 _NOTHING: Final = Evidence()
 
 
-class Judging(ABC):
-    """What a registry must tell of its workers, and the judgement of them."""
+def liveness_of(session: Session, sid: str) -> Liveness:
+    """Judge whether one worker lives, and ask its socket; see `Registry.liveness`."""
+    worker = session.known(sid)
+    found = judge(session, [worker])[0]
+    if not found.alive or not worker.sock or not is_of_this_boot(worker):
+        return found
+    seen = found.evidence._replace(sock=endpoint.ask(worker.sock))
+    return liveness.judge(worker.identity, seen, final=False)
 
-    @abstractmethod
-    def get(self, sid: str) -> Worker | None:
-        """Return one worker; None if there is none."""
 
-    @abstractmethod
-    def author(self) -> Author:
-        """Return who we are."""
-
-    @abstractmethod
-    def log(self) -> Store:
-        """Return the store's log. *Raises* StoreMissing."""
-
-    @abstractmethod
-    def created(self) -> Store:
-        """Return the store's log, and create the store if there is none."""
-
-    @abstractmethod
-    def history(
-        self,
-        *,
-        sid: str | None = None,
-        types: Collection[str] | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        after: int | None = None,
-    ) -> Iterator[Event]:
-        """Yield the events that match."""
-
-    @abstractmethod
-    def change(self, sid: str, step: Step) -> Event:
-        """Write one step; return its event, or the worker's last one if nothing had to be."""
-
-    def liveness(self, sid: str) -> Liveness:
-        """Judge whether one worker lives, now. *Raises* WorkerNotFound.
-
-        Of one that lives on this host, its socket is asked too, where it has a Unix one: it sees a
-        connection that ends at once.
-        """
-        worker = self.known(sid)
-        found = self.judge([worker])[0]
-        if not found.alive or not worker.sock or not is_of_this_boot(worker):
-            return found
-        seen = found.evidence._replace(sock=endpoint.ask(worker.sock))
-        return liveness.judge(worker.identity, seen, final=False)
-
-    def judge(self, workers: Collection[Worker]) -> list[Liveness]:
-        """Judge many workers, now, in their order; no lock is held and nothing is written."""
-        names = [w.lease for w in workers if w.lease is not None and not w.final]
-        living = names or any(not worker.final for worker in workers)
-        log = self.log() if living else None
-        look = witness(
-            local_file_system=log is None or log.one_host,
-            leases=log.leases.look(names) if log is not None and names else None,
-        ).look
-        return [
-            liveness.judge(
+def judge(session: Session, workers: Collection[Worker]) -> list[Liveness]:
+    """Judge many workers, now, in their order; no lock is held and nothing is written."""
+    names = [w.lease for w in workers if w.lease is not None and not w.final]
+    living = names or any(not worker.final for worker in workers)
+    store = session.store() if living else None
+    look = witness(
+        local_file_system=store is None or store.one_host,
+        leases=store.leases.look(names) if store is not None and names else None,
+    ).look
+    return [
+        liveness.judge(
+            worker.identity,
+            _NOTHING
+            if worker.final
+            else look(
                 worker.identity,
-                _NOTHING
-                if worker.final
-                else look(
-                    worker.identity,
-                    last_event_at=worker.updated_at,
-                    owner=worker.owner,
-                    lease=worker.lease,
-                    heartbeat_s=worker.heartbeat_s,
-                ),
-                final=worker.final,
-            )
-            for worker in workers
-        ]
+                last_event_at=worker.updated_at,
+                owner=worker.owner,
+                lease=worker.lease,
+                heartbeat_s=worker.heartbeat_s,
+            ),
+            final=worker.final,
+        )
+        for worker in workers
+    ]
 
-    def burial(self, sid: str) -> list[Step]:
-        """Return the step that records the death of a sid's holder; none if it is not proven."""
-        worker = self.get(sid)
-        if worker is None or worker.final:
-            return []
-        found = self.judge([worker])[0]
-        return [death(self.author(), worker, found)] if found.dead else []
 
-    def known(self, sid: str) -> Worker:
-        """Return one worker. *Raises* WorkerNotFound."""
-        worker = self.get(sid)
-        if worker is None:
-            raise WorkerNotFound(sid)
-        return worker
+def burial(session: Session, sid: str) -> list[Step]:
+    """Return the step that records the death of a sid's holder; none if it is not proven."""
+    worker = session.get(sid)
+    if worker is None or worker.final:
+        return []
+    found = judge(session, [worker])[0]
+    return [death(session.author(), worker, found)] if found.dead else []
 
-    def beat(self, sid: str) -> None:
-        """Say that a worker is well, now; nothing is added to the log.
 
-        For the worker itself, or whoever vouches for it. Without a beat for `heartbeat_s` it counts
-        as stalled. *Raises* WorkerNotFound; LeaseMissing if it was registered without a lease.
-        """
-        worker = self.known(sid)
-        name, heartbeat_s = worker.lease, worker.heartbeat_s
-        if name is None or not self.log().leases.beat(name, heartbeat_s=heartbeat_s):
-            raise LeaseMissing(sid)
+def beat(session: Session, sid: str) -> None:
+    """Say that a worker is well, now; see `Registry.beat`."""
+    worker = session.known(sid)
+    name, heartbeat_s = worker.lease, worker.heartbeat_s
+    if name is None or not session.store().leases.beat(name, heartbeat_s=heartbeat_s):
+        raise LeaseMissing(sid)
 
-    @contextmanager
-    def leasing(
-        self, sid: str, *, wanted: bool, heartbeat_s: float | None
-    ) -> Iterator[Lease | None]:
-        """Make a lease, with its first beat, for a worker that is registered in this block.
 
-        If the block raises, the worker is not registered and the lease goes.
-        """
-        changes.check_sid(sid)
-        if not wanted:
-            yield None
-            return
-        made = self.created().leases.make(sid, heartbeat_s=heartbeat_s)
+# -- ends -------------------------------------------------------------------------------
+
+
+def same(session: Session, worker: Worker) -> Worker:
+    """Return the worker as it is now. *Raises* StaleRevision if the sid is another's by now."""
+    now = session.get(worker.sid)
+    if now is None or now.generation != worker.generation:
+        actual = None if now is None else now.rev
+        raise StaleRevision(worker.sid, expected=worker.rev, actual=actual)
+    return now
+
+
+def record_end(
+    session: Session,
+    worker: Worker,
+    step: Callable[[int], Step],
+    *,
+    late: Callable[[CrewlogError], None] | None = None,
+) -> bool:
+    """Write a step, made for the worker's rev, about its end; False if the sid is another's.
+
+    A worker that is recorded as ended already, in another way than lost, stays as it is. Where
+    no server answers it is tried for END_WAIT_S, for nobody else knows how it ended; `late` is
+    told once.
+    """
+    deadline = time.monotonic() + layout.END_WAIT_S
+    while True:
         try:
-            yield made
-        except BaseException:
-            made.drop()
-            raise
+            return _record_end(session, worker, step)
+        except (Unavailable, UnknownOutcome) as error:
+            if time.monotonic() > deadline:
+                raise
+            if late is not None:
+                late(error)
+                late = None
+            time.sleep(layout.SAFETY_LOOK_S)
 
-    # -- ends -------------------------------------------------------------------------------
 
-    def same(self, worker: Worker) -> Worker:
-        """Return the worker as it is now. *Raises* StaleRevision if the sid is another's by now."""
-        now = self.get(worker.sid)
+def _record_end(session: Session, worker: Worker, step: Callable[[int], Step]) -> bool:
+    for _ in range(layout.CHANGE_TRIES):
+        now = session.get(worker.sid)
         if now is None or now.generation != worker.generation:
-            actual = None if now is None else now.rev
-            raise StaleRevision(worker.sid, expected=worker.rev, actual=actual)
-        return now
-
-    def last_event(self, worker: Worker) -> Event:
-        """Return the event that brought a worker to where it is."""
-        return next(self.history(sid=worker.sid, after=worker.rev - 1))
-
-    def record_end(
-        self,
-        worker: Worker,
-        step: Callable[[int], Step],
-        *,
-        late: Callable[[CrewlogError], None] | None = None,
-    ) -> bool:
-        """Write a step, made for the worker's rev, about its end; False if the sid is another's.
-
-        A worker that is recorded as ended already, in another way than lost, stays as it is. Where
-        no server answers it is tried for END_WAIT_S, for nobody else knows how it ended; `late` is
-        told once.
-        """
-        deadline = time.monotonic() + layout.END_WAIT_S
-        while True:
-            try:
-                return self._record_end(worker, step)
-            except (Unavailable, UnknownOutcome) as error:
-                if time.monotonic() > deadline:
-                    raise
-                if late is not None:
-                    late(error)
-                    late = None
-                time.sleep(layout.SAFETY_LOOK_S)
-
-    def _record_end(self, worker: Worker, step: Callable[[int], Step]) -> bool:
-        for _ in range(layout.CHANGE_TRIES):
-            now = self.get(worker.sid)
-            if now is None or now.generation != worker.generation:
-                return False
-            if now.final and now.state != WorkerState.LOST:
-                return True
-            try:
-                self.change(worker.sid, step(now.rev))
-            except (StaleRevision, InvalidTransition):
-                continue
+            return False
+        if now.final and now.state != WorkerState.LOST:
             return True
-        return False
+        try:
+            session.change(step(now.rev))
+        except (StaleRevision, InvalidTransition):
+            continue
+        return True
+    return False
 
 
 def runs_here(worker: Worker) -> bool:

@@ -6,17 +6,17 @@ answer names them.
 """
 
 import contextlib
-from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, TypeVar, Unpack
 
 from crewlog import events, feed, layout
 from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
 from crewlog.feed import Filter
+from crewlog.session import Session
 from crewlog.sieve import Sieve
 from crewlog.store import Store
 
@@ -37,70 +37,46 @@ class HistoryOptions(TypedDict, total=False):
     newest_first: bool
 
 
-class Remembering:
-    """What a registry can tell of the past; it takes no lock and writes nothing."""
+def history(session: Session, **wanted: Unpack[HistoryOptions]) -> Iterator[Event]:
+    """Yield the events that match; see `Registry.history`."""
+    sid, after = wanted.get("sid"), wanted.get("after")
+    filtered = feed.filter_of(None if sid is None else [sid], wanted.get("types"))
+    first = _moment(wanted.get("since"), name="since")
+    last = _moment(wanted.get("until"), name="until")
+    if after is not None and (type(after) is not int or after < 0):
+        message = f"after must be a seq, not {after!r}"
+        raise ValueError(message)
+    store = session.found()
+    if store is None:
+        return iter(())
+    newest_first = wanted.get("newest_first", False)
+    return _matching(store, filtered, first, last, after=after, newest_first=newest_first)
 
-    @abstractmethod
-    def _existing(self) -> Store | None: ...
 
-    def history(
-        self,
-        *,
-        sid: str | None = None,
-        types: Collection[str] | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        after: int | None = None,
-        newest_first: bool = False,
-    ) -> Iterator[Event]:
-        """Yield the events that match, oldest first, through log and archive.
+def at(session: Session, when: datetime | int) -> Past:
+    """Return the state as it was at a seq or a time; see `Registry.at`."""
+    if isinstance(when, bool) or not isinstance(when, int | datetime):
+        message = f"a state is asked for by seq or by an aware time, not {when!r}"
+        raise TypeError(message)
+    stamp = _moment(when, name="when") if isinstance(when, datetime) else ""
+    seq = when if isinstance(when, int) else 0
+    if seq < 0:
+        message = f"there is no seq {seq}"
+        raise ValueError(message)
+    store = session.found()
+    if store is None:
+        return past_of(0, {}, since=None, until=None, disputed=None)
+    return _beside_retention(
+        lambda: _at(store, _before(store, stamp) if stamp else _Place(seq, None))
+    )
 
-        The store's own events are left out unless `types` names them. *Args*: `since` and `until`
-        are aware times, the first included, the last not; `after` is a seq. With `newest_first` the
-        first ones come at once, however long the history is.
-        *Raises* DataDamaged where the history is; CompactedError where `after` is no longer kept.
-        """
-        wanted = feed.filter_of(None if sid is None else [sid], types)
-        first, last = _moment(since, name="since"), _moment(until, name="until")
-        if after is not None and (type(after) is not int or after < 0):
-            message = f"after must be a seq, not {after!r}"
-            raise ValueError(message)
-        log = self._existing()
-        if log is None:
-            return iter(())
-        return _matching(log, wanted, first, last, after=after, newest_first=newest_first)
 
-    def at(self, when: datetime | int) -> Past:
-        """Return the state as it was at a seq, or after the last event up to an aware time.
-
-        Of a seq that is not reached yet, or a time to come, it is the state of now. It is folded
-        from the nearest older state that is kept. *Raises* CompactedError where the history that
-        it needs was dropped; DataDamaged.
-        """
-        if isinstance(when, bool) or not isinstance(when, int | datetime):
-            message = f"a state is asked for by seq or by an aware time, not {when!r}"
-            raise TypeError(message)
-        stamp = _moment(when, name="when") if isinstance(when, datetime) else ""
-        seq = when if isinstance(when, int) else 0
-        if seq < 0:
-            message = f"there is no seq {seq}"
-            raise ValueError(message)
-        log = self._existing()
-        if log is None:
-            return past_of(0, {}, since=None, until=None, disputed=None)
-        return _beside_retention(
-            lambda: _at(log, _before(log, stamp) if stamp else _Place(seq, None))
-        )
-
-    def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
-        """Return every worker's life that the kept history tells of, in order of registration.
-
-        `progress` is told how many of how many events are read. *Raises* DataDamaged.
-        """
-        log = self._existing()
-        if log is None:
-            return []
-        return _beside_retention(lambda: _lives(log, progress))
+def lives(session: Session, progress: Callable[[int, int], None] | None) -> "list[Life]":
+    """Return every worker's life that the kept history tells of; see `Registry.lives`."""
+    store = session.found()
+    if store is None:
+        return []
+    return _beside_retention(lambda: _lives(store, progress))
 
 
 def _beside_retention(work: Callable[[], T]) -> T:
@@ -111,14 +87,14 @@ def _beside_retention(work: Callable[[], T]) -> T:
     return work()
 
 
-def _lives(log: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
+def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
     from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
 
-    last, found, first = log.last_seq(), Lives(()), 0
-    for line, _ in _from_oldest(log, None):
+    last, found, first = store.last_seq(), Lives(()), 0
+    for line, _ in _from_oldest(store, None):
         if not first:
             first = line["seq"]
-            kept = [state for state in log.states() if state.last_seq == first - 1]
+            kept = [state for state in store.states() if state.last_seq == first - 1]
             found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
         found.add(line)
         if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
@@ -126,12 +102,12 @@ def _lives(log: Store, progress: Callable[[int, int], None] | None) -> "list[Lif
     return found.found
 
 
-def _from_oldest(log: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:
+def _from_oldest(store: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:
     """Yield all that is kept; begin again where retention takes the oldest before it is read."""
     for left in reversed(range(layout.SEGMENT_OPEN_TRIES)):
         begun = False
         try:
-            for found in log.read(log.first_seq() - 1, sieve=sieve):
+            for found in store.read(store.first_seq() - 1, sieve=sieve):
                 begun = True
                 yield found
         except CompactedError:
@@ -151,10 +127,10 @@ class _Place(NamedTuple):
     disputed: tuple[int, int] | None
 
 
-def _before(log: Store, ts: str) -> _Place:
+def _before(store: Store, ts: str) -> _Place:
     """Return the last seq up to a time: the last part that begins by then, line by line."""
-    firsts = log.firsts()
-    fitting = bisect_right(firsts, ts, key=log.begins)
+    firsts = store.firsts()
+    fitting = bisect_right(firsts, ts, key=store.begins)
     if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
         last = firsts[0] - 1
         raise CompactedError(requested=last, oldest=firsts[0], snapshot_seq=last)
@@ -162,7 +138,7 @@ def _before(log: Store, ts: str) -> _Place:
         return _Place(0, None)
     found, later = firsts[fitting - 1] - 1, 0
     disputed: tuple[int, int] | None = None
-    for line, _ in log.read(found):
+    for line, _ in store.read(found):
         if line["ts"] > ts:
             later = later or line["seq"]
         else:
@@ -174,14 +150,14 @@ def _before(log: Store, ts: str) -> _Place:
     return _Place(found, disputed)
 
 
-def _at(log: Store, place: _Place) -> Past:
-    seq = min(place.seq, log.last_seq())
-    start = _nearest(log, seq)
+def _at(store: Store, place: _Place) -> Past:
+    seq = min(place.seq, store.last_seq())
+    start = _nearest(store, seq)
     times: dict[str, str] = {}
     if start.last_seq < seq:
-        start = log.fold_to(start, seq, seen=lambda line: times.update(at=line["ts"]))
-    following = next((line["ts"] for line, _ in log.read(start.last_seq)), None)
-    since = times.get("at") or _time_of(log, start.last_seq)
+        start = store.fold_to(start, seq, seen=lambda line: times.update(at=line["ts"]))
+    following = next((line["ts"] for line, _ in store.read(start.last_seq)), None)
+    since = times.get("at") or _time_of(store, start.last_seq)
     records = {record["sid"]: record for record in (*start.sessions, *start.ended)}
     return past_of(
         start.last_seq,
@@ -192,17 +168,17 @@ def _at(log: Store, place: _Place) -> Past:
     )
 
 
-def _time_of(log: Store, seq: int) -> str | None:
+def _time_of(store: Store, seq: int) -> str | None:
     """Return the time of one line, None if it is not kept."""
-    if seq < log.first_seq():
+    if seq < store.first_seq():
         return None
-    return next((line["ts"] for line, _ in log.read(seq - 1)), None)
+    return next((line["ts"] for line, _ in store.read(seq - 1)), None)
 
 
-def _nearest(log: Store, seq: int) -> Snapshot:
+def _nearest(store: Store, seq: int) -> Snapshot:
     """Return the nearest older state that the history leads on from."""
-    oldest = log.first_seq()
-    states = [found for found in log.states() if found.last_seq + 1 >= oldest]
+    oldest = store.first_seq()
+    states = [found for found in store.states() if found.last_seq + 1 >= oldest]
     fitting = [found for found in states if found.last_seq <= seq]
     if not fitting:
         first = min((found.last_seq for found in states), default=oldest)
@@ -211,14 +187,14 @@ def _nearest(log: Store, seq: int) -> Snapshot:
 
 
 def _matching(
-    log: Store, wanted: Filter, first: str, last: str, *, after: int | None, newest_first: bool
+    store: Store, wanted: Filter, first: str, last: str, *, after: int | None, newest_first: bool
 ) -> Iterator[Event]:
     """Yield the events that are wanted, from one time on and before another."""
     sieve = wanted.sieve(first)
     if newest_first:
-        found = log.backwards(sieve=sieve)
+        found = store.backwards(sieve=sieve)
     else:
-        found = _from_oldest(log, sieve) if after is None else log.read(after, sieve=sieve)
+        found = _from_oldest(store, sieve) if after is None else store.read(after, sieve=sieve)
     for line, raw in found:
         if newest_first and after is not None and line["seq"] <= after:
             return

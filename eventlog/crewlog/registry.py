@@ -1,59 +1,37 @@
 """Offer what users hold: a registry of workers, its changes, its reading and its history."""
 
-import copy
 import os
-import pwd
-import sys
-import threading
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypeAlias
+from signal import SIGTERM
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
-from crewlog import (
-    address,
-    changes,
-    codec,
-    layout,
-)
+from crewlog import address, changes, ending, follow, judging, layout, past, registering, starting
 from crewlog.address import Address, DirectoryAddress, no_directory
-from crewlog.appending import EMPTY, Appended, Decide
 from crewlog.batch import Batch
-from crewlog.changes import Author, Redact, Step
+from crewlog.changes import Redact
 from crewlog.closing import Closing
-from crewlog.ending import Ending
-from crewlog.errors import (
-    CrewlogError,
-    RegistryClosed,
-    StaleRevision,
-    StoreMissing,
-    WorkerExists,
-    WorkerNotFound,
-)
-from crewlog.events import (
-    FINAL,
-    Event,
-    JsonObject,
-    JsonValue,
-    Record,
-    State,
-    Worker,
-    event_of,
-    state_of,
-    worker_of,
-)
-from crewlog.follow import Following
-from crewlog.log import Log
-from crewlog.past import Remembering
-from crewlog.starting import Starting
-from crewlog.store import Store
+from crewlog.events import FINAL, Event, Item, JsonValue, Past, State, Worker, worker_of
+from crewlog.feed import After, OnCompacted
+from crewlog.follow import WatchOptions
+from crewlog.launch import NOWHERE, Stream, Words
+from crewlog.liveness import Liveness
+from crewlog.notify import Backend
+from crewlog.registering import Wish
+from crewlog.session import Session, Via
+from crewlog.starting import SpawnOptions
+from crewlog.subscribe import Mirror, OnError, Subscription
+from crewlog.watch import Watch
+
+if TYPE_CHECKING:
+    from crewlog.awatch import AsyncWatch
+    from crewlog.lives import Life
 
 Where: TypeAlias = str | os.PathLike[str] | None
-Via: TypeAlias = Literal["api", "cli", "gc"]
 
 
-class Registry(Following, Remembering, Starting, Ending, Closing):
+class Registry(Closing):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
     *Guarantee*: a method that changes something returns once the event is durable; reading shows
@@ -70,139 +48,30 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         redact: Redact | None = None,
         via: Via = "api",
     ) -> None:
-        """Use `crewlog.open`, which finds the place."""
-        self._place = place
-        self._wait_s = changes.check_wait(lock_timeout_s)
-        self._name = None if actor is None else changes.check_reason(actor)
-        self._redact = redact
-        self._via: Via = via
-        self._authors: dict[tuple[int, Via], Author] = {}
-        self._opening = threading.Lock()
-        _living.add(self)
-        self._log: Store | None = None
-        self._missing: StoreMissing | None = None  # why there was none at the last look
-        self._closed = False
-
-    # -- life -------------------------------------------------------------------------------
+        """Use `crewlog.open`, which finds the place. `session` is for crewlog's own parts."""
+        self.session = Session(place, wait_s=lock_timeout_s, actor=actor, redact=redact, via=via)
 
     def close(self) -> None:
         """Give every resource back; idempotent."""
-        self._closed = True
-        with self._opening:
-            if self._log is not None:
-                self._log.close()
-                self._log = None
+        self.session.close()
 
     @property
     def where(self) -> str:
         """Return the place: a path, or a URL."""
-        return str(self._place)
+        return self.session.where
 
     @property
     def path(self) -> Path:
         """Return the directory. *Raises* Unsupported where the store is in none."""
-        if isinstance(self._place, DirectoryAddress):
-            return self._place.path
+        place = self.session.place
+        if isinstance(place, DirectoryAddress):
+            return place.path
         raise no_directory(self.where, what="a path")
 
     @property
     def exists(self) -> bool:
         """Say whether there is a store at the place; reading creates none."""
-        return self._existing() is not None
-
-    def log(self) -> Store:
-        """Return the store, for the compactor. *Raises* StoreMissing if there is none."""
-        log = self._existing()
-        if log is None:
-            raise copy.copy(self._missing) or StoreMissing(self.where)
-        return log
-
-    def files(self) -> Log:
-        """Return the store where it is a directory. *Raises* StoreMissing, Unsupported."""
-        log = self.log()
-        if isinstance(log, Log):
-            return log
-        raise no_directory(self.where, what="this")
-
-    def log_in_place(self) -> Store | None:
-        """Return the store that the place leads to now, reopened if it is another one."""
-        log = self._existing()
-        if log is None or log.is_in_place():
-            return log
-        try:
-            found = self._place.open(wait_s=self._wait_s)
-        except CrewlogError:  # nothing whole is in its place yet
-            return log
-        with self._opening:
-            self._log = found
-        log.close()
-        return self._log
-
-    def _existing(self) -> Store | None:
-        if self._closed:
-            raise RegistryClosed(self.where)
-        if self._log is None:
-            with self._opening:
-                if self._closed:
-                    raise RegistryClosed(self.where)
-                if self._log is None:
-                    try:
-                        self._log = self._place.open(wait_s=self._wait_s)
-                    except StoreMissing as error:
-                        self._missing = copy.copy(error)  # its traceback would keep us, and more
-                        return None
-        return self._log
-
-    def created(self) -> Store:
-        """Return the store, and create it if there is none."""
-        log = self._existing()
-        if log is not None:
-            return log
-        with self._opening:
-            if self._closed:
-                raise RegistryClosed(self.where)
-            if self._log is None:
-                self._log = self._place.create(wait_s=self._wait_s)
-            return self._log
-
-    def log_for(self, decide: Decide) -> Store:
-        """Return the store, and create it if there is none, unless an empty one refuses this."""
-        log = self._existing()
-        if log is None:
-            decide(EMPTY)
-            log = self.created()
-        return log
-
-    def author(self, via: Via | None = None) -> Author:
-        """Return who we are in this process, encoded; `via` says through what it acts."""
-        key = (os.getpid(), via or self._via)
-        if key not in self._authors:
-            actor: JsonObject = {
-                "pid": key[0],
-                "uid": os.geteuid(),
-                "user": _user(),
-                "program": _printable(Path(sys.argv[0] if sys.argv else "").name) or "python",
-                "via": key[1],
-                "host": os.uname().nodename,
-            }
-            if self._name is not None:
-                actor["name"] = self._name
-            self._authors[key] = Author(actor=codec.dump(actor), redact=self._redact)
-        return self._authors[key]
-
-    def twin(self) -> "Registry":
-        """Return a registry of its own for the same place, by the same author."""
-        return Registry(
-            self._place,
-            lock_timeout_s=self._wait_s,
-            actor=self._name,
-            redact=self._redact,
-            via=self._via,
-        )
-
-    def after_fork(self) -> None:
-        """Renew the mutex in a forked child: another thread of the parent may have held it."""
-        self._opening = threading.Lock()
+        return self.session.found() is not None
 
     # -- change -----------------------------------------------------------------------------
 
@@ -229,43 +98,8 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError and
         TypeError for bad arguments.
         """
-        if (lease or heartbeat_s is not None) and pid not in {None, os.getpid()}:
-            message = "a lease is held by the worker: register it from inside, or spawn it"
-            raise ValueError(message)
-        heartbeat_s = changes.check_heartbeat(heartbeat_s)
-        wanted = lease or heartbeat_s is not None
-        with self.leasing(sid, wanted=wanted, heartbeat_s=heartbeat_s) as held:
-            step = changes.registered(
-                self.author(),
-                sid,
-                pid=pid,
-                sock=sock,
-                version=version,
-                labels=labels,
-                meta=meta,
-                ready=ready,
-                owner=owner,
-                lease=None if held is None else held.name,
-                heartbeat_s=heartbeat_s,
-            )
-            worker = self.claim(sid, step)
-        if held is not None:
-            held.keep(worker)
-        return worker
-
-    def claim(self, sid: str, step: Step) -> Worker:
-        """Write a registration, over a proven death if need be. *Raises* WorkerExists."""
-        burial: list[Step] = []
-        for _ in range(layout.CHANGE_TRIES):
-            try:
-                return self._worker(self._append([*burial, step]), sid)
-            except WorkerExists:
-                burial = self.burial(sid)
-                if not burial:
-                    raise
-            except StaleRevision:  # the holder changed between the probe and the append
-                burial = []
-        return self._worker(self._append([step]), sid)
+        wish = Wish(sock, version, labels, meta, ready, owner, lease, heartbeat_s)
+        return registering.register(self.session, sid, pid, wish)
 
     def update(
         self,
@@ -285,33 +119,8 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         written. *Args*: `expect` is the rev that the caller read. *Raises* WorkerNotFound,
         InvalidTransition, StaleRevision; ValueError and TypeError for bad arguments.
         """
-        step = self.updating(
-            sid,
-            state=state,
-            sock=sock,
-            version=version,
-            labels=labels,
-            meta=meta,
-            reason=reason,
-            expect=expect,
-        )
-        return self._worker(self._append([step]), sid)
-
-    def updating(
-        self,
-        sid: str,
-        *,
-        state: str | None = None,
-        sock: str | None = None,
-        version: str | None = None,
-        labels: Mapping[str, str | None] | None = None,
-        meta: Mapping[str, JsonValue] | None = None,
-        reason: str | None = None,
-        expect: int | None = None,
-    ) -> Step:
-        """Return the step of an `update`."""
-        return changes.updated(
-            self.author(),
+        step = changes.updated(
+            self.session.author(),
             sid,
             state=state,
             sock=sock,
@@ -322,6 +131,7 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
             expect=expect,
             sock_known=self._sock_of(sid) if state == "ready" and sock is None else None,
         )
+        return self.session.put([step])
 
     def _sock_of(self, sid: str) -> str | None:
         known = self.get(sid)
@@ -341,111 +151,275 @@ class Registry(Following, Remembering, Starting, Ending, Closing):
         The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
         not 0 or a signal ended it. *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
         """
-        step = self.exiting(sid, code=code, signal=signal, source=source, expect=expect)
-        return self._event(self._append([step]), sid)
-
-    def exiting(
-        self,
-        sid: str,
-        *,
-        code: int | None = None,
-        signal: int | None = None,
-        source: str = "self",
-        expect: int | None = None,
-    ) -> Step:
-        """Return the step of an `exited`."""
-        return changes.exited(
-            self.author(), sid, code=code, signal=signal, source=source, expect=expect
-        )
+        author = self.session.author()
+        step = changes.exited(author, sid, code=code, signal=signal, source=source, expect=expect)
+        return self.session.change(step)
 
     def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
         """Take a worker out of the registry and return the event; its process is left alone.
 
         *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
         """
-        step = changes.released(self.author(), sid, reason=reason, expect=expect)
-        return self._event(self._append([step]), sid)
+        step = changes.released(self.session.author(), sid, reason=reason, expect=expect)
+        return self.session.change(step)
 
     def batch(self) -> Batch:
         """Collect changes in a `with` block; all of them become durable at its end, or none."""
-        return Batch(self.author(), self.commit, sock_of=self._sock_of)
+        return Batch(self.session.author(), self.session.append, sock_of=self._sock_of)
 
-    def change(self, sid: str, step: Step) -> Event:
-        """Write one step; return its event, or the worker's last one if nothing had to be."""
-        return self._event(self._append([step]), sid)
+    # -- start, hear, end -------------------------------------------------------------------
 
-    def _append(self, steps: list[Step]) -> Appended:
-        about, decide = {step.sid for step in steps}, changes.together(steps)
-        return self.log_for(decide).append(decide, about=about)
+    def spawn(
+        self,
+        sid: str,
+        argv: Words,
+        *,
+        sock: str = "",
+        version: str = "",
+        labels: Mapping[str, str] | None = None,
+        meta: Mapping[str, JsonValue] | None = None,
+        ready: bool = False,
+        owner: int | None = None,
+        lease: bool = False,
+        heartbeat_s: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        stdout: Stream = NOWHERE,
+        stderr: Stream = None,
+    ) -> Worker:
+        """Start a program as a worker, in a session of its own, and return it.
 
-    def commit(self, steps: list[Step]) -> Appended:
-        """Write steps as one unit, for the compactor; durable on return."""
-        return self._append(steps)
+        Its stdin is empty and its stdout goes nowhere unless given: it may outlive what reads ours.
 
-    def _worker(self, appended: Appended, sid: str) -> Worker:
-        record = appended.records.get(sid)
-        if record is not None:
-            return worker_of(record)
-        worker = self.get(sid)  # nothing needed to be written
-        if worker is None:
-            raise WorkerNotFound(sid)
-        return worker
+        *Guarantee*: the registration is durable before the program begins; killed at any moment,
+        we leave no running program that is not listed. While this process lives, it records how the
+        worker ends. *Args*: `owner` is a pid, by default ours; a `lease` is inherited by the
+        program, which must then not close descriptors that it does not know. *Raises* WorkerExists;
+        SpawnFailed, and the worker is then recorded as ended.
+        """
+        return starting.spawn(
+            self.session,
+            sid,
+            argv,
+            sock=sock,
+            version=version,
+            labels=labels,
+            meta=meta,
+            ready=ready,
+            owner=owner,
+            lease=lease,
+            heartbeat_s=heartbeat_s,
+            cwd=cwd,
+            env=env,
+            stdout=stdout,
+            stderr=stderr,
+        )
 
-    def _event(self, appended: Appended, sid: str) -> Event:
-        if appended.lines:
-            raw = appended.lines[-1]
-            return event_of(codec.parse(raw), raw)
-        worker = self.get(sid)  # it had been recorded before: return that event
-        if worker is None:
-            raise WorkerNotFound(sid)
-        return next(self.history(after=worker.rev - 1))
+    def ensure(
+        self,
+        sid: str,
+        argv: Words,
+        *,
+        timeout_s: float = layout.ENSURE_WAIT_S,
+        **options: Unpack[SpawnOptions],
+    ) -> Worker:
+        """Return the living worker of that sid, or start it; see `spawn` for the arguments.
+
+        *Guarantee*: of any number of callers, in any processes, one starts the program and all
+        return its worker, once it has begun. One that is draining or stopping is waited for and
+        started anew. *Raises* WorkerExists while it cannot be judged; WaitTimeout and LockBusy
+        after `timeout_s`.
+        """
+        return starting.ensure(self.session, sid, argv, timeout_s=timeout_s, **options)
+
+    def beat(self, sid: str) -> None:
+        """Say that a worker is well, now; nothing is added to the log.
+
+        For the worker itself, or whoever vouches for it. Without a beat for `heartbeat_s` it counts
+        as stalled. *Raises* WorkerNotFound; LeaseMissing if it was registered without a lease.
+        """
+        judging.beat(self.session, sid)
+
+    def stop(
+        self,
+        sid: str,
+        *,
+        grace_s: float = layout.GRACE_S,
+        reason: str,
+        signal: int = SIGTERM,
+    ) -> Event:
+        """End a worker: ask it by `signal`, after `grace_s` seconds kill it, and record its end.
+
+        Returns the event of its end; of one that has ended already, the event that was recorded.
+        *Guarantee*: the request is durable before the signal is sent; only the recorded process is
+        ever signalled. *Raises* WorkerNotFound; StopRefused for ourselves, our ancestors, pid 1,
+        another user's process and one of another pid namespace; IdentityMismatch where it cannot be
+        proven to be the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`.
+        """
+        return ending.stop(self.session, sid, grace_s=grace_s, reason=reason, signal=signal)
+
+    def observe(self, sid: str, *, timeout_s: float | None = None) -> Event:
+        """Wait for the end of a worker that need not be our child; record it, and how it ended.
+
+        The kernel keeps the exit status for whoever holds the process when it is reaped: what its
+        parent throws away is not lost (Linux ≥ 6.15; before, only while it is a zombie of ours).
+        Returns the event of its end. *Raises* WorkerNotFound; WaitTimeout after `timeout_s`;
+        IdentityMismatch where it cannot be judged or waited for from here.
+        """
+        return ending.observe(self.session, sid, timeout_s=timeout_s)
 
     # -- read -------------------------------------------------------------------------------
 
     def get(self, sid: str) -> Worker | None:
         """Return one worker, final ones included; None if the registry holds none of that sid."""
-        log = self._existing()
-        record = None if log is None else log.record(sid)
-        return None if record is None else worker_of(record)
+        return self.session.get(sid)
 
     def workers(self, *, all: bool = False) -> list[Worker]:  # noqa: A002 (the promised name)
         """Return the workers that are not final, in order of registration; with `all` every one."""
-        return [worker_of(record) for record in self._records(final=all)]
-
-    def _records(self, *, final: bool) -> list[Record]:
-        log = self._existing()
-        if log is None:
+        store = self.session.found()
+        if store is None:
             return []
-        with log.state() as state:
-            return [r for r in state.records.values() if final or r["state"] not in FINAL]
+        with store.state() as state:
+            records = [r for r in state.records.values() if all or r["state"] not in FINAL]
+        return [worker_of(record) for record in records]
 
     def state(self) -> State:
         """Return every worker that is not pruned, and the seq that this is the state of."""
-        log = self._existing()
-        if log is None:
-            return state_of(0, {})
-        with log.state() as state:
-            copied = state.copy()
-        return state_of(copied.seq, copied.records)
-
-    def totals(self) -> Mapping[str, int]:
-        """Return how many events of each type there ever were."""
-        log = self._existing()
-        if log is None:
-            return {}
-        with log.state() as state:
-            return dict(state.totals)
-
-    def compacted(self) -> tuple[int, datetime] | None:
-        """Return what seq the last compaction covers and when it ended, None before the first."""
-        log = self._existing()
-        return None if log is None else log.compacted()
+        return self.session.state()
 
     @property
     def last_seq(self) -> int:
         """Return the seq of the last durable event, 0 where there is no store."""
-        log = self._existing()
-        return 0 if log is None else log.last_seq()
+        store = self.session.found()
+        return 0 if store is None else store.last_seq()
+
+    def totals(self) -> Mapping[str, int]:
+        """Return how many events of each type there ever were."""
+        store = self.session.found()
+        if store is None:
+            return {}
+        with store.state() as state:
+            return dict(state.totals)
+
+    def compacted(self) -> tuple[int, datetime] | None:
+        """Return what seq the last compaction covers and when it ended, None before the first."""
+        store = self.session.found()
+        return None if store is None else store.compacted()
+
+    def liveness(self, sid: str) -> Liveness:
+        """Judge whether one worker lives, now. *Raises* WorkerNotFound.
+
+        Of one that lives on this host, its socket is asked too, where it has a Unix one: it sees a
+        connection that ends at once.
+        """
+        return judging.liveness_of(self.session, sid)
+
+    def judge(self, workers: Collection[Worker]) -> list[Liveness]:
+        """Judge many workers, now, in their order; no lock is held and nothing is written."""
+        return judging.judge(self.session, workers)
+
+    # -- the past ---------------------------------------------------------------------------
+
+    def history(
+        self,
+        *,
+        sid: str | None = None,
+        types: Collection[str] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: int | None = None,
+        newest_first: bool = False,
+    ) -> Iterator[Event]:
+        """Yield the events that match, oldest first, through log and archive.
+
+        The store's own events are left out unless `types` names them. *Args*: `since` and `until`
+        are aware times, the first included, the last not; `after` is a seq. With `newest_first` the
+        first ones come at once, however long the history is.
+        *Raises* DataDamaged where the history is; CompactedError where `after` is no longer kept.
+        """
+        return past.history(
+            self.session,
+            sid=sid,
+            types=types,
+            since=since,
+            until=until,
+            after=after,
+            newest_first=newest_first,
+        )
+
+    def at(self, when: datetime | int) -> Past:
+        """Return the state as it was at a seq, or after the last event up to an aware time.
+
+        Of a seq that is not reached yet, or a time to come, it is the state of now. It is folded
+        from the nearest older state that is kept. *Raises* CompactedError where the history that
+        it needs was dropped; DataDamaged.
+        """
+        return past.at(self.session, when)
+
+    def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
+        """Return every worker's life that the kept history tells of, in order of registration.
+
+        `progress` is told how many of how many events are read. *Raises* DataDamaged.
+        """
+        return past.lives(self.session, progress)
+
+    # -- follow -----------------------------------------------------------------------------
+
+    def watch(
+        self,
+        *,
+        after: After = None,
+        sids: Collection[str] | None = None,
+        types: Collection[str] | None = None,
+        cursor: str | None = None,
+        on_compacted: OnCompacted = "reset",
+        backend: Backend = "auto",
+    ) -> Watch:
+        """Deliver events as they become durable.
+
+        *Args*: `after` None begins with the state of now, carried by the first Synced; an int with
+        the events after that seq; an aware datetime with the events since; "now" with those to
+        come; "oldest" with all that is kept. `cursor` names a durable position: where it exists it
+        is the beginning, and taking an item acknowledges the one before. `on_compacted`: a Reset,
+        or CompactedError. `backend`: what wakes.
+        *Guarantee*: in order, each once, none before it is durable, none left out but as a Reset
+        says. *Raises* StoreMissing if there is no store yet; CursorBusy.
+        """
+        return follow.watch(
+            self.session,
+            after=after,
+            sids=sids,
+            types=types,
+            cursor=cursor,
+            on_compacted=on_compacted,
+            backend=backend,
+        )
+
+    def awatch(self, **options: Unpack[WatchOptions]) -> "AsyncWatch":
+        """Deliver events to asyncio, like `watch`; call it with a running loop."""
+        return follow.awatch(self.session, **options)
+
+    def subscribe(
+        self,
+        callback: Callable[[Item], object],
+        *,
+        on_error: OnError = "stop",
+        **options: Unpack[WatchOptions],
+    ) -> Subscription:
+        """Call back for every item in a thread of its own; arguments as for `watch`."""
+        return follow.subscribe(self.session, callback, on_error=on_error, **options)
+
+    def mirror(self, *, backend: Backend = "auto") -> Mirror:
+        """Return the state of now as an object that can be waited on."""
+        return follow.mirror(self.session, backend=backend)
+
+    def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
+        """Return the worker once it is in `state`; it need not be registered yet.
+
+        *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
+        something else.
+        """
+        return follow.wait(self.session, sid, state=state, timeout_s=timeout_s)
 
 
 def open(  # noqa: A001 (crewlog.open is the promised name)
@@ -464,26 +438,3 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
     """
     place = address.locate(where)
     return Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
-
-
-def _user() -> str:
-    uid = os.geteuid()
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:  # containers run under uids without a name
-        return str(uid)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-_living: "weakref.WeakSet[Registry]" = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for registry in list(_living):
-        registry.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

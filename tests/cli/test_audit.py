@@ -18,6 +18,7 @@ from commands import Cli
 from crewlog import layout, segments
 from crewlog.registry import Registry
 from crewlog_compactor import compact
+from procs import files
 
 
 def _grown(reg: Registry, workers: int) -> None:
@@ -215,7 +216,7 @@ def test_archive_is_read_by_everybodys_tools(
     assert len(packed) > 1
     line = f"{tool} {shlex.join(map(str, packed))} | jq -r 'select(.sid == \"w1\") | .seq'"
     told = subprocess.run(["sh", "-c", line], check=True, capture_output=True, text=True).stdout
-    kept = segments.active_and_sealed(reg.files().directory)[0]  # what is not archived begins here
+    kept = segments.active_and_sealed(files(reg).directory)[0]  # what is not archived begins here
     assert [int(row) for row in told.split()] == [
         event.seq for event in reg.history(sid="w1") if event.seq < kept
     ]

@@ -14,7 +14,7 @@ from commands import CREWLOG, Cli
 from crewlog import layout
 from crewlog.registry import Registry
 from faults import empty_redo
-from procs import Crew, kill, until
+from procs import Crew, files, kill, until
 
 
 def test_worker_from_registration_to_end(cli: Cli, crew: Crew) -> None:
@@ -124,7 +124,7 @@ def test_conflicts_and_stale_revisions_are_one(cli: Cli, crew: Crew) -> None:
 def test_compact_is_75_while_another_runs_and_silent_with_q(cli: Cli, reg: Registry) -> None:
     """What cron sees."""
     reg.register("a")
-    lock = reg.files().try_compact_lock()
+    lock = files(reg).try_compact_lock()
     assert "locked" in cli("compact", "-q", code=75).stderr
     lock.close()
     done = cli("compact", "-q")
@@ -339,7 +339,7 @@ def test_run_killed_before_it_registered_leaves_no_worker(
 ) -> None:
     """The child waits for its registration; if its parent dies first, it gives up."""
     reg.register("other", pid=crew.sleeper().pid)
-    lock = reg.files().append_lock
+    lock = files(reg).append_lock
     mark = tmp_path / "mark"
     with lock.held(wait_s=5):
         process = subprocess.Popen(

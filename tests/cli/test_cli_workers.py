@@ -14,7 +14,7 @@ import pytest
 from commands import CREWLOG, Cli
 from crewlog import layout, lease
 from crewlog.registry import Registry
-from procs import Crew, kill, state_of, until
+from procs import Crew, files, kill, state_of, until
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_lease_is_inherited_by_the_program(
     assert worker.lease is not None
     assert worker.heartbeat_s == 0.1
     until(lambda: b"sleep\0" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()[:6])
-    at = reg.files().directory
+    at = files(reg).directory
     assert lease.look(at, worker.lease)[0] == "held"
     until(lambda: "stalled" in reg.liveness("a").flags)
     seq = reg.last_seq

@@ -20,6 +20,7 @@ from crewlog.errors import (
 )
 from crewlog_compactor import verify
 from faults import EIO, ENOSPC, FailingDisk, active_segment, only, registry_on
+from procs import files
 
 
 @pytest.mark.parametrize("number", [ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -103,7 +104,7 @@ def test_waiting_writer_of_a_poisoned_store_is_told_that_nothing_is_known(place:
     disk = FailingDisk()
     reg = registry_on(place, disk)
     reg.register("a")
-    log = reg.files()
+    log = files(reg)
     disk.fault = only("sync", EIO)
     with pytest.raises(StorageFailed):
         reg.register("b")
@@ -122,7 +123,7 @@ def test_refusal_stays_a_refusal_where_a_sync_fails(place: Path) -> None:
     with pytest.raises(StorageFailed):
         reg.register("b")
     disk.fault = lambda _: None
-    log = reg.files()
+    log = files(reg)
     log._sync._failed = 0
     (place / layout.POISON).unlink()
     log._states.put_head(log.head()._replace(poisoned=False))

@@ -17,6 +17,7 @@ from crewlog.errors import CrewlogError
 from crewlog.registry import Registry
 from crewlog_compactor import collect, compact, repair, verify
 from faults import another_boot, registry_on
+from procs import files
 from recording import CrashState, File, RecordingDisk
 
 Story = Callable[[Registry, "Witness"], None]
@@ -186,11 +187,11 @@ def laps(reg: Registry, witness: Witness) -> None:
 def cursors(reg: Registry, witness: Witness) -> None:
     """A cursor is created, moved and removed; retention asks for it."""
     registered(reg, witness, "a")
-    owned = cursor.Cursor(reg.files().directory, "c", start=1)
+    owned = cursor.Cursor(files(reg).directory, "c", start=1)
     for seq in (2, 3):
         owned.advance(seq)
     owned.close()
-    cursor.remove(reg.files().directory, "c")
+    cursor.remove(files(reg).directory, "c")
     registered(reg, witness, "b")
 
 

@@ -23,7 +23,7 @@ from crewlog.recovery import Found
 from crewlog.registry import Registry
 from crewlog_compactor import compact, repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
-from procs import forked
+from procs import files, forked
 
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EINTR]
 CALLS_MAX = 400
@@ -76,7 +76,7 @@ def batch(reg: Registry) -> None:
 
 def cursors(reg: Registry) -> None:
     """A cursor is made, moved, closed and removed."""
-    at = reg.files().directory
+    at = files(reg).directory
     with reg.watch(cursor="c", after="oldest") as items:
         items.drain()
     cursor.remove(at, "c")

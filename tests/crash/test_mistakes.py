@@ -32,7 +32,7 @@ from crewlog.errors import (
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
 from faults import EIO, FailingDisk, active_segment, another_boot, only, registry_on
-from procs import forked, joined, slay, tree, until
+from procs import files, forked, joined, slay, tree, until
 
 
 def test_registry_closed_under_other_threads_writes_nowhere_else(place: Path) -> None:
@@ -102,9 +102,8 @@ def test_replaced_lock_file_is_noticed(place: Path, name: str) -> None:
                 if name == layout.LOCK_APPEND:
                     with pytest.raises(LockBusy):
                         fresh.register("b")
-                    reg._wait_s = 0.1
-                    reg.files().wait_s = 0.1
-                    reg.files()._new_turn()
+                    files(reg).wait_s = 0.1
+                    files(reg)._new_turn()
                     with pytest.raises(LockBusy):
                         reg.register("b")
         reg.register("b")
@@ -115,14 +114,14 @@ def test_half_line_behind_a_seal_does_not_undo_the_seal(place: Path) -> None:
     """A rotation was interrupted behind its seal, and bytes came after it: the seal stands."""
     with crewlog.open(place) as reg:
         reg.register("a")
-        log = reg.files()
+        log = files(reg)
         sealed = log._writing.run(lambda: log._seal(*log._ready()))
         segment = place / layout.LOG / layout.segment_name(1)
         with segment.open("ab") as file:
             file.write(b'{"v":1,"seq":')
     with crewlog.open(place) as other:
         other.register("b")
-        assert other.files().head().segment == sealed.seq + 1, "it went on in the next segment"
+        assert files(other).head().segment == sealed.seq + 1, "it went on in the next segment"
     assert verify(place).findings == ()
 
 
@@ -143,7 +142,7 @@ def test_poison_is_not_undone_by_a_leader(place: Path) -> None:
     disk = FailingDisk()
     reg = registry_on(place, disk)
     reg.register("a")
-    lock = reg.files()._sync._locks[1]
+    lock = files(reg)._sync._locks[1]
     disk.short = True
     disk.fault = only("cut", EIO)
     refused: list[CrewlogError] = []
@@ -155,7 +154,7 @@ def test_poison_is_not_undone_by_a_leader(place: Path) -> None:
             refused.append(error)
 
     thread = threading.Thread(target=append)
-    other = locking.Lock(layout.LOCK_SYNC[1], at=reg.files().directory[layout.LOCKS], where="x")
+    other = locking.Lock(layout.LOCK_SYNC[1], at=files(reg).directory[layout.LOCKS], where="x")
     assert other.try_acquire()
     thread.start()
     thread.join(0.2)
@@ -270,13 +269,13 @@ def test_snapshot_never_covers_more_than_durable_names(place: Path) -> None:
 
     disk.fault = die
     with pytest.raises(DiedError):
-        reg.files().rotate()
+        files(reg).rotate()
     lost = max((place / layout.LOG).glob("*.jsonl"))
     with crewlog.open(place) as other:
-        lock = other.files().try_compact_lock()
+        lock = files(other).try_compact_lock()
         from crewlog_compactor.compact import _fold
 
-        _, found = _fold(other.files())
+        _, found = _fold(files(other))
         lock.close()
     assert found.last_seq < int(lost.stem)
     lost.unlink()  # the power cut takes the name away
@@ -324,7 +323,7 @@ def test_failure_between_the_phases_is_uncertain(
     with crewlog.open(place) as reg:
         reg.update("a", meta={"n": 0})
         syncs = [place / layout.LOCKS / name for name in layout.LOCK_SYNC]
-        for lock in reg.files()._sync._locks:
+        for lock in files(reg)._sync._locks:
             lock.close()
         if how == "missing":
             for path in syncs:
@@ -404,7 +403,7 @@ def test_child_forked_during_a_compaction_does_not_keep_its_lock(
     """Neither after the compaction has ended, nor after its process has."""
     with crewlog.open(place) as reg:
         reg.register("a")
-        lock = reg.files().try_compact_lock()
+        lock = files(reg).try_compact_lock()
         child = forked(signal.pause)
         lock.close()
         try:
@@ -416,7 +415,7 @@ def test_child_forked_during_a_compaction_does_not_keep_its_lock(
 def test_child_forked_while_a_thread_opens_the_store_goes_on(place: Path) -> None:
     """No mutex of the parent holds the child up."""
     with crewlog.open(place) as reg:
-        with reg._opening:
+        with reg.session._opening:
             child = forked(lambda: _register_in_child(reg))
             until(
                 lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -444,7 +443,7 @@ def test_deadline_is_one_for_all_threads(place: Path) -> None:
                 slow.register("b")
             took.append(time.monotonic() - began)
 
-        with reg.files().append_lock.held(wait_s=1):
+        with files(reg).append_lock.held(wait_s=1):
             threads = [threading.Thread(target=wait) for _ in range(8)]
             for thread in threads:
                 thread.start()
@@ -459,7 +458,7 @@ def test_writer_that_never_reads_keeps_no_backlog(reg: Registry) -> None:
     reg.register("a")
     for number in range(300):
         reg.update("a", meta={"number": number})
-    assert len(reg.files()._current.recent) == 1
+    assert len(files(reg)._current.recent) == 1
 
 
 def test_interrupted_entry_gives_every_lock_back(

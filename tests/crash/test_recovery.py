@@ -18,7 +18,7 @@ from crewlog.errors import (
 )
 from crewlog_compactor import compact, verify
 from faults import FailingDisk, active_segment, another_boot, empty_redo, registry_on
-from procs import tree
+from procs import files, tree
 
 
 def filled(place: Path, count: int = 3) -> None:
@@ -93,7 +93,7 @@ def test_reader_after_a_reboot_changes_nothing(place: Path) -> None:
     before = tree(place)
     with another_boot(), crewlog.open(place) as reg:
         assert len(reg.workers()) == 3
-        assert reg.files().recovery_pending
+        assert files(reg).recovery_pending
     assert tree(place) == before
 
 
@@ -217,7 +217,7 @@ def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(
             for number in range(3):
                 reg.update("a", meta={"number": number})
         except DiedError:
-            for lock in (reg.files().append_lock, *reg.files()._sync._locks):
+            for lock in (files(reg).append_lock, *files(reg)._sync._locks):
                 lock.close()
         else:
             break
@@ -384,7 +384,7 @@ def test_substituted_line_is_never_folded_into_a_snapshot(place: Path) -> None:
         reg.register("a")
         reg.update("a", meta={"number": 1})
         reg.update("a", meta={"number": 2})
-        reg.files().rotate()
+        files(reg).rotate()
     first = min((place / layout.LOG).iterdir())
     lines = first.read_bytes().split(b"\n")
     told = codec.parse(lines[2])

@@ -13,7 +13,7 @@ from crewlog.disk import Disk
 from crewlog.errors import DataDamaged, StorageFailed, StorageFull, StorePoisoned
 from crewlog_compactor import compact, repair, verify
 from faults import active_segment, another_boot, empty_redo, registry_on
-from procs import tree
+from procs import files, tree
 from recording import RecordingDisk
 
 SIDS = ["a", "b", "c", "d"]
@@ -215,7 +215,7 @@ def test_what_a_sealed_segment_has_is_all_there_is(place: Path) -> None:
     """Nothing follows a seal, whatever the redo holds."""
     with crewlog.open(place) as reg:
         reg.register("a")
-        reg.files().rotate()
+        files(reg).rotate()
     first = (place / layout.LOG / layout.segment_name(1)).read_bytes()
     sealed = segments.scan(first, offset=0, seq=0, prev=None)
     assert sealed.sealed
@@ -322,9 +322,9 @@ def test_cut_is_durable_before_anybody_hears_that_nothing_was_written(fast: Path
         for sid in ("y", "z"):
             reg.register(sid)
         disk.armed = True
-        log = reg.files()
+        log, author = files(reg), reg.session.author()
         own, rider = (
-            Request(changes.together([reg.updating(sid, meta={"n": 1})]), {sid})
+            Request(changes.together([changes.updated(author, sid, meta={"n": 1})]), {sid})
             for sid in ("y", "z")
         )
         log.commits._leader = own

@@ -22,7 +22,7 @@ from crewlog.errors import (
 )
 from crewlog_compactor import Anchor, RepairReport, anchor, compact, repair, verify
 from faults import EIO, FailingDisk, active_segment, another_boot, empty_redo, only, registry_on
-from procs import forked, tree
+from procs import files, forked, tree
 
 
 def grown(place: Path, monkeypatch: pytest.MonkeyPatch, *, compactions: int = 2) -> None:
@@ -34,7 +34,7 @@ def grown(place: Path, monkeypatch: pytest.MonkeyPatch, *, compactions: int = 2)
                 reg.register(f"w-{turn}-{number}")
             if turn < compactions:
                 compact(reg, gc=False)
-        reg.files().rotate()  # so that the redo holds nothing that could mend a damage
+        files(reg).rotate()  # so that the redo holds nothing that could mend a damage
     monkeypatch.undo()
 
 

@@ -446,13 +446,13 @@ def test_cursor_is_not_moved_back_by_a_request_that_comes_late(
     proxy = LossyProxy(one_server.servers[0].port, seed=4)
     with crewlog.open(behind(one_server, tmp_path, proxy)) as reg:
         reg.register("a")
-        owned = reg.log().cursors.own("c", start=0)
+        owned = reg.session.store().cursors.own("c", start=0)
         proxy.share = 0.4
         for seq in range(1, 100):
             owned.advance(seq)
             if seq % 3 == 0:
                 time.sleep(0.05)  # what comes late has come
-                found = reg.log().cursors.read("c")
+                found = reg.session.store().cursors.read("c")
                 assert found is not None
                 assert found.seq == seq
         proxy.share = 0.0
@@ -467,14 +467,14 @@ def test_rider_is_not_refused_for_a_change_that_was_not_made(
     """Where the transaction fails, whoever was refused because of it hears of that failure."""
     with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
         reg.register("a")
-        log = reg.log()
+        log = reg.session.store()
         assert isinstance(log, engine.EtcdLog)
 
         def failing(*_: object) -> None:
             raise Unavailable("nowhere", why="it was cut off")
 
         monkeypatch.setattr(log.client, "commit", failing)
-        author = reg.author()
+        author = reg.session.author()
         steps = [
             changes.registered(author, "dup", pid=None, sock="", version="", labels=None, meta=None,
                                ready=False, owner=None)

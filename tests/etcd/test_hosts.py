@@ -20,6 +20,7 @@ import crewlog
 from cluster import MISSING, Cluster
 from crewlog import endpoint, identity, layout
 from crewlog.registry import Registry
+from crewlog.starting import turn
 from crewlog.witness import Witness
 from crewlog_compactor import collect
 from procs import Crew, forked, joined, slay, until
@@ -250,23 +251,30 @@ def test_owner_of_a_cursor_and_of_a_turn_that_is_killed_gives_way(url: str) -> N
     """Within the time of a claim; a stopped owner cannot write any more."""
 
     def own() -> None:
-        with crewlog.open(url) as mine, mine.turn("t"), mine.watch(cursor="c", after=0) as items:
+        with (
+            crewlog.open(url) as mine,
+            turn(mine.session, "t"),
+            mine.watch(cursor="c", after=0) as items,
+        ):
             items.next(1)
             signal.pause()
 
     with crewlog.open(url) as reg:
         reg.register("a")
         holder = forked(own)
-        until(lambda: reg.log().cursors.is_owned("c"))
+        until(lambda: reg.session.store().cursors.is_owned("c"))
         with pytest.raises(crewlog.CursorBusy, match=f"pid {holder}"):
             reg.watch(cursor="c")
-        with pytest.raises(crewlog.LockBusy, match=f"pid {holder}"), reg.turn("t", wait_s=0.1):
+        with (
+            pytest.raises(crewlog.LockBusy, match=f"pid {holder}"),
+            turn(reg.session, "t", wait_s=0.1),
+        ):
             pass
         slay(holder)
-        until(lambda: not reg.log().cursors.is_owned("c"))
+        until(lambda: not reg.session.store().cursors.is_owned("c"))
         with reg.watch(cursor="c") as items:
             assert [i.seq for i in items.drain() if i.kind == "change"] == [2]
-        with reg.turn("t", wait_s=3 * TTL_S):
+        with turn(reg.session, "t", wait_s=3 * TTL_S):
             pass
 
 

@@ -12,7 +12,7 @@ from crewlog.registry import Registry
 from crewlog_compactor import apply_plan, collect, compact, make_plan, verify
 from crewlog_compactor import collect as collect_function
 from crewlog_compactor import plan as planning
-from procs import Crew, forked, joined, kill
+from procs import Crew, files, forked, joined, kill
 
 
 def test_three_collectors_at_once_write_one_event_a_death(place: Path, crew: Crew) -> None:
@@ -200,7 +200,7 @@ def test_ended_worker_is_pruned_after_keep_and_its_history_stays(reg: Registry, 
 def test_two_compactions_exclude_each_other(reg: Registry, place: Path) -> None:
     """The second one is told at once."""
     reg.register("a")
-    lock = reg.files().try_compact_lock()
+    lock = files(reg).try_compact_lock()
     with crewlog.open(place) as other, pytest.raises(LockBusy) as caught:
         compact(other)
     assert f"pid {os.getpid()}" in caught.value.holder

@@ -33,7 +33,7 @@ from crewlog.registry import Registry
 from crewlog.watch import Watch
 from crewlog_compactor import compact, verify
 from faults import EIO, FailingDisk, only, registry_on
-from procs import Crew, forked, joined, slay, until
+from procs import Crew, files, forked, joined, slay, until
 
 BACKENDS: list[Backend] = ["watchdog", "poll", "inotify"]
 every_waker = pytest.mark.parametrize("backend", BACKENDS)
@@ -373,7 +373,7 @@ def test_cursor_holds_back_retention_up_to_the_cap(
     compact(reg, gc=False, keep_history=0)
     with reg.watch(cursor="slow") as items:
         assert changes([i for i in [items.next(5)] if i is not None])[0] > 2
-    assert reg.log().first_seq() <= 3
+    assert reg.session.store().first_seq() <= 3
     monkeypatch.setattr(layout, "CURSOR_HOLD_BYTES_MAX", 0)
     with caplog.at_level(logging.WARNING):
         compact(reg, gc=False, keep_history=0)
@@ -399,7 +399,7 @@ def test_cursor_has_one_owner(reg: Registry) -> None:
 def test_cursor_torn_in_one_slot_keeps_the_other(reg: Registry, place: Path) -> None:
     """A position half written is the position before."""
     reg.register("a")
-    directory = reg.files().directory
+    directory = files(reg).directory
     owned = cursor.Cursor(directory, "c", start=5)
     for seq in (6, 7, 8):
         owned.advance(seq)
@@ -774,7 +774,7 @@ def test_network_file_system_is_polled(reg: Registry, monkeypatch: pytest.Monkey
     from dataclasses import replace
 
     reg.register("a")
-    log = reg.files()
+    log = files(reg)
     log.directory = replace(log.directory, local=False)
     with reg.watch(after="now") as items:
         assert items.stats()["source"] == "poll"
@@ -916,8 +916,8 @@ def test_stress_delivers_everything_to_everyone(
 
 def _tear(place: Path) -> None:
     """Leave half a line, as a writer that dies inside its write does."""
-    with crewlog.open(place) as mine, mine.files().append_lock.held(wait_s=5):
-        state = mine.files()._states.append_state()
+    with crewlog.open(place) as mine, files(mine).append_lock.held(wait_s=5):
+        state = files(mine)._states.append_state()
         assert state is not None
         path = place / layout.LOG / layout.segment_name(state.segment)
         with path.open("ab") as file:

@@ -17,7 +17,7 @@ from crewlog import Flag, Verdict, identity, layout, lease, witness
 from crewlog.errors import LeaseMissing
 from crewlog.registry import Registry
 from crewlog_compactor import assume_dead, collect
-from procs import Crew, forked, joined, kill, until
+from procs import Crew, files, forked, joined, kill, until
 
 ROOT = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0 or shutil.which("unshare") is None,
@@ -107,7 +107,7 @@ def test_lease_of_another_boot_that_nobody_holds_is_death(reg: Registry) -> None
     elsewhere = identity.Scope("another-boot", "another-host", here.pid_ns)
     now = datetime.now(UTC)
     held: list[lease.Lease] = [own for own in registry_leases() if own.name == worker.lease]
-    at = reg.files().directory
+    at = files(reg).directory
     looks = witness.Witness(
         elsewhere, now=now, began_at=now, leases=lambda name: lease.look(at, name)
     )
@@ -147,7 +147,7 @@ def test_lease_survives_the_registry_and_ends_with_the_process(place: Path) -> N
         worker = reg.get("a")
         assert worker is not None
         assert worker.lease is not None
-        at = reg.files().directory
+        at = files(reg).directory
         assert lease.look(at, worker.lease)[0] == "held"
         os.kill(pid, 9)
         os.waitpid(pid, 0)
@@ -169,16 +169,16 @@ def test_lease_survives_an_exec_of_its_worker(reg: Registry, place: Path, crew: 
     found = reg.get("a")
     assert found is not None
     assert found.lease is not None
-    assert lease.look(reg.files().directory, found.lease)[0] == "held"
+    assert lease.look(files(reg).directory, found.lease)[0] == "held"
     kill(worker)
-    assert lease.look(reg.files().directory, found.lease)[0] == "free"
+    assert lease.look(files(reg).directory, found.lease)[0] == "free"
 
 
 def test_spawned_program_inherits_its_lease(reg: Registry) -> None:
     """The spawner hands it over: held while the program lives, free at its end."""
     worker = reg.spawn("a", ["sleep", "300"], lease=True)
     assert worker.lease is not None
-    at = reg.files().directory
+    at = files(reg).directory
     assert lease.look(at, worker.lease)[0] == "held"
     os.kill(worker.pid, 9)
     until(lambda: lease.look(at, str(worker.lease))[0] == "free")
@@ -385,13 +385,13 @@ def test_beat_and_look_race_never_sees_a_torn_beat(place: Path) -> None:
 
         def beats() -> None:
             with crewlog.open(place) as mine:
-                at = mine.files().directory
+                at = files(mine).directory
                 deadline = time.monotonic() + 0.5
                 while time.monotonic() < deadline:
                     lease.beat(at, name)
 
         pid = forked(beats)
-        at = reg.files().directory
+        at = files(reg).directory
         looks = [lease.look(at, name) for _ in range(2000)]
         joined(pid)
     assert {seen.state for seen in looks} == {"held"}

@@ -24,7 +24,7 @@ from crewlog.errors import LockBusy, Unsupported
 from crewlog.launch import Launch
 from crewlog_compactor import collect
 from crewlog_compactor.verify import verify
-from procs import forked, joined, slay, until
+from procs import files, forked, joined, slay, until
 
 INTERRUPTS = 1500
 NEW_PID_NAMESPACE = 0x20000000
@@ -106,7 +106,7 @@ def test_change_from_a_signal_handler_within_a_change_is_refused_at_once(
             reg.update("a", labels={"by": "handler"})
         told.append(caught.value.outcome)
 
-    log = reg.files()
+    log = files(reg)
     step = (log, "_ready") if phase == "write" else (log._sync, "_share")
     with _interrupted_in(monkeypatch, step, handler):
         assert reg.update("a", meta={"n": 1}).labels == {}
@@ -120,7 +120,7 @@ def test_registry_closed_by_a_handler_within_a_change_breaks_nothing(
     """No descriptor is closed under the change, which would have looked like a broken disk."""
     reg = crewlog.open(place)
     reg.register("a")
-    log = reg.files()
+    log = files(reg)
     step = (log, "_put") if phase == "write" else (log._sync, "_sync")
     closing = _interrupted_in(monkeypatch, step, lambda *_: reg.close())
     with closing, contextlib.suppress(crewlog.RegistryClosed):
@@ -320,7 +320,7 @@ def test_child_forked_during_a_spawn_holds_nothing_up(
         until(lambda: reg.liveness("new").dead)
         assert worker.lease is not None
         name = worker.lease
-        at = reg.files().directory
+        at = files(reg).directory
         until(lambda: lease.look(at, name).state in {"free", "absent"})
     finally:
         for child in children:

@@ -14,6 +14,7 @@ from crewlog.errors import ArchiveDamaged, CompactedError, SnapshotCorrupt, Unsu
 from crewlog.packing import Packing
 from crewlog.registry import Registry
 from crewlog_compactor import KeepEvents, compact, repair, verify
+from procs import files
 
 BEGAN = datetime(2026, 11, 24, 7, 0, tzinfo=UTC)
 
@@ -110,12 +111,12 @@ def test_second_retention_goes_on_from_the_state_of_the_first(reg: Registry) -> 
         _grown(reg, 40)
         compact(reg, gc=False)
     compact(reg, gc=False, keep_history=KeepEvents(80))
-    first = snapshot.read_base(reg.files().directory)
+    first = snapshot.read_base(files(reg).directory)
     _grown(reg, 40)
     compact(reg, gc=False)
     compact(reg, gc=False)
     assert compact(reg, gc=False, keep_history=0).dropped is not None
-    second = snapshot.read_base(reg.files().directory)
+    second = snapshot.read_base(files(reg).directory)
     assert first is not None
     assert second is not None
     assert first.last_seq < second.last_seq
@@ -144,7 +145,7 @@ def test_verify_finds_a_wrong_beginning_of_the_archive(reg: Registry, harm: str)
     assert codes == {"snapshot_corrupt" if harm == "flipped" else "snapshot_differs"}
     if harm == "flipped":
         with pytest.raises(SnapshotCorrupt):
-            snapshot.read_base(reg.files().directory)
+            snapshot.read_base(files(reg).directory)
 
 
 @pytest.mark.usefixtures("_small_segments")
@@ -158,7 +159,7 @@ def test_verify_beside_a_retention_takes_its_word(
         _grown(reg, 60)
         if keep == 80:
             compact(reg, gc=False, keep_history=KeepEvents(keep))
-    before = snapshot.read_base(reg.files().directory)
+    before = snapshot.read_base(files(reg).directory)
     real = snapshot.read_base
     read: list[Snapshot | None] = []
 
@@ -171,7 +172,7 @@ def test_verify_beside_a_retention_takes_its_word(
 
     monkeypatch.setattr(snapshot, "read_base", read_base)
     report = verify(reg.path)
-    after = real(reg.files().directory)
+    after = real(files(reg).directory)
     assert before is not None
     assert after is not None
     assert read[1] == before

@@ -12,7 +12,7 @@ from crewlog import layout
 from crewlog.errors import CrewlogError, LegacyCorrupt, SnapshotCorrupt, UnsafePermissions
 from crewlog.registry import Registry
 from crewlog_compactor import collect, compact, import_legacy
-from procs import Crew, forked, joined, kill, until
+from procs import Crew, files, forked, joined, kill, until
 
 
 def test_absent_store_is_empty_and_reading_creates_nothing(place: Path, reg: Registry) -> None:
@@ -212,4 +212,4 @@ def test_damaged_snapshot_without_anything_to_rebuild_from_is_an_error(
 
     (place / layout.SNAPSHOT).write_bytes(b"{}")
     with pytest.raises(SnapshotCorrupt, match=r"registry\.json"):
-        snapshot.read(reg.files().directory, layout.SNAPSHOT)
+        snapshot.read(files(reg).directory, layout.SNAPSHOT)

@@ -22,7 +22,7 @@ from crewlog.errors import (
 )
 from crewlog.registry import Registry
 from crewlog_compactor import verify
-from procs import Crew, forked, joined, tree
+from procs import Crew, files, forked, joined, tree
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_lock_held_too_long_names_its_holder(place: Path) -> None:
     with crewlog.open(place) as reg:
         reg.register("a")
         with (
-            reg.files().append_lock.held(wait_s=1),
+            files(reg).append_lock.held(wait_s=1),
             crewlog.open(place, lock_timeout_s=0.05) as other,
         ):
             with pytest.raises(LockBusy) as caught:

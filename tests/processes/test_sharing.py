@@ -22,7 +22,7 @@ from crewlog.errors import (
 )
 from crewlog.registry import Registry
 from crewlog_compactor import verify
-from procs import forked, joined
+from procs import files, forked, joined
 
 
 def _threads(count: int, work: "object") -> list[object]:
@@ -291,7 +291,7 @@ def test_lead_that_is_handed_to_a_closed_registry_goes_on(place: Path) -> None:
     async def main() -> list[BaseException | None]:
         areg = crewlog.aopen(place)
         await areg.register("a")
-        log = areg.registry.files()
+        log = files(areg.registry)
         areg._leaders.shutdown()
         found = await asyncio.gather(
             *(areg.update("a", meta={"n": n}) for n in range(3)), return_exceptions=True

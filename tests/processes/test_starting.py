@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import changes, launch
+from crewlog import changes, launch, starting
 from crewlog.errors import SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.launch import Launch
 from crewlog.registry import Registry
-from procs import Crew, forked, joined, kill, state_of, until
+from procs import Crew, files, forked, joined, kill, state_of, until
 
 # A program that leaves a mark as soon as it begins.
 MARK = ["sh", "-c", 'echo $$ >> "$0"; exec sleep 300']
@@ -276,9 +276,9 @@ def _after(owner: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
 STEPS = {
     "before the process": _before(Launch, "__init__"),
     "with a waiting process": _after(Launch, "__init__"),
-    "before the registration": _before(Registry, "claim"),
+    "before the registration": _before(starting, "enter"),
     "while it registers": _before(changes, "together"),
-    "once it is registered": _after(Registry, "claim"),
+    "once it is registered": _after(starting, "enter"),
     "before the word": _before(Launch, "go"),
     "after the word": _after(Launch, "go"),
 }
@@ -357,7 +357,7 @@ def test_negative_control_a_word_before_the_registration_is_caught(
             started = Launch(marking(place))
             started.go()
             _die()
-            mine.claim("a", changes.pruned(mine.author(), "a", expect=1))
+            mine.session.put([changes.pruned(mine.session.author(), "a", expect=1)])
 
     pid = forked(work)
     os.waitpid(pid, 0)
@@ -378,7 +378,7 @@ def test_spawner_that_is_stopped_by_a_full_disk_starts_nothing(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(reg.files().directory.disk), "write", full)
+    monkeypatch.setattr(type(files(reg).directory.disk), "write", full)
     with pytest.raises(crewlog.StorageFull):
         reg.spawn("a", marking(place))
     monkeypatch.undo()

@@ -26,7 +26,7 @@ from crewlog.errors import (
 from crewlog.events import Change, Reset, Synced
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
-from procs import Crew, forked, joined, until
+from procs import Crew, files, forked, joined, until
 
 CREWLOG = [sys.executable, "-c", "from crewlog_cli.main import main; main()"]
 
@@ -164,7 +164,7 @@ def test_cursor_moves_into_the_store_that_took_the_place(place: Path, tmp_path: 
             assert isinstance(item, Reset)
             items.next(0)
     with crewlog.open(place) as reg:
-        assert [(p.name, p.seq) for p in cursor.every(reg.files().directory)] == [("c", 2)]
+        assert [(p.name, p.seq) for p in cursor.every(files(reg).directory)] == [("c", 2)]
 
 
 def test_store_removed_and_created_again_is_followed(place: Path) -> None:
@@ -377,12 +377,12 @@ def test_damaged_cursor_hides_none_and_can_be_removed(
         compact(reg, gc=False)
     assert compact(reg, gc=False, keep_history=0).dropped is None
     assert "bad is damaged" in caplog.text
-    places = cursor.every(reg.files().directory)
+    places = cursor.every(files(reg).directory)
     assert [(p.name, p.damaged) for p in places] == [("bad", True), ("good", False)]
     with pytest.raises(CursorCorrupt):
         reg.watch(cursor="bad")
-    assert cursor.remove(reg.files().directory, "bad")
-    assert len(cursor.every(reg.files().directory)) == 1
+    assert cursor.remove(files(reg).directory, "bad")
+    assert len(cursor.every(files(reg).directory)) == 1
 
 
 def test_mirror_keeps_its_deadline_behind_a_backlog(reg: Registry) -> None:
