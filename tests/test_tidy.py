@@ -22,7 +22,7 @@ ROOMS = {
     "fcntl": {"lock.py", "disk.py", "identity.py"},
     "click": {"main.py", "shell.py", "reading.py", "watching.py", "changing.py", "starting.py",
               "jobs.py", "demo.py", "ending.py", "explaining.py", "mending.py", "words.py",
-              "diff.py", "stats.py", "metrics.py", "timeline.py", "top.py", "export.py",
+              "diff.py", "stats.py", "timeline.py", "top.py", "export.py",
               "doctor.py", "completion.py", "schedule.py"},
     "gzip": {"packing.py"},
     "rich": {"top.py"},

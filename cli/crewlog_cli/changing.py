@@ -129,8 +129,7 @@ def update(
     patch: dict[str, str | None] = {**words.pairs([safe(row) for row in labels])}
     patch |= dict.fromkeys((safe(key) for key in unlabel), None)
     with sh.existing() as reg:
-        if reg.get(sid) is None:
-            raise reading.not_found(reg, sid)
+        reading.known(reg, sid)
         worker = tried(
             lambda: reg.update(
                 sid,
@@ -153,8 +152,7 @@ def update(
 def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:
     """Take a worker out of the registry; its process is left alone. Prints the seq."""
     with sh.existing() as reg:
-        if reg.get(sid) is None:
-            raise reading.not_found(reg, sid)
+        reading.known(reg, sid)
         event = tried(lambda: reg.remove(sid, reason=safe(reason), expect=expect))
     _done(sh, sid, event.seq)
 

@@ -65,7 +65,7 @@ def stop(
         raise click.UsageError(message)
     grace_s = words.span_s(grace)
     reg = sh.existing()
-    workers = reg.workers() if all_ else [_known(reg, sid) for sid in dict.fromkeys(sids)]
+    workers = reg.workers() if all_ else [reading.known(reg, sid) for sid in dict.fromkeys(sids)]
     if dry_run:
         _print_targets(sh, reg, workers)
         return
@@ -89,13 +89,6 @@ def stop(
             zip((w.sid for w in workers), tried(lambda: list(pool.map(end, workers))), strict=True)
         )
     _print_ends(sh, reg, ended)
-
-
-def _known(reg: Registry, sid: str) -> Worker:
-    worker = reg.get(sid)
-    if worker is None:
-        raise reading.not_found(reg, sid)
-    return worker
 
 
 def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
@@ -137,7 +130,7 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
 def beat(sh: Shell, *, sid: str) -> None:
     """Say that SID is well; nothing is added to the log. For a worker with --heartbeat."""
     reg = sh.existing()
-    _known(reg, sid)
+    reading.known(reg, sid)
     reg.beat(sid)
     if sh.json:
         sh.document({"seq": reg.last_seq, "sid": sid})
@@ -150,7 +143,7 @@ def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
     """Wait for the end of a worker that need not be our child, and record how it ended."""
     wait_s = None if timeout is None else words.span_s(timeout)
     reg = sh.existing()
-    _known(reg, sid)
+    reading.known(reg, sid)
     event = reg.observe(sid, timeout_s=wait_s)
     if sh.json:
         sh.document({"sid": sid, **facts.event_json(event)})

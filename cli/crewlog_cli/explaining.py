@@ -52,9 +52,7 @@ _REMEDIES: Final = {
 def explain(sh: Shell, *, sid: str) -> None:
     """Tell why a worker counts as alive, dead or unknown: the evidence now, and its events."""
     reg = sh.existing()
-    worker = reg.get(sid)
-    if worker is None:
-        raise reading.not_found(reg, sid)
+    worker = reading.known(reg, sid)
     found = reg.liveness(sid)
     story = deque(reg.history(sid=sid), maxlen=_EVENTS)
     if sh.json:

@@ -12,7 +12,6 @@ from typing import Final
 import click
 
 from crewlog import disk, layout
-from crewlog.disk import Disk
 from crewlog.errors import CrewlogError, LockBusy, PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
@@ -136,8 +135,7 @@ def gc(
 
 
 def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
-    if reg.get(sid) is None:
-        raise reading.not_found(reg, sid)
+    reading.known(reg, sid)
     try:
         event = tried(lambda: assume_dead(reg, sid, reason=safe(reason)))
     except WorkerExists as error:  # what the library says of a sid that is taken
@@ -150,12 +148,7 @@ def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
 
 
 def _write_plan(sh: Shell, made: Plan, path: Path) -> None:
-    with disk.failures("cannot write the plan", where=str(path)):
-        try:
-            disk.replace_file(Disk(), path.absolute(), made.encode() + b"\n")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            message = f"--plan {path}: {error.strerror}"
-            raise click.UsageError(message) from error
+    shell.put_file(path, made.encode() + b"\n", what="the plan", option="--plan")
     if sh.json:
         sh.document({"plan": str(path), "steps": len(made.steps), "unknown": list(made.unknown)})
     else:

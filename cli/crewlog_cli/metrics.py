@@ -9,12 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-import click
-
-from crewlog import disk
-from crewlog.disk import Disk
 from crewlog.events import WorkerState
 from crewlog.registry import Registry
+from crewlog_cli import shell
 
 
 def write(reg: Registry, path: Path, *, took_s: float | None = None, refused: bool = False) -> None:
@@ -34,13 +31,8 @@ def write_failure(path: Path, *, took_s: float) -> None:
 
 
 def _put(path: Path, rows: Iterable[str]) -> None:
-    with disk.failures("cannot write the metrics", where=str(path)):
-        try:
-            made = "".join(f"{row}\n" for row in rows)
-            disk.replace_file(Disk(), path.absolute(), made.encode(), public=True)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            message = f"--prometheus {path}: {error.strerror}"
-            raise click.UsageError(message) from error
+    made = "".join(f"{row}\n" for row in rows)
+    shell.put_file(path, made.encode(), what="the metrics", option="--prometheus", public=True)
 
 
 def _rows(reg: Registry) -> Iterator[str]:

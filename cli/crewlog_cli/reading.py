@@ -20,7 +20,15 @@ _LAST_EVENTS: Final = 10
 _LOOK_S: Final = 0.05  # a death is no event: it is looked for
 
 
-def not_found(reg: Registry, sid: str) -> WorkerNotFound:
+def known(reg: Registry, sid: str) -> Worker:
+    """Return a worker. *Raises* WorkerNotFound, which names the nearest sids."""
+    worker = reg.get(sid)
+    if worker is None:
+        raise _not_found(reg, sid)
+    return worker
+
+
+def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
     """Return the error of an unknown sid, with the nearest names as the hint."""
     from difflib import get_close_matches  # noqa: PLC0415 (start-up)
 
@@ -138,9 +146,9 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
     """Show one worker, whether it lives, and its last events."""
     reg = sh.existing()
     seen = None if at_ is None else past.at(sh, reg, at_)
-    worker = reg.get(sid) if seen is None else seen.get(sid)
+    worker = known(reg, sid) if seen is None else seen.get(sid)
     if worker is None:
-        raise not_found(reg, sid)
+        raise _not_found(reg, sid)
     found = reg.liveness(sid) if seen is None else None
     newest = reg.history(sid=sid, newest_first=True)
     told = (event for event in newest if seen is None or event.seq <= seen.seq)
@@ -207,8 +215,8 @@ def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
     """Tell by the exit code whether a worker lives: 0 yes, 1 no or not known."""
     wait_s = None if timeout is None else words.span_s(timeout)
     reg = sh.existing()
-    if wait_s is None and reg.get(sid) is None:
-        raise not_found(reg, sid)
+    if wait_s is None:
+        known(reg, sid)
     holds, found = _await(reg, sid, wanted, wait_s or 0.0)
     if sh.json:
         told = {} if found is None else {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Concatenate,
@@ -27,7 +28,8 @@ from typing import (
 import click
 
 import crewlog
-from crewlog import layout
+from crewlog import disk, layout
+from crewlog.disk import Disk
 from crewlog.errors import CrewlogError
 from crewlog_cli import text
 
@@ -95,6 +97,16 @@ def flush() -> None:
         sys.stdout.flush()
     except OSError as error:
         raise OutputFailedError(error.errno, error.strerror) from error
+
+
+def put_file(path: Path, made: bytes, *, what: str, option: str, public: bool = False) -> None:
+    """Put a file where an option says, whole or not at all. *Raises* UsageError, StorageFailed."""
+    with disk.failures(f"cannot write {what}", where=str(path)):
+        try:
+            disk.replace_file(Disk(), path.absolute(), made, public=public)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            message = f"{option} {path}: {error.strerror}"
+            raise click.UsageError(message) from error
 
 
 def prepare() -> None:

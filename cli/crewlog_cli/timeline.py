@@ -10,8 +10,6 @@ from typing import Final
 
 import click
 
-from crewlog import disk
-from crewlog.disk import Disk
 from crewlog.events import WorkerState, timestamp
 from crewlog.liveness import Verdict
 from crewlog.lives import Life
@@ -131,12 +129,7 @@ def _write(
 ) -> None:
     told = f"{reg.where}, up to seq {reg.last_seq}."
     made = page.page(lives, unknown=unknown, now=now, told=told)
-    with disk.failures("cannot write the page", where=str(path)):
-        try:
-            disk.replace_file(Disk(), path.absolute(), made)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            message = f"--html {path}: {error.strerror}"
-            raise click.UsageError(message) from error
+    shell.put_file(path, made, what="the page", option="--html")
     if sh.json:
         sh.document({"html": str(path), "lives": len(lives), "bytes": len(made)})
     else:

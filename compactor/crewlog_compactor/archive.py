@@ -33,11 +33,8 @@ def packed_bytes(directory: Directory, first: int, wanted: Packing) -> int:
 
 
 def _content(directory: Directory, first: int) -> bytes:
-    source = segments.open_segment(directory, first)
-    try:
-        return source.read(0, source.size())
-    finally:
-        source.close()
+    with segments.open_segment(directory, first) as source:
+        return source.whole()
 
 
 def _move(directory: Directory, first: int, wanted: Packing) -> None:

@@ -205,11 +205,8 @@ class Check(History):
 
     def _bytes(self, first: int) -> tuple[str, bytes]:
         """Read a segment wherever it lies; return its name in the store, too."""
-        source = segments.open_segment(self.directory, first)
-        try:
-            data = source.read(0, source.size())
-        finally:
-            source.close()
+        with segments.open_segment(self.directory, first) as source:
+            data = source.whole()
         folder = layout.ARCHIVE if source.archived else layout.LOG
         return f"{folder}/{source.name}", data
 

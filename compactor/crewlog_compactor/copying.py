@@ -9,7 +9,7 @@ from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError, HistoryDiverged, LockBusy
 from crewlog.events import Line
 from crewlog.fold import Fold, FoldError
-from crewlog.refold import snapshot_of
+from crewlog.refold import fold_of, snapshot_of
 from crewlog.store import Store
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -36,7 +36,7 @@ class Copy:
         """Yield every line that is kept, each proven to follow the one before."""
         self.seq, self.hash = self.base.last_seq, self.base.last_hash
         base, last = self.base, self.source.last_seq()
-        state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+        state = fold_of(base)
         self.state = state
         for line, raw in self.source.read(self.first - 1):
             if line["prev"] != self.hash:

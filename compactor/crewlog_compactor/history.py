@@ -11,6 +11,7 @@ from crewlog import codec, events, fold, segments
 from crewlog.codec import Snapshot
 from crewlog.events import JsonObject, JsonValue, Line, Record
 from crewlog.fold import Fold, FoldError
+from crewlog.refold import fold_of
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.findings import Finding
 
@@ -135,7 +136,7 @@ class History:
         """Begin the fold at the older snapshot, where the history before it was dropped."""
         base = self.bases.get(self.seq) if self.partial else None
         if base is not None:
-            self.state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+            self.state = fold_of(base)
             self.partial = False
             self._checkpoint()
 
@@ -154,7 +155,7 @@ class History:
         inside = [seq for seq in self.bases if first <= seq <= last]
         if inside:
             base = self.bases[max(inside)]
-            self.state = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
+            self.state = fold_of(base)
         self.state.apply(line)
         self.partial = any(seq > last for seq in self.bases)
 

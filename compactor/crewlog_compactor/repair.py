@@ -252,13 +252,10 @@ def _in_log(at: Directory, first: int) -> bool:
 def _bytes(at: Directory, first: int) -> bytes | None:
     """Read a segment; of an archive that cannot be unpacked, nothing."""
     try:
-        source = segments.open_segment(at, first)
+        with segments.open_segment(at, first) as source:
+            return source.whole()
     except ArchiveDamaged:
         return None
-    try:
-        return source.read(0, source.size())
-    finally:
-        source.close()
 
 
 def _acknowledged(first: int, data: bytes, head: DurableHead | None, *, snapshot_seq: int) -> bytes:

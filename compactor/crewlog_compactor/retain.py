@@ -83,14 +83,9 @@ def _name(directory: Directory, first: int) -> str:
 
 
 def _newest(directory: Directory, first: int) -> str:
-    source = segments.open_segment(directory, first)
-    ts = ""
-    try:
-        for step in walk(source, segments.start_of(first)):
-            ts = max(ts, step.line["ts"]) if step.line is not None else ts
-    finally:
-        source.close()
-    return ts
+    with segments.open_segment(directory, first) as source:
+        steps = walk(source, segments.start_of(first))
+        return max((step.line["ts"] for step in steps if step.line is not None), default="")
 
 
 def _base(directory: Directory, last: int) -> str | None:
@@ -109,9 +104,6 @@ def _base(directory: Directory, last: int) -> str | None:
 
 def _hash_after(log: Log, last: int) -> str:
     """Return the hash of the last line that goes, as the line after it tells."""
-    source = segments.open_segment(log.directory, last + 1)
-    try:
+    with segments.open_segment(log.directory, last + 1) as source:
         step = next(walk(source, segments.start_of(last + 1)))
-    finally:
-        source.close()
     return "" if step.line is None else step.line["prev"]

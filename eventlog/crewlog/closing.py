@@ -8,6 +8,8 @@ from typing import Self
 class Closing(ABC):
     """A context manager that gives itself, and closes itself at the end."""
 
+    __slots__ = ()
+
     @abstractmethod
     def close(self) -> None:
         """Give every resource back; idempotent."""

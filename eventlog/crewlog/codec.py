@@ -1,4 +1,4 @@
-"""Turn one event into one checked line and back; the same for snapshots.
+"""Turn one event into one checked line and back; the same for a store's documents.
 
 A line is one JSON object and one newline::
 
@@ -231,6 +231,37 @@ def _is_place(value: object) -> bool:
         return False
     index, count = value
     return type(index) is type(count) is int and 0 <= index < count
+
+
+# -- who the store is -----------------------------------------------------------------------
+
+
+def encode_identity(now: str) -> bytes:
+    """Return the bytes of a new store's identity."""
+    import uuid  # noqa: PLC0415 (once in the life of a store)
+
+    return dump(
+        {
+            "format": layout.FORMAT,
+            "store": str(uuid.uuid4()),
+            "incompat": [],
+            "compat": [],
+            "created": now,
+        }
+    )
+
+
+def decode_identity(data: bytes, *, where: str) -> str:
+    """Check a store's identity and return its id. *Raises* DocumentError; FormatTooNew."""
+    found = load_object(data)
+    if found.get("format") != layout.FORMAT:
+        raise FormatTooNew(where, why=f"it has format {found.get('format')!r}")
+    if found.get("incompat"):
+        raise FormatTooNew(where, why=f"it needs {found['incompat']!r}")
+    store = found.get("store")
+    if not isinstance(store, str) or not store:
+        raise DocumentError("it names no store")
+    return store
 
 
 # -- snapshots ------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from crewlog.codec import Snapshot
 from crewlog.directory import (
     Descriptors,
     Directory,
-    new_identity,
     open_existing,
     require_newborn,
     unsafe,
@@ -182,7 +181,7 @@ def _newborn(path: Path, opened: Descriptors, via: Disk, identity_: bytes) -> Di
 def _first_segment(path: Path, opened: Descriptors, via: Disk) -> Newborn:
     """Write a first segment that holds its header. Held: append."""
     now = events.timestamp(events.now())
-    data = new_identity(now)
+    data = codec.encode_identity(now)
     newborn = _newborn(path, opened, via, data)
     header, line = segments.own_line(
         events.SEGMENT,

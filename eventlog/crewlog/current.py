@@ -21,7 +21,7 @@ from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.events import Line, Record
 from crewlog.fold import Fold, FoldError
 from crewlog.reader import Reader, raw_between, walk
-from crewlog.refold import corrupt
+from crewlog.refold import corrupt, fold_of
 from crewlog.segments import Position, Source
 from crewlog.sieve import Sieve
 from crewlog.structs import AppendState, DurableHead
@@ -84,7 +84,7 @@ class Current:
             base = fold.empty()
             kept = found.snapshot
             if kept is not None:
-                base = fold.restored(kept.last_seq, kept.sessions, kept.ended, kept.totals)
+                base = fold_of(kept)
                 self._check_joint(kept.last_seq, kept.last_hash)
             self.snapshot_seq = base.seq
             self._loaded = base, Reader(self._directory, segments.start_of(base.seq + 1))
@@ -92,11 +92,8 @@ class Current:
 
     def _check_joint(self, seq: int, hash_: str) -> None:
         """Hold the snapshot against the line that follows it."""
-        source = segments.open_segment(self._directory, seq + 1)
-        try:
+        with segments.open_segment(self._directory, seq + 1) as source:
             first = next(walk(source, segments.start_of(seq + 1)), None)
-        finally:
-            source.close()
         if first is None or first.line is None:
             raise LogCorrupt(
                 source.name,

@@ -9,7 +9,6 @@ from crewlog import codec, disk, layout
 from crewlog.disk import Disk
 from crewlog.errors import (
     CrewlogError,
-    FormatTooNew,
     NotAStore,
     StoreMissing,
     UnsafePermissions,
@@ -195,23 +194,11 @@ def _identity(root: int, path: Path) -> tuple[bytes, str]:
         require_newborn(root, path)
         raise StoreMissing(str(path)) from error
     try:
-        found = codec.load_object(data)
+        return codec.digest(data), codec.decode_identity(data, where=where)
     except codec.DocumentError as error:
-        raise _broken(where, str(error)) from error
-    if found.get("format") != layout.FORMAT:
-        raise FormatTooNew(where, why=f"it has format {found.get('format')!r}")
-    if found.get("incompat"):
-        raise FormatTooNew(where, why=f"it needs {found['incompat']!r}")
-    store = found.get("store")
-    if not isinstance(store, str) or not store:
-        raise _broken(where, "it names no store")
-    return codec.digest(data), store
-
-
-def _broken(where: str, why: str) -> NotAStore:
-    return NotAStore(
-        "not a registry", where=where, why=why, remedy="Restore this file from a backup"
-    )
+        raise NotAStore(
+            "not a registry", where=where, why=str(error), remedy="Restore this file from a backup"
+        ) from error
 
 
 # What an interrupted creation may leave in each directory of the store.
@@ -273,18 +260,3 @@ def _require_local(root: int, path: Path) -> bool:
             remedy=f"Use a local directory, or set {FORCE_NETWORK}=1 at your own risk",
         )
     return False
-
-
-def new_identity(now: str) -> bytes:
-    """Return the bytes of a new store.json."""
-    import uuid  # noqa: PLC0415 (once in the life of a store)
-
-    return codec.dump(
-        {
-            "format": layout.FORMAT,
-            "store": str(uuid.uuid4()),
-            "incompat": [],
-            "compat": [],
-            "created": now,
-        }
-    )

@@ -350,7 +350,7 @@ class Log(Reading):
         self._sync.certain_directory(self.directory[layout.LOG])
         active = self._open_active(first)
         self._require_one_name(active)
-        data = active.read(0, active.size())
+        data = active.whole()
         found = segments.scan(data, offset=0, seq=sealed.seq, prev=sealed.hash)
         if found.reason is not None or found.end == 0:
             raise LogCorrupt(

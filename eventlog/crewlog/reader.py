@@ -193,12 +193,10 @@ def backwards(
             if first < all_of(directory)[0]:
                 return  # a retention took it, and what was before it, meanwhile
             raise
-        try:
+        with source:
             require_ours(directory, source)
             end = head.offset if first == head.segment else None
             steps = list(walk(source, start_of(first), end=end, sieve=sieve))
-        finally:
-            source.close()
         last = steps[-1].seq if steps else first - 1
         if last != due:
             where = directory.where(layout.LOG)
@@ -211,12 +209,9 @@ def raw_between(directory: Directory, start: Position, end: Position) -> Iterato
     """Yield the bytes of whole lines between two positions, unchecked."""
     place = start
     while place.seq < end.seq:
-        source = open_segment(directory, place.segment)
-        try:
+        with open_segment(directory, place.segment) as source:
             stop = end.offset if place.segment == end.segment else source.size()
             data = source.read(place.offset, stop - place.offset)
-        finally:
-            source.close()
         yield data
         if place.segment == end.segment:
             return

@@ -196,13 +196,9 @@ class Reading:
         except SegmentMissing as error:
             self._require_kept(error, first - 1)
             raise
-        try:
-            for step in walk(source, segments.start_of(first)):
-                if step.line is not None:
-                    return step.line["ts"]
-        finally:
-            source.close()
-        return ""
+        with source:
+            steps = walk(source, segments.start_of(first))
+            return next((step.line["ts"] for step in steps if step.line is not None), "")
 
     def states(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""

@@ -165,11 +165,8 @@ def complete(directory: Directory) -> None:
     firsts = segments.active_and_sealed(directory)
     if not firsts:
         return
-    source = segments.open_segment(directory, firsts[-1])
-    try:
-        data = source.read(0, source.size())
-    finally:
-        source.close()
+    with segments.open_segment(directory, firsts[-1]) as source:
+        data = source.whole()
     whole = completed(data, firsts[-1], read(directory))
     if whole != data:
         directory.completed[firsts[-1]] = whole

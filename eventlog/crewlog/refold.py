@@ -51,7 +51,7 @@ def refold_lines(
     `wrong` makes the error of a whole line that no correct writer can have written. *Raises* it,
     and HistoryDiverged.
     """
-    state = fold.restored(start.last_seq, start.sessions, start.ended, start.totals)
+    state = fold_of(start)
     prev = start.last_hash
     for line, raw in lines:
         if line["seq"] <= start.last_seq:
@@ -70,6 +70,11 @@ def refold_lines(
         if state.seq == stop:
             break
     return snapshot_of(state, store=start.store, last_hash=prev)
+
+
+def fold_of(snapshot: Snapshot) -> Fold:
+    """Begin a fold where a snapshot was taken."""
+    return fold.restored(snapshot.last_seq, snapshot.sessions, snapshot.ended, snapshot.totals)
 
 
 def snapshot_of(state: Fold, *, store: str, last_hash: str) -> Snapshot:

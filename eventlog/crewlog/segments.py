@@ -9,6 +9,7 @@ import os
 from typing import Final, NamedTuple
 
 from crewlog import codec, disk, events, layout, packing
+from crewlog.closing import Closing
 from crewlog.codec import LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
@@ -60,7 +61,7 @@ def all_of(directory: Directory) -> list[int]:
     return sorted(before | set(active_and_sealed(directory)) | set(archived(directory)))
 
 
-class Source:
+class Source(Closing):
     """The bytes of one segment, from log/ or, uncompressed in memory, from archive/."""
 
     __slots__ = ("_data", "_fd", "archived", "first", "name")
@@ -105,6 +106,10 @@ class Source:
         if self._data is None:
             return disk.read_at(self._fd, offset, size)
         return self._data[offset : offset + size]
+
+    def whole(self) -> bytes:
+        """Read all that it has at this moment."""
+        return self.read(0, self.size())
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -54,11 +54,8 @@ def judge(
         raise LogRegressed(directory.where(layout.LOG), why="it holds no segment at all")
     last = firsts[-1]
     redo.complete(directory)
-    source = segments.open_segment(directory, last)
-    try:
-        data = source.read(0, source.size())
-    finally:
-        source.close()
+    with segments.open_segment(directory, last) as source:
+        data = source.whole()
     found = segments.scan(data, offset=0, seq=last - 1, prev=None)
     decision = recovery.decide(last, found, known(head, snapshot_seq=snapshot_seq))
     if decision.action is Action.CORRUPT:
@@ -97,9 +94,9 @@ def _check_header(directory: Directory, source: Source, raw: bytes, *, snapshot_
         before = segments.open_segment(directory, first)
     except SegmentMissing as error:
         raise SegmentMissing(directory.where(layout.LOG), first=first, last=last) from error
-    found = before.size()
-    rewritten = found != size and events.GAP.encode() in before.read(0, found)
-    before.close()
+    with before:
+        found = before.size()
+        rewritten = found != size and events.GAP.encode() in before.read(0, found)
     if found != size and not rewritten:  # a repair told there what it gave up
         raise LogCorrupt(
             before.name,
@@ -161,7 +158,7 @@ def fresh_head(head: DurableHead | None, boot: bytes, segment: int, found: Found
 
 def _put_back(directory: Directory, source: Source, data: bytes) -> None:
     """Put what the redo held where it belongs; killed on the way, the redo still holds it."""
-    there = source.read(0, source.size())
+    there = source.whole()
     found = segments.scan(there, offset=0, seq=source.first - 1, prev=None)
     if found.size > found.end:
         quarantine(directory, source, found, there[found.end :])

@@ -13,7 +13,6 @@ from crewlog import codec, events, fold, layout
 from crewlog.appending import Appended, Decide
 from crewlog.codec import Draft
 from crewlog.commit import Commits, Request
-from crewlog.directory import new_identity
 from crewlog.errors import LockBusy, StoreMissing, UnknownOutcome, Unsupported
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
@@ -181,7 +180,7 @@ class EtcdLog(EtcdReading):
     def _create(self) -> None:
         """Write identity, first line and head at once, unless another was faster."""
         now = events.timestamp(events.now())
-        identity = new_identity(now)
+        identity = codec.encode_identity(now)
         store = str(codec.load_object(identity)["store"])
         part = codec.draft(events.SEGMENT, "", b"{}", section_data(store, None))
         raw = codec.line(part, seq=1, ts=now, synced=0, prev=codec.digest(identity), batch=None)

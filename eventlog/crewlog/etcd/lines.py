@@ -11,7 +11,6 @@ from crewlog import codec, layout, segments
 from crewlog.codec import DocumentError, LineError
 from crewlog.errors import (
     CompactedError,
-    FormatTooNew,
     HistoryRewound,
     LogCorrupt,
     NotAStore,
@@ -74,19 +73,12 @@ class EtcdLines:
         identity, head = self.ask([keys.get(self.keys.store), keys.get(self.keys.head)])
         if not identity or not head:
             raise self._missing()
+        where = f"{self.where}: key {self.keys.store.decode()}"
         try:
-            found = codec.load_object(identity[0].value)
+            self.id = codec.decode_identity(identity[0].value, where=where)
         except DocumentError as error:
             raise self._broken(self.keys.store, str(error)) from error
-        if found.get("format") != layout.FORMAT:
-            raise FormatTooNew(self.where, why=f"it has format {found.get('format')!r}")
-        if found.get("incompat"):
-            raise FormatTooNew(self.where, why=f"it needs {found['incompat']!r}")
-        store = found.get("store")
-        if not isinstance(store, str) or not store:
-            raise self._broken(self.keys.store, "it names no store")
-        self._identity = identity[0].value
-        self.id, self.digest = store, codec.digest(identity[0].value)
+        self._identity, self.digest = identity[0].value, codec.digest(identity[0].value)
         self.saw(head, before=None)
 
     def _missing(self) -> StoreMissing:
