@@ -18,7 +18,7 @@ import click
 import crewlog
 from crewlog import layout
 from crewlog.registry import Registry
-from crewlog_cli import reading
+from crewlog_cli import reading, shell
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import compact, verify
 
@@ -48,16 +48,30 @@ class _Stage:
         self.sh = sh
         self.place = place
         self.processes: list[subprocess.Popen[str]] = []
+        self.held: list[str] = []
         self.ending = _Ending()
 
     def say(self, words: str) -> None:
+        if self.sh.json:
+            return
         for row in words.split("\n"):
             self.sh.line(row, flush=True)
 
     def claim(self, words: str, holds: bool) -> None:  # noqa: FBT001 (a claim holds or does not)
         if not holds:
             raise _Broken(words)
+        self.held.append(words)
         self.say(f"   ok  {words}")
+
+    def end(self, *, took_s: float, broken: str | None) -> None:
+        """Sum up: every claim that held, and the one that did not."""
+        if self.sh.json:
+            told = {"ok": broken is None, "held": self.held, "broken": broken}
+            self.sh.document({**told, "took_s": round(took_s, 1), "dir": str(self.place)})
+        elif broken is None:
+            self.say(f"\nEvery claim held, in {took_s:.1f} s.")
+        else:
+            self.say(f"FAILED  {broken}")
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
         # in a session of its own: Ctrl-C comes to the demo alone, which ends what it started
@@ -124,14 +138,14 @@ def demo(sh: Shell, *, keep: bool) -> None:
                 with stage.ending.later():
                     stage.clear(reg)
     except _Broken as error:
-        stage.say(f"FAILED  {error}")
-        raise SystemExit(1) from error
+        stage.end(took_s=time.monotonic() - began, broken=str(error))
+        raise SystemExit(shell.EXIT_NO) from error
     finally:
         if keep:
             stage.say(f"\nThe registry is still there: crewlog --dir {stage.place} ls --all")
         else:
             shutil.rmtree(home)
-    stage.say(f"\nEvery claim held, in {time.monotonic() - began:.1f} s.")
+    stage.end(took_s=time.monotonic() - began, broken=None)
 
 
 def _play(stage: _Stage, reg: Registry) -> None:
@@ -225,7 +239,8 @@ def _watcher_saw(stage: _Stage, watcher: subprocess.Popen[str], killed: str) -> 
 def _history_tells(stage: _Stage, reg: Registry) -> None:
     stage.say("\n6. `crewlog history` tells what happened, and who did it:\n")
     found = list(reg.history())
-    reading.print_events(stage.sh, found)
+    if not stage.sh.json:
+        reading.print_events(stage.sh, found)
     stage.say("")
     stage.claim("four events, each with its author", len(found) == len(_SIDS) + 1)
 

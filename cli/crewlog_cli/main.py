@@ -62,6 +62,17 @@ class _Lazy(click.Group):
         return found
 
 
+def _version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:  # noqa: FBT001 (click's)
+    if not asked or ctx.resilient_parsing:
+        return
+    sh: Shell = ctx.obj
+    if sh.json:
+        sh.document({"version": shell.VERSION})
+    else:
+        sh.line(f"crewlog {shell.VERSION}")
+    ctx.exit()
+
+
 @click.group(
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -72,7 +83,8 @@ class _Lazy(click.Group):
     "  crewlog compact -q        # from cron",
 )
 @shell.with_globals
-@click.version_option(shell.VERSION, message="crewlog %(version)s")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+              help="Show the version and exit.")  # fmt: skip
 def crewlog(**values: object) -> None:
     """Remember worker processes: who lives, who ended, and who did it."""
     shell.take_globals(click.get_current_context().obj, values)

@@ -189,7 +189,7 @@ def _run(sh: Shell, state: _Top, items: Watch, keys: _Keys, every_s: float) -> N
     from rich.console import Console  # noqa: PLC0415 (an extra)
     from rich.live import Live  # noqa: PLC0415
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False, emoji=False, no_color=not sh.colours())
     due = time.monotonic()
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:

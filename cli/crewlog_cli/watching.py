@@ -5,12 +5,11 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
 import click
 
 from crewlog import changes
-from crewlog.errors import WorkerNotFound
 from crewlog.events import Item, Reset, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
@@ -236,7 +235,7 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
     cursors = reg.session.store().cursors
     if action == "rm":
         if not cursors.remove(name):
-            raise _no_cursor(name)
+            _no_cursor(sh, name)
         _print_cursors(sh, reg, [])
         return
     known = cursors.read(name)
@@ -249,14 +248,20 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
         owned.close()
         known = cursors.read(name)
     if known is None:
-        raise _no_cursor(name)
+        _no_cursor(sh, name)
     _print_cursors(sh, reg, [known])
 
 
-def _no_cursor(name: str) -> WorkerNotFound:
-    error = WorkerNotFound(name)
-    error.what, error.remedy = f"no cursor {name!r}", "`crewlog cursor ls` lists them"
-    return error
+def _no_cursor(sh: Shell, name: str) -> NoReturn:
+    shell.complain(
+        sh,
+        code="cursor_not_found",
+        exit_code=shell.EXIT_NO,
+        what=f"no cursor {name!r}",
+        where="",
+        hint="`crewlog cursor ls` lists them",
+    )
+    raise SystemExit(shell.EXIT_NO)
 
 
 def _print_cursors(sh: Shell, reg: Registry, places: Sequence[Standing]) -> None:

@@ -23,7 +23,8 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
     """Return the directory that `where` means, absolute.
 
     None: `CREWLOG_DIR`, else `$XDG_STATE_HOME/crewlog` if that is absolute, else
-    `~/.local/state/crewlog`. Raises ValueError for a URL of another kind than file://.
+    `~/.local/state/crewlog`. *Raises* ValueError for a URL of another kind than file://, and where
+    there is no home directory.
     """
     named = os.fspath(where) if where is not None else os.environ.get(ENVIRONMENT, "")
     if where is not None and not named:
@@ -31,7 +32,7 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
         raise ValueError(message)
     if not named:
         state = os.environ.get("XDG_STATE_HOME", "")
-        home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+        home = Path(state) if state.startswith("/") else _expanded("~") / ".local" / "state"
         return home / "crewlog"
     if "://" in named:
         from urllib.parse import unquote, urlsplit  # noqa: PLC0415 (a URL is rare, and slow to load)
@@ -48,10 +49,25 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
         message = f"{named!r} is not a path: it holds a NUL"
         raise ValueError(message)
     try:
-        return Path(named).expanduser().absolute()
+        return _expanded(named).absolute()
     except FileNotFoundError as error:
         remedy = "Go to a directory that exists, or give an absolute path"
         raise StoreMissing(named, why="the working directory was removed", remedy=remedy) from error
+
+
+def _expanded(named: str) -> Path:
+    """Put the home directory where `~` stands. *Raises* ValueError where there is none."""
+    if not named.startswith("~"):
+        return Path(named)
+    try:
+        found = Path(named).expanduser()
+    except RuntimeError as error:
+        message = f"{named!r} means no directory: {error}"
+        raise ValueError(message) from error
+    if not found.is_absolute():  # it would be another one in every working directory
+        message = f"HOME is {os.environ.get('HOME')!r}, not absolute: set CREWLOG_DIR or give --dir"
+        raise ValueError(message)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

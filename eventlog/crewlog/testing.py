@@ -8,7 +8,6 @@
 Needs pytest, which crewlog itself does not.
 """
 
-import errno
 import os
 import signal
 import subprocess
@@ -130,17 +129,22 @@ class Crash:
     def at(self, change: int, number: int | None = None) -> Iterator[None]:
         """Strike at the change-th change of the block: kill this process, or fail with an errno.
 
-        Killing is meant for a forked child: see `dies`.
+        Killing is meant for a forked child: see `dies`. *Raises* AssertionError where the block
+        made fewer changes: a test that strikes nothing shows nothing.
         """
 
-        def die() -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
         def fail() -> None:
-            raise OSError(number or errno.EIO, os.strerror(number or errno.EIO))
+            raise OSError(number, os.strerror(number or 0))
 
-        self.changes, self._at = 0, change
-        self._strike = die if number is None else fail
+        with self._armed(change, _die if number is None else fail):
+            yield
+        if self.changes < change:
+            message = f"the block made {self.changes} changes: there is no change {change}"
+            raise AssertionError(message)
+
+    @contextmanager
+    def _armed(self, change: int, strike: Callable[[], None]) -> Iterator[None]:
+        self.changes, self._at, self._strike = 0, change, strike
         try:
             yield
         finally:
@@ -155,7 +159,7 @@ class Crash:
         if pid == 0:
             code = 1
             try:
-                with self.at(at):
+                with self._armed(at, _die):
                     work()
                 code = 0
             finally:
@@ -165,6 +169,10 @@ class Crash:
             message = "the work itself failed in the child"
             raise AssertionError(message)
         return ended != 0
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 P = ParamSpec("P")

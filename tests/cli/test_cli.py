@@ -508,6 +508,40 @@ def test_demo_asserts_its_claims() -> None:
     assert "--keep" in refused.stderr
 
 
+def test_demo_tells_its_claims_as_one_object() -> None:
+    """With --json, for a script that tries an installation out."""
+    done = subprocess.run(
+        [*CREWLOG, "--json", "demo"], check=True, capture_output=True, text=True, timeout=60
+    )
+    told = json.loads(done.stdout)
+    assert (told["schema"], told["ok"], told["broken"], len(told["held"])) == (1, True, None, 12)
+    assert done.stdout.count("\n") == 1
+    assert not Path(told["dir"]).exists()
+
+
+def test_version_is_told_in_json_too(cli: Cli) -> None:
+    """Before and after other global options."""
+    told = {"schema": 1, "version": crewlog.__version__}
+    for words in (("--json", "--version"), ("--version", "--json")):
+        assert json.loads(cli(*words).stdout) == told
+    assert cli("-q", "--version").stdout == f"crewlog {crewlog.__version__}\n"
+
+
+def test_home_that_is_no_place_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A relative one would be another registry in every directory; an unknown user has none."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("CREWLOG_DIR", raising=False)
+    for words in (("path",), ("-d", "~/x", "path"), ("-d", "~nobody-of-that-name/x", "ls")):
+        done = subprocess.run(
+            [*CREWLOG, *words], check=False, capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "HOME": "relative"},
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "--dir" in done.stderr or "means no directory" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["history", "export", "watch"])
 def test_a_misspelt_type_of_event_is_not_met_with_silence(
     cli: Cli, reg: Registry, command: str
@@ -552,7 +586,8 @@ def test_watch_hands_each_change_to_a_program_and_acknowledges_after_success(
 def test_cursor_commands(cli: Cli, reg: Registry) -> None:
     """ls, show, set, rm; one owner at a time; unknown names are the honest no."""
     reg.register("a")
-    assert cli.json("cursor", "ls")["cursors"] == []
+    told = cli("cursor", "show", "c", "--json", code=1).stderr
+    assert json.loads(told)["error"]["code"] == "cursor_not_found"
     cli("cursor", "show", "c", code=1)
     assert cli.json("cursor", "set", "c", 1)["cursors"] == [
         {"name": "c", "seq": 1, "lag": 1, "lost": False, "owned": False}

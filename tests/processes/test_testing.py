@@ -93,3 +93,8 @@ def test_failure_at_a_change_has_its_type(crewlog_registry: Registry, crewlog_cr
     with crewlog_crash.at(1, errno.ENOSPC), pytest.raises(StorageFull):
         crewlog_registry.update("a", labels={"k": "v"})
     crewlog_registry.update("a", labels={"k": "w"})
+    with (
+        pytest.raises(AssertionError, match="there is no change 9999"),
+        crewlog_crash.at(9999, errno.ENOSPC),
+    ):
+        crewlog_registry.update("a", labels={"k": "x"})
