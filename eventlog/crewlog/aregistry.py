@@ -20,7 +20,7 @@ from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpa
 
 from crewlog import address, changes, follow, layout, threads
 from crewlog.appending import Appended, Decide
-from crewlog.awatch import AsyncWatch
+from crewlog.awatch import AsyncWatch, LoopBell
 from crewlog.batch import Batch
 from crewlog.changes import Redact, Step
 from crewlog.commit import Phase, Request
@@ -31,6 +31,7 @@ from crewlog.past import HistoryOptions
 from crewlog.registry import Registry, Where
 from crewlog.session import Session, event_in, worker_in
 from crewlog.store import Store
+from crewlog.watch import Vigil
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -230,9 +231,37 @@ class AsyncRegistry:
                 left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
                 over = await items.next(left_s) is None
 
-    def watch(self, **options: Unpack[WatchOptions]) -> AsyncWatch:
-        """Deliver events as they become durable, with `async for`; see `Registry.watch`."""
-        return self.registry.awatch(**options)
+    @contextlib.asynccontextmanager
+    async def watch(self, **options: Unpack[WatchOptions]) -> AsyncIterator[AsyncWatch]:
+        """Deliver events as they become durable; see `Registry.watch`.
+
+        `async with reg.watch() as items`, then `async for item in items`. It is opened in a thread,
+        for a server may not answer, and a large state takes a while to read.
+        """
+        self._mind_fork()
+        bell, session = LoopBell(), self._session
+        opening = asyncio.get_running_loop().run_in_executor(
+            self._calls, lambda: follow.vigil(session, lambda: bell, **options)
+        )
+        try:
+            items = AsyncWatch(await asyncio.shield(opening), bell)
+        except asyncio.CancelledError:  # the thread goes on: what it opens nobody will close
+            opening.add_done_callback(self._never_taken)
+            raise
+        try:
+            yield items
+        finally:
+            items.close()
+
+    def _never_taken(self, opened: asyncio.Future[Vigil]) -> None:
+        """Give back, in a thread again, what was opened for a task that was cancelled."""
+        if opened.cancelled() or opened.exception() is not None:
+            return
+        vigil = opened.result()
+        try:
+            self._calls.submit(vigil.end)
+        except RuntimeError:  # the pool is gone
+            vigil.end()
 
     # -- life -------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class WatchOptions(TypedDict, total=False):
 
 def watch(session: Session, **options: Unpack[WatchOptions]) -> Watch:
     """Deliver events as they become durable; see `Registry.watch`."""
-    return Watch(_vigil(session, Bell, **options))
+    return Watch(vigil(session, Bell, **options))
 
 
 def awatch(session: Session, **options: Unpack[WatchOptions]) -> "AsyncWatch":
@@ -43,7 +43,7 @@ def awatch(session: Session, **options: Unpack[WatchOptions]) -> "AsyncWatch":
     from crewlog.awatch import AsyncWatch, LoopBell  # noqa: PLC0415 (asyncio is slow to load)
 
     bell = LoopBell()
-    return AsyncWatch(_vigil(session, lambda: bell, **options), bell)
+    return AsyncWatch(vigil(session, lambda: bell, **options), bell)
 
 
 def subscribe(
@@ -94,7 +94,8 @@ def arrival(session: Session, sid: str, state: str) -> Callable[[State], bool]:
     return arrived
 
 
-def _vigil(session: Session, bell: Callable[[], Bell], **options: Unpack[WatchOptions]) -> Vigil:
+def vigil(session: Session, bell: Callable[[], Bell], **options: Unpack[WatchOptions]) -> Vigil:
+    """Check the options, take the cursor, arm the waker, and find the beginning, in that order."""
     after = _check_after(options.get("after"))
     on_compacted = options.get("on_compacted", "reset")
     if on_compacted not in {"reset", "raise"}:

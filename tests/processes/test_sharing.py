@@ -5,12 +5,15 @@ import errno
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
 import crewlog
-from crewlog import layout
+from crewlog import follow, layout
+from crewlog.aregistry import AsyncRegistry
 from crewlog.disk import Disk
 from crewlog.errors import (
     AppendUncertain,
@@ -20,7 +23,11 @@ from crewlog.errors import (
     StorePoisoned,
     WorkerExists,
 )
+from crewlog.follow import WatchOptions, vigil
+from crewlog.notify import Bell
 from crewlog.registry import Registry
+from crewlog.session import Session
+from crewlog.watch import Vigil
 from crewlog_compactor import verify
 from procs import files, forked, joined
 
@@ -283,6 +290,45 @@ def test_two_loops_one_after_the_other_use_one_registry(place: Path) -> None:
     asyncio.run(reg.aclose())
     with crewlog.open(place) as found:
         assert [worker.sid for worker in found.workers()] == ["a", "b"]
+
+
+def test_watch_that_is_slow_to_open_holds_no_loop_up(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tasks go on meanwhile; what is opened for a task that was cancelled is given back."""
+    may_go_on, opened, ended = threading.Event(), list[Vigil](), set[Vigil]()
+    real = Vigil.end
+
+    def end(self: Vigil) -> None:
+        ended.add(self)
+        real(self)
+
+    def slow(session: Session, bell: Callable[[], Bell], **options: Unpack[WatchOptions]) -> Vigil:
+        assert may_go_on.wait(20)
+        opened.append(vigil(session, bell, **options))
+        return opened[-1]
+
+    async def look(areg: AsyncRegistry) -> str:
+        async with areg.watch(after="oldest") as items:
+            item = await items.next(5)
+        return "" if item is None else item.kind
+
+    async def main() -> None:
+        async with crewlog.aopen(place) as areg:
+            await areg.register("a")
+            monkeypatch.setattr(follow, "vigil", slow)
+            monkeypatch.setattr(Vigil, "end", end)
+            cancelled, looking = (asyncio.create_task(look(areg)) for _ in range(2))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            may_go_on.set()
+            assert await looking == "change"
+            while len(ended) < 2:
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
 
 
 def test_lead_that_is_handed_to_a_closed_registry_goes_on(place: Path) -> None:
