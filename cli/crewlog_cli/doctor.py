@@ -14,8 +14,9 @@ from typing import Final
 
 import click
 
+import crewlog
 from crewlog import disk, identity, layout
-from crewlog.address import DirectoryAddress, locate
+from crewlog.address import DirectoryAddress
 from crewlog.errors import CrewlogError, StoreMissing
 from crewlog.log import Log
 from crewlog.notify import Bell, Waker
@@ -82,7 +83,7 @@ def _told(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 def _servers(reg: Registry) -> Iterator[Check]:
     """Look at each server of a cluster that is no registry yet, or does not answer."""
-    place = locate(reg.where)
+    place = reg.session.place
     if isinstance(place, DirectoryAddress):
         return
     from crewlog_cli import cluster  # noqa: PLC0415 (few need it)
@@ -262,7 +263,7 @@ def _hidepid() -> Check:
 
 
 def _versions() -> Check:
-    found = [f"crewlog {shell.VERSION}", f"Python {platform.python_version()}"]
+    found = [f"crewlog {crewlog.__version__}", f"Python {platform.python_version()}"]
     found += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     extras = [name for name in _EXTRAS if _installed(name)]
     told = ", ".join(found) + (f"; extras: {', '.join(extras)}" if extras else "")

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from crewlog.events import Event, Worker, timestamp
+from crewlog.events import Event, Reset, Worker, timestamp
 from crewlog.liveness import Liveness
 from crewlog_cli.shell import Shell
 
@@ -88,3 +88,18 @@ def data_text(event: Event) -> str:
         else:
             told.append(f"{key}={value}")
     return " ".join(told)
+
+
+def reset_json(item: Reset) -> dict[str, object]:
+    """Return what a watcher did not get, as the CLI's JSON shows it."""
+    return {"kind": "reset", "seq": item.seq, "reason": item.reason, "lost": item.lost}
+
+
+def reset_text(item: Reset) -> str:
+    """Say what a Reset means."""
+    if item.lost is None:
+        return (
+            f"-- this store was never that far: another one is in place, or the position is wrong; "
+            f"on from its seq {item.seq} --"
+        )
+    return f"-- events {item.lost[0]} to {item.lost[1]} are gone; on from seq {item.seq} --"

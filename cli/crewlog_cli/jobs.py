@@ -51,7 +51,7 @@ def _keep(given: str) -> timedelta | int | KeepEvents | None:
         if number != given and number.isdigit():
             return int(number) * factor
     try:
-        return timedelta(seconds=times.duration(given).total_seconds())
+        return times.duration(given)
     except times.TimeError as error:
         message = f"--keep-history is 90d, 1GiB, a number of events, or all, not {given!r}"
         raise click.UsageError(message) from error

@@ -6,6 +6,7 @@ from typing import Final
 
 import click
 
+from crewlog import __version__
 from crewlog.errors import CrewlogError
 from crewlog_cli import shell
 from crewlog_cli.shell import Shell
@@ -67,9 +68,9 @@ def _version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None: 
         return
     sh: Shell = ctx.obj
     if sh.json:
-        sh.document({"version": shell.VERSION})
+        sh.document({"version": __version__})
     else:
-        sh.line(f"crewlog {shell.VERSION}")
+        sh.line(f"crewlog {__version__}")
     ctx.exit()
 
 

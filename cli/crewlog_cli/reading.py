@@ -9,6 +9,7 @@ from typing import Final
 
 import click
 
+from crewlog import events
 from crewlog.errors import WorkerNotFound
 from crewlog.events import FINAL, Event, Past, State, Worker, WorkerState, timestamp
 from crewlog.liveness import Liveness
@@ -332,9 +333,9 @@ def _print_period(sh: Shell, reg: Registry) -> None:
     """Say what the answer can cover at all, so that silence is not mistaken for peace."""
     if sh.quiet:
         return
-    for gap in reg.history(types=["_gap"]):
+    for gap in reg.history(types=[events.GAP]):
         sh.note(f"events {gap.data.get('first')} to {gap.seq} are lost; a repair gave them up")
-    oldest = next(reg.history(types=["_segment"]), None)
+    oldest = next(reg.history(types=[events.SEGMENT]), None)
     if oldest is not None:
         began = text.exact(oldest.ts, utc=sh.utc)
         kept = "everything" if oldest.seq == 1 else f"what is kept: from seq {oldest.seq} on,"
@@ -352,8 +353,10 @@ def _follow(
 ) -> None:
     with reg.watch(after=after, sids=None if sid is None else [sid], types=types or None) as items:
         for item in items:
-            if item.kind == "reset":
-                shell.warn(f"-- events {item.lost} are gone; on from seq {item.seq} --")
+            if item.kind == "reset" and sh.json:
+                sh.stream(facts.reset_json(item))
+            elif item.kind == "reset":
+                shell.warn(facts.reset_text(item))
             if item.kind != "change" or not any(_by([item.event], actor)):
                 continue
             if sh.json:

@@ -27,7 +27,6 @@ from typing import (
 
 import click
 
-import crewlog
 from crewlog import disk, layout
 from crewlog.disk import Disk
 from crewlog.errors import CrewlogError
@@ -52,7 +51,6 @@ EXIT_NOT_RUN: Final = 126
 EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPT: Final = 130
 EXIT_PIPE: Final = 141
-_SID_COLUMNS: Final = 24
 _PROMPT_WAIT_S: Final = 0.5  # a prompt is no place to wait for a server
 STREAM_ERRORS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF})
 
@@ -173,7 +171,7 @@ class Shell:
         if columns and "sid" in titles:  # a long name must not push away what is said of it
             at = titles.index("sid")
             for cell in cells:
-                cell[at] = text.clip(cell[at], _SID_COLUMNS)
+                cell[at] = text.clip(cell[at], text.SID_COLUMNS)
         for row in text.table(titles, cells, columns=columns or None):
             put(text.coloured(row) if self.colours() else row)
 
@@ -409,9 +407,3 @@ def output_failed(shell: Shell, error: OSError) -> int:
         hint="Make room or write elsewhere; what was asked for is done, `crewlog history` shows it",
     )
     return EXIT_IO
-
-
-# -- JSON shapes ----------------------------------------------------------------------------
-
-
-VERSION: Final = crewlog.__version__

@@ -13,13 +13,13 @@ from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
 
-from crewlog import changes, judging, launch, layout, registering, starting
+from crewlog import judging, launch, layout, registering, starting
 from crewlog.errors import CrewlogError, SpawnFailed, StaleRevision
 from crewlog.events import Worker
 from crewlog.launch import Launch
-from crewlog.registering import Wish, enter, leasing
+from crewlog.registering import Wish
 from crewlog.registry import Registry
-from crewlog.store import Lease, Turn
+from crewlog.store import Turn
 from crewlog_cli import shell, words
 from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
@@ -65,8 +65,7 @@ class _Options(TypedDict):
 def _wish(options: _Options) -> Wish:
     spoken = options["heartbeat"]
     heartbeat_s = None if spoken is None else words.span_s(spoken)
-    tried(lambda: changes.check_heartbeat(heartbeat_s))
-    return Wish(
+    wish = Wish(
         sock=safe(options["sock"]),
         version=safe(options["version"]),
         labels=words.pairs([safe(row) for row in options["labels"]]),
@@ -74,6 +73,8 @@ def _wish(options: _Options) -> Wish:
         lease=options["lease"],
         heartbeat_s=heartbeat_s,
     )
+    tried(lambda: registering.check(wish))
+    return wish
 
 
 def _require_separated(sh: Shell) -> None:
@@ -136,17 +137,8 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     with sh.registry() as reg:
         session = reg.session
         with tried(lambda: starting.turn(session, sid)) as turn:
-            with leasing(session, sid, wish) as held:
-                started = tried(lambda: _waiting(argv, held, turn))
-                try:
-                    # Before the registration: a signal of now must reach the worker, or find none.
-                    signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
-                    worker = tried(lambda: enter(session, sid, started.pid, wish, held=held))
-                except BaseException:
-                    started.give_up()
-                    raise
-            if held is not None:
-                held.hand_over(worker)
+            waiting = functools.partial(_waiting, argv, turn)
+            worker, started = tried(lambda: starting.entered(session, sid, wish, waiting))
             begun = _begin(started)
         code = os.waitstatus_to_exitcode(_wait(sh, reg, worker))
         _tell_end(sh, reg, worker, code)
@@ -155,10 +147,12 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _waiting(argv: Sequence[str], held: Lease | None, turn: Turn) -> Launch:
+def _waiting(argv: Sequence[str], turn: Turn, keep: Sequence[int]) -> Launch:
     shell.flush()
-    keep = () if held is None else held.inherited()
-    return Launch(argv, stdin=None, own_session=False, keep=keep, turn=turn.share())
+    started = Launch(argv, stdin=None, own_session=False, keep=keep, turn=turn.share())
+    # Before the registration: a signal of now must reach the worker, or find none.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+    return started
 
 
 def _begin(started: Launch) -> bool:

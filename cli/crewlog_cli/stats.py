@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from crewlog import events
 from crewlog.events import WorkerState, timestamp
 from crewlog.liveness import Verdict
 from crewlog.lives import Life
@@ -169,7 +170,7 @@ def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
         [f"bytes {name}", text.size(count)] for name, count in reg.session.store().sizes().items()
     ]
     sh.table(["what", "value"], rows)
-    began = next((event.ts for event in reg.history(types=["_segment"])), datetime.now(UTC))
+    began = next((event.ts for event in reg.history(types=[events.SEGMENT])), datetime.now(UTC))
     sh.note(f"lives since {text.exact(began, utc=sh.utc)}; events since the store began")
 
 

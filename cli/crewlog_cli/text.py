@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 # Control, format (bidi among them), surrogate, private use, unassigned; line and paragraph ends.
+SID_COLUMNS: Final = 24  # on a terminal, where a long one would push away what is said of it
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 

@@ -18,7 +18,6 @@ from crewlog_cli import page, shell, text, words
 from crewlog_cli.shell import Shell, command
 
 _COLUMNS: Final = 100  # where there is no terminal
-_SID_COLUMNS: Final = 24
 _ROWS: Final = 40
 _SURE, _SOMEWHERE, _NOTHING = "█", "░", " "
 _MARKS: Final = {
@@ -156,7 +155,7 @@ def _draw(
     shown = list(rows)[-count:]
     begin = min(life.began_at for sid in shown for life, _ in rows[sid])
     begin = begin if first is None else max(begin, first)
-    label = min(_SID_COLUMNS, max(text.width(text.visible(sid)) for sid in shown))
+    label = min(text.SID_COLUMNS, max(text.width(text.visible(sid)) for sid in shown))
     whole = (os.get_terminal_size().columns if sys.stdout.isatty() else 0) or _COLUMNS
     columns = max(20, whole - label - 3)
     span = max(now - begin, timedelta(seconds=1))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _KEY_LOOK_S: Final = 0.1
-_HISTORY: Final = 120  # points of the sparkline
+_HISTORY: Final = 40  # points of the sparkline
 _USED_MAX: Final = 1000  # more workers than these are not asked what they use
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _SORTS: Final = {"cpu": "c", "mem": "m", "age": "a", "sid": "s"}
@@ -267,9 +267,8 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], height: int) -> "Grou
 
 def _spark(population: Sequence[int]) -> str:
     """Draw the population of late, the newest last."""
-    shown = list(population)[-40:]
-    most = max(shown, default=0) or 1
-    return "".join(_BARS[round(count / most * (len(_BARS) - 1))] for count in shown)
+    most = max(population, default=0) or 1
+    return "".join(_BARS[round(count / most * (len(_BARS) - 1))] for count in population)
 
 
 COMMANDS: Final = {"top": top}

@@ -9,8 +9,8 @@ from typing import Final, NoReturn
 
 import click
 
-from crewlog import changes
-from crewlog.events import Item, Reset, State, Worker
+from crewlog import changes, layout
+from crewlog.events import Item, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
 from crewlog.store import Standing
@@ -19,7 +19,6 @@ from crewlog_cli import changing, facts, reading, shell, words
 from crewlog_cli.shell import Shell, command
 
 _RETRY_MIN_S: Final = 0.1
-_RETRY_MAX_S: Final = 30.0
 
 
 @command(
@@ -156,7 +155,7 @@ def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task) -> None:
                 raise SystemExit(shell.EXIT_NO)
             failures += 1
             time.sleep(pause_s)
-            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+            pause_s = min(pause_s * 2, layout.RETRY_MAX_S)
     elif item.kind == "reset":
         _print(sh, item, task)  # a loss is never passed over, whatever is run for the rest
     if items.has_cursor:
@@ -193,21 +192,10 @@ def _print(sh: Shell, item: Item, task: _Task) -> None:
                 sh.note(f"-- in step at seq {item.seq}; waiting for changes --")
         case "reset":
             if sh.json:
-                found = {"kind": "reset", "seq": item.seq, "reason": item.reason, "lost": item.lost}
-                sh.stream(found)
+                sh.stream(facts.reset_json(item))
             else:
-                shell.warn(reset_text(item))
+                shell.warn(facts.reset_text(item))
     shell.flush()
-
-
-def reset_text(item: Reset) -> str:
-    """Say what a Reset means."""
-    if item.lost is None:
-        return (
-            f"-- this store was never that far: another one is in place, or the position is wrong; "
-            f"on from its seq {item.seq} --"
-        )
-    return f"-- events {item.lost[0]} to {item.lost[1]} are gone; on from seq {item.seq} --"
 
 
 # -- cursors --------------------------------------------------------------------------------

@@ -29,7 +29,13 @@ def due(directory: Directory, *, covered: int) -> list[int]:
 
 def packed_bytes(directory: Directory, first: int, wanted: Packing) -> int:
     """Return how many bytes a segment would take in the archive."""
-    return len(packing.pack(_content(directory, first), wanted))
+    name = _name(directory, first, wanted)
+    return len(packing.pack(_content(directory, first), packing.packing_of(name)))
+
+
+def _name(directory: Directory, first: int, wanted: Packing) -> str:
+    """Name an archive; one that an interrupted move left is replaced, however it is packed."""
+    return segments.archive_file(directory, first) or layout.archive_name(first, wanted)
 
 
 def _content(directory: Directory, first: int) -> bytes:
@@ -41,8 +47,7 @@ def _move(directory: Directory, first: int, wanted: Packing) -> None:
     via, log, shelf = directory.disk, directory[layout.LOG], directory[layout.ARCHIVE]
     data = _content(directory, first)
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
-    # one that an interrupted move left is replaced, also where it is packed another way
-    name = segments.archive_file(directory, first) or layout.archive_name(first, wanted)
+    name = _name(directory, first, wanted)
     disk.write_new(via, temporary, packing.pack(data, packing.packing_of(name)), at=shelf)
     where = directory.where(layout.ARCHIVE, temporary)
     packed = disk.read_all(temporary, at=shelf, where=where, limit=layout.SNAPSHOT_BYTES_MAX)

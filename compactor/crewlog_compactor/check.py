@@ -15,7 +15,6 @@ from crewlog import (
     events,
     identity,
     layout,
-    recovery,
     redo,
     segments,
     snapshot,
@@ -25,10 +24,10 @@ from crewlog.codec import LineError, Snapshot
 from crewlog.directory import Directory
 from crewlog.errors import (
     ArchiveDamaged,
-    CrewlogError,
     SnapshotCorrupt,
 )
 from crewlog.events import Line
+from crewlog.sieve import type_needle
 from crewlog.states import States
 from crewlog.structs import AppendState, DurableHead
 from crewlog_compactor.anchor import Anchor
@@ -107,9 +106,7 @@ class Check(History):
         for name in (layout.SNAPSHOT_PREV, layout.SNAPSHOT):
             try:
                 found = snapshot.read(self.directory, name)
-            except CrewlogError as error:
-                if error.code != "snapshot_corrupt":
-                    raise
+            except SnapshotCorrupt as error:
                 self.report(error.code, name, error.why)
                 continue
             if found is not None:
@@ -226,7 +223,7 @@ class Check(History):
             except ArchiveDamaged:  # reported when its turn comes
                 continue
             for raw in reversed(data.split(b"\n")):
-                if b'"type":"_archive_dropped"' in raw:
+                if type_needle(events.DROPPED) in raw:
                     with contextlib.suppress(LineError):
                         if self.is_told(codec.parse(raw)["data"], first):
                             return
@@ -253,19 +250,15 @@ class Check(History):
     def _durable_part(self, name: str, first: int, data: bytes, head: DurableHead | None) -> bytes:
         """Return what of the last segment is durable; a tail that recovery will cut is none."""
         boot = identity.boot_bytes()
-        if head is not None and head.boot == boot and head.segment == first:
-            if len(data) < head.end:
-                self.report(
-                    "log_regressed",
-                    name,
-                    f"it has {len(data)} bytes, {head.end} were durable",
-                    offset=len(data),
-                )
-            return data[: head.end]
-        found = segments.scan(data, offset=0, seq=first - 1, prev=None)
-        known = tail.known(head, snapshot_seq=0)
-        cut = recovery.decide(first, found, known).action is recovery.Action.CUT
-        return data[: found.end] if cut else data
+        ours = head is not None and head.boot == boot and head.segment == first
+        if head is not None and ours and len(data) < head.end:
+            self.report(
+                "log_regressed",
+                name,
+                f"it has {len(data)} bytes, {head.end} were durable",
+                offset=len(data),
+            )
+        return tail.acknowledged(first, data, head, boot=boot, snapshot_seq=0)
 
     def _walk(self, name: str, first: int, data: bytes, *, active: bool) -> None:
         """Check one segment line by line; after a bad line, go on at the next newline."""

@@ -50,9 +50,9 @@ class CollectReport:
     dry_run: bool = False
 
     @property
-    def changed(self) -> bool:
-        """Say whether a worker's state changed, or would."""
-        return bool(self.lost or self.exited or self.pruned)
+    def changed(self) -> int:
+        """Return how many workers' states changed, or would."""
+        return len(self.lost) + len(self.exited) + len(self.pruned)
 
 
 def collect(
@@ -126,9 +126,8 @@ def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
     found = reg.judge([worker])[0]
     if found.alive:
         raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
-    burial = judging.burial(reg.session, sid)
-    if burial:
-        return reg.session.change(burial[0])
+    if found.dead:
+        return reg.session.change(judging.death(reg.session.author(), worker, found))
     step = changes.released(
         reg.session.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
     )

@@ -5,8 +5,16 @@ durable rename in snapshot.replace; killed before it, the old snapshot and every
 needs are in place, killed after it, the next compaction archives what this one had not.
 """
 
-from crewlog import disk, events, layout, segments, snapshot, tail
+import contextlib
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Final, TypedDict
+
+from crewlog import cursor, disk, events, layout, segments, snapshot
 from crewlog.codec import Snapshot
+from crewlog.errors import SegmentMissing, SnapshotCorrupt
 from crewlog.log import Log
 from crewlog.packing import Packing, require
 from crewlog.reader import Reader
@@ -17,6 +25,8 @@ from crewlog_compactor import archive, retain
 from crewlog_compactor.collect import try_collect
 from crewlog_compactor.findings import CompactReport
 from crewlog_compactor.policy import Keep, check_keep
+
+_logger: Final = logging.getLogger("crewlog.compact")
 
 
 def compact(
@@ -43,14 +53,17 @@ def compact(
     if not isinstance(log, Log):
         from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
 
-        return etcd.compact(reg, gc=gc, force=force, keep_history=keep_history, dry_run=dry_run)
-    job = _foretell if dry_run else _compact
-    lock = log.try_compact_lock()
-    try:
-        with disk.failures("cannot compact", where=reg.where):
-            return job(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
-    finally:
-        lock.close()
+        return etcd.compact(
+            reg, log, gc=gc, force=force, keep_history=keep_history, dry_run=dry_run
+        )
+    with disk.failures("cannot compact", where=reg.where):
+        if dry_run:
+            return _foretold(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
+        lock = log.try_compact_lock()
+        try:
+            return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
+        finally:
+            lock.close()
 
 
 def _compact(
@@ -76,33 +89,62 @@ def _compact(
     )
 
 
-def _foretell(
+def _foretold(
     reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
 ) -> CompactReport:
-    """Say what the job would do, and write nothing. Held: locks/compact."""
+    """Say what the job would do; no lock is taken, and looked again where one is under way."""
     collected, refused = try_collect(reg, force=force, dry_run=True) if gc else (None, None)
-    head, current = log.head(), snapshot.newest(log.directory)
-    would_seal = _has_events(log) or (collected is not None and collected.changed)
-    last = max(head.seq if would_seal else head.segment - 1, current.last_seq)
-    before = current if last > current.last_seq else _previous(log)
-    coming = archive.due(log.directory, covered=0 if before is None else before.last_seq)
-    sizes = {first: archive.packed_bytes(log.directory, first, packing) for first in coming}
-    going = retain.due(log, keep_history, coming=sizes)
-    return CompactReport(
-        folded_events=last - current.last_seq,
-        snapshot_seq=last,
-        archived_segments=len(coming),
-        dropped=(going[0].first, going[-1].last) if going else None,
+    report = CompactReport(
+        folded_events=0,
+        snapshot_seq=0,
+        archived_segments=0,
+        dropped=None,
         collected=collected,
         refused=refused,
         dry_run=True,
     )
+    added = 0 if collected is None else collected.changed
+    for _ in range(layout.SEGMENT_OPEN_TRIES - 1):
+        with contextlib.suppress(SegmentMissing, FileNotFoundError):
+            return replace(report, **_foreseen(log, packing, keep_history, added))
+    return replace(report, **_foreseen(log, packing, keep_history, added))
+
+
+class _Foreseen(TypedDict):
+    """What a compaction would do to the files."""
+
+    folded_events: int
+    snapshot_seq: int
+    archived_segments: int
+    dropped: tuple[int, int] | None
+
+
+def _foreseen(log: Log, packing: Packing, keep: Keep, added: int) -> _Foreseen:
+    """Go the way of `_compact`, counting what it adds; `added` events come of the collection."""
+    directory, head, current = log.directory, log.head(), snapshot.newest(log.directory)
+    sealing = added > 0 or _has_events(log)
+    if sealing:
+        log.require_sound()
+    sealed = head.seq + added + 1 if sealing else head.segment - 1  # its seal, too
+    folding = sealed > current.last_seq
+    last = head.seq + added + 2 * sealing + folding  # a seal and a header, a note of the snapshot
+    before = current if folding else _previous(log)
+    coming = archive.due(directory, covered=0 if before is None else before.last_seq)
+    sizes = {first: partial(archive.packed_bytes, directory, first, packing) for first in coming}
+    going = retain.due(log, keep, last_seq=last, coming=sizes)
+    return {
+        "folded_events": sealed - current.last_seq if folding else 0,
+        "snapshot_seq": max(sealed, current.last_seq),
+        "archived_segments": len(coming),
+        "dropped": (going[0].first, going[-1].last) if going else None,
+    }
 
 
 def _sweep(log: Log) -> None:
     """Remove what a killed compaction left; the compact lock proves that no other one runs."""
     segments.sweep(log.directory, log.directory.root)
     segments.sweep(log.directory, log.directory[layout.ARCHIVE])
+    cursor.sweep(log.directory, now=time.time())
 
 
 def _has_events(log: Log) -> bool:
@@ -110,8 +152,8 @@ def _has_events(log: Log) -> bool:
     head = log.head()
     reader = Reader(log.directory, segments.start_of(head.segment))
     try:
-        lines = reader.read(Position(head.segment, head.end, head.seq))
-        return any(not tail.is_own(line) for line, _ in lines)
+        lines = reader.read(segments.durable_end(head))
+        return any(not events.is_own(line["type"]) for line, _ in lines)
     finally:
         reader.close()
 
@@ -136,4 +178,9 @@ def _archive(log: Log, packing: Packing) -> int:
 
 
 def _previous(log: Log) -> Snapshot | None:
-    return snapshot.read(log.directory, layout.SNAPSHOT_PREV)
+    """Return the snapshot before the current one; of a damaged one nothing is archived."""
+    try:
+        return snapshot.read(log.directory, layout.SNAPSHOT_PREV)
+    except SnapshotCorrupt as error:  # the next one that is folded takes its place
+        _logger.warning("%s", error)
+        return None

@@ -63,5 +63,5 @@ def begin(store: Store, progress: Progress) -> Copy:
     first = store.first_seq()
     base = next((found for found in store.states() if found.last_seq == first - 1), None)
     if base is None:  # retention could keep no state before what it left
-        raise CompactedError(requested=first - 1, oldest=first, snapshot_seq=store.last_seq())
+        raise CompactedError(requested=first - 1, oldest=first)
     return Copy(store, first, base, progress)

@@ -28,7 +28,8 @@ from crewlog.etcd.reading import Part
 from crewlog.events import JsonObject, Line, Record
 from crewlog.refold import snapshot_of
 from crewlog.registry import Registry
-from crewlog.sieve import Sieve
+from crewlog.sieve import Sieve, type_needle
+from crewlog.store import Store
 from crewlog_compactor import policy
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.collect import try_collect
@@ -37,21 +38,21 @@ from crewlog_compactor.history import History
 from crewlog_compactor.policy import Keep
 
 _logger = logging.getLogger("crewlog.retain")
-_OWN: Final = "_"
 
 
 def compact(
-    reg: Registry, *, gc: bool, force: bool, keep_history: Keep, dry_run: bool = False
+    reg: Registry, log: Store, *, gc: bool, force: bool, keep_history: Keep, dry_run: bool
 ) -> CompactReport:
     """Collect, seal, retain; see compact.compact."""
-    log = require(reg)
+    assert isinstance(log, EtcdLog)  # there are two kinds, and it is not the other one
     none = None, None
     collected, refused = try_collect(reg, force=force, dry_run=dry_run) if gc else none
     if dry_run:
-        sealed, going = _foretell(log, keep_history)
+        added = 0 if collected is None else collected.changed
+        sealed, last, going = _foretell(log, keep_history, added)
         return CompactReport(
             folded_events=sealed,
-            snapshot_seq=log.last_seq(),
+            snapshot_seq=last,
             archived_segments=0,
             dropped=(going[0].first, going[-1].last) if going else None,
             collected=collected,
@@ -77,13 +78,6 @@ def compact(
     )
 
 
-def require(reg: Registry) -> EtcdLog:
-    """Return the store, which the caller knows to be in a cluster."""
-    log = reg.session.store()
-    assert isinstance(log, EtcdLog)  # the caller looked at its address
-    return log
-
-
 def seal(log: EtcdLog) -> int:
     """Seal the newest part of the history, and begin the next; return how many events it holds.
 
@@ -103,14 +97,20 @@ def seal(log: EtcdLog) -> int:
         return count
 
 
-def _foretell(log: EtcdLog, keep: Keep) -> tuple[int, list[Part]]:
-    """Say how many events would be sealed, and which parts would then be dropped."""
-    parts = log.parts()
+def _foretell(log: EtcdLog, keep: Keep, added: int) -> tuple[int, int, list[Part]]:
+    """Say how many events would be sealed, up to what seq the log comes, and what would go.
+
+    `added` events come of the collection.
+    """
+    parts, last = log.parts(), log.last_seq() + added
     first = parts[-1].last + 1 if parts else log.first_seq()
     size, newest, count = _measure(log, first)
+    count += added
     if count:
-        parts.append(Part(first, log.last_seq(), size, newest, sealed_at=""))
-    return count, due(log, parts, keep)
+        at = events.timestamp(events.now())
+        parts.append(Part(first, last + 1, size, max(newest, at), sealed_at=at))
+        last += 2  # a seal, and a header
+    return count, last, due(log, parts, keep, last_seq=last)
 
 
 def _measure(log: EtcdLog, first: int) -> tuple[int, str, int]:
@@ -119,13 +119,13 @@ def _measure(log: EtcdLog, first: int) -> tuple[int, str, int]:
     for line, raw in log.read(first - 1):
         size += len(raw) + 1
         newest = max(newest, line["ts"])
-        count += not line["type"].startswith(_OWN)
+        count += not events.is_own(line["type"])
     return size, newest, count
 
 
 def _sealed(log: EtcdLog, attempt: Attempt, first: int, size: int, newest: str) -> None:
     at = events.timestamp(events.now())
-    attempt.add([codec.draft(events.SEAL, "", b"{}", {"first": first})], ts=at)
+    attempt.add([codec.own_draft(events.SEAL, {"first": first})], ts=at)
     attempt.cut()
     last, hash_ = attempt.written.seq, attempt.written.hash.hex()
     size += attempt.size()
@@ -134,7 +134,7 @@ def _sealed(log: EtcdLog, attempt: Attempt, first: int, size: int, newest: str) 
     attempt.extra = [keys.put(attempt.absent, codec.dump(told))]
     previous: JsonObject = {"first": first, "last": last, "size": size, "hash": hash_}
     header = section_data(log.id, previous)
-    attempt.add([codec.draft(events.SEGMENT, "", b"{}", header)], ts=at)
+    attempt.add([codec.own_draft(events.SEGMENT, header)], ts=at)
 
 
 # -- retention ------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _sealed(log: EtcdLog, attempt: Attempt, first: int, size: int, newest: str) 
 
 def retain(log: EtcdLog, keep: Keep) -> tuple[int, int] | None:
     """Drop what the policy no longer keeps; return the range of seqs that went, None for none."""
-    going = due(log, log.parts(), keep)
+    going = due(log, log.parts(), keep, last_seq=log.last_seq())
     if not going:
         return None
     first, last = going[0].first, going[-1].last
@@ -154,12 +154,12 @@ def retain(log: EtcdLog, keep: Keep) -> tuple[int, int] | None:
     return first, last
 
 
-def due(log: EtcdLog, parts: list[Part], keep: Keep) -> list[Part]:
-    """Return the parts that the policy lets go."""
+def due(log: EtcdLog, parts: list[Part], keep: Keep, *, last_seq: int) -> list[Part]:
+    """Return the parts that the policy lets go when the log has come to `last_seq`."""
     if keep is None:
         return []
     kept = [policy.Part(part.first, part.last, part.size, part.newest) for part in parts]
-    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
+    surplus = policy.surplus(kept, keep, last_seq=last_seq)
     return parts[: policy.held_back(kept, surplus, log.cursors.every())]
 
 
@@ -175,7 +175,7 @@ def _tell(log: EtcdLog, going: list[Part]) -> None:
         told["base"] = start.sha256
     except DataDamaged as error:
         _logger.warning("no state can be kept for the history after seq %d: %s", last, error)
-    draft = codec.draft(events.DROPPED, "", b"{}", told)
+    draft = codec.own_draft(events.DROPPED, told)
     at = events.timestamp(events.now())
     log.note(lambda attempt: attempt.add([draft], ts=at))
 
@@ -304,7 +304,7 @@ class _Check:
             found.report(error.code, "b", error.why)
         if base is not None:
             found.bases = {base.last_seq: base}
-        for line, _ in log.read(first - 1, sieve=Sieve([b'"type":"_archive_dropped"'])):
+        for line, _ in log.read(first - 1, sieve=Sieve([type_needle(events.DROPPED)])):
             if line["type"] == events.DROPPED and found.is_told(line["data"], first):
                 self._hold_base(base)
                 return

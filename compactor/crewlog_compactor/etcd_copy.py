@@ -1,7 +1,7 @@
 """Write a copied history into a cluster: everything else first, head last.
 
-While the copy is under way P/m names the store that it is of, so nobody takes what is there for a
-store, and the same migration, begun again, may remove it.
+While the copy is under way the key P/:m names the store that it is of, so nobody takes what is
+there for a store, and the same migration, begun again, may remove it.
 """
 
 import os

@@ -52,7 +52,8 @@ class CompactReport:
     `refused` says why the collection was refused, if it was; `full` that a cluster's quota is full,
     so that nothing was done but dropping.
 
-    What a dry run counts is what is there: not the few lines that a compaction adds itself.
+    A dry run counts the lines that a compaction adds, too; where others write meanwhile there are
+    more. On etcd it does not know the bytes of these lines, which a policy by bytes may hang on.
     """
 
     folded_events: int

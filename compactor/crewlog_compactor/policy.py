@@ -1,4 +1,4 @@
-"""Decide how much of the oldest history goes: by policy, and by the cursors that need it. Pure.
+"""Decide how much of the oldest history goes: by policy, and by the cursors that need it.
 
 The parts of a history go whole and oldest first; what a cursor has not read stays, up to a cap:
 beyond it the history goes, and the cursor's owner hears of the exact range when it comes back.

@@ -27,7 +27,6 @@ from crewlog import (
     identity,
     layout,
     packing,
-    recovery,
     redo,
     segments,
     snapshot,
@@ -40,7 +39,6 @@ from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
 from crewlog.events import JsonObject, Line
 from crewlog.log import Log
-from crewlog.recovery import Action
 from crewlog.states import States
 from crewlog.structs import DurableHead
 
@@ -224,7 +222,8 @@ def _survey(at: Directory) -> _Survey:
         data = _bytes(at, first)
         part = _Part(first, None if _in_log(at, first) else segments.archive_file(at, first), data)
         if last and data is not None:
-            data = _acknowledged(first, data, head, snapshot_seq=known)
+            boot = identity.boot_bytes()
+            data = tail.acknowledged(first, data, head, boot=boot, snapshot_seq=known)
         if first > found.seq + 1:
             _missing(found, part, _prev_of(data or b""))
         _follow(found, part, data or b"")
@@ -256,18 +255,6 @@ def _bytes(at: Directory, first: int) -> bytes | None:
             return source.whole()
     except ArchiveDamaged:
         return None
-
-
-def _acknowledged(first: int, data: bytes, head: DurableHead | None, *, snapshot_seq: int) -> bytes:
-    """Return what of the last segment was acknowledged, or may have been.
-
-    In this boot head/durable tells; after a reboot what lies on disk is judged as by a recovery.
-    """
-    if head is not None and head.boot == identity.boot_bytes() and head.segment == first:
-        return data[: head.end]
-    found = segments.scan(data, offset=0, seq=first - 1, prev=None)
-    known = tail.known(head, snapshot_seq=snapshot_seq)
-    return data[: found.end] if recovery.decide(first, found, known).action is Action.CUT else data
 
 
 def _prev_of(data: bytes) -> str | None:
@@ -395,24 +382,12 @@ def _settle(states: States, found: _Survey) -> None:
     last = found.parts[-1]
     if not last.changed:
         return
-    boot, end = identity.boot_bytes(), sum(map(len, last.lines))
-    digest = bytes.fromhex(found.hash)
+    end, digest = sum(map(len, last.lines)), bytes.fromhex(found.hash)
+    boot = identity.boot_bytes()
+    state = structs.written(boot, last.first, end, found.seq, digest, sealed=True)
     states.renew()
-    states.put_append_state(structs.written(boot, last.first, end, found.seq, digest, sealed=True))
-    head = found.head
-    states.put_head(
-        DurableHead(
-            0 if head is None else head.generation + 1,
-            boot,
-            last.first,
-            end,
-            end,
-            found.seq,
-            1 if head is None else head.oldest,
-            poisoned=False,
-            errno=0,
-        )
-    )
+    states.put_append_state(state)
+    states.put_head(structs.durable(state, base=end, after=found.head))
 
 
 def _lift_mark(at: Directory) -> list[str]:

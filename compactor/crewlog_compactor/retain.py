@@ -7,7 +7,7 @@ the files go.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 from crewlog import events, layout, segments, snapshot
@@ -15,7 +15,7 @@ from crewlog.directory import Directory
 from crewlog.errors import DataDamaged
 from crewlog.events import JsonObject
 from crewlog.log import Log
-from crewlog.reader import walk
+from crewlog.reader import first_line, walk
 from crewlog.refold import refold
 from crewlog.segments import Position
 from crewlog_compactor import policy
@@ -29,7 +29,7 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
 
     Held: locks/compact.
     """
-    going = due(log, keep, coming={})
+    going = due(log, keep, last_seq=log.last_seq(), coming={})
     if not going:
         return None
     first, last = going[0].first, going[-1].last
@@ -45,19 +45,23 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     return first, last
 
 
-def due(log: Log, keep: Keep, *, coming: Mapping[int, int]) -> list[Part]:
-    """Return the parts that the policy lets go.
+def due(
+    log: Log, keep: Keep, *, last_seq: int, coming: Mapping[int, Callable[[], int]]
+) -> list[Part]:
+    """Return the parts that the policy lets go when the log has come to `last_seq`.
 
-    `coming` are segments that will be archived first: by first seq, the bytes that each will take.
+    `coming` are segments that will be archived first: by first seq, what tells the bytes of each.
     """
     if keep is None:
         return []
     kept = _archive(log.directory, keep, coming)
-    surplus = policy.surplus(kept, keep, last_seq=log.last_seq())
+    surplus = policy.surplus(kept, keep, last_seq=last_seq)
     return kept[: policy.held_back(kept, surplus, log.cursors.every())]
 
 
-def _archive(directory: Directory, keep: Keep, coming: Mapping[int, int]) -> list[Part]:
+def _archive(
+    directory: Directory, keep: Keep, coming: Mapping[int, Callable[[], int]]
+) -> list[Part]:
     firsts = sorted({*segments.archived(directory), *coming})
     if not firsts:
         return []
@@ -66,7 +70,7 @@ def _archive(directory: Directory, keep: Keep, coming: Mapping[int, int]) -> lis
     found = []
     young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
     for first, after in zip(firsts, following, strict=True):
-        size = coming.get(first) or _bytes(directory, first)
+        size = coming[first]() if first in coming else _bytes(directory, first)
         newest = "" if young else _newest(directory, first)
         if isinstance(keep, timedelta) and newest >= policy.oldest_ts(keep):
             young = True
@@ -104,6 +108,5 @@ def _base(directory: Directory, last: int) -> str | None:
 
 def _hash_after(log: Log, last: int) -> str:
     """Return the hash of the last line that goes, as the line after it tells."""
-    with segments.open_segment(log.directory, last + 1) as source:
-        step = next(walk(source, segments.start_of(last + 1)))
-    return "" if step.line is None else step.line["prev"]
+    line = first_line(log.directory, last + 1)
+    return "" if line is None else line["prev"]

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Concatenate, Final, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast
+from typing import Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, cast
 
 from crewlog import address, changes, follow, layout, threads
 from crewlog.appending import Appended, Decide
@@ -39,27 +39,6 @@ R = TypeVar("R")
 _LEADERS: Final = 2  # one writes while the other syncs
 _CALLS_MAX: Final = 64
 _EVENTS_A_STEP: Final = 256
-
-
-class UpdateOptions(TypedDict, total=False):
-    """What `update` takes beside the sid."""
-
-    state: str | None
-    sock: str | None
-    version: str | None
-    labels: Mapping[str, str | None] | None
-    meta: Mapping[str, JsonValue] | None
-    reason: str | None
-    expect: int | None
-
-
-class ExitOptions(TypedDict, total=False):
-    """What `exited` takes beside the sid."""
-
-    code: int | None
-    signal: int | None
-    source: str
-    expect: int | None
 
 
 def _threaded(
@@ -115,6 +94,7 @@ class AsyncRegistry:
         self.registry = registry
         self._session = registry.session
         self._store: Store | None = None
+        self._closed = False
         self._begin()
 
     def _begin(self) -> None:
@@ -130,26 +110,67 @@ class AsyncRegistry:
             self._begin()
 
     async def call(self, work: Callable[[], R]) -> R:
-        """Run something that may block in a thread."""
+        """Run something that may block in a thread. *Raises* RegistryClosed after `aclose`."""
+        return await self._begun(work)
+
+    def _begun(self, work: Callable[[], R]) -> asyncio.Future[R]:
+        """Begin something in a thread."""
         self._mind_fork()
-        return await asyncio.get_running_loop().run_in_executor(self._calls, work)
+        if self._closed:
+            raise RegistryClosed(self._session.where)
+        return asyncio.get_running_loop().run_in_executor(self._calls, work)
 
     # -- change -----------------------------------------------------------------------------
 
-    async def update(self, sid: str, **options: Unpack[UpdateOptions]) -> Worker:
+    async def update(
+        self,
+        sid: str,
+        *,
+        state: str | None = None,
+        sock: str | None = None,
+        version: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        meta: Mapping[str, JsonValue] | None = None,
+        reason: str | None = None,
+        expect: int | None = None,
+    ) -> Worker:
         """Move a worker on, or patch it, and return it; see `Registry.update`."""
-        if options.get("sock") is not None or options.get("state") == "ready":
+        step_of = functools.partial(
+            changes.updated,
+            self._session.author(),
+            sid,
+            state=state,
+            sock=sock,
+            version=version,
+            labels=labels,
+            meta=meta,
+            reason=reason,
+            expect=expect,
+        )
+        if sock is not None or state == "ready":
             # the socket is looked at, and may lie where a look takes long
-            return await self.call(lambda: self.registry.update(sid, **options))
-        step = changes.updated(self._session.author(), sid, **options)
+            step = await self.call(lambda: step_of(sock_of=self._session.sock_of))
+        else:
+            step = step_of()
         worker = worker_in(await self._append([step]), sid)
         if worker is None:
             return await self.call(lambda: self._session.known(sid))
         return worker
 
-    async def exited(self, sid: str, **options: Unpack[ExitOptions]) -> Event:
+    async def exited(
+        self,
+        sid: str,
+        *,
+        code: int | None = None,
+        signal: int | None = None,
+        source: str = "self",
+        expect: int | None = None,
+    ) -> Event:
         """Record that a worker ended, and return the event; see `Registry.exited`."""
-        return await self._event(changes.exited(self._session.author(), sid, **options))
+        author = self._session.author()
+        return await self._event(
+            changes.exited(author, sid, code=code, signal=signal, source=source, expect=expect)
+        )
 
     async def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
         """Take a worker out of the registry; see `Registry.remove`."""
@@ -238,11 +259,8 @@ class AsyncRegistry:
         `async with reg.watch() as items`, then `async for item in items`. It is opened in a thread,
         for a server may not answer, and a large state takes a while to read.
         """
-        self._mind_fork()
         bell, session = LoopBell(), self._session
-        opening = asyncio.get_running_loop().run_in_executor(
-            self._calls, lambda: follow.vigil(session, lambda: bell, **options)
-        )
+        opening = self._begun(lambda: follow.vigil(session, lambda: bell, **options))
         try:
             items = AsyncWatch(await asyncio.shield(opening), bell)
         except asyncio.CancelledError:  # the thread goes on: what it opens nobody will close
@@ -267,8 +285,10 @@ class AsyncRegistry:
 
     async def aclose(self) -> None:
         """Give every resource back; idempotent."""
-        with contextlib.suppress(RuntimeError):  # the pool is gone: closed before
-            await self.call(self.registry.close)
+        if self._closed:
+            return
+        await self.call(self.registry.close)
+        self._closed = True
         self._leaders.shutdown(wait=False)
         self._calls.shutdown(wait=False)
 

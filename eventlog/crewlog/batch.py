@@ -78,7 +78,7 @@ class Batch:
                 meta=meta,
                 reason=reason,
                 expect=expect,
-                sock_known=self._sock_of(sid) if state == "ready" and sock is None else None,
+                sock_of=self._sock_of,
             )
         )
 

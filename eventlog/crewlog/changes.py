@@ -183,23 +183,37 @@ def registered(
     *Raises* ProcessNotFound if it, or the owner, has ended.
     """
     who = identity.capture(pid)
+    told = description(sock=sock, version=version, labels=labels, meta=meta)
     more: JsonObject = {
         "lease": lease,
         "heartbeat_s": heartbeat_s,
-        "sock_id": endpoint.socket_id(_sock(sock)),
+        "sock_id": endpoint.socket_id(sock),
     }
     data: JsonObject = {
         "pid": who.pid,
         "state": (events.WorkerState.READY if ready else events.WorkerState.STARTING).value,
-        "sock": _sock(sock),
-        "version": _text(version, name="version"),
-        "labels": _labels(labels, removing=False),
-        "meta": _mapping(meta, name="meta"),
+        **told,
         "identity": who.as_json(),
         "owner": None if owner is None else identity.capture(owner).as_json(),
         **{key: value for key, value in more.items() if value is not None},
     }
     return _plain(author, events.REGISTERED, check_sid(sid), data, expect=None)
+
+
+def description(
+    *,
+    sock: str,
+    version: str,
+    labels: Mapping[str, str] | None,
+    meta: Mapping[str, JsonValue] | None,
+) -> JsonObject:
+    """Return what describes a worker, checked. *Raises* ValueError, TypeError."""
+    return {
+        "sock": _sock(sock),
+        "version": _text(version, name="version"),
+        "labels": _labels(labels, removing=False),
+        "meta": _mapping(meta, name="meta"),
+    }
 
 
 def imported(
@@ -216,10 +230,7 @@ def imported(
     data: JsonObject = {
         "pid": pid,
         "state": events.WorkerState.READY.value,
-        "sock": _sock(sock),
-        "version": _text(version, name="version"),
-        "labels": {},
-        "meta": {},
+        **description(sock=sock, version=version, labels=None, meta=None),
         "identity": None if who is None else who.as_json(),
         "owner": None,
     }
@@ -247,12 +258,12 @@ def updated(
     meta: Mapping[str, JsonValue] | None = None,
     reason: str | None = None,
     expect: int | None = None,
-    sock_known: str | None = None,
+    sock_of: Callable[[str], str | None] = lambda _: None,
 ) -> Step:
     """Move a worker on, or patch it; what would change nothing is not written.
 
-    Labels and meta are merged key by key; None removes a key. `sock_known` is the recorded sock of
-    a worker that becomes ready: its socket is there by now.
+    Labels and meta are merged key by key; None removes a key. `sock_of` tells the recorded sock of
+    a worker, which is there once that becomes ready.
     """
     if state not in _BY_STATE:
         message = (
@@ -262,8 +273,9 @@ def updated(
     data: JsonObject = {}
     if sock is not None:
         data["sock"] = _sock(sock)
-    if sock is not None or sock_known is not None:
-        data["sock_id"] = endpoint.socket_id(sock or sock_known or "")
+    there = sock_of(sid) if sock is None and state == "ready" else sock
+    if there is not None:
+        data["sock_id"] = endpoint.socket_id(there)
     if version is not None:
         data["version"] = _text(version, name="version")
     if labels is not None:

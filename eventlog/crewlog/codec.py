@@ -148,6 +148,11 @@ def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]
     return Draft(event_type, sid, cast("JsonObject", orjson.loads(payload)), body)
 
 
+def own_draft(event_type: str, data: Mapping[str, JsonValue]) -> Draft:
+    """Encode an event of the store's own, which is about no worker and has no author."""
+    return draft(event_type, "", b"{}", data)
+
+
 def line(
     part: Draft, *, seq: int, ts: str, synced: int, prev: bytes, batch: tuple[int, int] | None
 ) -> bytes:
@@ -269,7 +274,7 @@ def decode_identity(data: bytes, *, where: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The fold of every event up to `last_seq`; `sha256` covers its bytes (b"" before encoding)."""
+    """The fold of every event up to `last_seq`; `sha256` covers its bytes ("" before encoding)."""
 
     store: str
     last_seq: int

@@ -34,7 +34,6 @@ from crewlog.disk import Disk
 from crewlog.errors import LogCorrupt, NotAStore, StoreMissing, UnsafePermissions, from_oserror
 from crewlog.lock import Lock
 from crewlog.states import States
-from crewlog.structs import DurableHead
 
 
 def open_or_create(path: Path, *, via: Disk | None = None, wait_s: float) -> Directory:
@@ -225,14 +224,12 @@ def _finish(made: Newborn, opened: Descriptors, via: Disk) -> None:
     """Write the states and, last, store.json. Held: append."""
     root, newborn = opened.fds[""], made.directory
     via.sync_directory(newborn[layout.LOG])
-    boot, end = identity.boot_bytes(), made.end
+    state = structs.written(
+        identity.boot_bytes(), made.first, made.end, made.seq, made.hash, sealed=made.sealed
+    )
     states = States(newborn)
-    states.put_append_state(
-        structs.written(boot, made.first, end, made.seq, made.hash, sealed=made.sealed)
-    )
-    states.put_head(
-        DurableHead(0, boot, made.first, end, end, made.seq, oldest=1, poisoned=False, errno=0)
-    )
+    states.put_append_state(state)
+    states.put_head(structs.durable(state, base=made.end, after=None))
     states.close()
     redo.make(newborn)
     via.sync_directory(root)

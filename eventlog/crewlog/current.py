@@ -20,7 +20,7 @@ from crewlog.directory import Directory
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.events import Line, Record
 from crewlog.fold import Fold, FoldError
-from crewlog.reader import Reader, raw_between, walk
+from crewlog.reader import Reader, first_line, raw_between
 from crewlog.refold import corrupt, fold_of
 from crewlog.segments import Position, Source
 from crewlog.sieve import Sieve
@@ -92,17 +92,16 @@ class Current:
 
     def _check_joint(self, seq: int, hash_: str) -> None:
         """Hold the snapshot against the line that follows it."""
-        with segments.open_segment(self._directory, seq + 1) as source:
-            first = next(walk(source, segments.start_of(seq + 1)), None)
-        if first is None or first.line is None:
+        first = first_line(self._directory, seq + 1)
+        if first is None:
             raise LogCorrupt(
-                source.name,
+                layout.segment_name(seq + 1),
                 offset=0,
                 seq=seq + 1,
                 reason="it is empty",
                 proof="a segment's header is durable before the segment gets its name",
             )
-        if first.line["prev"] != hash_:
+        if first["prev"] != hash_:
             raise HistoryDiverged(self._directory.where(layout.SNAPSHOT), seq=seq)
 
     # -- for writers ------------------------------------------------------------------------

@@ -5,37 +5,15 @@ Losing the last write in a power cut only delivers again what was delivered: at 
 """
 
 import os
-import struct
-import zlib
-from typing import Final
+from contextlib import suppress
 
-from crewlog import disk, layout
+from crewlog import disk, layout, structs
 from crewlog.directory import Directory
 from crewlog.disk import Disk
 from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy, RegistryClosed
 from crewlog.lock import take
 from crewlog.store import Standing
-
-_SLOT: Final = struct.Struct("<8sQQ4xI")
-_MAGIC: Final = b"crewlogC"
-_BYTES: Final = 2 * _SLOT.size
-
-
-def _encode(generation: int, seq: int) -> bytes:
-    body = _SLOT.pack(_MAGIC, generation, seq, 0)[:-4]
-    return body + struct.pack("<I", zlib.crc32(body))
-
-
-def _decode(data: bytes) -> tuple[int, int] | None:
-    """Return the newest whole slot as (generation, seq)."""
-    found = []
-    for at in (0, _SLOT.size):
-        slot = data[at : at + _SLOT.size]
-        if len(slot) == _SLOT.size:
-            magic, generation, seq, crc = _SLOT.unpack(slot)
-            if magic == _MAGIC and crc == zlib.crc32(slot[:-4]):
-                found.append((generation, seq))
-    return max(found, default=None)
+from crewlog.structs import Slot
 
 
 def read(directory: Directory, name: str) -> Standing | None:
@@ -51,10 +29,10 @@ def read(directory: Directory, name: str) -> Standing | None:
             )
         except FileNotFoundError:
             return None
-    newest = _decode(data)
+    newest = structs.decode_slots(data)
     if newest is None:
         raise CursorCorrupt(where)
-    return Standing(name, newest[1])
+    return Standing(name, newest.seq)
 
 
 def every(directory: Directory) -> list[Standing]:
@@ -94,7 +72,7 @@ class Cursor:
         except BaseException:
             self._lock.close()
             raise
-        newest = _decode(disk.read_at(self._fd, 0, _BYTES))
+        newest = structs.decode_slots(disk.read_at(self._fd, 0, 2 * structs.SLOT_BYTES))
         if newest is None:
             self.close()
             raise CursorCorrupt(where)
@@ -111,10 +89,10 @@ class Cursor:
             raise RegistryClosed(f"cursor {self.name}")
         self._generation += 1
         slot = self._generation % 2
-        data = _encode(self._generation, seq)
+        data = structs.encode_slot(Slot(self._generation, seq))
         where = self._directory.where(layout.CURSORS, self.name)
         with disk.failures("cannot move the cursor", where=where):
-            self._directory.disk.overwrite(self._fd, data, slot * _SLOT.size)
+            self._directory.disk.overwrite(self._fd, data, slot * structs.SLOT_BYTES)
         self.seq = seq
 
     def close(self) -> None:
@@ -136,7 +114,8 @@ def _create(directory: Directory, name: str, start: int) -> None:
     temporary = f"{layout.TEMPORARY_PREFIX}{os.urandom(8).hex()}"  # threads create cursors too
     where = directory.where(layout.CURSORS, name)
     with disk.failures("cannot create the cursor", where=where):
-        _put(via, temporary, name, _encode(1, start) + _encode(0, start), at=at)
+        slots = (Slot(1, start), Slot(0, start))
+        _put(via, temporary, name, b"".join(map(structs.encode_slot, slots)), at=at)
         via.sync_directory(at)
 
 
@@ -148,6 +127,15 @@ def _put(via: Disk, temporary: str, name: str, data: bytes, *, at: int) -> None:
         return
     finally:
         via.unlink(temporary, at=at)
+
+
+def sweep(directory: Directory, *, now: float) -> None:
+    """Remove what creations that were killed left, once it is so old that no living one has it."""
+    at = directory[layout.CURSORS]
+    for name in filter(layout.is_temporary, disk.names(at)):
+        with suppress(FileNotFoundError):
+            if now - os.stat(name, dir_fd=at).st_mtime > layout.TEMPORARY_AGE_S:
+                directory.disk.unlink(name, at=at)
 
 
 def is_owned(directory: Directory, name: str) -> bool:

@@ -226,14 +226,14 @@ class CompactedError(CrewlogError):
     code = "compacted"
     exit_code = 1
 
-    def __init__(self, *, requested: int, oldest: int, snapshot_seq: int) -> None:
-        """Name what was asked for and what is still there."""
+    def __init__(self, *, requested: int, oldest: int) -> None:
+        """Name what was asked for and what is still there; `snapshot_seq` is the state's before."""
         self.requested = requested
         self.oldest = oldest
-        self.snapshot_seq = snapshot_seq
+        self.snapshot_seq = oldest - 1
         super().__init__(
             f"events before seq {oldest} are no longer kept",
-            why=f"seq {requested} was asked for; the snapshot covers up to {snapshot_seq}",
+            why=f"seq {requested} was asked for; up to seq {oldest - 1} only the state is kept",
             remedy=f"Start from the state, or from seq {oldest - 1}",
         )
 
@@ -394,7 +394,7 @@ class LockBusy(CrewlogError):
 
 
 class StorageFull(CrewlogError):
-    """There was no room; the log was cut back to where it was."""
+    """There was no room; nothing of the change was written."""
 
     code = "storage_full"
     exit_code = 74
@@ -456,14 +456,12 @@ class Unavailable(CrewlogError):
     code = "unavailable"
     exit_code = 69
 
-    def __init__(self, where: str, *, why: str) -> None:
+    def __init__(
+        self, where: str, *, why: str, what: str = "no quorum of the servers answers"
+    ) -> None:
         """Name the servers and what the last of them said."""
-        super().__init__(
-            "no quorum of the servers answers",
-            where=where,
-            why=why,
-            remedy="Check the address, and start the servers; then try again (crewlog doctor)",
-        )
+        remedy = "Check the address, and start the servers; then try again (crewlog doctor)"
+        super().__init__(what, where=where, why=why, remedy=remedy)
 
 
 class UnknownOutcome(CrewlogError):

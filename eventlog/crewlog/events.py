@@ -49,6 +49,11 @@ DROPPED = "_archive_dropped"
 OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, GAP, REPAIRED, DROPPED})
 
 
+def is_own(kind: str) -> bool:
+    """Say whether a type of event is the store's own bookkeeping, not about a worker."""
+    return kind.startswith("_")
+
+
 class WorkerState(StrEnum):
     """State of a worker; the last four are final."""
 
@@ -401,6 +406,35 @@ def event_of(line: Line, raw: bytes) -> Event:
         actor=line["actor"],
         data=line["data"],
         raw=raw,
+    )
+
+
+_LAST_TYPES = {
+    WorkerState.STARTING: REGISTERED,
+    WorkerState.READY: READY,
+    WorkerState.DRAINING: DRAINING,
+    WorkerState.STOPPING: STOP_REQUESTED,
+    WorkerState.EXITED: EXITED,
+    WorkerState.FAILED: EXITED,
+    WorkerState.LOST: LOST,
+    WorkerState.RELEASED: RELEASED,
+}
+
+
+def remembered(worker: Worker) -> Event:
+    """Tell of a worker's last event by what it left; its line, and who wrote it, is not kept."""
+    ended = worker.exit
+    told: JsonObject = {}
+    if ended is not None:
+        told = {"code": ended.code, "signal": ended.signal, "source": ended.source}
+    return Event(
+        seq=worker.rev,
+        ts=worker.updated_at,
+        type=_LAST_TYPES[worker.state],
+        sid=worker.sid,
+        actor={},
+        data=told,
+        raw=b"",
     )
 
 

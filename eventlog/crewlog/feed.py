@@ -28,7 +28,7 @@ class Filter(NamedTuple):
         """Say whether the event is to be delivered; the store's own only where named by type."""
         kind = line["type"]
         if self.types is None:
-            if kind.startswith("_"):
+            if events.is_own(kind):
                 return False
         elif kind not in self.types:
             return False
@@ -138,9 +138,7 @@ class Feed:
             oldest = self.log.first_seq()
             if oldest <= error.first:
                 raise  # a hole, not the beginning
-            return self._compacted(
-                CompactedError(requested=self.position + 1, oldest=oldest, snapshot_seq=oldest - 1)
-            )
+            return self._compacted(CompactedError(requested=self.position + 1, oldest=oldest))
 
     def _delivered(self, lines_max: int | None) -> Item | None:
         if self._lines is None or self._tail is None:
@@ -193,8 +191,7 @@ class Feed:
         self.position = first - 1 if isinstance(first, int) else line["seq"] - 1
         self._drop_tail()
         if self._on_compacted == "raise":
-            last = line["seq"]
-            raise CompactedError(requested=self.position + 1, oldest=last + 1, snapshot_seq=last)
+            raise CompactedError(requested=self.position + 1, oldest=line["seq"] + 1)
         return self._reset("lost")
 
     def _reset(self, reason: Literal["compacted", "lost", "replaced"]) -> Reset:

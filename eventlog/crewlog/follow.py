@@ -11,7 +11,7 @@ from crewlog.events import FINAL, Item, State, Worker, WorkerState
 from crewlog.feed import After, Feed, OnCompacted
 from crewlog.notify import Backend, Bell, Waker
 from crewlog.session import Session
-from crewlog.store import Cursor
+from crewlog.store import Cursor, Store
 from crewlog.subscribe import Mirror, OnError, Subscription, check_on_error
 from crewlog.watch import Vigil, Watch
 
@@ -94,23 +94,31 @@ def arrival(session: Session, sid: str, state: str) -> Callable[[State], bool]:
     return arrived
 
 
-def vigil(session: Session, bell: Callable[[], Bell], **options: Unpack[WatchOptions]) -> Vigil:
+def vigil(
+    session: Session,
+    bell: Callable[[], Bell],
+    *,
+    after: After = None,
+    sids: Collection[str] | None = None,
+    types: Collection[str] | None = None,
+    cursor: str | None = None,
+    on_compacted: OnCompacted = "reset",
+    backend: Backend = "auto",
+) -> Vigil:
     """Check the options, take the cursor, arm the waker, and find the beginning, in that order."""
-    after = _check_after(options.get("after"))
-    on_compacted = options.get("on_compacted", "reset")
+    _check_after(after)
     if on_compacted not in {"reset", "raise"}:
         message = f"on_compacted is reset or raise, not {on_compacted!r}"
         raise ValueError(message)
-    backend = notify.check_backend(options.get("backend", "auto"))
-    wanted = feed.filter_of(options.get("sids"), options.get("types"))
-    name = options.get("cursor")
+    backend = notify.check_backend(backend)
+    wanted = feed.filter_of(sids, types)
     store = session.store()
 
     def arm() -> Waker:
         return Waker(store.changes, backend=backend, bell=bell())
 
     with ExitStack() as undo:
-        owned = None if name is None else _own(session, name, after)
+        owned = None if cursor is None else _own(session, store, cursor, after)
         if owned is not None:
             undo.callback(owned[0].close)
         waker = arm()  # before the first look: what changes from here on wakes
@@ -132,10 +140,9 @@ def vigil(session: Session, bell: Callable[[], Bell], **options: Unpack[WatchOpt
     )
 
 
-def _own(session: Session, name: str, after: After) -> tuple[Cursor, After]:
+def _own(session: Session, store: Store, name: str, after: After) -> tuple[Cursor, After]:
     """Take a cursor; it begins where it stands, a new one where `after` says."""
     changes.check_sid(name, what="cursor")
-    store = session.store()
     known = store.cursors.read(name)
     if known is not None:
         owned = store.cursors.own(name, start=known.seq)
@@ -147,10 +154,10 @@ def _own(session: Session, name: str, after: After) -> tuple[Cursor, After]:
     return owned, after if after is None else owned.seq
 
 
-def _check_after(after: After) -> After:
+def _check_after(after: After) -> None:
     if after is None or after in _WORDS or (type(after) is int and after >= 0):
-        return after
+        return
     if isinstance(after, datetime) and after.tzinfo is not None:
-        return after
+        return
     message = f"after must be a seq, an aware datetime, 'now', 'oldest' or None, not {after!r}"
     raise ValueError(message)

@@ -206,6 +206,18 @@ def check_argv(argv: Words) -> list[str]:
     return words
 
 
+def check(
+    argv: Words, *, cwd: str | os.PathLike[str] | None, env: Mapping[str, str] | None
+) -> None:
+    """Raise TypeError or ValueError for what cannot be started at all."""
+    check_argv(argv)
+    if cwd is not None:
+        os.fspath(cwd)
+    if env is not None and not isinstance(env, Mapping):
+        message = f"env must be a mapping, not {type(env).__name__}"
+        raise TypeError(message)
+
+
 def _interpreter() -> str:
     """Return a bare Python; in a frozen program sys.executable is that program."""
     own = "" if getattr(sys, "frozen", False) else sys.executable

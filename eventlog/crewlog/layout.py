@@ -6,7 +6,7 @@ A store is a directory::
       store.json             the store's identity; its existence means "initialised"
       locks/append           flock: who may write lines
       locks/sync.0 .1        flock: who runs the current fdatasync
-      locks/compact          flock: who compacts or collects
+      locks/compact          flock: who compacts, repairs or migrates
       append.state           how far lines have been written (a cache, never the truth)
       redo                   what was committed since its segment was synced, a second time
       head/durable           how far lines are durable (what readers watch)
@@ -16,7 +16,7 @@ A store is a directory::
       leases/<sid>~<token>   held by flock for as long as a worker lives; carries its last beat
       cursors/ quarantine/   positions of subscribers; bytes taken out of the log
 
-Every loop, wait and allocation of the library is bounded by a number in this file.
+What bounds loops, waits and allocations of a store is a number in this file.
 """
 
 import re
@@ -56,8 +56,10 @@ ZSTD_SUFFIX: Final = ".zst"
 # In archive/: the state before its oldest segment, once retention dropped what was before.
 BASE: Final = "base.json"
 SEGMENT_DIGITS: Final = 20
-# A temporary file carries the pid of its writer: the next holder of the lock sweeps it.
+# A temporary file that a killed writer left is swept by the next holder of its lock; in cursors/,
+# where there is none, once it is old.
 TEMPORARY_PREFIX: Final = ".tmp-"
+TEMPORARY_AGE_S: Final = 3600.0
 
 # -- modes ----------------------------------------------------------------------------------
 DIRECTORY_MODE: Final = 0o700

@@ -395,6 +395,11 @@ class Log(Reading):
 
     # -- life of the object -----------------------------------------------------------------
 
+    def require_sound(self) -> None:
+        """Raise StorePoisoned where a sync failed once: nothing more can be written."""
+        self._sync.look_for_mark()
+        self._sync.require_sound(self._states.head())
+
     def try_compact_lock(self) -> Lock:
         """Take locks/compact or raise LockBusy at once; the caller closes it."""
         name = layout.LOCK_COMPACT

@@ -9,7 +9,7 @@ import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, TypeVar
 
 from crewlog import events, feed, layout
 from crewlog.codec import Snapshot
@@ -37,20 +37,26 @@ class HistoryOptions(TypedDict, total=False):
     newest_first: bool
 
 
-def history(session: Session, **wanted: Unpack[HistoryOptions]) -> Iterator[Event]:
+def history(
+    session: Session,
+    *,
+    sid: str | None = None,
+    types: Collection[str] | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    after: int | None = None,
+    newest_first: bool = False,
+) -> Iterator[Event]:
     """Yield the events that match; see `Registry.history`."""
-    sid, after = wanted.get("sid"), wanted.get("after")
-    filtered = feed.filter_of(None if sid is None else [sid], wanted.get("types"))
-    first = _moment(wanted.get("since"), name="since")
-    last = _moment(wanted.get("until"), name="until")
+    wanted = feed.filter_of(None if sid is None else [sid], types)
+    first, last = _moment(since, name="since"), _moment(until, name="until")
     if after is not None and (type(after) is not int or after < 0):
         message = f"after must be a seq, not {after!r}"
         raise ValueError(message)
     store = session.found()
     if store is None:
         return iter(())
-    newest_first = wanted.get("newest_first", False)
-    return _matching(store, filtered, first, last, after=after, newest_first=newest_first)
+    return _matching(store, wanted, first, last, after=after, newest_first=newest_first)
 
 
 def at(session: Session, when: datetime | int) -> Past:
@@ -133,7 +139,7 @@ def _before(store: Store, ts: str) -> _Place:
     fitting = bisect_right(firsts, ts, key=store.begins)
     if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
         last = firsts[0] - 1
-        raise CompactedError(requested=last, oldest=firsts[0], snapshot_seq=last)
+        raise CompactedError(requested=last, oldest=firsts[0])
     if not fitting:
         return _Place(0, None)
     found, later = firsts[fitting - 1] - 1, 0
@@ -182,7 +188,7 @@ def _nearest(store: Store, seq: int) -> Snapshot:
     fitting = [found for found in states if found.last_seq <= seq]
     if not fitting:
         first = min((found.last_seq for found in states), default=oldest)
-        raise CompactedError(requested=seq, oldest=first, snapshot_seq=first)
+        raise CompactedError(requested=seq, oldest=first + 1)
     return max(fitting, key=lambda found: found.last_seq)
 
 

@@ -205,6 +205,12 @@ def backwards(
         due = first - 1
 
 
+def first_line(directory: Directory, first: int) -> Line | None:
+    """Return the first whole line of a segment; None if it has none."""
+    with open_segment(directory, first) as source:
+        return next((step.line for step in walk(source, start_of(first)) if step.line), None)
+
+
 def raw_between(directory: Directory, start: Position, end: Position) -> Iterator[bytes]:
     """Yield the bytes of whole lines between two positions, unchecked."""
     place = start

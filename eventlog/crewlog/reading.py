@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
-from crewlog import disk, events, identity, layout, segments, snapshot, tail
+from crewlog import disk, events, identity, layout, segments, snapshot, structs, tail
 from crewlog.codec import Snapshot
 from crewlog.current import Current
 from crewlog.cursor import Cursors
@@ -20,7 +20,7 @@ from crewlog.events import Line, Record
 from crewlog.fold import Fold
 from crewlog.lease import Leases
 from crewlog.notify import HeadChanges
-from crewlog.reader import Reader, backwards, walk
+from crewlog.reader import Reader, backwards, first_line
 from crewlog.refold import refold
 from crewlog.segments import Position
 from crewlog.sieve import Sieve
@@ -72,7 +72,8 @@ class Reading:
             self._current.load()
             snapshot_seq = self._current.snapshot_seq
         segment, found, _ = tail.judge(self.directory, head, snapshot_seq=snapshot_seq)
-        return tail.fresh_head(head, self._boot, segment, found)
+        state = tail.recovered(self._boot, segment, found)
+        return structs.durable(state, base=found.end, after=head)
 
     def last_seq(self) -> int:
         """Return the seq of the last durable line."""
@@ -158,8 +159,7 @@ class Reading:
     def _reader(self, after: int, *, sieve: Sieve | None) -> Reader:
         oldest = self.first_seq()
         if after + 1 < oldest:
-            snapshot_seq = self._current.snapshot_seq
-            raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
+            raise CompactedError(requested=after + 1, oldest=oldest)
         try:
             return Reader(self.directory, segments.find(self.directory, after), sieve=sieve)
         except SegmentMissing as error:
@@ -170,9 +170,7 @@ class Reading:
         """Raise CompactedError where a segment is missing because retention has dropped it."""
         oldest = self.first_seq()
         if error.first < oldest:
-            raise CompactedError(
-                requested=after + 1, oldest=oldest, snapshot_seq=oldest - 1
-            ) from error
+            raise CompactedError(requested=after + 1, oldest=oldest) from error
 
     def identity(self) -> bytes:
         """Return the bytes of store.json."""
@@ -192,13 +190,11 @@ class Reading:
     def begins(self, first: int) -> str:
         """Return the time in a segment's header, "" where it cannot be read."""
         try:
-            source = segments.open_segment(self.directory, first)
+            line = first_line(self.directory, first)
         except SegmentMissing as error:
             self._require_kept(error, first - 1)
             raise
-        with source:
-            steps = walk(source, segments.start_of(first))
-            return next((step.line["ts"] for step in steps if step.line is not None), "")
+        return "" if line is None else line["ts"]
 
     def states(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""

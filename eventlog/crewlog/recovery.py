@@ -1,4 +1,4 @@
-"""Decide what the end of the log means after a crash: use, cut, finish or refuse. Pure.
+"""Decide what the end of the log means after a crash: use, cut or refuse. Pure.
 
 At the first offset where a line of the last segment fails, everything turns on whether bytes
 beyond it are known to have been durable. If they are, acknowledged data are damaged and nothing
@@ -14,7 +14,6 @@ class Action(StrEnum):
 
     USE = "use"
     CUT = "cut"
-    FINISH_ROTATION = "finish_rotation"
     CORRUPT = "corrupt"
     REGRESSED = "regressed"
 
@@ -69,7 +68,7 @@ def decide(segment: int, found: Found, known: Known) -> Decision:
     if found.reason is None:
         if proof is not None:
             return Decision(Action.REGRESSED, proof)
-        return Decision(Action.FINISH_ROTATION if found.sealed else Action.USE, "every line holds")
+        return Decision(Action.USE, "every line holds")
     if found.sealed:
         return Decision(Action.CORRUPT, "nothing is written after a seal")
     if proof is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from crewlog import changes, judging, layout
+from crewlog import changes, identity, judging, layout
 from crewlog.changes import Step
 from crewlog.errors import StaleRevision, WorkerExists
 from crewlog.events import JsonValue, Worker
@@ -24,6 +24,14 @@ class Wish(NamedTuple):
     owner: int | None = None
     lease: bool = False
     heartbeat_s: float | None = None
+
+
+def check(wish: Wish) -> None:
+    """Raise ValueError or TypeError for what cannot be written, ProcessNotFound for the owner."""
+    changes.check_heartbeat(wish.heartbeat_s)
+    changes.description(sock=wish.sock, version=wish.version, labels=wish.labels, meta=wish.meta)
+    if wish.owner is not None:
+        identity.capture(wish.owner)
 
 
 def register(session: Session, sid: str, pid: int | None, wish: Wish) -> Worker:
@@ -50,6 +58,7 @@ def leasing(session: Session, sid: str, wish: Wish) -> Iterator[Lease | None]:
     if not wish.lease and heartbeat_s is None:
         yield None
         return
+    check(wish)  # before a lease is made, and a store for it
     made = session.created().leases.make(sid, heartbeat_s=heartbeat_s)
     try:
         yield made

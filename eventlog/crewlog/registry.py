@@ -129,13 +129,9 @@ class Registry(Closing):
             meta=meta,
             reason=reason,
             expect=expect,
-            sock_known=self._sock_of(sid) if state == "ready" and sock is None else None,
+            sock_of=self.session.sock_of,
         )
         return self.session.put([step])
-
-    def _sock_of(self, sid: str) -> str | None:
-        known = self.get(sid)
-        return None if known is None else known.sock or None
 
     def exited(
         self,
@@ -165,7 +161,7 @@ class Registry(Closing):
 
     def batch(self) -> Batch:
         """Collect changes in a `with` block; all of them become durable at its end, or none."""
-        return Batch(self.session.author(), self.session.append, sock_of=self._sock_of)
+        return Batch(self.session.author(), self.session.append, sock_of=self.session.sock_of)
 
     # -- start, hear, end -------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ no longer needs them; a reader follows them there.
 """
 
 import os
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from crewlog import codec, disk, events, layout, packing
 from crewlog.closing import Closing
@@ -17,8 +17,6 @@ from crewlog.events import JsonObject, Line
 from crewlog.packing import PackingError
 from crewlog.recovery import Found
 from crewlog.structs import AppendState, DurableHead
-
-STORE_ACTOR: Final = b"{}"
 
 
 class Position(NamedTuple):
@@ -263,28 +261,12 @@ def scan(data: bytes, *, offset: int, seq: int, prev: bytes | None, sealed: bool
         index, count = line.get("b", (0, 1))
         batch = (index + 1, count) if index + 1 < count else (0, 0)
         if batch == (0, 0):
-            good = Found(
-                end=end,
-                size=good.size,
-                seq=last,
-                hash=hashed,
-                sealed=is_end(line),
-                reason=None,
-                synced=0,
-            )
+            good = good._replace(end=end, seq=last, hash=hashed, sealed=is_end(line))
     if reason is None and batch != (0, 0):
         reason = "the batch is not complete"
     if reason is not None:
         synced = max(synced, _witnessed(data[good.end - offset :]))
-    return Found(
-        end=good.end,
-        size=good.size,
-        seq=good.seq,
-        hash=good.hash,
-        sealed=good.sealed,
-        reason=reason,
-        synced=synced,
-    )
+    return good._replace(reason=reason, synced=synced)
 
 
 def is_whole(data: bytes) -> bool:
@@ -337,7 +319,7 @@ def own_line(
     kind: str, data: JsonObject, *, seq: int, ts: str, synced: int, prev: bytes
 ) -> tuple[bytes, Line]:
     """Write one of the store's own lines, and return it parsed as well."""
-    part = codec.draft(kind, "", STORE_ACTOR, data)
+    part = codec.own_draft(kind, data)
     raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=None)
     return raw, codec.parse(raw[:-1])
 

@@ -9,11 +9,17 @@ import weakref
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from crewlog import changes, codec
+from crewlog import changes, codec, events
 from crewlog.address import Address
 from crewlog.appending import EMPTY, Appended, Decide
 from crewlog.changes import Author, Redact, Step
-from crewlog.errors import CrewlogError, RegistryClosed, StoreMissing, WorkerNotFound
+from crewlog.errors import (
+    CompactedError,
+    CrewlogError,
+    RegistryClosed,
+    StoreMissing,
+    WorkerNotFound,
+)
 from crewlog.events import Event, JsonObject, State, Worker, event_of, state_of, worker_of
 from crewlog.store import Store
 
@@ -145,9 +151,20 @@ class Session:
             raise WorkerNotFound(sid)
         return worker
 
+    def sock_of(self, sid: str) -> str | None:
+        """Return the recorded socket of a worker; None if it has none, or there is no such one."""
+        worker = self.get(sid)
+        return None if worker is None else worker.sock or None
+
     def last_event(self, worker: Worker) -> Event:
-        """Return the event that brought a worker to where it is."""
-        return next(event_of(line, raw) for line, raw in self.store().read(worker.rev - 1))
+        """Return the event that brought a worker to where it is.
+
+        Where the history is no longer kept it is told from what that left, without author and raw.
+        """
+        try:
+            return next(event_of(line, raw) for line, raw in self.store().read(worker.rev - 1))
+        except CompactedError:
+            return events.remembered(worker)
 
     # -- change -----------------------------------------------------------------------------
 

@@ -6,9 +6,18 @@ Finding a sid in a few megabytes takes less than parsing ten lines.
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-_GAP: Final = b'"type":"_gap"'
+from crewlog import events
+
 _TS: Final = b',"ts":"'
 _TS_BYTES: Final = len("2026-11-24T07:26:36.123456Z")
+
+
+def type_needle(event_type: str) -> bytes:
+    """Return bytes that every line of that type holds, and hardly any other."""
+    return f'"type":"{event_type}"'.encode()
+
+
+_GAP: Final = type_needle(events.GAP)
 
 
 class Sieve(NamedTuple):

@@ -30,7 +30,7 @@ def read(directory: Directory, name: str, *, inside: str = "") -> Snapshot | Non
     *Raises* SnapshotCorrupt if it is damaged or another store's; FormatTooNew.
     """
     where = directory.where(inside, name)
-    at = directory[inside] if inside else directory.root
+    at = directory[inside]
     with disk.failures("cannot read the snapshot", where=where):
         try:
             data = disk.read_all(name, at=at, where=where, limit=layout.SNAPSHOT_BYTES_MAX)
@@ -91,11 +91,7 @@ def put_base(directory: Directory, snapshot: Snapshot) -> str:
     """
     via, shelf = directory.disk, directory[layout.ARCHIVE]
     temporary = f"{layout.TEMPORARY_PREFIX}base-{os.getpid()}"
-    disk.write_new(via, temporary, codec.encode_snapshot(snapshot), at=shelf)
-    written = read(directory, temporary, inside=layout.ARCHIVE)
-    if written is None or written.last_hash != snapshot.last_hash:
-        where = directory.where(layout.ARCHIVE, temporary)
-        raise SnapshotCorrupt(where, why="it does not read back as written")
+    written = _written(directory, snapshot, temporary, inside=layout.ARCHIVE)
     via.rename(temporary, layout.BASE, at=shelf)
     via.sync_directory(shelf)
     return written.sha256
@@ -119,7 +115,6 @@ def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
     back as written.
     """
     via, root = directory.disk, directory.root
-    data = codec.encode_snapshot(snapshot)
     temporary = f"{layout.TEMPORARY_PREFIX}snapshot-{os.getpid()}"
     current = load(directory)
     if current.snapshot is not None and current.snapshot.last_seq > snapshot.last_seq:
@@ -127,10 +122,7 @@ def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
             directory.where(layout.LOG),
             why=f"it ends at seq {snapshot.last_seq}, the snapshot at {current.snapshot.last_seq}",
         )
-    disk.write_new(via, temporary, data, at=root)
-    written = read(directory, temporary)
-    if written is None or written.last_hash != snapshot.last_hash:
-        raise SnapshotCorrupt(directory.where(temporary), why="it does not read back as written")
+    written = _written(directory, snapshot, temporary)
     if current.complaints:
         _set_aside(directory, written.sha256)
     elif current.snapshot is not None:
@@ -138,6 +130,18 @@ def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
     via.rename(temporary, layout.SNAPSHOT, at=root)
     via.sync_directory(root)
     return written
+
+
+def _written(
+    directory: Directory, snapshot: Snapshot, temporary: str, *, inside: str = ""
+) -> Snapshot:
+    """Write a snapshot to a temporary file, durably, and return it as it reads back."""
+    disk.write_new(directory.disk, temporary, codec.encode_snapshot(snapshot), at=directory[inside])
+    found = read(directory, temporary, inside=inside)
+    if found is None or found.last_hash != snapshot.last_hash:
+        where = directory.where(inside, temporary)
+        raise SnapshotCorrupt(where, why="it does not read back as written")
+    return found
 
 
 def _keep_previous(directory: Directory) -> None:

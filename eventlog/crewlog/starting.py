@@ -6,15 +6,15 @@ sid at once, one has the turn, a lock that its waiting process holds too: whoeve
 either a program that has begun or nothing.
 """
 
+import functools
 import logging
 import os
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, TypedDict, Unpack
 
-from crewlog import changes, launch, layout
+from crewlog import changes, launch, layout, registering, threads
 from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.events import JsonValue, Worker, WorkerState
 from crewlog.judging import exit_of, hold, judge, record_end
@@ -55,32 +55,33 @@ class _Program(NamedTuple):
     wish: Wish
 
 
-def _program(argv: Words, options: SpawnOptions) -> _Program:
-    launch.check_argv(argv)
-    changes.check_heartbeat(options.get("heartbeat_s"))
-    owner = options.get("owner")
-    return _Program(
-        argv,
-        cwd=options.get("cwd"),
-        env=options.get("env"),
-        stdout=options.get("stdout", launch.NOWHERE),
-        stderr=options.get("stderr"),
-        wish=Wish(
-            sock=options.get("sock", ""),
-            version=options.get("version", ""),
-            labels=options.get("labels"),
-            meta=options.get("meta"),
-            ready=options.get("ready", False),
-            owner=os.getpid() if owner is None else owner,
-            lease=options.get("lease", False),
-            heartbeat_s=options.get("heartbeat_s"),
-        ),
-    )
+def _program(
+    argv: Words,
+    *,
+    sock: str = "",
+    version: str = "",
+    labels: Mapping[str, str] | None = None,
+    meta: Mapping[str, JsonValue] | None = None,
+    ready: bool = False,
+    owner: int | None = None,
+    lease: bool = False,
+    heartbeat_s: float | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    stdout: Stream = launch.NOWHERE,
+    stderr: Stream = None,
+) -> _Program:
+    """Check what is to be started, before anything is written."""
+    answers = os.getpid() if owner is None else owner
+    wish = Wish(sock, version, labels, meta, ready, answers, lease, heartbeat_s)
+    registering.check(wish)
+    launch.check(argv, cwd=cwd, env=env)
+    return _Program(argv, cwd, env, stdout, stderr, wish)
 
 
 def spawn(session: Session, sid: str, argv: Words, **options: Unpack[SpawnOptions]) -> Worker:
     """Start a program as a worker; see `Registry.spawn`."""
-    program = _program(argv, options)
+    program = _program(argv, **options)
     with turn(session, sid) as mine:
         return _spawn(session, sid, program, mine)
 
@@ -95,24 +96,39 @@ def turn(
 
 def _spawn(session: Session, sid: str, program: _Program, mine: Turn) -> Worker:
     """Start a process that waits, register it, let it begin. Held: the sid's turn."""
-    with leasing(session, sid, program.wish) as held:
-        started = Launch(
+
+    def launched(keep: Sequence[int]) -> Launch:
+        return Launch(
             program.argv,
             cwd=program.cwd,
             env=program.env,
             stdout=program.stdout,
             stderr=program.stderr,
-            keep=() if held is None else held.inherited(),
+            keep=keep,
             turn=mine.share(),
         )
+
+    worker, started = entered(session, sid, program.wish, launched)
+    return _begun(session, worker, started)
+
+
+def entered(
+    session: Session, sid: str, wish: Wish, launched: Callable[[Sequence[int]], Launch]
+) -> tuple[Worker, Launch]:
+    """Start a process that waits, and register it; it is told to begin by `go`. Held: the turn.
+
+    `launched` starts it, and lets it inherit the descriptors that it is given.
+    """
+    with leasing(session, sid, wish) as held:
+        started = launched(() if held is None else held.inherited())
         try:
-            worker = enter(session, sid, started.pid, program.wish, held=held)
+            worker = enter(session, sid, started.pid, wish, held=held)
         except BaseException:
             started.give_up()
             raise
     if held is not None:
         held.hand_over(worker)
-    return _begun(session, worker, started)
+    return worker, started
 
 
 def _begun(session: Session, worker: Worker, started: Launch) -> Worker:
@@ -121,16 +137,11 @@ def _begun(session: Session, worker: Worker, started: Launch) -> Worker:
     except SpawnFailed:
         _record_end(session, worker, started.wait())
         raise
-    tell = threading.Thread(
-        target=_tell_end,
-        args=(session.twin(), worker, started),
-        name=f"crewlog-{worker.sid}",
-        daemon=True,
-    )
+    tell = functools.partial(_tell_end, session.twin(), worker, started)
     try:
-        tell.start()
-    except RuntimeError as error:  # EAGAIN: it runs and is listed; a collector finds its end
-        _logger.warning("nobody waits for the end of worker %s: %s", worker.sid, error)
+        threads.start(tell, name=f"crewlog-{worker.sid}")
+    except OSError as error:  # it runs and is listed; a collector finds its end
+        _logger.warning("nobody waits for the end of worker %s: %s", worker.sid, error.strerror)
     return worker
 
 
@@ -138,7 +149,7 @@ def ensure(
     session: Session, sid: str, argv: Words, *, timeout_s: float, **options: Unpack[SpawnOptions]
 ) -> Worker:
     """Return the living worker of that sid, or start it; see `Registry.ensure`."""
-    program = _program(argv, options)
+    program = _program(argv, **options)
     deadline = time.monotonic() + changes.check_wait(timeout_s)
     while True:
         left_s = max(0.0, deadline - time.monotonic())

@@ -54,7 +54,7 @@ class StateFile(Generic[T]):
         self._kept: tuple[bytes, T] | None = None
         self._directory = directory
         self._name = name
-        self._at = directory[inside] if inside else directory.root
+        self._at = directory[inside]
         self._where = directory.where(inside, name)
         self._size = size
         self._fd = _NONE

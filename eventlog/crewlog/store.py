@@ -1,7 +1,7 @@
 """State what any store must promise, so that a registry does not care where its events live.
 
 Two keep these promises: a directory of this machine (log.py) and a prefix of an etcd cluster
-(etcd/). All of it is reading but `write`; whatever is read is durable.
+(etcd/). `append`, cursors and leases change it; whatever is read is durable.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Encode small files that are overwritten in place: both states, and a worker's beat.
+"""Encode small files that are overwritten in place: both states, cursors, a worker's beat.
 
 Each is one fixed-size struct that ends with the CRC-32 of what stands before it. They are caches
 and evidence: what cannot be decoded is rebuilt or left out of account.
@@ -46,21 +46,31 @@ class DurableHead(NamedTuple):
     base: int
     end: int
     seq: int
-    oldest: int
     poisoned: bool
     errno: int
 
 
+def durable(state: AppendState, *, base: int, after: DurableHead | None) -> DurableHead:
+    """Return the head that tells of a state which is durable; `after` is the one before, if any."""
+    generation = 0 if after is None else after.generation + 1
+    return DurableHead(
+        generation, state.boot, state.segment, base, state.end, state.seq, poisoned=False, errno=0
+    )
+
+
 # A magic word, the fields in order, and the CRC-32 of what stands before it.
 _APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3x")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQ8x?3xi")  # 8 bytes are reserved
+_SLOT: Final = struct.Struct("<8sQQ4x")
 _BEAT: Final = struct.Struct("<8s16sQ")
 _CRC: Final = struct.Struct("<I")
 _APPEND_MAGIC: Final = b"crewlogA"
 _HEAD_MAGIC: Final = b"crewlogD"
+_SLOT_MAGIC: Final = b"crewlogC"
 _BEAT_MAGIC: Final = b"crewlogB"
 APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
 DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
+SLOT_BYTES: Final = _SLOT.size + _CRC.size
 BEAT_BYTES: Final = _BEAT.size + _CRC.size
 
 
@@ -84,6 +94,25 @@ def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
     fields = _unpack(data, _DURABLE_HEAD, _HEAD_MAGIC)
     return None if fields is None else DurableHead._make(fields)
+
+
+class Slot(NamedTuple):
+    """One of the two positions of a cursor; that of the higher generation counts."""
+
+    generation: int
+    seq: int
+
+
+def encode_slot(slot: Slot) -> bytes:
+    """Write a slot: one fixed-size struct and its CRC-32."""
+    return _pack(_SLOT, _SLOT_MAGIC, slot)
+
+
+def decode_slots(data: bytes) -> Slot | None:
+    """Read a cursor's file; return the newest whole slot, None if there is none."""
+    slots = (data[:SLOT_BYTES], data[SLOT_BYTES : 2 * SLOT_BYTES])
+    fields = [_unpack(slot, _SLOT, _SLOT_MAGIC) for slot in slots]
+    return max((Slot._make(found) for found in fields if found is not None), default=None)
 
 
 class Beat(NamedTuple):

@@ -40,6 +40,7 @@ class Subscription(Closing):
         self._callback = callback
         self._on_error = on_error
         self._closing = threading.Event()
+        # unlike our other threads it hears signals: what a callback starts would be born deaf
         self._thread = threading.Thread(target=self._run, name="crewlog-subscribe", daemon=True)
         try:
             self._thread.start()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from crewlog import codec, disk, events, layout, redo, segments, threads
+from crewlog import codec, disk, events, layout, redo, segments, structs, threads
 from crewlog.directory import Directory
 from crewlog.errors import AppendUncertain, CrewlogError, Outcome, StorageFailed, StorePoisoned
 from crewlog.events import JsonObject
@@ -151,18 +151,7 @@ class Syncer:
             )
         base = self._sync(head, state)
         self._shared = state.seq > goal
-        fresh = DurableHead(
-            generation + 1,
-            self._boot,
-            state.segment,
-            base,
-            state.end,
-            state.seq,
-            head.oldest,
-            poisoned=False,
-            errno=0,
-        )
-        self._states.put_head(fresh)
+        self._states.put_head(structs.durable(state, base=base, after=head))
         return True
 
     def _sync(self, head: DurableHead, state: AppendState) -> int:

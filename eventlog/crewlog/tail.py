@@ -13,7 +13,7 @@ from collections.abc import Callable
 from crewlog import codec, disk, events, layout, recovery, redo, segments, structs
 from crewlog.directory import Directory
 from crewlog.errors import LogCorrupt, LogRegressed, SegmentMissing
-from crewlog.events import JsonObject, Line
+from crewlog.events import JsonObject
 from crewlog.recovery import Action, Found, Known
 from crewlog.segments import Source
 from crewlog.structs import AppendState, DurableHead
@@ -122,8 +122,7 @@ def rebuild(
     """
     segments.sweep(directory, directory[layout.LOG])
     last, found, action = judge(directory, head, snapshot_seq=snapshot_seq)
-    source = segments.open_active(directory, last)
-    try:
+    with segments.open_active(directory, last) as source:
         disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
         completed = directory.completed.get(last)
         if completed is not None:
@@ -132,28 +131,30 @@ def rebuild(
             quarantine(directory, source, found, source.read(found.end, found.size - found.end))
             directory.disk.cut(source.fd, found.end)
         sync(source.fd)
-    finally:
-        source.close()
     directory.completed.clear()
     redo.make(directory)
-    state = structs.written(boot, last, found.end, found.seq, found.hash, sealed=found.sealed)
-    fresh = fresh_head(head, boot, last, found)
+    state = recovered(boot, last, found)
+    fresh = structs.durable(state, base=found.end, after=head)
     return state, fresh, found if action is Action.CUT else None
 
 
-def fresh_head(head: DurableHead | None, boot: bytes, segment: int, found: Found) -> DurableHead:
-    """Return the head of a recovery that made the valid prefix of the last segment durable."""
-    return DurableHead(
-        generation=0 if head is None else head.generation + 1,
-        boot=boot,
-        segment=segment,
-        base=found.end,
-        end=found.end,
-        seq=found.seq,
-        oldest=1 if head is None else head.oldest,
-        poisoned=False,
-        errno=0,
-    )
+def recovered(boot: bytes, segment: int, found: Found) -> AppendState:
+    """Return the state once the valid prefix of the last segment is all there is."""
+    return structs.written(boot, segment, found.end, found.seq, found.hash, sealed=found.sealed)
+
+
+def acknowledged(
+    first: int, data: bytes, head: DurableHead | None, *, boot: bytes, snapshot_seq: int
+) -> bytes:
+    """Return what of the last segment was acknowledged, or may have been.
+
+    In this boot head/durable tells; after a reboot what lies on disk is judged as by a recovery.
+    """
+    if head is not None and head.boot == boot and head.segment == first:
+        return data[: head.end]
+    found = segments.scan(data, offset=0, seq=first - 1, prev=None)
+    decision = recovery.decide(first, found, known(head, snapshot_seq=snapshot_seq))
+    return data[: found.end] if decision.action is Action.CUT else data
 
 
 def _put_back(directory: Directory, source: Source, data: bytes) -> None:
@@ -211,8 +212,3 @@ def header_data(directory: Directory, boot: str, previous: AppendState | None) -
             "hash": previous.hash.hex(),
         },
     }
-
-
-def is_own(line: Line) -> bool:
-    """Say whether the line is the store's own bookkeeping, not a worker's event."""
-    return line["type"].startswith("_")

@@ -296,6 +296,12 @@ def test_both_snapshots_damaged_are_refolded_from_the_archive(place: Path) -> No
     (place / layout.SNAPSHOT_PREV).write_bytes(b"")
     with crewlog.open(place) as reg:
         assert reg.workers() == before
+        for _ in range(3):  # the older one takes a compaction more to come back
+            compact(reg, gc=False)
+            reg.update("w-0", meta={"again": reg.last_seq})
+    assert verify(place).ok
+    (place / layout.SNAPSHOT).write_bytes(b"{}")
+    (place / layout.SNAPSHOT_PREV).write_bytes(b"")
     for archived in (place / layout.ARCHIVE).iterdir():
         archived.unlink()
     with crewlog.open(place) as reg, pytest.raises(CrewlogError) as caught:

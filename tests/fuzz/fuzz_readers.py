@@ -14,7 +14,6 @@ import atheris
 with atheris.instrument_imports(include=["crewlog", "crewlog_compactor"]):
     from crewlog import codec, redo, segments, structs
     from crewlog.codec import DocumentError, LineError
-    from crewlog.cursor import _decode
     from crewlog.errors import CrewlogError
     from crewlog_compactor import plan
 
@@ -41,7 +40,7 @@ def one(data: bytes) -> None:
                 structs.decode_append_state(rest)
                 structs.decode_durable_head(rest)
                 structs.decode_beat(rest)
-                _decode(rest)
+                structs.decode_slots(rest)
     except (LineError, DocumentError, CrewlogError):
         return
 

@@ -1,15 +1,20 @@
 """Collection: one event a death, and nobody is collected who should not be."""
 
+import errno
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 import crewlog
-from crewlog.errors import CollectRefused, LockBusy, PlanInvalid
+from crewlog import layout, packing
+from crewlog.errors import CollectRefused, LockBusy, PlanInvalid, StorageFailed
+from crewlog.lock import Lock
+from crewlog.log import Log
 from crewlog.registry import Registry
-from crewlog_compactor import apply_plan, collect, compact, make_plan, verify
+from crewlog_compactor import apply_plan, archive, collect, compact, make_plan, verify
 from crewlog_compactor import collect as collect_function
 from crewlog_compactor import plan as planning
 from procs import Crew, files, forked, joined, kill
@@ -239,3 +244,41 @@ def test_compaction_with_nothing_new_changes_nothing(reg: Registry, place: Path)
     report = compact(reg, gc=False)
     assert report.folded_events == 0
     assert tree(place) == before
+
+
+def test_compact_where_nothing_can_be_written_is_a_typed_error(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system: the job is refused, and the dry run, which needs no lock, is not."""
+    reg.register("a")
+
+    def refused(_: object) -> Lock:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Log, "try_compact_lock", refused)
+    with pytest.raises(StorageFailed, match="Read-only"):
+        compact(reg)
+    assert compact(reg, dry_run=True).folded_events > 0
+
+
+@pytest.mark.parametrize("spare", range(-600, 601, 200))
+def test_dry_run_sizes_an_archive_as_an_interrupted_move_named_it(
+    place: Path, reg: Registry, spare: int
+) -> None:
+    """It is packed as its name says, whatever is wanted now; a policy by bytes hangs on it."""
+    for number in range(3):
+        for turn in range(40):
+            reg.register(f"w{number}-{turn}", meta={"n": turn})
+        if number < 2:
+            compact(reg, gc=False)
+    covered, _ = reg.compacted() or (0, None)
+    (sealed,) = archive.due(files(reg).directory, covered=covered)
+    data = (place / layout.LOG / layout.segment_name(sealed)).read_bytes()
+    packed = packing.pack(data, "gzip")
+    left = place / layout.ARCHIVE / layout.archive_name(sealed, "gzip")
+    left.touch(0o600)
+    left.write_bytes(packed)
+    keep = len(packed) + spare
+    told = compact(reg, gc=False, keep_history=keep, packing="zstd", dry_run=True)
+    done = compact(reg, gc=False, keep_history=keep, packing="zstd")
+    assert replace(told, dry_run=False) == done

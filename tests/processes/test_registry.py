@@ -1,9 +1,11 @@
 """The API keeps its word: arguments, batches, revisions, threads, forks, closing."""
 
+import asyncio
 import gc
 import os
 import pickle
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,6 +57,49 @@ def test_bad_argument_is_refused_before_anything_is_written(
     with pytest.raises(kind):
         reg.register(**arguments)  # type: ignore[arg-type]
     assert not place.exists()
+
+
+def test_bad_wish_for_a_lease_or_a_program_creates_nothing(place: Path) -> None:
+    """Arguments are looked at before a lease is made, and a store for it."""
+    bad: Mapping[str, object]
+    with crewlog.open(place) as reg:
+        for bad in ({"lease": True, "labels": {"x": 1}}, {"lease": True, "owner": 0},
+                    {"heartbeat_s": 60, "version": "v" * 10_000}):  # fmt: skip
+            with pytest.raises((TypeError, ValueError)):
+                reg.register("a", **bad)
+        for bad in ({"labels": {"x": 1}}, {"cwd": 5}, {"env": ["A=b"]}):
+            for start in (reg.spawn, reg.ensure):
+                with pytest.raises((TypeError, ValueError)):
+                    start("a", ["true"], **bad)
+        assert not reg.exists
+
+
+def test_option_that_does_not_exist_is_refused(reg: Registry) -> None:
+    """A misspelt cursor must not pass for none."""
+    reg.register("a")
+    wrong: dict[str, str] = {"cursr": "c"}
+    unexpected = pytest.raises(TypeError, match="unexpected keyword")
+    with unexpected:
+        reg.watch(**wrong)  # type: ignore[arg-type]
+    with unexpected:
+        reg.subscribe(print, **wrong)  # type: ignore[arg-type]
+    with unexpected:
+        reg.ensure("a", ["true"], **wrong)  # type: ignore[arg-type]
+    with unexpected:
+        reg.history(**wrong)  # type: ignore[arg-type]
+
+    async def later() -> None:
+        with unexpected:
+            reg.awatch(**wrong)  # type: ignore[arg-type]
+        async with crewlog.aopen(reg.path) as areg:
+            with unexpected:
+                await areg.watch(**wrong).__aenter__()  # type: ignore[arg-type]
+            with unexpected:
+                await areg.exited("a", evidence={})  # type: ignore[call-arg]
+            with unexpected:
+                await areg.update("a", sock_of=None)  # type: ignore[call-arg]
+
+    asyncio.run(later())
 
 
 def test_batch_is_all_or_nothing(reg: Registry) -> None:
@@ -347,7 +392,7 @@ def test_every_error_pickles_and_has_code_exit_and_outcome() -> None:
         LockBusy("/x", waited_s=1, holder="pid 1"),
         errors.LogCorrupt("s", offset=1, seq=2, reason="r", proof="p"),
         errors.AppendUncertain("/x", why="y"),
-        errors.CompactedError(requested=1, oldest=2, snapshot_seq=3),
+        errors.CompactedError(requested=1, oldest=2),
         errors.StorageFailed("x", where="y", outcome="unknown"),
     ]
     for error in samples:

@@ -292,6 +292,29 @@ def test_two_loops_one_after_the_other_use_one_registry(place: Path) -> None:
         assert [worker.sid for worker in found.workers()] == ["a", "b"]
 
 
+def test_closed_registry_says_so_to_tasks(place: Path) -> None:
+    """Whatever is asked of it; a second close is none."""
+
+    async def main() -> None:
+        areg = crewlog.aopen(place)
+        await areg.register("a")
+        await areg.aclose()
+        await areg.aclose()
+        for use in (
+            areg.get("a"), areg.workers(), areg.last_seq(), areg.update("a", state="ready"),
+            areg.exited("a", code=0), areg.remove("a", reason="x"), areg.register("b"),
+            areg.wait("a", state="ready"), areg.observe("a"), areg.watch().__aenter__(),
+            anext(areg.history()),
+        ):  # fmt: skip
+            with pytest.raises(crewlog.RegistryClosed):
+                await use
+        with pytest.raises(crewlog.RegistryClosed):
+            async with areg.batch() as batch:
+                batch.update("a", state="ready")
+
+    asyncio.run(main())
+
+
 def test_watch_that_is_slow_to_open_holds_no_loop_up(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

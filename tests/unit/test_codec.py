@@ -7,6 +7,7 @@ import pytest
 from crewlog import codec, events, structs
 from crewlog.codec import LineError
 from crewlog.errors import FormatTooNew
+from crewlog.structs import Slot
 
 PREV = codec.digest(b"before")
 
@@ -109,12 +110,16 @@ def test_draft_over_the_limit_is_refused() -> None:
 def test_states_damaged_anywhere_are_unreadable() -> None:
     """A torn state file is never taken for a whole one."""
     state = structs.AppendState(b"b" * 16, 1, 7, 0, 2, 2, 3, b"h" * 32, sealed=True)
-    head = structs.DurableHead(9, b"b" * 16, 1, 2, 2, 3, 1, poisoned=True, errno=5)
+    head = structs.DurableHead(9, b"b" * 16, 1, 2, 2, 3, poisoned=True, errno=5)
     assert structs.decode_append_state(structs.encode_append_state(state)) == state
     assert structs.decode_durable_head(structs.encode_durable_head(head)) == head
+    slots = structs.encode_slot(Slot(4, 7)), structs.encode_slot(Slot(3, 9))
+    assert structs.decode_slots(b"".join(slots)) == structs.decode_slots(b"".join(slots[::-1]))
+    assert structs.decode_slots(slots[0][:-1] + b"x" + slots[1]) == Slot(3, 9)
     for data, decode in (
         (structs.encode_append_state(state), structs.decode_append_state),
         (structs.encode_durable_head(head), structs.decode_durable_head),
+        (structs.encode_slot(Slot(4, 7)), structs.decode_slots),
     ):
         assert decode(data[:-1]) is None
         for index in range(len(data)):

@@ -26,7 +26,7 @@ def test_every_combination_keeps_what_was_durable() -> None:
         counts[decision.action] += 1
         proven = max(synced, head_end if segment == 2 else 0)
         below = proven > end or head_seq > 5 or snapshot_seq > 5 or segment > 2
-        if decision.action in {Action.USE, Action.CUT, Action.FINISH_ROTATION}:
+        if decision.action in {Action.USE, Action.CUT}:
             assert not below, (found, known, decision)
             assert (decision.action is Action.CUT) == (reason is not None)
         else:

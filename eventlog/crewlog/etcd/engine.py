@@ -182,7 +182,7 @@ class EtcdLog(EtcdReading):
         now = events.timestamp(events.now())
         identity = codec.encode_identity(now)
         store = str(codec.load_object(identity)["store"])
-        part = codec.draft(events.SEGMENT, "", b"{}", section_data(store, None))
+        part = codec.own_draft(events.SEGMENT, section_data(store, None))
         raw = codec.line(part, seq=1, ts=now, synced=0, prev=codec.digest(identity), batch=None)
         head = encode_head(store, 1, codec.digest(raw[:-1]), {})
         names = self.keys
@@ -385,7 +385,7 @@ def _unit(attempt: Attempt, request: Request) -> Unit | None:
 
 
 def _too_much(drafts: Sequence[Draft]) -> ValueError:
-    if len({part.sid for part in drafts}) == 1 and len(drafts) == 1:
+    if len(drafts) == 1:
         return ValueError(
             f"worker {drafts[0].sid!r} would take too much: on etcd a record and its event hold at "
             f"most {layout.TXN_BYTES_MAX} bytes together; take something out of its meta"

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
-from crewlog import codec, layout, segments
+from crewlog import codec, events, layout, segments
 from crewlog.codec import DocumentError, LineError
 from crewlog.errors import (
     CompactedError,
@@ -23,7 +23,7 @@ from crewlog.etcd.client import Client
 from crewlog.etcd.keys import Keys, KeyValue
 from crewlog.etcd.rides import Rides
 from crewlog.events import JsonObject, Line
-from crewlog.sieve import Sieve
+from crewlog.sieve import Sieve, type_needle
 
 _SEQ_AT = len(b'{"v":1,"seq":')
 
@@ -237,7 +237,7 @@ class EtcdLines:
         """Return why lines are not there: retention took them, or nobody may have."""
         oldest = self.first_seq()
         if due < oldest:
-            return CompactedError(requested=due, oldest=oldest, snapshot_seq=self.last_seq())
+            return CompactedError(requested=due, oldest=oldest)
         return SegmentMissing(self.where, first=due, last=last)
 
     def backwards(self, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
@@ -264,8 +264,7 @@ class EtcdLines:
         """Return what reads on from seq `after`. *Raises* CompactedError as `read` does."""
         oldest = self.first_seq()
         if after + 1 < oldest:
-            snapshot_seq = self.last_seq()
-            raise CompactedError(requested=after + 1, oldest=oldest, snapshot_seq=snapshot_seq)
+            raise CompactedError(requested=after + 1, oldest=oldest)
         return EtcdTail(self, after, sieve)
 
     def identity(self) -> bytes:
@@ -362,7 +361,7 @@ def token_of(row: KeyValue) -> bytes:
 def _first_seq(data: bytes) -> int:
     """Return the seq of the first line; of a gap, the first that it stands for."""
     first = data[: data.find(b"\n")]
-    if b'"type":"_gap"' in first:
+    if type_needle(events.GAP) in first:
         told = codec.parse(first)["data"].get("first")
         if isinstance(told, int):
             return told

@@ -13,6 +13,7 @@ from crewlog.errors import (
     LogCorrupt,
     SnapshotCorrupt,
     StoreMissing,
+    Unavailable,
 )
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
@@ -96,13 +97,8 @@ class EtcdReading(EtcdLines):
                 self._fold = fold.restored(head.seq, records, (), head.totals)
                 self._folded = head
                 return self._fold
-        raise LogCorrupt(
-            self.where,
-            offset=0,
-            seq=0,
-            reason="the cluster compacts faster than its records can be read",
-            proof="each reading of a revision was refused",
-        )
+        why = "the cluster forgot every revision before all of it was read"
+        raise Unavailable(self.where, what="the records cannot be read", why=why)
 
     def records(self) -> tuple[Head, list[Record]]:
         """Read head and every record of one moment. *Raises* Refused if it is compacted away."""
