@@ -25,6 +25,7 @@ from crewlog.store import Store
 from crewlog_cli import shell, text
 from crewlog_cli.looking import Check
 from crewlog_cli.shell import Shell, command
+from crewlog_compactor import collect
 
 _ROOM_BYTES: Final = 64 * 1024 * 1024
 _COMPACTED: Final = timedelta(days=1)
@@ -40,10 +41,11 @@ def checks(reg: Registry) -> Iterator[Check]:
     try:
         log = reg.session.store()
     except StoreMissing:
+        closed = _closed_parent(reg)
         yield Check(
             name="place",
-            status="note",
-            found=f"{reg.where}: there is no registry yet",
+            status="fail" if closed else "note",
+            found=f"{reg.where}: there is no registry yet" + (closed and f", and {closed}"),
             remedy="The first change creates one; check --dir and CREWLOG_DIR",
         )
         yield from _servers(reg)
@@ -58,6 +60,7 @@ def checks(reg: Registry) -> Iterator[Check]:
     else:
         yield from _whole(reg, log)
         yield from _told("compaction", lambda: iter([_compaction(reg)]))
+        yield from _told("collection", lambda: iter([_collection(reg)]))
         yield from _told("clock", lambda: iter([_clock(reg)]))
     yield from _kernel()
     yield _versions()
@@ -79,6 +82,17 @@ def _told(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     except CrewlogError as error:
         found = ": ".join(part for part in (error.what, error.where, error.why) if part)
         yield Check(name=name, status="fail", found=found, remedy=error.remedy)
+
+
+def _closed_parent(reg: Registry) -> str:
+    """Say why no registry can be created at a directory; "" where one can."""
+    place = reg.session.place
+    if not isinstance(place, DirectoryAddress):
+        return ""
+    there = next(path for path in (place.path, *place.path.parents) if os.path.exists(path))
+    if not os.path.isdir(there):
+        return f"{there} is no directory"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"we may not write in {there}"
 
 
 def _servers(reg: Registry) -> Iterator[Check]:
@@ -154,6 +168,17 @@ def _compaction(reg: Registry) -> Check:
         remedy = "Let cron run it: crewlog schedule cron"
         return Check(name="compaction", status="warn", found=told, remedy=remedy)
     return Check(name="compaction", status="ok", found=told)
+
+
+def _collection(reg: Registry) -> Check:
+    """See whether cron's job would record the dead, or refuse to believe in them."""
+    refused = collect(reg, dry_run=True).refused
+    if refused is None:
+        return Check(name="collection", status="ok", found="the dead would be recorded")
+    return Check(
+        name="collection", status="warn", found=f"{refused.what}, and that is refused",
+        remedy=refused.remedy,
+    )  # fmt: skip
 
 
 def _ago(when: datetime) -> str:

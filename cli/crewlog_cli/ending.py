@@ -1,14 +1,17 @@
 """End workers, hear their beats, see them end: stop, beat, observe. Only stop sends signals."""
 
 import signal
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Final
 
 import click
 
+from crewlog import ending, threads
 from crewlog.errors import CrewlogError
 from crewlog.events import Event, Worker
-from crewlog.liveness import Liveness
 from crewlog.registry import Registry
 from crewlog_cli import facts, reading, shell, words
 from crewlog_cli.changing import safe, tried
@@ -36,7 +39,8 @@ crewlog stop web-1 web-2 --grace 30s
 crewlog stop --all --yes --reason 'the host goes down'""",
 )
 @click.argument("sids", metavar="SID…", nargs=-1, shell_complete=shell.complete_sid)
-@click.option("--grace", default="10s", show_default=True, help="Kill it after this long.")
+@click.option("--grace", default="10s", show_default=True, metavar="SPAN",
+              help="Kill it after this long.")  # fmt: skip
 @click.option(
     "--signal", "number", default="TERM", show_default=True, help="What asks it to end.",
     callback=_signal, metavar="NAME",
@@ -69,14 +73,11 @@ def stop(
     if dry_run:
         _print_targets(sh, reg, workers)
         return
-    count = len(workers)
-    if (
-        all_
-        and not yes
-        and not shell.confirmed(f"Stop {count} workers?", f"--all would stop {count} workers")
-    ):
-        sh.note("nobody was stopped")
-        raise SystemExit(shell.EXIT_NO)
+    if all_ and not yes:
+        count = sum(not found.dead for found in reg.judge(workers))
+        if not shell.confirmed(f"Stop {count} workers?", f"--all would stop {count} workers"):
+            sh.note("nobody was stopped")
+            raise SystemExit(shell.EXIT_NO)
 
     def end(worker: Worker) -> Event | CrewlogError:
         try:
@@ -84,27 +85,68 @@ def stop(
         except CrewlogError as error:
             return error
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        ended = dict(
-            zip((w.sid for w in workers), tried(lambda: list(pool.map(end, workers))), strict=True)
-        )
-    _print_ends(sh, reg, ended)
+    _print_ends(sh, reg, tried(lambda: _at_once(end, workers)))
+
+
+def _at_once(
+    end: Callable[[Worker], Event | CrewlogError], workers: Sequence[Worker]
+) -> dict[str, Event | CrewlogError]:
+    """End workers in threads that nobody joins: Ctrl-C ends the waiting, and us, at once."""
+    left, ended = deque(workers), SimpleQueue[tuple[str, Event | CrewlogError | Exception]]()
+
+    def work() -> None:
+        with suppress(IndexError):  # none is left
+            while True:
+                worker = left.popleft()
+                try:
+                    ended.put((worker.sid, end(worker)))
+                except Exception as error:  # noqa: BLE001 (raised by who waits)
+                    ended.put((worker.sid, error))
+
+    for _ in workers[:_AT_ONCE]:
+        threads.start(work, name="crewlog-stop")
+    found: dict[str, Event | CrewlogError] = {}
+    for _ in workers:
+        sid, told = ended.get()
+        if isinstance(told, Exception) and not isinstance(told, CrewlogError):
+            raise told
+        found[sid] = told
+    return {worker.sid: found[worker.sid] for worker in workers}
 
 
 def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
-    judged: list[Liveness] = reg.judge(workers)
-    found = zip(workers, judged, strict=True)
+    rows = [
+        (worker, judged, *_foreseen(reg, worker))
+        for worker, judged in zip(workers, reg.judge(workers), strict=True)
+    ]
     if sh.json:
-        rows = [
-            {"sid": w.sid, "pid": w.pid, "liveness": j.verdict.value, "cause": j.cause}
-            for w, j in found
-        ]
-        sh.document({"seq": reg.last_seq, "dry_run": True, "workers": rows})
+        told = [
+            {"sid": w.sid, "pid": w.pid, "liveness": j.verdict.value, "cause": j.cause,
+             "would": would, "why": why}
+            for w, j, would, why in rows
+        ]  # fmt: skip
+        sh.document({"seq": reg.last_seq, "dry_run": True, "workers": told})
         return
     sh.table(
-        ["sid", "pid", "state", "liveness"],
-        [[w.sid, str(w.pid), w.state.value, reading.liveness_text(j)] for w, j in found],
-    )
+        ["sid", "pid", "state", "liveness", "would"],
+        [
+            [w.sid, str(w.pid), w.state.value, reading.liveness_text(j),
+             f"{would}: {why}" if why else would]
+            for w, j, would, why in rows
+        ],
+    )  # fmt: skip
+
+
+def _foreseen(reg: Registry, worker: Worker) -> tuple[str, str]:
+    """Say what stop would do with a worker, and why it would refuse to."""
+    try:
+        held = ending.hold_to_stop(reg.session, worker)
+    except CrewlogError as error:
+        return "refuse", error.why
+    if held is not None:
+        held.close()
+        return "signal", ""
+    return ("nothing", "it has ended") if worker.final else ("record its end", "")
 
 
 def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]) -> None:
@@ -120,7 +162,8 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
         for event in events:
             reading.print_line(sh, event)
     for error in list(errors.values())[:-1]:
-        shell.complain_of(sh, error)
+        if not sh.json:  # there, the document names them all
+            shell.complain_of(sh, error)
     if errors:
         shell.fail(sh, list(errors.values())[-1])
 

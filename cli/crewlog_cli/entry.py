@@ -10,6 +10,7 @@ import sys
 from typing import Final
 
 _COLLECT_AFTER: Final = 50_000  # objects; all that is loaded are fewer
+_INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -17,10 +18,12 @@ def main() -> None:
     if sys.argv[1:] == ["--version"] and _tells_version():
         return
     gc.set_threshold(_COLLECT_AFTER)
-    from crewlog_cli.main import main as run  # noqa: PLC0415 (slow to load)
-
     try:
+        from crewlog_cli.main import main as run  # noqa: PLC0415 (slow to load)
+
         run()
+    except KeyboardInterrupt as error:  # before there was anything to interrupt
+        raise SystemExit(_INTERRUPTED) from error
     finally:
         gc.freeze()
 

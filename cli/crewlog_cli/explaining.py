@@ -61,6 +61,7 @@ def explain(sh: Shell, *, sid: str) -> None:
                 "seq": reg.last_seq,
                 "sid": sid,
                 "verdict": found.verdict.value,
+                "liveness": found.verdict.value,  # as every other command calls it
                 "cause": found.cause,
                 "because": because(found.cause),
                 "flags": sorted(flag.value for flag in found.flags),

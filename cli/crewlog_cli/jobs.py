@@ -87,7 +87,11 @@ crewlog gc --assume-dead web-1 --reason 'its host burned down'""",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option(
-    "--keep", default=_KEEP, show_default=True, help="Keep ended workers listed this long."
+    "--keep",
+    default=_KEEP,
+    show_default=True,
+    metavar="SPAN",
+    help="Keep ended workers listed this long.",
 )
 @click.option("--plan", "plan_", metavar="FILE", help="Only write what would be done to FILE.")
 @click.option("--apply", "apply_", metavar="FILE", help="Do what a plan says, of any age.")
@@ -129,9 +133,12 @@ def gc(
     else:
         report = collect(reg, dry_run=dry_run, keep=span, force=force)
     if sh.json:
-        sh.document({"seq": reg.last_seq, **_told(report)})
+        refused = None if report.refused is None else str(report.refused)
+        sh.document({"seq": reg.last_seq, **_told(report), "refused": refused})
     else:
         _print_report(sh, report)
+        if report.refused is not None:
+            shell.warn(f"crewlog: it would be refused: {report.refused}")
 
 
 def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
@@ -189,7 +196,7 @@ crewlog schedule cron                # the line for a crontab""",
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--yes", is_flag=True, help="Drop history without asking.")
 @click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
-@click.option("--jitter", metavar="TIME", help="Wait up to this long first, by chance.")
+@click.option("--jitter", metavar="SPAN", help="Wait up to this long first, by chance.")
 def compact_(
     sh: Shell,
     *,
@@ -217,8 +224,11 @@ def compact_(
             f"Drop history for good, but for {keep_history}?", "--keep-history drops history"
         )
     ):
+        sh.note("nothing was dropped, and nothing compacted")
         raise SystemExit(shell.EXIT_NO)
-    wait_s = 0.0 if jitter is None else random.uniform(0.0, words.span_s(jitter))  # noqa: S311 (no secret)
+    if prometheus is not None:
+        shell.require_place(Path(prometheus), option="--prometheus")
+    wait_s = 0.0 if jitter is None or dry_run else random.uniform(0.0, words.span_s(jitter))  # noqa: S311 (no secret)
     reg = sh.existing()
     time.sleep(wait_s)
     with _metered(reg, prometheus) as told:

@@ -35,8 +35,8 @@ def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
 
     error = WorkerNotFound(sid)
     near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
-    if near:
-        error.remedy = f"Did you mean {', '.join(near)}?"
+    lead = f"Did you mean {', '.join(near)}? Else see" if near else "See"
+    error.remedy = f"{lead} `crewlog ls --all`; of who is no longer listed, `crewlog history --sid`"
     return error
 
 
@@ -149,7 +149,9 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
     seen = None if at_ is None else past.at(sh, reg, at_)
     worker = known(reg, sid) if seen is None else seen.get(sid)
     if worker is None:
-        raise _not_found(reg, sid)
+        error = WorkerNotFound(sid)
+        error.remedy = f"It was not listed then; `crewlog history --sid {sid}` tells of it"
+        raise error
     found = reg.liveness(sid) if seen is None else None
     newest = reg.history(sid=sid, newest_first=True)
     told = (event for event in newest if seen is None or event.seq <= seen.seq)
@@ -211,7 +213,7 @@ crewlog alive web-1 --for dead --timeout 1m""",
 @click.argument("sid", shell_complete=shell.complete_sid)
 @click.option("--for", "wanted", type=click.Choice(["alive", "dead", "ready"]), default="alive",
               help="What to ask, or to wait for.")  # fmt: skip
-@click.option("--timeout", metavar="TIME", help="Wait this long for it to become true; else 124.")
+@click.option("--timeout", metavar="SPAN", help="Wait this long for it to become true; else 124.")
 def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
     """Tell by the exit code whether a worker lives: 0 yes, 1 no or not known."""
     wait_s = None if timeout is None else words.span_s(timeout)

@@ -97,6 +97,16 @@ def flush() -> None:
         raise OutputFailedError(error.errno, error.strerror) from error
 
 
+def require_place(path: Path, *, option: str) -> None:
+    """Refuse, before anything is done, a path at which no file can be put. *Raises* UsageError."""
+    parent = path.absolute().parent
+    if not parent.is_dir() or path.is_dir():
+        message = f"{option} {path}: " + (
+            "it is a directory" if path.is_dir() else f"{parent} is no directory"
+        )
+        raise click.UsageError(message)
+
+
 def put_file(path: Path, made: bytes, *, what: str, option: str, public: bool = False) -> None:
     """Put a file where an option says, whole or not at all. *Raises* UsageError, StorageFailed."""
     with disk.failures(f"cannot write {what}", where=str(path)):
@@ -404,6 +414,6 @@ def output_failed(shell: Shell, error: OSError) -> int:
         exit_code=EXIT_IO,
         what="cannot write the output",
         where=error.strerror or str(error),
-        hint="Make room or write elsewhere; what was asked for is done, `crewlog history` shows it",
+        hint="Make room or write elsewhere; a change that was asked for is made (crewlog history)",
     )
     return EXIT_IO

@@ -38,7 +38,8 @@ _LEGEND: Final = (
 crewlog timeline --since 2d --sid web-1
 crewlog timeline --html timeline.html && xdg-open timeline.html""",
 )
-@click.option("--html", "html", metavar="FILE", help="Write a page that needs no network.")
+@click.option("--html", "html", metavar="FILE",
+              help="Write a page that needs no network; - is stdout.")  # fmt: skip
 @click.option("--since", metavar="TIME", help="Only lives that lasted until this time or later.")
 @click.option("--until", metavar="TIME", help="Only lives that began before this time.")
 @click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
@@ -128,6 +129,9 @@ def _write(
 ) -> None:
     told = f"{reg.where}, up to seq {reg.last_seq}."
     made = page.page(lives, unknown=unknown, now=now, told=told)
+    if str(path) == "-":
+        shell.put(made.decode())
+        return
     shell.put_file(path, made, what="the page", option="--html")
     if sh.json:
         sh.document({"html": str(path), "lives": len(lives), "bytes": len(made)})
@@ -152,7 +156,8 @@ def _draw(
     if not rows:
         sh.note("no worker lived then")
         return
-    shown = list(rows)[-count:]
+    newest = sorted(rows, key=lambda sid: rows[sid][-1][0].seq)[-count:]
+    shown = [sid for sid in rows if sid in newest]
     begin = min(life.began_at for sid in shown for life, _ in rows[sid])
     begin = begin if first is None else max(begin, first)
     label = min(text.SID_COLUMNS, max(text.width(text.visible(sid)) for sid in shown))

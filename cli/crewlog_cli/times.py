@@ -18,6 +18,7 @@ _UNITS: Final = {
     "w": 604_800,
     "week": 604_800,
 }
+_LONGEST_S: Final = 1000 * 366 * 86_400
 _COMPACT: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhdw])+")
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _AGO: Final = re.compile(r"(\d+)\s*([a-z]+?)s?\s+ago")
@@ -39,11 +40,10 @@ def duration(text: str) -> timedelta:
         message = f"{text!r} is no duration; a duration is: 90s, 15m, 2h, 3d, 1w, 1h30m"
         raise TimeError(message)
     seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
-    try:
-        return timedelta(seconds=seconds)
-    except OverflowError as error:
-        message = f"{text!r} is longer than can be counted"
-        raise TimeError(message) from error
+    if seconds > _LONGEST_S:
+        message = f"{text!r} is longer than a thousand years"
+        raise TimeError(message)
+    return timedelta(seconds=seconds)
 
 
 def moment(text: str, *, now: datetime, zone: tzinfo | None = None) -> tuple[datetime, str]:

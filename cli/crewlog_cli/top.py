@@ -101,7 +101,7 @@ class _Top:
 
 
 @command("top", examples="crewlog top\ncrewlog top --sort mem --interval 5s")
-@click.option("--interval", default="1s", show_default=True, metavar="TIME",
+@click.option("--interval", default="1s", show_default=True, metavar="SPAN",
               help="Measure this often; changes show at once.")  # fmt: skip
 @click.option("--sort", type=click.Choice(list(_SORTS)), default="cpu", show_default=True,
               help="What stands first.")  # fmt: skip

@@ -39,7 +39,7 @@ crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
 @words.with_types
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 @click.option(
-    "--timeout", metavar="TIME", help="End after this long; 124 if --count was not reached."
+    "--timeout", metavar="SPAN", help="End after this long; 124 if --count was not reached."
 )
 @click.option(
     "--cursor", "name", metavar="NAME", help="Go on where this cursor stands, and move it."
@@ -116,7 +116,7 @@ class _Task:
     types: Sequence[str]
 
     def shown(self, state: State | None) -> list[Worker] | None:
-        """Return the workers of a first state that were asked for."""
+        """Return the workers of a state that were asked for."""
         if state is None or self.types:
             return None
         return [w for w in state.workers.values() if not self.sids or w.sid in self.sids]
@@ -192,7 +192,8 @@ def _print(sh: Shell, item: Item, task: _Task) -> None:
                 sh.note(f"-- in step at seq {item.seq}; waiting for changes --")
         case "reset":
             if sh.json:
-                sh.stream(facts.reset_json(item))
+                left = [facts.worker_json(w, None) for w in task.shown(item.state) or []]
+                sh.stream({**facts.reset_json(item), "workers": left})
             else:
                 shell.warn(facts.reset_text(item))
     shell.flush()
@@ -224,7 +225,8 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
     if action == "rm":
         if not cursors.remove(name):
             _no_cursor(sh, name)
-        _print_cursors(sh, reg, [])
+        if sh.json:
+            _print_cursors(sh, reg, [])
         return
     known = cursors.read(name)
     if action == "set" and seq is not None:

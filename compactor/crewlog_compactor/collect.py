@@ -6,7 +6,7 @@ and the append survives. Sockets and leases come last, when the deaths are durab
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
@@ -38,6 +38,7 @@ class CollectReport:
     `lost` and `exited` are the deaths recorded, `pruned` left the state, `unknown` cannot be
     judged and stay, `conflicts` changed between the probe and the append and stay too.
     `sockets` are the paths that were removed, `sockets_kept` those that stay, each with the reason.
+    `refused` is the error with which a dry run foretells that nobody would be collected.
     """
 
     lost: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class CollectReport:
     sockets: tuple[str, ...] = ()
     sockets_kept: tuple[tuple[str, str], ...] = ()
     dry_run: bool = False
+    refused: CollectRefused | None = None
 
     @property
     def changed(self) -> int:
@@ -66,13 +68,19 @@ def collect(
     """
     decided = make_plan(reg, keep=keep)
     if dry_run:
-        return _foretold(decided)
+        return _foretold(decided, force=force)
     return _carry_out(reg, decided, alive=(), force=force)
 
 
-def _foretold(decided: Plan) -> CollectReport:
+def _foretold(decided: Plan, *, force: bool) -> CollectReport:
     """Report what a plan would do."""
-    return _report(decided, conflicts=set(), tidied=orphans.Tidied(), dry_run=True)
+    report = _report(decided, conflicts=set(), tidied=orphans.Tidied(), dry_run=True)
+    try:
+        if not force:
+            plan.require_plausible(decided)
+    except CollectRefused as error:
+        return replace(report, refused=error)
+    return report
 
 
 def try_collect(
@@ -80,14 +88,10 @@ def try_collect(
 ) -> tuple[CollectReport | None, CollectRefused | None]:
     """Collect as a part of a larger job, which goes on where this is refused, and tells."""
     try:
-        if not dry_run:
-            return collect(reg, force=force), None
-        decided = make_plan(reg)
-        if not force:
-            plan.require_plausible(decided)
-        return _foretold(decided), None
+        report = collect(reg, force=force, dry_run=dry_run)
     except CollectRefused as error:
         return None, error
+    return (None, report.refused) if report.refused else (report, None)
 
 
 def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:

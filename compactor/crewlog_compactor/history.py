@@ -203,7 +203,7 @@ class History:
             self.report("history_diverged", self.log_name, message, seq=anchor.seq)
         elif anchor.seq > self.seq:
             message = f"event {anchor.seq} was anchored, the log ends at {self.seq}"
-            self.report("log_regressed", self.log_name, message, seq=anchor.seq)
+            self.report("anchor_ahead", self.log_name, message, seq=anchor.seq)
         else:
             message = f"event {anchor.seq} was anchored and is no longer kept, or is lost"
             self.report("anchor_unverifiable", self.log_name, message, seq=anchor.seq)

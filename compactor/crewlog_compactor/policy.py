@@ -51,7 +51,10 @@ def check_keep(keep: object) -> Keep:
 
 def oldest_ts(keep: timedelta) -> str:
     """Return the time before which nothing is kept."""
-    return events.timestamp(events.now() - keep)
+    try:
+        return events.timestamp(events.now() - keep)
+    except OverflowError:  # before all that a calendar knows
+        return ""
 
 
 def surplus(parts: Sequence[Part], keep: Keep, *, last_seq: int) -> int:

@@ -285,6 +285,11 @@ class Snapshot:
     totals: Mapping[str, int]
     sha256: str = ""
 
+    def records(self) -> dict[str, Record]:
+        """Return every worker's record by sid, in order of registration."""
+        every = sorted((*self.sessions, *self.ended), key=lambda record: record["registered_seq"])
+        return {record["sid"]: record for record in every}
+
 
 def empty_snapshot(store: str, identity: bytes) -> Snapshot:
     """Return the state before the first event; `identity` is the digest of store.json."""

@@ -38,16 +38,30 @@ def stop(
     grace_s, reason = changes.check_wait(grace_s), changes.check_reason(reason)
     number = signals.Signals(signal)
     worker = session.known(sid)
-    held = _hold_living(session, worker)
+    held = hold_to_stop(session, worker)
     if held is None:
         return _ended(session, worker, None)
     with held:
-        _require_stoppable(worker)
         asked = _ask(session, worker, number, grace_s=grace_s, reason=reason)
         if asked is not None:
             return asked
         status = _end(worker, held, number, grace_s=grace_s)
         return _ended(session, worker, status, proven=True)
+
+
+def hold_to_stop(session: Session, worker: Worker) -> Process | None:
+    """Hold the process of a worker that may be stopped; None if it has ended, or is proven dead.
+
+    *Raises* StopRefused, IdentityMismatch.
+    """
+    held = _hold_living(session, worker)
+    if held is not None:
+        try:
+            _require_stoppable(worker)
+        except BaseException:
+            held.close()
+            raise
+    return held
 
 
 def _hold_living(session: Session, worker: Worker) -> Process | None:

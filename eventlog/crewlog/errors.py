@@ -332,7 +332,7 @@ class StoreMissing(CrewlogError):
         where: str,
         *,
         why: str = "there is no store.json",
-        remedy: str = "The first write creates one; check --dir and CREWLOG_DIR",
+        remedy: str = "The first change creates one; check --dir and CREWLOG_DIR",
     ) -> None:
         """Name the place."""
         super().__init__("no registry", where=where, why=why, remedy=remedy)

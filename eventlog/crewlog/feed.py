@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
-from crewlog import events
+from crewlog import events, layout
 from crewlog.errors import CompactedError, SegmentMissing
-from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of
+from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of, state_of
 from crewlog.sieve import Sieve
 from crewlog.store import Store, Tail
 
@@ -183,7 +183,18 @@ class Feed:
         self._drop_tail()
         if self._on_compacted == "raise":
             raise error
-        return self._reset("compacted")
+        return self._reset("compacted", self._before_oldest())
+
+    def _before_oldest(self) -> State | None:
+        """Return the state that what is kept leads on from; None where none could be kept."""
+        for _ in range(layout.SEGMENT_OPEN_TRIES):
+            first = self.log.first_seq()
+            for kept in self.log.states():
+                if kept.last_seq == first - 1:
+                    return state_of(kept.last_seq, kept.records())
+            if self.log.first_seq() == first:  # else a retention came between
+                return None
+        return None
 
     def _gap(self, line: Line) -> Reset:
         """Tell of events that a repair gave up."""
@@ -194,9 +205,11 @@ class Feed:
             raise CompactedError(requested=self.position + 1, oldest=line["seq"] + 1)
         return self._reset("lost")
 
-    def _reset(self, reason: Literal["compacted", "lost", "replaced"]) -> Reset:
-        """Go on from the state of now; it makes good what cannot be delivered."""
-        state = self._state()
+    def _reset(
+        self, reason: Literal["compacted", "lost", "replaced"], state: State | None = None
+    ) -> Reset:
+        """Go on from a state, by default that of now; it makes good what cannot be delivered."""
+        state = state or self._state()
         before, self._revs = self._revs, self._revs and state.workers.revs()
         self._passed = None
         lost = None if reason == "replaced" else (self.position + 1, state.seq)

@@ -164,10 +164,9 @@ def _at(store: Store, place: _Place) -> Past:
         start = store.fold_to(start, seq, seen=lambda line: times.update(at=line["ts"]))
     following = next((line["ts"] for line, _ in store.read(start.last_seq)), None)
     since = times.get("at") or _time_of(store, start.last_seq)
-    records = {record["sid"]: record for record in (*start.sessions, *start.ended)}
     return past_of(
         start.last_seq,
-        dict(sorted(records.items(), key=lambda item: item[1]["registered_seq"])),
+        start.records(),
         since=since,
         until=following,
         disputed=place.disputed,

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,11 +53,51 @@ def test_stop_dry_run_says_whom_and_signals_nobody(cli: Cli, reg: Registry, crew
     reg.register("a", pid=worker.pid)
     before = reg.last_seq
     assert cli("stop", "--all", "--dry-run").stdout.splitlines()[1].split() == [
-        "a", str(worker.pid), "starting", "alive",
+        "a", str(worker.pid), "starting", "alive", "signal",
     ]  # fmt: skip
     row = json.loads(cli("stop", "a", "--dry-run", "--json").stdout)["workers"][0]
     assert row["liveness"] == "alive"
     assert (worker.poll(), reg.last_seq) == (None, before)
+
+
+def test_stop_dry_run_says_what_would_become_of_each(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """Who is dead, has ended, or must not be stopped; and --all counts the living."""
+    dead = crew.sleeper()
+    reg.register("dead", pid=dead.pid)
+    kill(dead)
+    reg.register("me")
+    reg.register("ended")
+    reg.exited("ended", code=0)
+    told = cli.json("stop", "dead", "me", "ended", "--dry-run")["workers"]
+    assert {row["sid"]: row["would"] for row in told} == {  # type: ignore[attr-defined]
+        "dead": "record its end", "me": "refuse", "ended": "nothing",
+    }  # fmt: skip
+    assert "would stop 1 workers" in cli("stop", "--all", code=2).stderr
+
+
+def test_refused_stops_are_one_error_object(cli: Cli, reg: Registry) -> None:
+    """The document names them all."""
+    reg.register("a")
+    reg.register("b")
+    done = cli("stop", "a", "b", "--json", code=1)
+    assert len(json.loads(done.stdout)["failed"]) == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_a_stop_at_once(reg: Registry, crew: Crew, place: Path) -> None:
+    """Nobody waits for the grace period, and the worker is not killed behind one's back."""
+    stubborn = crew.python("import signal, time; signal.signal(15, signal.SIG_IGN); print(1, "
+                           "flush=True); time.sleep(300)")  # fmt: skip
+    assert stubborn.stdout is not None
+    stubborn.stdout.readline()
+    reg.register("a", pid=stubborn.pid)
+    stop = subprocess.Popen([*CREWLOG, "-d", str(place), "stop", "a", "--grace", "60s"])
+    until(lambda: reg.workers()[0].state == "stopping")
+    began = time.monotonic()
+    stop.send_signal(signal.SIGINT)
+    assert stop.wait(20) == 130
+    assert time.monotonic() - began < 5
+    assert stubborn.poll() is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ import crewlog
 from commands import CREWLOG, Cli
 from crewlog.errors import CompactedError
 from crewlog.registry import Registry
+from crewlog_cli import doctor
 from crewlog_compactor import KeepEvents, compact
-from procs import Crew
+from procs import Crew, kill
 
 
 def shell(place: Path, line: str) -> subprocess.CompletedProcess[str]:
@@ -157,3 +159,71 @@ def test_keep_history_says_what_it_takes(cli: Cli, reg: Registry) -> None:
     """Ages, sizes, counts."""
     reg.register("a")
     assert "1GiB" in cli("compact", "--keep-history", "foo", code=2).stderr
+
+
+def test_metrics_path_is_looked_at_before_anything_is_done(
+    cli: Cli, reg: Registry, tmp_path: Path
+) -> None:
+    """A compaction whose metrics have no place is not made."""
+    reg.register("a")
+    assert (
+        "no directory"
+        in cli("compact", "--prometheus", tmp_path / "none" / "x.prom", code=2).stderr
+    )
+    assert "it is a directory" in cli("compact", "--prometheus", tmp_path, code=2).stderr
+    assert reg.compacted() is None
+
+
+def test_spans_that_no_calendar_knows_are_refused(cli: Cli, reg: Registry) -> None:
+    """As usage, not as a fault of ours."""
+    reg.register("a")
+    assert "thousand years" in cli("compact", "--jitter", "99999999w", code=2).stderr
+    cli("compact", "--keep-history", "999999w", "--dry-run", code=2)
+    assert compact(reg, keep_history=timedelta.max).dropped is None
+
+
+def test_dry_run_of_gc_says_that_it_would_be_refused(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """With the list of who seems dead; doctor says so, too."""
+    doomed = [crew.sleeper() for _ in range(12)]
+    for number, process in enumerate(doomed):
+        reg.register(f"d{number}", pid=process.pid)
+    for process in doomed:
+        kill(process)
+    told = cli("gc", "--dry-run")
+    assert len(told.stdout.splitlines()) == 12
+    assert "it would be refused: 12 of 12 workers seem dead at once" in told.stderr
+    assert "12 of 12" in str(cli.json("gc", "--dry-run")["refused"])
+    assert cli.json("gc", "--dry-run", "--force")["refused"] is None
+    checks = {c["name"]: c for c in cli.json("doctor")["checks"]}  # type: ignore[attr-defined]
+    assert checks["collection"]["status"] == "warn"
+    assert "--force" in checks["collection"]["remedy"]
+
+
+def test_worker_that_was_registered_later_is_not_guessed_at(cli: Cli, reg: Registry) -> None:
+    """Nor is one that is no longer listed forgotten."""
+    reg.register("first")
+    reg.register("live")
+    assert "not listed then" in cli("show", "live", "--at", "2", code=1).stderr
+    assert "crewlog history --sid" in cli("show", "gone", code=1).stderr
+
+
+def test_timeline_shows_the_newest_workers(cli: Cli, reg: Registry) -> None:
+    """One that was started again is newer than who was first registered after it."""
+    reg.register("old")
+    reg.exited("old", code=0)
+    reg.register("between")
+    reg.exited("between", code=0)
+    reg.register("old")
+    drawn = cli("timeline", "-n", "1").stdout.splitlines()[1:]
+    assert [row.split()[0] for row in drawn] == ["old"]
+    assert cli("timeline", "--html", "-").stdout.startswith("<!doctype html>")
+
+
+def test_place_that_cannot_be_made_fails_in_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not `ok` until the first change is refused."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with crewlog.open(tmp_path / "new" / "crew") as reg:
+        place = next(iter(doctor.checks(reg)))
+    assert (place.status, f"we may not write in {tmp_path}" in place.found) == ("fail", True)

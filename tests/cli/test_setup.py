@@ -38,8 +38,8 @@ def test_doctor_finds_a_sound_place_sound(cli: Cli, reg: Registry) -> None:
     told = cli.json("doctor")
     names = [check["name"] for check in told["checks"]]  # type: ignore[attr-defined]
     assert told["ok"] is True
-    assert names == ["place", "room", "log", "wakes", "compaction", "clock", "identity", "boot",
-                     "namespace", "hidepid", "versions"]  # fmt: skip
+    assert names == ["place", "room", "log", "wakes", "compaction", "collection", "clock",
+                     "identity", "boot", "namespace", "hidepid", "versions"]  # fmt: skip
     assert "STATUS" in cli("doctor").stdout
     assert reg.last_seq == before
 

@@ -610,18 +610,20 @@ def test_history_that_was_dropped_is_compacted_error(reg: Registry, where: str) 
 
 
 def test_watcher_of_dropped_history_gets_a_reset_and_the_exact_loss(reg: Registry) -> None:
-    """It goes on from the state of now."""
+    """It goes on from the state before what is kept, with all of that."""
     reg.register("early")
     oldest = aged(reg)
     with reg.watch(after=2) as items:
         item = items.next(5)
         assert item is not None
         assert item.kind == "reset"
-        assert (item.reason, item.lost) == ("compacted", (3, reg.last_seq))
+        assert (item.reason, item.lost) == ("compacted", (3, oldest - 1))
         assert oldest > 3
+        assert dict(item.state.workers) == dict(reg.at(oldest - 1).workers)
+        kept = [event.seq for event in reg.history()]
         reg.register("later")
-        found = [i for i in items.drain() if i.kind == "change"]
-        assert [i.event.sid for i in found] == ["later"]
+        found = [i.seq for i in items.drain() if i.kind == "change"]
+        assert found == [*kept, reg.last_seq]
 
 
 def test_cursor_holds_retention_back(reg: Registry) -> None:

@@ -303,15 +303,19 @@ def shortened(reg: Registry) -> Registry:
 
 
 def test_position_compacted_away_is_a_reset_with_the_exact_range(shortened: Registry) -> None:
-    """The lost range, the state that makes it good, and what changed."""
+    """The lost range, the state that makes it good, what changed, and then all that is kept."""
+    kept = [event.seq for event in shortened.history()]
     with shortened.watch(after=3) as items:
         item = items.next(5)
         assert isinstance(item, Reset)
         assert item.reason == "compacted"
         assert item.lost == (4, item.seq)
-        assert item.state.seq == item.seq == shortened.last_seq
+        assert item.state.seq == item.seq == shortened.at(item.seq).seq
+        assert dict(item.state.workers) == dict(shortened.at(item.seq).workers)
+        assert kept
+        assert item.seq < kept[0]
         shortened.update("a", state="ready")
-        assert changes(take(items, 1)) == [item.seq + 1]
+        assert changes(take(items, len(kept) + 1)) == [*kept, shortened.last_seq]
 
 
 def test_position_compacted_away_is_an_error_where_asked(shortened: Registry) -> None:
