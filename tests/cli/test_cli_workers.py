@@ -86,8 +86,10 @@ def test_refused_stops_are_one_error_object(cli: Cli, reg: Registry) -> None:
 
 def test_ctrl_c_ends_a_stop_at_once(reg: Registry, crew: Crew, place: Path) -> None:
     """Nobody waits for the grace period, and the worker is not killed behind one's back."""
-    stubborn = crew.python("import signal, time; signal.signal(15, signal.SIG_IGN); print(1, "
-                           "flush=True); time.sleep(300)")  # fmt: skip
+    stubborn = crew.python(
+        "import signal, sys; signal.signal(15, signal.SIG_IGN); print(1, flush=True); "
+        "sys.stdin.read()"
+    )
     assert stubborn.stdout is not None
     stubborn.stdout.readline()
     reg.register("a", pid=stubborn.pid)
