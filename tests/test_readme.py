@@ -11,6 +11,7 @@ import pytest
 
 import crewlog
 from crewlog import layout
+from crewlog.liveness import Evidence
 from crewlog_cli.main import _COMMANDS
 from crewlog_compactor import compact
 from procs import Crew
@@ -32,7 +33,7 @@ def test_first_python_block_runs(place: Path) -> None:
     )  # fmt: skip
     assert done.stdout.splitlines() == [
         "web-1 ready alive",
-        "['worker.registered', 'worker.ready', 'worker.exited']",
+        "['worker.registered', 'worker.ready', 'worker.stop_requested', 'worker.exited']",
     ]
 
 
@@ -53,6 +54,12 @@ def test_guide_names_every_verb_of_a_registry() -> None:
     assert offered == set(re.findall(r"`(\w+)`", table)) - {"with"}
     plain = {"where", "path", "exists", "close", "awatch", "subscribe", "mirror"}
     assert offered - plain <= set(dir(crewlog.AsyncRegistry))
+
+
+def test_audit_explains_every_piece_of_evidence() -> None:
+    """Whatever `explain` may show has its line."""
+    page = (ROOT / "docs/audit.md").read_text()
+    assert {name for name in Evidence._fields if f"`{name}`" not in page} == set()
 
 
 def test_watching_block_prints_changes(

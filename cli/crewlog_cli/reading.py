@@ -264,13 +264,14 @@ def _holds(reg: Registry, sid: str, wanted: str) -> tuple[bool, Liveness | None]
 @command(
     "history",
     examples="""crewlog history --sid web-1
-crewlog history --since yesterday --type worker.lost
+crewlog history --since yesterday --crashed
 crewlog history -n 20 -r""",
 )
 @click.option("--since", metavar="TIME", help="Only events from this time on.")
 @click.option("--until", metavar="TIME", help="Only events before this time.")
 @click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
 @words.with_types
+@words.with_crashed
 @click.option("--actor", help="Only by this name, user, program, via or pid.")
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
 @click.option("-n", "count", type=click.IntRange(min=1), help="Only the last N of them.")
@@ -283,6 +284,7 @@ def history(
     until: str | None,
     sid: str | None,
     types: tuple[str, ...],
+    crashed: bool,
     actor: str | None,
     after: int | None,
     count: int | None,
@@ -295,6 +297,8 @@ def history(
         raise click.UsageError(message)
     first, last = words.moment(since, sh), words.moment(until, sh)
     reg = sh.existing()
+    if crashed:
+        types = types or events.ENDS
     last_seq = reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
     found: Iterable[Event] = _by(
@@ -307,6 +311,7 @@ def history(
             newest_first=newest_first,
         ),
         actor,
+        crashed=crashed,
     )
     if follow:  # what comes later is followed, and must not be printed twice
         found = (event for event in found if event.seq <= last_seq)
@@ -321,12 +326,14 @@ def history(
         print_events(sh, found)
     _print_period(sh, reg)
     if follow:
-        _follow(sh, reg, sid=sid, types=types, actor=actor, after=last_seq)
+        _follow(sh, reg, sid=sid, types=types, crashed=crashed, actor=actor, after=last_seq)
 
 
-def _by(found: Iterable[Event], actor: str | None) -> Iterator[Event]:
+def _by(found: Iterable[Event], actor: str | None, *, crashed: bool) -> Iterator[Event]:
     keys = ("name", "user", "program", "via", "pid")
     for event in found:
+        if crashed and not event.crashed:
+            continue
         if actor is None or actor in {str(event.actor[k]) for k in keys if k in event.actor}:
             yield event
 
@@ -350,6 +357,7 @@ def _follow(
     *,
     sid: str | None,
     types: tuple[str, ...],
+    crashed: bool,
     actor: str | None,
     after: int,
 ) -> None:
@@ -359,7 +367,7 @@ def _follow(
                 sh.stream(facts.reset_json(item))
             elif item.kind == "reset":
                 shell.warn(facts.reset_text(item))
-            if item.kind != "change" or not any(_by([item.event], actor)):
+            if item.kind != "change" or not any(_by([item.event], actor, crashed=crashed)):
                 continue
             if sh.json:
                 sh.stream(facts.event_json(item.event))

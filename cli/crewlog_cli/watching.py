@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 import click
 
-from crewlog import changes, layout
+from crewlog import changes, events, layout
 from crewlog.events import Item, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
@@ -26,7 +26,7 @@ _RETRY_MIN_S: Final = 0.1
     examples="""crewlog watch
 crewlog watch --after 120 --json | jq -r .sid
 crewlog watch --type worker.lost --count 1 --timeout 1h
-crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
+crewlog watch --cursor mailer --crashed --exec -- ./send-mail""",
 )
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Begin after this seq.")
 @click.option("--since", metavar="TIME", help="Begin with the first event of this time or later.")
@@ -37,6 +37,7 @@ crewlog watch --cursor mailer --type worker.lost --exec -- ./send-mail""",
 @click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
               help="Only this worker; repeatable.")  # fmt: skip
 @words.with_types
+@words.with_crashed
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 @click.option(
     "--timeout", metavar="SPAN", help="End after this long; 124 if --count was not reached."
@@ -68,6 +69,7 @@ def watch(
     now: bool,
     sids: tuple[str, ...],
     types: tuple[str, ...],
+    crashed: bool,
     count: int | None,
     timeout: str | None,
     name: str | None,
@@ -95,13 +97,14 @@ def watch(
         lambda: reg.watch(
             after=start,
             sids=sids or None,
-            types=types or None,
+            types=types or (events.ENDS if crashed else None),
             cursor=name,
             backend=backend,  # type: ignore[arg-type] # click lets only these through
         )
     )
     with items:
-        left = _deliver(sh, items, _Task(argv, retries, sids, types), count=count, limit_s=limit_s)
+        task = _Task(argv, retries, sids, types, crashed=crashed)
+        left = _deliver(sh, items, task, count=count, limit_s=limit_s)
     if left:
         raise SystemExit(shell.EXIT_TIMEOUT)
 
@@ -114,10 +117,15 @@ class _Task:
     retries: int | None
     sids: Sequence[str]
     types: Sequence[str]
+    crashed: bool
+
+    def passes_over(self, item: Item) -> bool:
+        """Say whether a change is not one that was asked for."""
+        return self.crashed and item.kind == "change" and not item.event.crashed
 
     def shown(self, state: State | None) -> list[Worker] | None:
         """Return the workers of a state that were asked for."""
-        if state is None or self.types:
+        if state is None or self.types or self.crashed:
             return None
         return [w for w in state.workers.values() if not self.sids or w.sid in self.sids]
 
@@ -133,6 +141,8 @@ def _deliver(
         item = items.next(wait_s)
         if item is None:
             return left
+        if task.passes_over(item):
+            continue
         if task.argv:
             _hand_over(sh, items, item, task)
         else:

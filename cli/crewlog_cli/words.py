@@ -70,6 +70,14 @@ def _of_type(
     return types
 
 
+def with_crashed(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the option that chooses the ends that nobody had asked for."""
+    option = click.option(
+        "--crashed", is_flag=True, help="Only ends that nobody had asked for: failed or lost."
+    )
+    return option(function)
+
+
 def with_types(function: Callable[P, R]) -> Callable[P, R]:
     """Give a command the option that chooses types of event."""
     option = click.option(

@@ -3,9 +3,9 @@
 import itertools
 import os
 
-from crewlog import disk, layout, packing, segments
+from crewlog import codec, disk, layout, packing, segments
 from crewlog.directory import Directory
-from crewlog.errors import ArchiveDamaged
+from crewlog.errors import ArchiveDamaged, LogCorrupt
 from crewlog.packing import Packing, PackingError
 
 
@@ -43,9 +43,24 @@ def _content(directory: Directory, first: int) -> bytes:
         return source.whole()
 
 
+def _require_intact(data: bytes, first: int) -> None:
+    """Refuse to archive what is no longer as it was written: whoever keeps it must hear of it."""
+    if all(map(codec.is_intact, data.split(b"\n")[:-1])):
+        return
+    found = segments.scan(data, offset=0, seq=first - 1, prev=None)
+    raise LogCorrupt(
+        layout.segment_name(first),
+        offset=found.end,
+        seq=found.seq + 1,
+        reason=found.reason or "crc differs",
+        proof="a snapshot covers it: it was whole",
+    )
+
+
 def _move(directory: Directory, first: int, wanted: Packing) -> None:
     via, log, shelf = directory.disk, directory[layout.LOG], directory[layout.ARCHIVE]
     data = _content(directory, first)
+    _require_intact(data, first)
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
     name = _name(directory, first, wanted)
     disk.write_new(via, temporary, packing.pack(data, packing.packing_of(name)), at=shelf)

@@ -200,13 +200,18 @@ def parse(raw: bytes) -> Line:
         raise LineError("longer than a line may be")
     if raw[_PREV_AT : _PREV_AT + 9] != _PREV_KEY or raw[_CRC_AT - 1 : -10] != _CRC_KEY:
         raise LineError("NUL bytes" if b"\0" in raw else "no trailer")
-    if raw[-10:] != b'%08x"}' % zlib.crc32(raw[:_CRC_AT]):
+    if not is_intact(raw):
         raise LineError("crc differs")
     try:
         value: object = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise LineError(f"not JSON: {error}") from error
     return _checked_shape(value)
+
+
+def is_intact(raw: bytes) -> bool:
+    """Say whether a line is as it was written, by its crc alone."""
+    return raw[-10:] == b'%08x"}' % zlib.crc32(raw[:_CRC_AT])
 
 
 def _checked_shape(value: object) -> Line:

@@ -539,7 +539,7 @@ class LogCorrupt(DataDamaged):
             "the log is damaged",
             where=f"{segment} at byte {offset}, where seq {seq} should stand",
             why=f"{reason} ({proof})",
-            remedy="Nothing was changed; `crewlog repair` says what can be saved",
+            remedy="`crewlog repair` says what can be saved, and changes nothing by itself",
         )
 
 

@@ -38,6 +38,8 @@ WORKER_TYPES = (
     PRUNED,
 )
 
+ENDS = (EXITED, LOST)
+
 # The store's own types; a reader skips an unknown `_x…` and refuses any other unknown `_…`.
 SEGMENT = "_segment"
 SEAL = "_seal"
@@ -47,6 +49,12 @@ GAP = "_gap"  # stands for the lost events data.first to data.last, the latter b
 REPAIRED = "_repaired"
 DROPPED = "_archive_dropped"
 OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, GAP, REPAIRED, DROPPED})
+
+
+def is_failure(data: JsonObject) -> bool:
+    """Say of an exit whether it was bad, by its code or a signal, and nobody had asked for it."""
+    bad = data.get("signal") is not None or data.get("code") not in {None, 0}
+    return bad and data.get("expected") is not True
 
 
 def is_own(kind: str) -> bool:
@@ -226,6 +234,11 @@ class Event:
     actor: JsonObject
     data: JsonObject
     raw: bytes = field(repr=False)
+
+    @property
+    def crashed(self) -> bool:
+        """Say whether it tells of an end that nobody had asked for: failed or lost."""
+        return self.type == LOST or (self.type == EXITED and is_failure(self.data))
 
 
 class Workers(Mapping[str, Worker]):
@@ -427,6 +440,7 @@ def remembered(worker: Worker) -> Event:
     told: JsonObject = {}
     if ended is not None:
         told = {"code": ended.code, "signal": ended.signal, "source": ended.source}
+        told["expected"] = ended.expected
     return Event(
         seq=worker.rev,
         ts=worker.updated_at,

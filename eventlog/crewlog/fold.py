@@ -113,8 +113,7 @@ def expects_end(record: Record) -> bool:
 
 def exit_state(data: JsonObject) -> WorkerState:
     """Name the final state of an exit: failed where it was unexpected and is known to be bad."""
-    bad = data.get("signal") is not None or data.get("code") not in {None, 0}
-    return WorkerState.FAILED if bad and data.get("expected") is not True else WorkerState.EXITED
+    return WorkerState.FAILED if events.is_failure(data) else WorkerState.EXITED
 
 
 def merge(old: Mapping[str, JsonValue], patch: JsonValue) -> dict[str, JsonValue]:

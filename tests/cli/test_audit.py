@@ -9,6 +9,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from commands import Cli
 from crewlog import layout, segments
 from crewlog.registry import Registry
 from crewlog_compactor import compact
-from procs import files
+from procs import Crew, files, kill
 
 
 def _grown(reg: Registry, workers: int) -> None:
@@ -228,3 +229,32 @@ def test_export_of_a_formula_is_text_in_a_spreadsheet(place: Path, cli: Cli) -> 
         reg.register("a", pid=os.getpid())
     table = list(csv.DictReader(io.StringIO(cli("export", "--format", "csv").stdout)))
     assert table[0]["name"] == "'=cmd|' /C calc'!A0"
+
+
+def test_crashed_is_what_nobody_had_asked_for(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """A bad code, a signal, a loss; not an orderly end, nor one that was asked for."""
+    for sid in ("bad", "killed", "fine", "asked"):
+        reg.register(sid)
+    reg.exited("bad", code=3)
+    reg.exited("killed", signal=9)
+    reg.exited("fine", code=0)
+    reg.update("asked", state="stopping", reason="x")
+    reg.exited("asked", signal=15)
+    lost = crew.sleeper()
+    reg.register("lost", pid=lost.pid)
+    kill(lost)
+    compact(reg)
+    rows = cli("history", "--crashed", "--json").stdout.splitlines()
+    assert [json.loads(row)["sid"] for row in rows] == ["bad", "killed", "lost"]
+    seen = cli("watch", "--from-start", "--crashed", "--count", "3", "--json").stdout.splitlines()
+    assert [json.loads(row)["sid"] for row in seen if '"change"' in row] == [
+        "bad",
+        "killed",
+        "lost",
+    ]
+    assert [e.sid for e in reg.history() if e.crashed] == ["bad", "killed", "lost"]
+    told = cli(
+        "watch", "--cursor", "c", "--from-start", "--crashed", "--count", "3", "--exec", "--",
+        sys.executable, "-c", "import json, sys; print(json.load(sys.stdin)['sid'])",
+    ).stdout  # fmt: skip
+    assert told.split() == ["bad", "killed", "lost"]

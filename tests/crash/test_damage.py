@@ -16,7 +16,7 @@ import pytest
 
 import crewlog
 from crewlog import codec, layout, structs
-from crewlog.errors import CrewlogError, DataDamaged
+from crewlog.errors import CrewlogError, DataDamaged, LogCorrupt
 from crewlog_compactor import compact, verify
 from faults import active_segment
 
@@ -323,3 +323,27 @@ def test_line_with_a_right_crc_and_a_wrong_shape_is_damage_never_a_traceback(fas
         with crewlog.open(place) as reg, pytest.raises(CrewlogError):
             reg.workers()
         assert found(place), part[:200]
+
+
+def test_compaction_tells_of_damage_that_it_was_about_to_archive(place: Path) -> None:
+    """The snapshot covers it, so nobody reads it any more; but it must not be packed unsaid."""
+    with crewlog.open(place) as reg:
+        for number in range(3):
+            reg.register(f"w{number}", meta={"n": number})
+            if number < 2:
+                compact(reg, gc=False)
+        before = reg.workers()
+        names = sorted((place / layout.LOG).iterdir())
+        damaged = next(path for path in names if b'"w1"' in path.read_bytes())
+        data = damaged.read_bytes()
+        damaged.write_bytes(data.replace(b'"n":1', b'"n":9'))
+        for _ in range(2):
+            with pytest.raises(LogCorrupt, match="it was whole"):
+                compact(reg, gc=False)
+            assert reg.compacted()[0] > before[-1].rev  # type: ignore[index]
+        assert damaged.exists(), "it is not moved"
+        assert reg.workers() == before, "the state is whole"
+        damaged.write_bytes(data)
+        compact(reg, gc=False)
+        assert not damaged.exists()
+    assert verify(place).ok

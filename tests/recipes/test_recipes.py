@@ -13,7 +13,7 @@ import pytest
 
 import crewlog
 from crewlog.registry import Registry
-from procs import until
+from procs import Crew, kill, until
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 BIN = Path(sys.executable).parent
@@ -83,13 +83,16 @@ def test_gunicorn_hooks_register_workers_and_note_their_ends(kitchen: Path, reg:
         assert first.owner.pid == server.pid
         assert all(found.alive for found in reg.judge(reg.workers()))
         os.kill(first.pid, signal.SIGKILL)
-        until(lambda: "exited" in story(reg, first.sid))
+        until(lambda: story(reg, first.sid)[-1] in {"exited", "lost"})
+        assert list(reg.history(sid=first.sid))[-1].crashed
         until(lambda: sum(w.state == "ready" for w in reg.workers()) == 2)
     finally:
         server.terminate()
         log = server.communicate()[1]
     assert "Traceback" not in log, log
     assert reg.workers() == []
+    ended = list(reg.history(types=["worker.exited", "worker.lost"]))
+    assert [event.sid for event in ended if event.crashed] == [first.sid]
 
 
 @needs("jupyter_client")
@@ -153,3 +156,27 @@ def test_multiprocessing_workers_register_and_beat(kitchen: Path, reg: Registry)
     assert cook(kitchen, "pool.py").strip() == f"0 {['exited'] * 4}"
     assert reg.workers() == []
     assert crewlog.open(reg.path).last_seq == reg.last_seq
+
+
+def test_manager_finds_its_workers_again_and_hears_of_their_ends(
+    kitchen: Path, reg: Registry, crew: Crew
+) -> None:
+    """Killed with -9 and started again: nothing is started twice, and an end is noticed at once."""
+
+    def started(words: str) -> subprocess.Popen[str]:
+        manager = crew.python((kitchen / "manager.py").read_text())
+        assert manager.stdout is not None
+        assert [manager.stdout.readline().split() for _ in range(2)] == [
+            [words, "job-a"], [words, "job-b"],
+        ]  # fmt: skip
+        return manager
+
+    kill(started("started"))
+    second = started("found")
+    doomed = reg.get("job-a")
+    assert doomed is not None
+    os.kill(doomed.pid, signal.SIGKILL)
+    assert second.stdout is not None
+    assert second.stdout.readline().split()[1] == "job-a"
+    assert list(reg.history(sid="job-a"))[-1].crashed
+    reg.stop("job-b", reason="the test is over")
