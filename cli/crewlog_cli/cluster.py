@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from crewlog import layout
-from crewlog.address import Address
 from crewlog.etcd import keys
 from crewlog.etcd.engine import EtcdLog, outdated
 from crewlog.etcd.place import EtcdPlace
 from crewlog.events import JsonObject
 from crewlog.notify import Bell, Waker
+from crewlog.place import Place
 from crewlog.store import Store
 from crewlog_cli import text
 from crewlog_cli.looking import Check
@@ -24,11 +24,11 @@ def checks(log: Store) -> Iterator[Check]:
     yield from _servers(log)
     yield _room(log)
     yield Check(name="log", status="ok", found=f"seq {log.last_seq()} is durable")
-    with Waker(log.changes, backend="auto", bell=Bell()) as waker:
+    with Waker(log.channel, backend="auto", bell=Bell()) as waker:
         yield Check(name="wakes", status="ok", found=f"by {waker.source}")
 
 
-def servers(place: Address) -> Iterator[Check]:
+def servers(place: Place) -> Iterator[Check]:
     """Look at the servers of a place where no store can be opened."""
     assert isinstance(place, EtcdPlace)  # as above
     log = place.empty(wait_s=layout.ANSWER_WAIT_S)

@@ -16,10 +16,10 @@ import click
 
 import crewlog
 from crewlog import disk, identity, layout
-from crewlog.address import DirectoryAddress
 from crewlog.errors import CrewlogError, StoreMissing
 from crewlog.log import Log
 from crewlog.notify import Bell, Waker
+from crewlog.place import DirectoryPlace
 from crewlog.registry import Registry
 from crewlog.store import Store
 from crewlog_cli import shell, text
@@ -87,7 +87,7 @@ def _told(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 def _closed_parent(reg: Registry) -> str:
     """Say why no registry can be created at a directory; "" where one can."""
     place = reg.session.place
-    if not isinstance(place, DirectoryAddress):
+    if not isinstance(place, DirectoryPlace):
         return ""
     there = next(path for path in (place.path, *place.path.parents) if os.path.exists(path))
     if not os.path.isdir(there):
@@ -98,7 +98,7 @@ def _closed_parent(reg: Registry) -> str:
 def _servers(reg: Registry) -> Iterator[Check]:
     """Look at each server of a cluster that is no registry yet, or does not answer."""
     place = reg.session.place
-    if isinstance(place, DirectoryAddress):
+    if isinstance(place, DirectoryPlace):
         return
     from crewlog_cli import cluster  # noqa: PLC0415 (few need it)
 
@@ -199,7 +199,7 @@ def _clock(reg: Registry) -> Check:
 
 
 def _waking(log: Log) -> Check:
-    with Waker(log.changes, backend="auto", bell=Bell()) as waker:
+    with Waker(log.channel, backend="auto", bell=Bell()) as waker:
         source = waker.source
     if source == "poll":
         return Check(

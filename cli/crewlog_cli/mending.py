@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from crewlog.address import DirectoryAddress, locate
+from crewlog.place import DirectoryPlace, locate
 from crewlog_cli import shell
 from crewlog_cli.changing import tried
 from crewlog_cli.shell import Shell, command
@@ -47,7 +47,7 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
         sh.note(
             f"{report.events} events up to seq {report.last_seq}: {len(report.findings)} findings"
         )
-        files = isinstance(locate(sh.place), DirectoryAddress)
+        files = isinstance(locate(sh.place), DirectoryPlace)
         if files and any(finding.repairable for finding in report.findings):
             sh.note("crewlog repair says what can be done about it, and does nothing by itself")
     if not report.ok:

@@ -146,11 +146,11 @@ class Shell:
 
     def registry(self) -> "Registry":
         """Open the registry, which need not exist yet."""
-        from crewlog import address  # noqa: PLC0415 (--version and --help open none)
+        from crewlog.place import locate  # noqa: PLC0415 (--version and --help open none)
         from crewlog.registry import Registry  # noqa: PLC0415 (as above)
 
         try:
-            place = address.locate(self.place)
+            place = locate(self.place)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         reg = Registry(place, lock_timeout_s=self.wait_s, via="cli")

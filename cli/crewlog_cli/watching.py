@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 import click
 
-from crewlog import changes, events, layout
+from crewlog import arguments, events, layout
 from crewlog.events import Item, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
@@ -230,7 +230,7 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
     if action == "ls":
         _print_cursors(sh, reg, reg.session.store().cursors.every())
         return
-    name = changing.tried(lambda: changes.check_sid(name, what="cursor"))
+    name = changing.tried(lambda: arguments.check_sid(name, what="cursor"))
     cursors = reg.session.store().cursors
     if action == "rm":
         if not cursors.remove(name):

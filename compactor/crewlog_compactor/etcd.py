@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Final
 
 from crewlog import codec, events, fold, layout
-from crewlog.address import Address
 from crewlog.codec import LineError, Snapshot
 from crewlog.errors import (
     CompactedError,
@@ -26,6 +25,7 @@ from crewlog.etcd.engine import Attempt, Beaten, EtcdLog, section_data
 from crewlog.etcd.lines import Head, lines_of
 from crewlog.etcd.reading import Part
 from crewlog.events import JsonObject, Line, Record
+from crewlog.place import Place
 from crewlog.refold import snapshot_of
 from crewlog.registry import Registry
 from crewlog.sieve import Sieve, type_needle
@@ -218,7 +218,7 @@ _ROOMS: Final = frozenset({"e", "w", "s", "b", "l", "beat", "t", "c", "o"})
 
 
 def verify(
-    place: Address, *, anchor: Anchor | None, progress: Callable[[int, int], None] | None
+    place: Place, *, anchor: Anchor | None, progress: Callable[[int, int], None] | None
 ) -> VerifyReport:
     """Check a whole store in a cluster; see verify.verify. *Raises* StoreMissing, Unavailable."""
     log = place.open(wait_s=layout.LOCK_WAIT_S)

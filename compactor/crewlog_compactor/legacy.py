@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from crewlog import changes, codec, identity, layout
+from crewlog import arguments, changes, codec, identity, layout
 from crewlog.changes import Step
 from crewlog.errors import LegacyCorrupt, ProcessNotFound, StorageFailed, from_oserror
 from crewlog.events import JsonObject, JsonValue, timestamp
@@ -131,7 +131,7 @@ def _entry(where: str, number: int, value: JsonValue) -> _Entry:
     sock, version = value.get("sock", ""), value.get("version", "")
     try:
         return _Entry(
-            sid=changes.check_sid(sid),
+            sid=arguments.check_sid(sid),
             pid=identity.check_pid(pid),
             sock=sock if isinstance(sock, str) else "",
             version=version if isinstance(version, str) else "",

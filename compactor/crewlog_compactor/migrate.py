@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from crewlog import create, layout, segments
-from crewlog.address import Address, DirectoryAddress, locate
 from crewlog.errors import HistoryDiverged
 from crewlog.log import Log
+from crewlog.place import DirectoryPlace, Place, locate
 from crewlog.store import Store
 from crewlog_compactor.copying import Copy, Progress, begin
 from crewlog_compactor.findings import VerifyReport
@@ -52,14 +52,14 @@ def migrate(source: Where, target: Where, *, progress: Progress | None = None) -
         undo.callback(store.close)
         undo.enter_context(_still(store))
         copy = begin(store, progress or _silent)
-        if isinstance(place, DirectoryAddress):
+        if isinstance(place, DirectoryPlace):
             _to_directory(copy, place)
         else:
             _to_etcd(copy, place)
         return _proven(copy, place)
 
 
-def _to_etcd(copy: Copy, place: Address) -> None:
+def _to_etcd(copy: Copy, place: Place) -> None:
     from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (few need it)
     from crewlog_compactor import etcd_copy  # noqa: PLC0415 (as above)
 
@@ -89,7 +89,7 @@ def _alone(log: Log) -> Iterator[None]:
 # -- to a directory -------------------------------------------------------------------------
 
 
-def _to_directory(copy: Copy, place: DirectoryAddress) -> None:
+def _to_directory(copy: Copy, place: DirectoryPlace) -> None:
     content = create.Content(
         copy.source.identity(),
         _segments(copy),
@@ -125,7 +125,7 @@ def _copy_cursors(source: Store, target: Store) -> None:
 # -- proof ----------------------------------------------------------------------------------
 
 
-def _proven(copy: Copy, place: Address) -> MigrateReport:
+def _proven(copy: Copy, place: Place) -> MigrateReport:
     """Read the copy back: verify it, and hold counts, hashes and state against the source."""
     made = place.open(wait_s=layout.LOCK_WAIT_S)
     try:

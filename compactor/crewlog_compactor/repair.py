@@ -33,12 +33,12 @@ from crewlog import (
     structs,
     tail,
 )
-from crewlog.address import locate_directory
 from crewlog.codec import LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
 from crewlog.events import JsonObject, Line
 from crewlog.log import Log
+from crewlog.place import locate_directory
 from crewlog.states import States
 from crewlog.structs import DurableHead
 

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crewlog import directory, layout, segments, snapshot
-from crewlog.address import DirectoryAddress, locate
 from crewlog.directory import Directory
 from crewlog.errors import (
     NotAStore,
     SegmentMissing,
     SnapshotCorrupt,
 )
+from crewlog.place import DirectoryPlace, locate
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.check import check
 from crewlog_compactor.findings import Finding, VerifyReport
@@ -36,7 +36,7 @@ def verify(
     UnsafePermissions; an unreadable file is StorageFailed, never a finding.
     """
     place = locate(where)
-    if not isinstance(place, DirectoryAddress):
+    if not isinstance(place, DirectoryPlace):
         from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
 
         return etcd.verify(place, anchor=anchor, progress=progress)

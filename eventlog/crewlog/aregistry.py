@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, cast
 
-from crewlog import address, changes, follow, layout, threads
+from crewlog import arguments, changes, follow, layout, threads
 from crewlog.appending import Appended, Decide
 from crewlog.awatch import AsyncWatch, LoopBell
 from crewlog.batch import Batch
@@ -28,6 +28,7 @@ from crewlog.errors import AppendUncertain, RegistryClosed, WaitTimeout
 from crewlog.events import Event, JsonValue, Worker
 from crewlog.follow import WatchOptions
 from crewlog.past import HistoryOptions
+from crewlog.place import locate
 from crewlog.registry import Registry, Where
 from crewlog.session import Session, event_in, worker_in
 from crewlog.store import Store
@@ -238,7 +239,7 @@ class AsyncRegistry:
     async def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
         """Return the worker once it is in `state`; see `Registry.wait`. No thread waits with it."""
         arrived = await self.call(lambda: follow.arrival(self._session, sid, state))
-        deadline = None if timeout_s is None else time.monotonic() + changes.check_wait(timeout_s)
+        deadline = None if timeout_s is None else time.monotonic() + arguments.check_wait(timeout_s)
         async with self.watch(after="now") as items:
             over = False
             while True:
@@ -406,5 +407,5 @@ def aopen(
 
     Arguments as for `crewlog.open`.
     """
-    place = address.locate(where)
+    place = locate(where)
     return AsyncRegistry(Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact))

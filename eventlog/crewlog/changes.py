@@ -6,12 +6,11 @@ anything is written.
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
-from crewlog import codec, endpoint, events, fold, identity, layout
+from crewlog import arguments, codec, endpoint, events, fold, identity
 from crewlog.appending import Decide, Written
 from crewlog.codec import Draft
 from crewlog.errors import StaleRevision
@@ -24,105 +23,6 @@ class Step(NamedTuple):
 
     sid: str
     decide: Callable[[Written], Draft | None]
-
-
-# -- arguments ------------------------------------------------------------------------------
-
-
-def check_sid(sid: object, *, what: str = "sid") -> str:
-    """Return `sid` if it can name a worker, or what else is named like one."""
-    if type(sid) is str and layout.SID.fullmatch(sid) is not None:
-        return sid
-    text = _text(sid, name=what)
-    if layout.SID.fullmatch(text) is None:
-        message = (
-            f"{text!r} is no {what}: 1 to 128 letters, digits or ._:@+- , "
-            "the first a letter or digit"
-        )
-        raise ValueError(message)
-    return text
-
-
-def _text(value: object, *, name: str, limit: int = layout.TEXT_CHARS_MAX) -> str:
-    if not isinstance(value, str):
-        message = f"{name} must be a string, not {type(value).__name__}"
-        raise TypeError(message)
-    codec.check_json(value, name=name)
-    if len(value) > limit:
-        message = f"{name} has {len(value)} characters; at most {limit} are kept"
-        raise ValueError(message)
-    return str(value)
-
-
-def check_reason(reason: object) -> str:
-    """Return a reason that says something."""
-    text = _text(reason, name="reason")
-    if not text.strip():
-        message = "reason must say why"
-        raise ValueError(message)
-    return text
-
-
-def _mapping(value: object, *, name: str) -> dict[str, JsonValue]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        message = f"{name} must be a mapping, not {type(value).__name__}"
-        raise TypeError(message)
-    codec.check_json(value, name=name)
-    return dict(value)
-
-
-def _is_plain(label: tuple[object, object]) -> bool:
-    """Say whether a label is what nearly all are, and needs no closer look."""
-    key, text = label
-    return type(key) is type(text) is str and key.isascii() and text.isascii()
-
-
-def _labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
-    if (
-        type(value) is dict
-        and len(value) <= layout.LABELS_MAX
-        and all(map(_is_plain, value.items()))
-    ):
-        return value.copy()
-    labels = _mapping(value, name="labels")
-    if len(labels) > layout.LABELS_MAX:
-        message = f"{len(labels)} labels; at most {layout.LABELS_MAX} are kept"
-        raise ValueError(message)
-    for key, text in labels.items():
-        if not (isinstance(text, str) or (text is None and removing)):
-            message = f"label {key!r} must be a string, not {type(text).__name__}"
-            raise TypeError(message)
-    return labels
-
-
-def _sock(value: object) -> str:
-    text = _text(value, name="sock", limit=layout.SOCK_CHARS_MAX)
-    if "\0" in text:
-        message = "sock holds a NUL"
-        raise ValueError(message)
-    return text
-
-
-def check_expect(expect: object) -> int | None:
-    """Return a revision to compare with, None for none."""
-    if expect is None or (type(expect) is int and expect >= 0):
-        return expect
-    message = f"expect must be the rev that was read, not {expect!r}"
-    raise TypeError(message)
-
-
-def _small(value: object, *, name: str, low: int) -> int | None:
-    if value is None:
-        return None
-    if type(value) is not int:
-        message = f"{name} must be an integer, not {type(value).__name__}"
-        raise TypeError(message)
-    if not low <= value <= layout.PID_MAX:
-        message = f"{name} {value} is out of range"
-        raise ValueError(message)
-    return value
 
 
 # -- steps ----------------------------------------------------------------------------------
@@ -155,11 +55,11 @@ def _redacted(redact: Redact, kind: str, data: JsonObject) -> JsonObject:
         message = "redact must return a mapping with the keys that it was given"
         raise ValueError(message)
     checks: dict[str, Callable[[object], JsonValue]] = {
-        "sock": _sock,
-        "version": lambda value: _text(value, name="version"),
-        "labels": lambda value: _labels(value, removing=kind != events.REGISTERED),
-        "meta": lambda value: _mapping(value, name="meta"),
-        "reason": check_reason,
+        "sock": arguments.check_sock,
+        "version": lambda value: arguments.check_text(value, name="version"),
+        "labels": lambda value: arguments.check_labels(value, removing=kind != events.REGISTERED),
+        "meta": lambda value: arguments.check_mapping(value, name="meta"),
+        "reason": arguments.check_reason,
     }
     return {**data, **{key: checks[key](kept[key]) for key in given}}
 
@@ -197,7 +97,7 @@ def registered(
         "owner": None if owner is None else identity.capture(owner).as_json(),
         **{key: value for key, value in more.items() if value is not None},
     }
-    return _plain(author, events.REGISTERED, check_sid(sid), data, expect=None)
+    return _plain(author, events.REGISTERED, arguments.check_sid(sid), data, expect=None)
 
 
 def description(
@@ -209,10 +109,10 @@ def description(
 ) -> JsonObject:
     """Return what describes a worker, checked. *Raises* ValueError, TypeError."""
     return {
-        "sock": _sock(sock),
-        "version": _text(version, name="version"),
-        "labels": _labels(labels, removing=False),
-        "meta": _mapping(meta, name="meta"),
+        "sock": arguments.check_sock(sock),
+        "version": arguments.check_text(version, name="version"),
+        "labels": arguments.check_labels(labels, removing=False),
+        "meta": arguments.check_mapping(meta, name="meta"),
     }
 
 
@@ -236,7 +136,7 @@ def imported(
     }
     if created_at is not None:
         data["created_at"] = created_at
-    return _plain(author, events.REGISTERED, check_sid(sid), data, expect=None)
+    return _plain(author, events.REGISTERED, arguments.check_sid(sid), data, expect=None)
 
 
 _BY_STATE = {
@@ -272,16 +172,16 @@ def updated(
         raise ValueError(message)
     data: JsonObject = {}
     if sock is not None:
-        data["sock"] = _sock(sock)
+        data["sock"] = arguments.check_sock(sock)
     there = sock_of(sid) if sock is None and state == "ready" else sock
     if there is not None:
         data["sock_id"] = endpoint.socket_id(there)
     if version is not None:
-        data["version"] = _text(version, name="version")
+        data["version"] = arguments.check_text(version, name="version")
     if labels is not None:
-        data["labels"] = _labels(labels, removing=True)
+        data["labels"] = arguments.check_labels(labels, removing=True)
     if meta is not None:
-        data["meta"] = _mapping(meta, name="meta")
+        data["meta"] = arguments.check_mapping(meta, name="meta")
     if data and state in {"draining", "stopping"}:
         message = f"state {state!r} takes no patch beside it; update twice, or in a batch"
         raise ValueError(message)
@@ -289,8 +189,14 @@ def updated(
         message = "nothing to update was given"
         raise ValueError(message)
     if reason is not None:
-        data["reason"] = check_reason(reason)
-    return _plain(author, _BY_STATE[state], check_sid(sid), data, expect=check_expect(expect))
+        data["reason"] = arguments.check_reason(reason)
+    return _plain(
+        author,
+        _BY_STATE[state],
+        arguments.check_sid(sid),
+        data,
+        expect=arguments.check_expect(expect),
+    )
 
 
 def exited(
@@ -307,11 +213,11 @@ def exited(
     if code is not None and signal is not None:
         message = "a process ends with a code or by a signal, not both"
         raise ValueError(message)
-    sid, expect = check_sid(sid), check_expect(expect)
+    sid, expect = arguments.check_sid(sid), arguments.check_expect(expect)
     data: JsonObject = {
-        "code": _small(code, name="code", low=-(2**31)),
-        "signal": _small(signal, name="signal", low=1),
-        "source": _text(source, name="source"),
+        "code": arguments.check_small(code, name="code", low=-(2**31)),
+        "signal": arguments.check_small(signal, name="signal", low=1),
+        "source": arguments.check_text(source, name="source"),
     }
     if evidence is not None:
         data["evidence"] = evidence
@@ -372,10 +278,16 @@ def released(
 
     `assumed` is the evidence in spite of which it is assumed dead.
     """
-    data: JsonObject = {"reason": check_reason(reason)}
+    data: JsonObject = {"reason": arguments.check_reason(reason)}
     if assumed is not None:
         data |= {"cause": "assumed_dead", "evidence": assumed}
-    return _plain(author, events.RELEASED, check_sid(sid), data, expect=check_expect(expect))
+    return _plain(
+        author,
+        events.RELEASED,
+        arguments.check_sid(sid),
+        data,
+        expect=arguments.check_expect(expect),
+    )
 
 
 def pruned(author: Author, sid: str, *, expect: int) -> Step:
@@ -445,28 +357,3 @@ def together(steps: Sequence[Step]) -> Decide:
         return drafts
 
     return decide
-
-
-def check_heartbeat(heartbeat_s: float | None) -> float | None:
-    """Return how long a worker may be silent, in seconds, None for as long as it likes."""
-    if heartbeat_s is None:
-        return None
-    found = check_wait(heartbeat_s)
-    if not layout.HEARTBEAT_MIN_S <= found <= layout.HEARTBEAT_MAX_S:
-        message = (
-            f"heartbeat_s is {layout.HEARTBEAT_MIN_S:g} to {layout.HEARTBEAT_MAX_S:g} seconds, "
-            f"not {heartbeat_s:g}"
-        )
-        raise ValueError(message)
-    return found
-
-
-def check_wait(wait_s: float) -> float:
-    """Return a wait in seconds that can be waited."""
-    if not isinstance(wait_s, int | float) or isinstance(wait_s, bool):
-        message = f"a wait must be a number of seconds, not {type(wait_s).__name__}"
-        raise TypeError(message)
-    if not math.isfinite(wait_s) or wait_s < 0:
-        message = f"{wait_s} s cannot be waited"
-        raise ValueError(message)
-    return float(wait_s)

@@ -9,7 +9,7 @@ import signal as signals
 import time
 from typing import Final
 
-from crewlog import changes, identity, layout
+from crewlog import arguments, changes, identity, layout
 from crewlog.errors import (
     IdentityMismatch,
     InvalidTransition,
@@ -35,7 +35,7 @@ def stop(
     signal: int = signals.SIGTERM,
 ) -> Event:
     """End a worker and record how it ended; see `Registry.stop`."""
-    grace_s, reason = changes.check_wait(grace_s), changes.check_reason(reason)
+    grace_s, reason = arguments.check_wait(grace_s), arguments.check_reason(reason)
     number = signals.Signals(signal)
     worker = session.known(sid)
     held = hold_to_stop(session, worker)
@@ -154,7 +154,7 @@ def _told_by_owner(session: Session, worker: Worker) -> Worker:
 
 def observe(session: Session, sid: str, *, timeout_s: float | None = None) -> Event:
     """Wait for the end of a worker and record it; see `Registry.observe`."""
-    limit_s = None if timeout_s is None else changes.check_wait(timeout_s)
+    limit_s = None if timeout_s is None else arguments.check_wait(timeout_s)
     worker = session.known(sid)
     held = _hold_living(session, worker)
     if held is None:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypedDict, Unpack
 
-from crewlog import changes, feed, notify
+from crewlog import arguments, feed, notify
 from crewlog.errors import WorkerEnded, WorkerNotFound
 from crewlog.events import FINAL, Item, State, Worker, WorkerState
 from crewlog.feed import After, Feed, OnCompacted
@@ -76,7 +76,7 @@ def wait(session: Session, sid: str, *, state: str, timeout_s: float | None) -> 
 
 def arrival(session: Session, sid: str, state: str) -> Callable[[State], bool]:
     """Return what says of a state whether the worker is in `state`; see `Registry.wait`."""
-    changes.check_sid(sid)
+    arguments.check_sid(sid)
     if state not in _STATES:
         message = f"state is one of {', '.join(sorted(_STATES))}, not {state!r}"
         raise ValueError(message)
@@ -115,7 +115,7 @@ def vigil(
     store = session.store()
 
     def arm() -> Waker:
-        return Waker(store.changes, backend=backend, bell=bell())
+        return Waker(store.channel, backend=backend, bell=bell())
 
     with ExitStack() as undo:
         owned = None if cursor is None else _own(session, store, cursor, after)
@@ -142,7 +142,7 @@ def vigil(
 
 def _own(session: Session, store: Store, name: str, after: After) -> tuple[Cursor, After]:
     """Take a cursor; it begins where it stands, a new one where `after` says."""
-    changes.check_sid(name, what="cursor")
+    arguments.check_sid(name, what="cursor")
     known = store.cursors.read(name)
     if known is not None:
         owned = store.cursors.own(name, start=known.seq)

@@ -73,7 +73,7 @@ class Source(Protocol):
         ...
 
 
-class Changes(Protocol):
+class Channel(Protocol):
     """Where the changes of a store can be heard."""
 
     @property
@@ -193,7 +193,7 @@ class InotifySource:
         self._inotify.close()
 
 
-class HeadChanges:
+class HeadChannel:
     """The changes of a directory store: head/ of it, where every publication writes."""
 
     __slots__ = ("_directory", "_local")
@@ -237,7 +237,7 @@ class HeadChanges:
 class Hub:
     """One schedule for all readers of one store in one process."""
 
-    def __init__(self, changes: Changes, backend: Backend) -> None:
+    def __init__(self, changes: Channel, backend: Backend) -> None:
         """Choose the best source there is, or fall back to polling."""
         self.where = changes.where
         self.identity = changes.identity()
@@ -288,7 +288,7 @@ class _Hubs:
         self.lock = threading.Lock()
         self.by_key: dict[tuple[Hashable, Backend], Hub] = {}
 
-    def join(self, changes: Changes, backend: Backend, bell: Bell) -> Hub:
+    def join(self, changes: Channel, backend: Backend, bell: Bell) -> Hub:
         key = (changes.identity(), backend)
         with self.lock:
             hub = self.by_key.get(key)
@@ -348,7 +348,7 @@ def check_backend(backend: object) -> Backend:
 class Waker(Closing):
     """One reader's place at a hub."""
 
-    def __init__(self, changes: Changes, *, backend: Backend, bell: Bell) -> None:
+    def __init__(self, changes: Channel, *, backend: Backend, bell: Bell) -> None:
         """Listen to the changes of a store from here on."""
         self._changes = changes
         self._backend = backend

@@ -19,7 +19,7 @@ from crewlog.errors import CompactedError, SegmentMissing, StoreMissing, from_os
 from crewlog.events import Line, Record
 from crewlog.fold import Fold
 from crewlog.lease import Leases
-from crewlog.notify import HeadChanges
+from crewlog.notify import HeadChannel
 from crewlog.reader import Reader, backwards, first_line
 from crewlog.refold import refold
 from crewlog.segments import Position
@@ -230,9 +230,9 @@ class Reading:
     # -- its readers and workers ------------------------------------------------------------
 
     @property
-    def changes(self) -> HeadChanges:
+    def channel(self) -> HeadChannel:
         """Return what tells of changes: the directory of head/durable."""
-        return HeadChanges(self.directory.path / layout.HEAD, local=self.directory.local)
+        return HeadChannel(self.directory.path / layout.HEAD, local=self.directory.local)
 
     @property
     def cursors(self) -> Cursors:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from crewlog import changes, identity, judging, layout
+from crewlog import arguments, changes, identity, judging, layout
 from crewlog.changes import Step
 from crewlog.errors import StaleRevision, WorkerExists
 from crewlog.events import JsonValue, Worker
@@ -28,7 +28,7 @@ class Wish(NamedTuple):
 
 def check(wish: Wish) -> None:
     """Raise ValueError or TypeError for what cannot be written, ProcessNotFound for the owner."""
-    changes.check_heartbeat(wish.heartbeat_s)
+    arguments.check_heartbeat(wish.heartbeat_s)
     changes.description(sock=wish.sock, version=wish.version, labels=wish.labels, meta=wish.meta)
     if wish.owner is not None:
         identity.capture(wish.owner)
@@ -53,8 +53,8 @@ def leasing(session: Session, sid: str, wish: Wish) -> Iterator[Lease | None]:
 
     If the block raises, the worker is not registered and the lease goes.
     """
-    changes.check_sid(sid)
-    heartbeat_s = changes.check_heartbeat(wish.heartbeat_s)
+    arguments.check_sid(sid)
+    heartbeat_s = arguments.check_heartbeat(wish.heartbeat_s)
     if not wish.lease and heartbeat_s is None:
         yield None
         return
@@ -80,7 +80,7 @@ def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Leas
         ready=wish.ready,
         owner=wish.owner,
         lease=None if held is None else held.name,
-        heartbeat_s=changes.check_heartbeat(wish.heartbeat_s),
+        heartbeat_s=arguments.check_heartbeat(wish.heartbeat_s),
     )
     burial: list[Step] = []
     for _ in range(layout.CHANGE_TRIES):

@@ -7,8 +7,7 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
-from crewlog import address, changes, ending, follow, judging, layout, past, registering, starting
-from crewlog.address import Address, DirectoryAddress, no_directory
+from crewlog import changes, ending, follow, judging, layout, past, registering, starting
 from crewlog.batch import Batch
 from crewlog.changes import Redact
 from crewlog.closing import Closing
@@ -18,6 +17,7 @@ from crewlog.follow import WatchOptions
 from crewlog.launch import NOWHERE, Stream, Words
 from crewlog.liveness import Liveness
 from crewlog.notify import Backend
+from crewlog.place import DirectoryPlace, Place, locate, no_directory
 from crewlog.registering import Wish
 from crewlog.session import Session, Via
 from crewlog.starting import SpawnOptions
@@ -41,7 +41,7 @@ class Registry(Closing):
 
     def __init__(
         self,
-        place: Address,
+        place: Place,
         *,
         lock_timeout_s: float = layout.LOCK_WAIT_S,
         actor: str | None = None,
@@ -64,7 +64,7 @@ class Registry(Closing):
     def path(self) -> Path:
         """Return the directory. *Raises* Unsupported where the store is in none."""
         place = self.session.place
-        if isinstance(place, DirectoryAddress):
+        if isinstance(place, DirectoryPlace):
             return place.path
         raise no_directory(self.where, what="a path")
 
@@ -432,5 +432,5 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
     each event's type and what the caller gave (sock, version, labels, meta, reason) before anything
     is written, and returns what is to be written instead: a chain of hashes cannot forget.
     """
-    place = address.locate(where)
+    place = locate(where)
     return Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)

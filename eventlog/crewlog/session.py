@@ -9,8 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from crewlog import changes, codec, events
-from crewlog.address import Address
+from crewlog import arguments, changes, codec, events
 from crewlog.appending import EMPTY, Appended, Decide
 from crewlog.changes import Author, Redact, Step
 from crewlog.errors import (
@@ -21,6 +20,7 @@ from crewlog.errors import (
     WorkerNotFound,
 )
 from crewlog.events import Event, JsonObject, State, Worker, event_of, state_of, worker_of
+from crewlog.place import Place
 from crewlog.store import Store
 
 Via: TypeAlias = Literal["api", "cli", "gc"]
@@ -30,12 +30,12 @@ class Session:
     """One user's way to one store: opened when it is first needed, created at the first change."""
 
     def __init__(
-        self, place: Address, *, wait_s: float, actor: str | None, redact: Redact | None, via: Via
+        self, place: Place, *, wait_s: float, actor: str | None, redact: Redact | None, via: Via
     ) -> None:
         """Open nothing yet; see `crewlog.open` for the arguments."""
         self.place = place
-        self._wait_s = changes.check_wait(wait_s)
-        self._name = None if actor is None else changes.check_reason(actor)
+        self._wait_s = arguments.check_wait(wait_s)
+        self._name = None if actor is None else arguments.check_reason(actor)
         self._redact = redact
         self._via: Via = via
         self._authors: dict[tuple[int, Via], Author] = {}

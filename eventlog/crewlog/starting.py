@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, TypedDict, Unpack
 
-from crewlog import changes, launch, layout, registering, threads
+from crewlog import arguments, launch, layout, registering, threads
 from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.events import JsonValue, Worker, WorkerState
 from crewlog.judging import exit_of, hold, judge, record_end
@@ -90,7 +90,7 @@ def turn(
     session: Session, sid: str, *, wait_s: float = layout.ENSURE_WAIT_S
 ) -> AbstractContextManager[Turn]:
     """Hold the turn to start a worker of that sid; see store.Leases."""
-    changes.check_sid(sid)
+    arguments.check_sid(sid)
     return session.created().leases.turn(sid, wait_s=wait_s)
 
 
@@ -150,7 +150,7 @@ def ensure(
 ) -> Worker:
     """Return the living worker of that sid, or start it; see `Registry.ensure`."""
     program = _program(argv, **options)
-    deadline = time.monotonic() + changes.check_wait(timeout_s)
+    deadline = time.monotonic() + arguments.check_wait(timeout_s)
     while True:
         left_s = max(0.0, deadline - time.monotonic())
         with turn(session, sid, wait_s=left_s) as mine:

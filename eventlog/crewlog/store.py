@@ -15,7 +15,7 @@ from crewlog.commit import Commits, Phases
 from crewlog.events import Line, Record, Worker
 from crewlog.fold import Fold
 from crewlog.liveness import LeaseSeen
-from crewlog.notify import Changes
+from crewlog.notify import Channel
 from crewlog.sieve import Sieve
 
 
@@ -133,7 +133,7 @@ class Store(Phases, Protocol):
     # -- its readers and workers ------------------------------------------------------------
 
     @property
-    def changes(self) -> Changes:
+    def channel(self) -> Channel:
         """Return what tells of changes."""
         ...
 

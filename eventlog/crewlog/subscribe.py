@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from crewlog import changes, layout
+from crewlog import arguments, layout
 from crewlog.closing import Closing
 from crewlog.errors import Unsupported, WaitTimeout
 from crewlog.events import Item, State, Worker
@@ -122,7 +122,7 @@ class Mirror(Closing):
         *Raises* WaitTimeout, which names `what`, after `timeout_s` seconds.
         """
         if timeout_s is not None:
-            changes.check_wait(timeout_s)
+            arguments.check_wait(timeout_s)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             state = self._state()

@@ -87,7 +87,7 @@ def test_doctor_notices_the_clock_the_backlog_and_deaf_watchers(
     def no_more(*_: object) -> notify.Source:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(notify.HeadChanges, "source", no_more)
+    monkeypatch.setattr(notify.HeadChannel, "source", no_more)
     assert "max_user_watches" in found_by(reg)["wakes"].remedy
     monkeypatch.setattr(doctors, "_ROOM_BYTES", 1 << 60)
     assert found_by(reg)["room"].status == "warn"

@@ -22,7 +22,6 @@ import crewlog
 from cluster import MISSING, Cluster
 from commands import CREWLOG, Cli
 from crewlog import changes
-from crewlog.address import locate
 from crewlog.errors import (
     AuthFailed,
     HistoryRewound,
@@ -35,6 +34,7 @@ from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.client import Client
 from crewlog.etcd.engine import EtcdLog, is_sound, outdated
 from crewlog.events import JsonObject
+from crewlog.place import locate
 from crewlog_compactor import KeepEvents, compact, repair, verify
 from crewlog_compactor import etcd as job
 from procs import Crew, until

@@ -20,14 +20,14 @@ from procs import forked, joined
 
 # What a thread goes through that opens or creates, and one that appends, seals and reads; but for
 # what only computes.
-OPENING: Final = ("address", "create", "directory", "disk", "registry")
+OPENING: Final = ("create", "directory", "disk", "place", "registry", "session")
 WORKING: Final = (
     *("commit", "current", "directory", "disk", "lock", "log", "reader", "reading"),
     *("redo", "segments", "states", "sync", "tail", "writing"),
 )
 FORKS_AT_ONCE: Final = 12  # they contend for the locks
 QUIET_ROUNDS: Final = 4  # after so many that met no new line, nearly all were met
-Place = tuple[str, int]
+Spot = tuple[str, int]
 
 
 class Stops:
@@ -37,8 +37,8 @@ class Stops:
         """Watch over these modules."""
         home = Path(crewlog.__file__).parent
         self.rooms = {str(home / f"{name}.py"): name for name in rooms}
-        self.seen: set[Place] = set()
-        self._at: Queue[Place | None] = Queue()  # where it stopped; None: it is through
+        self.seen: set[Spot] = set()
+        self._at: Queue[Spot | None] = Queue()  # where it stopped; None: it is through
         self._on = threading.Semaphore(0)
         self._left = 0  # how many more stops this round may have
 
@@ -76,7 +76,7 @@ class Stops:
         while (at := self._at.get()) is not None:
             sid = f"c{len(self.seen)}"
 
-            def forked_here(at: Place = at, sid: str = sid) -> None:
+            def forked_here(at: Spot = at, sid: str = sid) -> None:
                 sys.stderr.write(f"forked at {at}\n")  # shown if it fails
                 os.close(end)
                 os.read(over, 1)  # until the thread is through, and holds no lock

@@ -8,7 +8,7 @@ from crewlog.etcd.engine import EtcdLog
 
 @dataclass(frozen=True, slots=True)
 class EtcdPlace:
-    """A prefix of a cluster; see address.Address."""
+    """A prefix of a cluster; see place.Place."""
 
     address: EtcdAddress
 

@@ -17,7 +17,7 @@ from crewlog.errors import (
 )
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
-from crewlog.etcd.changes import EtcdChanges
+from crewlog.etcd.channel import EtcdChannel
 from crewlog.etcd.client import Refused
 from crewlog.etcd.cursors import EtcdCursors
 from crewlog.etcd.keys import KeyValue
@@ -228,9 +228,9 @@ class EtcdReading(EtcdLines):
     # -- its readers and workers ------------------------------------------------------------
 
     @property
-    def changes(self) -> EtcdChanges:
+    def channel(self) -> EtcdChannel:
         """Return what tells of changes."""
-        return EtcdChanges(self.address, self.keys.head, self.id)
+        return EtcdChannel(self.address, self.keys.head, self.id)
 
     @property
     def cursors(self) -> EtcdCursors:

@@ -11,7 +11,7 @@ from crewlog.log import Log
 from crewlog.store import Store
 
 
-class Address(Protocol):
+class Place(Protocol):
     """A place where a store is, or may be created. Its text is what `crewlog.open` takes."""
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Address(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryAddress:
+class DirectoryPlace:
     """A directory of this machine."""
 
     path: Path
@@ -46,7 +46,7 @@ class DirectoryAddress:
         return Log(create.open_or_create(self.path, wait_s=wait_s), wait_s=wait_s)
 
 
-def locate(where: str | os.PathLike[str] | None = None) -> Address:
+def locate(where: str | os.PathLike[str] | None = None) -> Place:
     """Return the place that `where` means: a path, a file://, etcd:// or etcds:// URL.
 
     None: `CREWLOG_DIR`, else `$XDG_STATE_HOME/crewlog` if that is absolute, else
@@ -56,10 +56,10 @@ def locate(where: str | os.PathLike[str] | None = None) -> Address:
     named = os.fspath(where) if where is not None else os.environ.get(directory.ENVIRONMENT, "")
     if named.lower().startswith(("etcd:", "etcds:")):
         return _cluster(named)
-    return DirectoryAddress(directory.locate(where))
+    return DirectoryPlace(directory.locate(where))
 
 
-def _cluster(url: str) -> Address:
+def _cluster(url: str) -> Place:
     from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few ask for it)
 
     address = EtcdAddress.parse(url)
@@ -78,7 +78,7 @@ def _cluster(url: str) -> Address:
 def locate_directory(where: str | os.PathLike[str] | None, *, what: str) -> Path:
     """Return the directory that `where` means. *Raises* Unsupported for another kind of place."""
     found = locate(where)
-    if isinstance(found, DirectoryAddress):
+    if isinstance(found, DirectoryPlace):
         return found.path
     raise no_directory(str(found), what=what)
 

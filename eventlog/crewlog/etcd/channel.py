@@ -22,8 +22,8 @@ _BACKENDS: Final = frozenset({"auto", "poll"})
 
 
 @dataclass(frozen=True, slots=True)
-class EtcdChanges:
-    """The changes of a store in a cluster; see notify.Changes."""
+class EtcdChannel:
+    """The changes of a store in a cluster; see notify.Channel."""
 
     address: EtcdAddress
     head: bytes
