@@ -1,31 +1,21 @@
 """Change the registry: register, update, remove, import. Each prints the seq of what it wrote."""
 
 import json
-from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final
 
 import click
 
 from crewlog.events import JsonValue
 from crewlog_cli import facts, reading, shell, words
 from crewlog_cli.shell import Shell, command
-
-T = TypeVar("T")
-
-
-def tried(change: Callable[[], T]) -> T:
-    """Make a change; an argument that the library refuses is a usage error (2)."""
-    try:
-        return change()
-    except (ValueError, TypeError) as error:
-        raise click.UsageError(str(error)) from error
+from crewlog_cli.words import safe, tried
 
 
-def _meta(words: str | None) -> dict[str, JsonValue] | None:
-    if words is None:
+def _meta(given: str | None) -> dict[str, JsonValue] | None:
+    if given is None:
         return None
     try:
-        found: object = json.loads(words, object_pairs_hook=_unique)
+        found: object = json.loads(given, object_pairs_hook=_unique)
     except ValueError as error:
         message = f"--meta is no JSON object: {error}"
         raise click.UsageError(message) from error
@@ -40,11 +30,6 @@ def _unique(found: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
         message = "a key stands twice"
         raise ValueError(message)
     return dict(found)
-
-
-def safe(words: str) -> str:
-    """Make argv that is not UTF-8 fit for the log, without losing a byte."""
-    return words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _done(sh: Shell, sid: str, seq: int, **more: object) -> None:

@@ -14,8 +14,8 @@ from crewlog.errors import CrewlogError
 from crewlog.events import Event, Worker
 from crewlog.registry import Registry
 from crewlog_cli import facts, reading, shell, words
-from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.words import safe, tried
 
 _AT_ONCE: Final = 32
 

@@ -16,8 +16,8 @@ from crewlog.errors import CrewlogError, LockBusy, PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
 from crewlog_cli import facts, metrics, reading, shell, times, words
-from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.words import safe, tried
 from crewlog_compactor import (
     CollectReport,
     CompactReport,

@@ -7,8 +7,8 @@ import click
 
 from crewlog.place import DirectoryPlace, locate
 from crewlog_cli import shell
-from crewlog_cli.changing import tried
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.words import tried
 from crewlog_compactor import Anchor, RepairReport, anchor, migrate, repair, verify
 from crewlog_compactor.repair import parse_range
 

@@ -21,8 +21,8 @@ from crewlog.registering import Wish
 from crewlog.registry import Registry
 from crewlog.store import Turn
 from crewlog_cli import shell, words
-from crewlog_cli.changing import safe, tried
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.words import safe, tried
 
 P = ParamSpec("P")
 

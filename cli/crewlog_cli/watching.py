@@ -15,7 +15,7 @@ from crewlog.feed import After
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch import Watch
-from crewlog_cli import changing, facts, reading, shell, words
+from crewlog_cli import facts, reading, shell, words
 from crewlog_cli.shell import Shell, command
 
 _RETRY_MIN_S: Final = 0.1
@@ -93,7 +93,7 @@ def watch(
     first = words.moment(since, sh)
     reg = sh.existing()
     start: After = "oldest" if from_start else "now" if now else first or after
-    items = changing.tried(
+    items = words.tried(
         lambda: reg.watch(
             after=start,
             sids=sids or None,
@@ -230,13 +230,15 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
     if action == "ls":
         _print_cursors(sh, reg, reg.session.store().cursors.every())
         return
-    name = changing.tried(lambda: arguments.check_sid(name, what="cursor"))
+    name = words.tried(lambda: arguments.check_sid(name, what="cursor"))
     cursors = reg.session.store().cursors
     if action == "rm":
         if not cursors.remove(name):
             _no_cursor(sh, name)
         if sh.json:
             _print_cursors(sh, reg, [])
+        else:
+            sh.line(name)
         return
     known = cursors.read(name)
     if action == "set" and seq is not None:

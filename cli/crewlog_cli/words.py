@@ -1,4 +1,4 @@
-"""Read what people type on the command line: times, durations, labels, types of event."""
+"""Read what people type on the command line: times, durations, labels, types of event, any text."""
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -12,6 +12,20 @@ from crewlog_cli.shell import Shell
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+
+
+def tried(change: Callable[[], T]) -> T:
+    """Make a change; an argument that the library refuses is a usage error (2)."""
+    try:
+        return change()
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def safe(given: str) -> str:
+    """Make argv that is not UTF-8 fit for the log, without losing a byte."""
+    return given.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def moment(words: str | None, sh: Shell) -> datetime | None:

@@ -37,9 +37,9 @@ class Anchor:
 
 def anchor(reg: Registry) -> Anchor:
     """Return the anchor of the last durable event. *Raises* StoreMissing."""
-    log = reg.session.store()
-    seq = log.last_seq()
-    for line, raw in log.read(seq - 1):
+    store = reg.session.store()
+    seq = store.last_seq()
+    for line, raw in store.read(seq - 1):
         if line["seq"] >= seq:
             return Anchor(line["seq"], codec.digest(raw).hex())
     message = "the last durable line was not read"  # pragma: no cover (read() raises before)

@@ -25,7 +25,7 @@ from crewlog.errors import (
 from crewlog.events import Event
 from crewlog.registry import Registry
 from crewlog_compactor import orphans, plan
-from crewlog_compactor.plan import Plan, Step
+from crewlog_compactor.plan import Plan, Task
 
 KEEP: Final = timedelta(days=1)
 _STEPS_A_COMMIT: Final = 1000
@@ -155,7 +155,7 @@ def _carry_out(
     return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)
 
 
-def _event(author: Author, step: Step) -> changes.Step:
+def _event(author: Author, step: Task) -> changes.Step:
     if step.action == "prune":
         return changes.pruned(author, step.sid, expect=step.rev)
     return changes.buried(

@@ -51,15 +51,15 @@ def compact(
     packed = require(packing)
     log = reg.session.store()
     if not isinstance(log, Log):
-        from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
+        from crewlog_compactor import etcd_compact  # noqa: PLC0415 (few need it)
 
-        return etcd.compact(
+        return etcd_compact.compact(
             reg, log, gc=gc, force=force, keep_history=keep_history, dry_run=dry_run
         )
     with disk.failures("cannot compact", where=reg.where):
         if dry_run:
             return _foretold(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
-        lock = log.try_compact_lock()
+        lock = log.take_compact_lock()
         try:
             return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
         finally:

@@ -61,7 +61,7 @@ class Copy:
 def begin(store: Store, progress: Progress) -> Copy:
     """Return a copy that has not begun. *Raises* CompactedError where its state is not kept."""
     first = store.first_seq()
-    base = next((found for found in store.states() if found.last_seq == first - 1), None)
+    base = next((found for found in store.snapshots() if found.last_seq == first - 1), None)
     if base is None:  # retention could keep no state before what it left
         raise CompactedError(requested=first - 1, oldest=first)
     return Copy(store, first, base, progress)

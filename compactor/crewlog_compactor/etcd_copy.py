@@ -12,11 +12,12 @@ from crewlog.codec import DocumentError
 from crewlog.errors import LockBusy, NotAStore
 from crewlog.etcd import keys
 from crewlog.etcd.engine import EtcdLog
+from crewlog.etcd.keys import Room
 from crewlog.etcd.lines import encode_head
 from crewlog.etcd.place import EtcdPlace
 from crewlog.events import JsonObject, Line
 from crewlog_compactor.copying import Copy
-from crewlog_compactor.etcd import put_base
+from crewlog_compactor.etcd_compact import put_base
 
 _LINES_A_KEY = 100
 
@@ -50,10 +51,10 @@ class _Writer:
         self._flush()
         copy.require_still()
         for record in copy.state.records.values():
-            self._put(names.named("w", record["sid"]), codec.dump(record))
+            self._put(names.named(Room.RECORD, record["sid"]), codec.dump(record))
         for cursor in copy.source.cursors.every():
             if not cursor.damaged:
-                self._put(names.named("c", cursor.name), b"%d" % cursor.seq)
+                self._put(names.named(Room.CURSOR, cursor.name), b"%d" % cursor.seq)
         self._flush()
         if copy.base.last_seq:
             put_base(self._target, copy.base)
@@ -95,7 +96,7 @@ class _Writer:
             left = [keys.is_value(names.migration, before[0].value), keys.is_absent(names.head)]
             self._send(left, [put], proof=(names.migration, self._claim))
             mine = [keys.is_value(names.migration, self._claim)]
-            for room in ("e", "w", "s", "b", "c"):
+            for room in (Room.EVENT, Room.RECORD, Room.PART, Room.BASE, Room.CURSOR):
                 self._send(mine, [keys.delete(*names.room(room))])
         elif any(True for _ in target.all_keys(*names.whole())):
             raise NotAStore(

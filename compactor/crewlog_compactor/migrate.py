@@ -78,7 +78,7 @@ def _still(store: Store) -> AbstractContextManager[object]:
 
 @contextmanager
 def _alone(log: Log) -> Iterator[None]:
-    lock = log.try_compact_lock()
+    lock = log.take_compact_lock()
     try:
         with log.alone():
             yield

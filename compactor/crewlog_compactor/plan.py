@@ -23,7 +23,7 @@ _FORMAT: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Task:
     """One worker to be buried or pruned, if its rev is still the same when it is carried out."""
 
     action: Literal["bury", "prune"]
@@ -60,7 +60,7 @@ class Plan:
     store: str
     made_at: str
     living: int
-    steps: tuple[Step, ...]
+    steps: tuple[Task, ...]
     unknown: tuple[str, ...]
 
     def encode(self) -> bytes:
@@ -86,7 +86,7 @@ def make(
     keep: timedelta,
 ) -> Plan:
     """Plan: the dead are buried, those that ended more than `keep` ago pruned, the rest stays."""
-    steps: list[Step] = []
+    steps: list[Task] = []
     unknown: list[str] = []
     living = 0
     for worker, found in zip(workers, judged, strict=True):
@@ -108,8 +108,8 @@ def make(
     )
 
 
-def _step(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> Step:
-    return Step(
+def _step(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> Task:
+    return Task(
         action=action,
         sid=worker.sid,
         rev=worker.rev,
@@ -157,7 +157,7 @@ def _plan(found: JsonObject) -> Plan:
     )
 
 
-def _step_of(row: JsonValue) -> Step:
+def _step_of(row: JsonValue) -> Task:
     if not isinstance(row, dict):
         message = "a step is not an object"
         raise ValueError(message)  # noqa: TRY004 (as above)
@@ -174,7 +174,7 @@ def _step_of(row: JsonValue) -> Step:
     elif source is not None:
         message = f"a step has the source {source!r}"
         raise ValueError(message)
-    return Step(
+    return Task(
         action=action,
         sid=_text(found, "sid"),
         rev=_number(found, "rev"),

@@ -82,7 +82,7 @@ def repair(
     try:
         if not yes:
             return _report(_survey(log.directory), done=False)
-        lock = log.try_compact_lock()
+        lock = log.take_compact_lock()
         try:
             return _repair(log, accept_loss)
         finally:
@@ -101,7 +101,7 @@ def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
         if not found.needed:
             return _report(found, done=False)
         kept = [_rewrite(log.directory, part) for part in found.parts if part.changed]
-        _settle(states, found)
+        _tell_states(states, found)
         if found.poisoned:
             kept += _lift_mark(log.directory)
     told: JsonObject = {
@@ -377,7 +377,7 @@ def _numbered(stem: str) -> Iterator[str]:
     yield from (f"{stem}.{number}" for number in range(layout.QUARANTINE_MAX))
 
 
-def _settle(states: States, found: _Survey) -> None:
+def _tell_states(states: States, found: _Survey) -> None:
     """Let the states tell of the rewritten end, if it was rewritten."""
     last = found.parts[-1]
     if not last.changed:
@@ -395,7 +395,7 @@ def _lift_mark(at: Directory) -> list[str]:
     if not disk.exists(layout.POISON, at=at.root):
         return []
     where = at.where(layout.POISON)
-    note = disk.read_all(layout.POISON, at=at.root, where=where, limit=layout.STATE_BYTES_MAX)
+    note = disk.read_all(layout.POISON, at=at.root, where=where, limit=layout.SMALL_FILE_BYTES_MAX)
     kept = _quarantine(at, layout.POISON, note)
     at.disk.unlink(layout.POISON, at=at.root)
     at.disk.sync_directory(at.root)

@@ -37,9 +37,9 @@ def verify(
     """
     place = locate(where)
     if not isinstance(place, DirectoryPlace):
-        from crewlog_compactor import etcd  # noqa: PLC0415 (few need it)
+        from crewlog_compactor import etcd_check  # noqa: PLC0415 (few need it)
 
-        return etcd.verify(place, anchor=anchor, progress=progress)
+        return etcd_check.verify(place, anchor=anchor, progress=progress)
     return _verify(place.path, anchor=anchor, progress=progress)
 
 

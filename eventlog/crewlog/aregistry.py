@@ -390,7 +390,7 @@ class _Awaited(Request):
             if self.phase == "lead":
                 self._store.commits.lead(self._store, self)
             else:
-                self._store.settle(0 if self.result is None else self.result.seq)
+                self._store.make_durable(0 if self.result is None else self.result.seq)
         except Exception as error:  # noqa: BLE001 (the task raises it)
             self.fail(error)
         self.advance("done")

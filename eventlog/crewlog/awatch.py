@@ -59,7 +59,7 @@ class AsyncWatch:
         self._vigil = vigil
         self._bell = bell
         self._taking = False  # a coroutine is inside `next`
-        remote = vigil.feed.log.remote
+        remote = vigil.feed.store.remote
         self._thread = ThreadPoolExecutor(1, "crewlog-look") if remote else None
         self._looking: asyncio.Future[Item | None] | None = None
         weakref.finalize(self, vigil.end)  # who forgets to close gives it back all the same

@@ -96,7 +96,7 @@ class Phases(Protocol):
         """
         ...
 
-    def settle(
+    def make_durable(
         self, seq: int, generation: int | None = None, begun: Callable[[], None] | None = None
     ) -> None:
         """Return once everything up to `seq` is durable; call `begun` when that is under way."""
@@ -136,7 +136,7 @@ class Commits:
             if waiting is not None:
                 self._await(waiting)
             if request.phase == "written":
-                phases.settle(_seq(request))
+                phases.make_durable(_seq(request))
             elif request.phase != "done":
                 self.lead(phases, request)
         except BaseException:  # a signal handler raised, or the wait was too long
@@ -189,7 +189,7 @@ class Commits:
             if count < len(group):
                 self._put_back(group[count:])
                 group = group[:count]
-            phases.settle(seq, generation, self._hand_on)
+            phases.make_durable(seq, generation, self._hand_on)
         except Exception as error:  # noqa: BLE001 (each caller raises it)
             for request in group:
                 request.fail(error if request is own else _like(error))

@@ -25,7 +25,7 @@ def read(directory: Directory, name: str) -> Standing | None:
     with disk.failures("cannot read the cursor", where=where):
         try:
             data = disk.read_all(
-                name, at=directory[layout.CURSORS], where=where, limit=layout.STATE_BYTES_MAX
+                name, at=directory[layout.CURSORS], where=where, limit=layout.SMALL_FILE_BYTES_MAX
             )
         except FileNotFoundError:
             return None

@@ -205,7 +205,7 @@ def unsafe(real: Path, error: UnsafePermissions, *, where: str) -> CrewlogError:
 def _identity(root: int, path: Path) -> tuple[bytes, str]:
     where = str(path / layout.STORE)
     try:
-        data = disk.read_all(layout.STORE, at=root, where=where, limit=layout.STATE_BYTES_MAX)
+        data = disk.read_all(layout.STORE, at=root, where=where, limit=layout.SMALL_FILE_BYTES_MAX)
     except FileNotFoundError as error:
         require_newborn(root, path)
         raise StoreMissing(str(path)) from error

@@ -97,7 +97,7 @@ class Disk:
         """Replace `new` by `name`, atomically."""
         os.rename(name, new, src_dir_fd=at, dst_dir_fd=at)
 
-    def publish(self, name: str, *, at: int) -> None:
+    def make_public(self, name: str, *, at: int) -> None:
         """Let everybody read a file of ours; for what is not the store's."""
         os.chmod(name, layout.PUBLIC_MODE, dir_fd=at)
 
@@ -226,7 +226,7 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
         write_new(via, temporary, data, at=at)
         try:
             if public:
-                via.publish(temporary, at=at)
+                via.make_public(temporary, at=at)
             via.rename(temporary, path.name, at=at)
         except BaseException:
             via.unlink(temporary, at=at)

@@ -60,7 +60,7 @@ class Feed:
 
     def __init__(
         self,
-        log: Store,
+        store: Store,
         *,
         after: After,
         wanted: Filter,
@@ -68,7 +68,7 @@ class Feed:
         state: Callable[[], State],
     ) -> None:
         """Begin after seq `after`; None: with the state of now, "now": with nothing before."""
-        self.log = log
+        self.store = store
         self.seen_seq = 0  # the newest head that was looked at
         self.delivered = 0
         self.unfinished = False  # the last look stopped early, with more to read
@@ -91,22 +91,22 @@ class Feed:
                 self._revs = self._first.workers.revs()
                 return self._first.seq
             case "now":
-                return self.log.last_seq()
+                return self.store.last_seq()
             case "oldest":
-                return self.log.first_seq() - 1
+                return self.store.first_seq() - 1
             case datetime():
                 return self._before(events.timestamp(after))
             case _:
-                last = self.log.last_seq()
+                last = self.store.last_seq()
                 self._replaced = after > last  # this store never was that far
                 return min(after, last)
 
     def _before(self, ts: str) -> int:
         sieve = Sieve(None, ts.encode())  # where the clock stepped back, the first is meant
-        for line, _ in self.log.read(self.log.first_seq() - 1, sieve=sieve):
+        for line, _ in self.store.read(self.store.first_seq() - 1, sieve=sieve):
             if line["ts"] >= ts:
                 return line["seq"] - 1
-        return self.log.last_seq()
+        return self.store.last_seq()
 
     def look(self, lines_max: int | None = None) -> Item | None:
         """Return the next item that is there now, None if there is none.
@@ -126,16 +126,16 @@ class Feed:
                 item = self._delivered(lines_max)
                 if item is not None or self.unfinished:
                     return item
-                head = self.seen_seq = self.log.last_seq()
+                head = self.seen_seq = self.store.last_seq()
                 if head <= self.position:
                     return self._announce()
                 if self._tail is None:
-                    self._tail = self.log.tail(self.position, sieve=self._wanted.sieve())
+                    self._tail = self.store.tail(self.position, sieve=self._wanted.sieve())
                 self._lines = self._tail.read(head)
         except CompactedError as error:
             return self._compacted(error)
         except SegmentMissing as error:
-            oldest = self.log.first_seq()
+            oldest = self.store.first_seq()
             if oldest <= error.first:
                 raise  # a hole, not the beginning
             return self._compacted(CompactedError(requested=self.position + 1, oldest=oldest))
@@ -188,11 +188,11 @@ class Feed:
     def _before_oldest(self) -> State | None:
         """Return the state that what is kept leads on from; None where none could be kept."""
         for _ in range(layout.SEGMENT_OPEN_TRIES):
-            first = self.log.first_seq()
-            for kept in self.log.states():
+            first = self.store.first_seq()
+            for kept in self.store.snapshots():
                 if kept.last_seq == first - 1:
                     return state_of(kept.last_seq, kept.records())
-            if self.log.first_seq() == first:  # else a retention came between
+            if self.store.first_seq() == first:  # else a retention came between
                 return None
         return None
 
@@ -223,22 +223,22 @@ class Feed:
             diff=None if before is None else diff_of(before, state.workers.revs()),
         )
 
-    def moved_to(self, log: Store) -> Reset | None:
-        """Go on with the log that is in place now; a Reset unless it continues this one."""
-        continues = self._is_continued_by(log)
+    def moved_to(self, store: Store) -> Reset | None:
+        """Go on with the store that is in place now; a Reset unless it continues this one."""
+        continues = self._is_continued_by(store)
         reset = None if continues else self._reset("replaced")  # may raise: then nothing has moved
-        self.log = log
+        self.store = store
         self._drop_tail()
         return reset
 
-    def _is_continued_by(self, log: Store) -> bool:
-        """Say whether the last line that was looked at is in that log too, at its place."""
-        if log.id != self.log.id or self._passed is None:
+    def _is_continued_by(self, store: Store) -> bool:
+        """Say whether the last line that was looked at is in that store too, at its place."""
+        if store.id != self.store.id or self._passed is None:
             return False
         seq, raw = self._passed
-        if seq != self.position or log.last_seq() < seq or log.first_seq() > seq:
+        if seq != self.position or store.last_seq() < seq or store.first_seq() > seq:
             return False
-        return next((there == raw for _, there in log.read(seq - 1)), False)
+        return next((there == raw for _, there in store.read(seq - 1)), False)
 
     def _drop_tail(self) -> None:
         self._lines = None
@@ -246,9 +246,9 @@ class Feed:
             self._tail.close()
             self._tail = None
 
-    def rearm(self, log: Store) -> None:
+    def rearm(self, store: Store) -> None:
         """Begin anew at the same position, in a forked child."""
-        self.log = log
+        self.store = store
         self._drop_tail()
 
     def close(self) -> None:

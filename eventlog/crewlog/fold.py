@@ -116,7 +116,7 @@ def exit_state(data: JsonObject) -> WorkerState:
     return WorkerState.FAILED if events.is_failure(data) else WorkerState.EXITED
 
 
-def merge(old: Mapping[str, JsonValue], patch: JsonValue) -> dict[str, JsonValue]:
+def _merge(old: Mapping[str, JsonValue], patch: JsonValue) -> dict[str, JsonValue]:
     """Merge as RFC 7396 does, one level deep: null removes a key, anything else replaces it."""
     if not isinstance(patch, dict):
         message = "a patch is not an object"
@@ -132,9 +132,9 @@ def _patched(record: Record, patch: JsonObject) -> Record:
     for key, value in patch.items():
         match key:
             case "labels":
-                fresh["labels"] = cast("dict[str, str]", merge(record["labels"], value))
+                fresh["labels"] = cast("dict[str, str]", _merge(record["labels"], value))
             case "meta":
-                fresh["meta"] = merge(record["meta"], value)
+                fresh["meta"] = _merge(record["meta"], value)
             case "sock":
                 fresh["sock"] = cast("str", value)
                 if "sock_id" not in patch:

@@ -42,11 +42,18 @@ _PIDFD_INFO: Final = struct.Struct("=Q52xi")
 StatusSource: TypeAlias = Literal["pidfd", "zombie"]
 
 
+_PF_EXITING: Final = 0x4
+
+
 class Stat(NamedTuple):
-    """What /proc/PID/stat says: state letter, parent, threads, start in ticks, wait status."""
+    """What /proc/PID/stat says: state letter, parent, threads, start in ticks, wait status.
+
+    `exiting` is set from the moment on at which the thread has begun to end.
+    """
 
     state: str
     parent: int
+    exiting: bool
     threads: int
     start_ticks: int
     wait_status: int
@@ -153,7 +160,7 @@ def read_stat(pid: int) -> Stat | None:
     """Read /proc/PID/stat; None where it is not to be had.
 
     The name may hold spaces and parentheses, so fields are counted after the last ")".
-    Source: proc_pid_stat(5), fields 3, 4, 20, 22 and 52.
+    Source: proc_pid_stat(5), fields 3, 4, 9, 20, 22 and 52; PF_EXITING of linux/sched.h.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -164,8 +171,19 @@ def read_stat(pid: int) -> Stat | None:
     if len(fields) < 50:  # noqa: PLR2004 (field 52 is the 50th after the name)
         return None
     return Stat(
-        fields[0].decode(), int(fields[1]), int(fields[17]), int(fields[19]), int(fields[49])
+        state=fields[0].decode(),
+        parent=int(fields[1]),
+        exiting=bool(int(fields[6]) & _PF_EXITING),
+        threads=int(fields[17]),
+        start_ticks=int(fields[19]),
+        wait_status=int(fields[49]),
     )
+
+
+def is_exiting(pid: int) -> bool:
+    """Say whether a process is on its way out, though not ended yet; where /proc tells."""
+    stat = read_stat(pid)
+    return stat is not None and stat.exiting and stat.threads <= 1
 
 
 def open_pidfd(pid: int) -> tuple[Opened, int]:

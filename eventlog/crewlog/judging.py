@@ -29,7 +29,7 @@ def liveness_of(session: Session, sid: str) -> Liveness:
     """Judge whether one worker lives, and ask its socket; see `Registry.liveness`."""
     worker = session.known(sid)
     found = judge(session, [worker])[0]
-    if not found.alive or not worker.sock or not is_of_this_boot(worker):
+    if not found.alive or not worker.sock or not _is_of_this_boot(worker):
         return found
     seen = found.evidence._replace(sock=endpoint.ask(worker.sock))
     return liveness.judge(worker.identity, seen, final=False)
@@ -139,14 +139,22 @@ def runs_here(worker: Worker) -> bool:
     return found.alive and found.cause in {"identity", "start_time"}
 
 
-def is_of_this_boot(worker: Worker) -> bool:
+def _is_of_this_boot(worker: Worker) -> bool:
     """Say whether a worker's pid and paths may be looked at: on another host they are others'."""
     return worker.identity is not None and worker.identity.boot_id == identity.scope().boot_id
 
 
+def is_exiting(worker: Worker) -> bool:
+    """Say whether a living worker's process is on its way out: it may have let go of locks already.
+
+    The kernel closes what a process has open before it counts as ended.
+    """
+    return _is_of_this_boot(worker) and identity.is_exiting(worker.pid)
+
+
 def hold(worker: Worker) -> Process | None:
     """Hold a worker's process; None if it has ended, or is of another host."""
-    if worker.identity is None or not is_of_this_boot(worker):
+    if worker.identity is None or not _is_of_this_boot(worker):
         return None
     try:
         return Process(worker.identity)

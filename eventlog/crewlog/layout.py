@@ -78,7 +78,7 @@ GROUP_BYTES_MAX: Final = 256 * 1024  # of lines that callers of one process shar
 BATCH_EVENTS_MAX: Final = 10_000
 BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
-STATE_BYTES_MAX: Final = 4096
+SMALL_FILE_BYTES_MAX: Final = 4096
 PAYLOAD_DEPTH_MAX: Final = 32
 # How many workers a writer keeps at hand, and how far behind it may be under the lock.
 RECENT_MAX: Final = 50_000

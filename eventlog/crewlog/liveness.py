@@ -14,7 +14,7 @@ RESERVED_S: Final = 60.0
 
 # What opening a pidfd said: a descriptor, no such process, the pid is a thread, or not possible.
 Opened: TypeAlias = Literal["yes", "no_such_process", "thread", "unsupported"]
-Lease: TypeAlias = Literal["held", "free", "absent"]
+LeaseState: TypeAlias = Literal["held", "free", "absent"]
 Killed: TypeAlias = Literal["exists", "no_such_process"]
 
 
@@ -25,7 +25,7 @@ class LeaseSeen(NamedTuple):
     clock of a server that tells no age.
     """
 
-    state: Lease
+    state: LeaseState
     beat_age_s: float | None = None
     beat_expired: bool = False
 
@@ -65,7 +65,7 @@ class Evidence(NamedTuple):
     local_file_system: bool = True
     owner_dead: bool = False
     record_age_s: float = 0.0
-    lease: Lease | None = None
+    lease: LeaseState | None = None
     beat_age_s: float | None = None
     beat_expired: bool = False
     heartbeat_s: float | None = None

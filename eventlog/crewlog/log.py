@@ -87,7 +87,7 @@ class Log(Reading):
         self.append_lock = self._lock(layout.LOCK_APPEND)
         self._sync = Syncer(directory, self._states, boot=self._boot, wait_s=wait_s)
         self.commits = Commits(where=str(directory.path), wait_s=wait_s)
-        self.settle = self._sync.make_durable  # phase two
+        self.make_durable = self._sync.make_durable  # phase two
         self._new_turn()
         # All below is guarded by the mutex.
         self._active: segments.Source | None = None
@@ -400,7 +400,7 @@ class Log(Reading):
         self._sync.look_for_mark()
         self._sync.require_sound(self._states.head())
 
-    def try_compact_lock(self) -> Lock:
+    def take_compact_lock(self) -> Lock:
         """Take locks/compact or raise LockBusy at once; the caller closes it."""
         name = layout.LOCK_COMPACT
         where = self.directory.lock_path(name)

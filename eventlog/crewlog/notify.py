@@ -173,7 +173,9 @@ class InotifySource:
             if self._stop in ready:
                 return
             try:
-                os.read(fd, layout.STATE_BYTES_MAX)  # what happened does not matter, that it did
+                os.read(
+                    fd, layout.SMALL_FILE_BYTES_MAX
+                )  # what happened does not matter, that it did
             except BlockingIOError:  # read already
                 continue
             self._rings()

@@ -100,7 +100,7 @@ def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[L
     for line, _ in _from_oldest(store, None):
         if not first:
             first = line["seq"]
-            kept = [state for state in store.states() if state.last_seq == first - 1]
+            kept = [state for state in store.snapshots() if state.last_seq == first - 1]
             found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
         found.add(line)
         if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
@@ -183,7 +183,7 @@ def _time_of(store: Store, seq: int) -> str | None:
 def _nearest(store: Store, seq: int) -> Snapshot:
     """Return the nearest older state that the history leads on from."""
     oldest = store.first_seq()
-    states = [found for found in store.states() if found.last_seq + 1 >= oldest]
+    states = [found for found in store.snapshots() if found.last_seq + 1 >= oldest]
     fitting = [found for found in states if found.last_seq <= seq]
     if not fitting:
         first = min((found.last_seq for found in states), default=oldest)

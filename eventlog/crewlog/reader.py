@@ -16,7 +16,7 @@ from crewlog.segments import Position, Source, all_of, follows, is_end, open_seg
 from crewlog.sieve import Sieve
 
 
-class Step(NamedTuple):
+class Walked(NamedTuple):
     """What a walk found: a line, or None where lines were passed over; where it stands after it."""
 
     line: Line | None
@@ -27,8 +27,8 @@ class Step(NamedTuple):
 
 def walk(
     source: Source, start: Position, *, end: int | None = None, sieve: Sieve | None = None
-) -> Iterator[Step]:
-    """Step from a position up to `end` bytes, or to the end of the segment.
+) -> Iterator[Walked]:
+    """Walked from a position up to `end` bytes, or to the end of the segment.
 
     Lines that the `sieve` does not hold back are passed over unparsed. *Raises* LogCorrupt or
     ArchiveDamaged at the first line that fails, LogRegressed where the file ends before `end`: the
@@ -43,7 +43,7 @@ def walk(
             for raw in data.split(b"\n")[:-1]:
                 line = _parsed(source, raw, offset, seq + 1)
                 offset, seq = offset + len(raw) + 1, line["seq"]
-                yield Step(line, raw, offset, seq)
+                yield Walked(line, raw, offset, seq)
         else:
             passed = 0
             for begin, newline in sieve.lines(data):
@@ -51,10 +51,10 @@ def walk(
                 raw = data[begin:newline]
                 line = _parsed(source, raw, offset + begin, due)
                 seq, passed = line["seq"], newline + 1
-                yield Step(line, raw, offset + passed, seq)
+                yield Walked(line, raw, offset + passed, seq)
             offset, seq = offset + len(data), seq + data.count(b"\n", passed)
             if passed < len(data):
-                yield Step(None, b"", offset, seq)
+                yield Walked(None, b"", offset, seq)
 
 
 def _whole_lines(source: Source, offset: int, stop: int, step: int, seq: int) -> bytes:
@@ -161,7 +161,7 @@ class Reader:
             fresh = open_segment(self._directory, segment)
         self.close()
         self._source = fresh
-        require_ours(self._directory, fresh)
+        _require_ours(self._directory, fresh)
         return fresh
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class Reader:
             self._source = None
 
 
-def require_ours(directory: Directory, source: Source) -> None:
+def _require_ours(directory: Directory, source: Source) -> None:
     """Refuse a segment that another store's was put in the place of."""
     first = source.read(0, layout.HEADER_BYTES)
     if first and directory.store.encode() not in first:
@@ -194,7 +194,7 @@ def backwards(
                 return  # a retention took it, and what was before it, meanwhile
             raise
         with source:
-            require_ours(directory, source)
+            _require_ours(directory, source)
             end = head.offset if first == head.segment else None
             steps = list(walk(source, start_of(first), end=end, sieve=sieve))
         last = steps[-1].seq if steps else first - 1

@@ -177,7 +177,7 @@ class Reading:
         where = self.directory.where(layout.STORE)
         with disk.failures("cannot read the registry", where=where):
             return disk.read_all(
-                layout.STORE, at=self.directory.root, where=where, limit=layout.STATE_BYTES_MAX
+                layout.STORE, at=self.directory.root, where=where, limit=layout.SMALL_FILE_BYTES_MAX
             )
 
     # -- the past ---------------------------------------------------------------------------
@@ -196,9 +196,9 @@ class Reading:
             raise
         return "" if line is None else line["ts"]
 
-    def states(self) -> Iterator[Snapshot]:
+    def snapshots(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""
-        return snapshot.states(self.directory)
+        return snapshot.every(self.directory)
 
     def fold_to(self, start: Snapshot, seq: int, *, seen: Callable[[Line], None]) -> Snapshot:
         """Return the state at a durable seq from an older one; `seen` is told of each line."""

@@ -97,7 +97,7 @@ def put_base(directory: Directory, snapshot: Snapshot) -> str:
     return written.sha256
 
 
-def states(directory: Directory) -> Iterator[Snapshot]:
+def every(directory: Directory) -> Iterator[Snapshot]:
     """Yield every older state that is kept, the empty one too; damaged ones are passed over."""
     yield empty(directory)
     places = ((layout.BASE, layout.ARCHIVE), (layout.SNAPSHOT_PREV, ""), (layout.SNAPSHOT, ""))

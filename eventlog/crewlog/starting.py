@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, TypedDict, Unpack
 from crewlog import arguments, launch, layout, registering, threads
 from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.events import JsonValue, Worker, WorkerState
-from crewlog.judging import exit_of, hold, judge, record_end
+from crewlog.judging import exit_of, hold, is_exiting, judge, record_end
 from crewlog.launch import Launch, Stream, Words
 from crewlog.registering import Wish, enter, leasing
 from crewlog.session import Session
@@ -72,11 +72,11 @@ def _program(
     stderr: Stream = None,
 ) -> _Program:
     """Check what is to be started, before anything is written."""
-    answers = os.getpid() if owner is None else owner
-    wish = Wish(sock, version, labels, meta, ready, answers, lease, heartbeat_s)
+    wish = Wish(sock, version, labels, meta, ready, owner, lease, heartbeat_s)
     registering.check(wish)
     launch.check(argv, cwd=cwd, env=env)
-    return _Program(argv, cwd, env, stdout, stderr, wish)
+    ours = wish._replace(owner=os.getpid() if owner is None else owner)
+    return _Program(argv, cwd, env, stdout, stderr, ours)
 
 
 def spawn(session: Session, sid: str, argv: Words, **options: Unpack[SpawnOptions]) -> Worker:
@@ -157,7 +157,7 @@ def ensure(
             found = _running(session, sid)
             if found is None:
                 return _spawn(session, sid, program, mine)
-        if found.state not in _LEAVING:
+        if found.state not in _LEAVING and not is_exiting(found):
             return found
         if not left_s:
             what = f"the end of worker {sid!r}, which is leaving,"

@@ -114,7 +114,7 @@ class Store(Phases, Protocol):
         """Return the time of a part's first line, as the log writes it."""
         ...
 
-    def states(self) -> Iterator[Snapshot]:
+    def snapshots(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""
         ...
 

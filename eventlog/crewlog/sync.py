@@ -100,7 +100,7 @@ class Syncer:
             if self._closed:
                 raise AppendUncertain(self._where(), why="the registry was closed meanwhile")
             if generation is None:
-                head = self.usable_head()
+                head = self._usable_head()
                 if head.seq >= goal:
                     return
                 generation = head.generation
@@ -119,7 +119,7 @@ class Syncer:
             if not led:
                 time.sleep(next(waits))
 
-    def usable_head(self) -> DurableHead:
+    def _usable_head(self) -> DurableHead:
         """Return the head. *Raises* AppendUncertain if it is unreadable or the store poisoned."""
         head = self._states.head()
         if head is None or head.boot != self._boot:
@@ -136,7 +136,7 @@ class Syncer:
 
         Held: the lock of this generation's successor.
         """
-        head = self.usable_head()
+        head = self._usable_head()
         if head.seq >= goal:
             return True
         if head.generation != generation:

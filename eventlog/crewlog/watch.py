@@ -35,7 +35,7 @@ class Vigil:
         current: Callable[[], Store | None],
         cursor: Cursor | None,
     ) -> None:
-        """Watch a feed; `arm` makes another waker, `current` says which log is in place now."""
+        """Watch a feed; `arm` makes another waker, `current` says which store is in place now."""
         self.feed = feed
         self.waker = waker
         self.cursor = cursor
@@ -61,9 +61,9 @@ class Vigil:
         """Listen anew in a forked child; a cursor stays with the parent, which owns it."""
         if self.cursor is not None:
             raise RegistryClosed(f"cursor {self.cursor.name} in a forked child")
-        log = self._current()
-        if log is not None:
-            self.feed.rearm(log)
+        store = self._current()
+        if store is not None:
+            self.feed.rearm(store)
         self.waker = self._arm()
         self._pid = os.getpid()
 
@@ -121,7 +121,7 @@ class Vigil:
     def moved_unseen(self) -> bool:
         """Say whether the head has moved on without a wake so far."""
         try:
-            return self.waker.source != "poll" and self.feed.log.last_seq() > self.feed.seen_seq
+            return self.waker.source != "poll" and self.feed.store.last_seq() > self.feed.seen_seq
         except Unavailable:  # nothing is known
             return False
 
@@ -132,17 +132,17 @@ class Vigil:
     def check_place(self) -> None:
         """See whether the store in place is still the one that is watched."""
         self.waker.check()
-        self.feed.log.renew()
+        self.feed.store.renew()
         try:
-            log = self._current()
+            store = self._current()
         except Unavailable:  # the next look says so
             return
-        if log is not None and log is not self.feed.log:
-            self._waiting = self.feed.moved_to(log)
+        if store is not None and store is not self.feed.store:
+            self._waiting = self.feed.moved_to(store)
             if self.cursor is not None:  # it stands in the directory that is no longer in place
                 name = self.cursor.name
                 self.cursor.close()
-                self.cursor = log.cursors.own(name, start=self.feed.position)
+                self.cursor = store.cursors.own(name, start=self.feed.position)
                 self.cursor.set(self.feed.position)
 
     def stats(self) -> dict[str, int | str]:
@@ -157,7 +157,7 @@ class Vigil:
 
     def lag(self) -> int:
         """Return how many durable lines lie ahead, filtered ones included."""
-        return max(0, self.feed.log.last_seq() - self.feed.position)
+        return max(0, self.feed.store.last_seq() - self.feed.position)
 
     def acknowledge(self, item: Item) -> None:
         """Acknowledge everything up to this item now."""

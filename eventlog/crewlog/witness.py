@@ -20,7 +20,7 @@ _PLATFORM: Final[Literal["linux", "other"]] = "linux" if identity.LINUX else "ot
 _BOOT_SLACK: Final = timedelta(seconds=2)
 
 # Looks at a lease by its name.
-Leases: TypeAlias = Callable[[str], LeaseSeen]
+LeaseLook: TypeAlias = Callable[[str], LeaseSeen]
 
 
 class Witness:
@@ -33,7 +33,7 @@ class Witness:
         now: datetime,
         began_at: datetime,
         local_file_system: bool = True,
-        leases: Leases | None = None,
+        leases: LeaseLook | None = None,
     ) -> None:
         """Look from `here`, in a boot that began at `began_at` by the clock of `now`.
 
@@ -143,7 +143,7 @@ class Witness:
         return self._owners[owner]
 
 
-def witness(*, local_file_system: bool = True, leases: Leases | None = None) -> Witness:
+def witness(*, local_file_system: bool = True, leases: LeaseLook | None = None) -> Witness:
     """Return a witness for this process's own place and time."""
     return Witness(
         identity.scope(),

@@ -124,7 +124,7 @@ def test_conflicts_and_stale_revisions_are_one(cli: Cli, crew: Crew) -> None:
 def test_compact_is_75_while_another_runs_and_silent_with_q(cli: Cli, reg: Registry) -> None:
     """What cron sees."""
     reg.register("a")
-    lock = files(reg).try_compact_lock()
+    lock = files(reg).take_compact_lock()
     assert "locked" in cli("compact", "-q", code=75).stderr
     lock.close()
     done = cli("compact", "-q")

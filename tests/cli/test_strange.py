@@ -80,7 +80,7 @@ def test_metrics_tell_of_a_compaction_that_failed(cli: Cli, reg: Registry, tmp_p
     reg.register("a")
     cli("compact", "-q", "--prometheus", path)
     assert "crewlog_compaction_success 1" in path.read_text()
-    with contextlib.closing(files(reg).try_compact_lock()):
+    with contextlib.closing(files(reg).take_compact_lock()):
         cli("compact", "-q", "--prometheus", path, code=75)
     assert "crewlog_compaction_success 1" in path.read_text(), "another one runs: no failure"
     reg.update("a", state="ready")

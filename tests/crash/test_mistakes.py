@@ -272,7 +272,7 @@ def test_snapshot_never_covers_more_than_durable_names(place: Path) -> None:
         files(reg).rotate()
     lost = max((place / layout.LOG).glob("*.jsonl"))
     with crewlog.open(place) as other:
-        lock = files(other).try_compact_lock()
+        lock = files(other).take_compact_lock()
         from crewlog_compactor.compact import _fold
 
         _, found = _fold(files(other))
@@ -403,7 +403,7 @@ def test_child_forked_during_a_compaction_does_not_keep_its_lock(
     """Neither after the compaction has ended, nor after its process has."""
     with crewlog.open(place) as reg:
         reg.register("a")
-        lock = files(reg).try_compact_lock()
+        lock = files(reg).take_compact_lock()
         child = forked(signal.pause)
         lock.close()
         try:

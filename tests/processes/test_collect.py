@@ -205,7 +205,7 @@ def test_ended_worker_is_pruned_after_keep_and_its_history_stays(reg: Registry, 
 def test_two_compactions_exclude_each_other(reg: Registry, place: Path) -> None:
     """The second one is told at once."""
     reg.register("a")
-    lock = files(reg).try_compact_lock()
+    lock = files(reg).take_compact_lock()
     with crewlog.open(place) as other, pytest.raises(LockBusy) as caught:
         compact(other)
     assert f"pid {os.getpid()}" in caught.value.holder
@@ -255,7 +255,7 @@ def test_compact_where_nothing_can_be_written_is_a_typed_error(
     def refused(_: object) -> Lock:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(Log, "try_compact_lock", refused)
+    monkeypatch.setattr(Log, "take_compact_lock", refused)
     with pytest.raises(StorageFailed, match="Read-only"):
         compact(reg)
     assert compact(reg, dry_run=True).folded_events > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import changes, launch, starting
+from crewlog import changes, identity, launch, starting
 from crewlog.errors import SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.launch import Launch
 from crewlog.registry import Registry
@@ -233,6 +233,37 @@ def test_ensure_never_returns_a_process_that_will_not_begin(place: Path) -> None
         until(lambda: marks(place) == [worker.pid])
         end_all(reg)
         until(lambda: final(reg, "a"))
+
+
+def test_ensure_waits_for_one_that_is_on_its_way_out(
+    reg: Registry, place: Path, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process lets go of its turn before it counts as ended: it is not what was asked for."""
+    old = crew.sleeper()
+    reg.register("a", pid=old.pid, ready=True)
+    asked = []
+
+    def exiting(pid: int) -> bool:
+        asked.append(pid)
+        if len(asked) == 1:
+            kill(old)
+            return True
+        return False
+
+    monkeypatch.setattr(identity, "is_exiting", exiting)
+    new = reg.ensure("a", marking(place))
+    assert (asked[0], new.pid != old.pid, new.generation) == (old.pid, True, 2)
+    end_all(reg)
+    until(lambda: final(reg, "a"))
+
+
+def test_process_that_ends_is_seen_to_exit_from_proc(crew: Crew) -> None:
+    """By the flag that the kernel sets first; a living one has it not."""
+    process = crew.sleeper()
+    assert not identity.is_exiting(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie has it still
+    assert identity.is_exiting(process.pid)
 
 
 def test_ensure_waits_for_one_that_is_leaving(reg: Registry, place: Path, crew: Crew) -> None:

@@ -43,7 +43,7 @@ class Stage:
             self.on_written.pop(0)()
         return len(group), self.seq, 0
 
-    def settle(
+    def make_durable(
         self, seq: int, generation: int | None = None, begun: Callable[[], None] | None = None
     ) -> None:
         """One at a time."""

@@ -118,7 +118,7 @@ def _password(file: str, where: str) -> str:
     try:
         with Path(file).open("rb") as opened:
             mode = os.fstat(opened.fileno()).st_mode
-            data = opened.read(layout.STATE_BYTES_MAX)
+            data = opened.read(layout.SMALL_FILE_BYTES_MAX)
     except OSError as error:
         why = f"{PASSWORD_FILE}={file}: {error.strerror}"
         raise AuthFailed(where, why=why, remedy="Check the path and its mode") from error

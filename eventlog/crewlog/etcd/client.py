@@ -364,7 +364,7 @@ class Stream:
         """Yield each message; ends with the stream, whatever ends it."""
         left = b""
         try:
-            for data in self._answer.stream(layout.STATE_BYTES_MAX):
+            for data in self._answer.stream(layout.SMALL_FILE_BYTES_MAX):
                 *rows, left = (left + data).split(b"\n")
                 # some versions end a message with a newline, some begin the next with one
                 if left.endswith(b"}") and _is_whole(left):

@@ -5,7 +5,7 @@ from crewlog.errors import CursorBusy, CursorCorrupt, RegistryClosed
 from crewlog.etcd import claims, keys
 from crewlog.etcd.claims import Claim
 from crewlog.etcd.client import Client
-from crewlog.etcd.keys import Keys, KeyValue
+from crewlog.etcd.keys import Keys, KeyValue, Room
 from crewlog.events import JsonObject
 from crewlog.store import Standing
 
@@ -22,7 +22,7 @@ class EtcdCursors:
 
     def read(self, name: str) -> Standing | None:
         """Read a cursor, whoever owns it. *Raises* CursorCorrupt."""
-        found = self._get(self._keys.named("c", name))
+        found = self._get(self._keys.named(Room.CURSOR, name))
         if not found:
             return None
         place = _standing(found[0])
@@ -32,7 +32,7 @@ class EtcdCursors:
 
     def every(self) -> list[Standing]:
         """Read every cursor; a damaged one hides no other."""
-        page = keys.page(*self._keys.room("c"), limit=0)
+        page = keys.page(*self._keys.room(Room.CURSOR), limit=0)
         return [_standing(row) for row in keys.pairs(self._client.call("kv/range", page))]
 
     def own(self, name: str, *, start: int) -> "EtcdCursor":
@@ -40,14 +40,14 @@ class EtcdCursors:
 
         An owner that was killed keeps it for CLAIM_TTL_S.
         """
-        claim = Claim(self._client, self._keys.named("o", name), holder=claims.me())
+        claim = Claim(self._client, self._keys.named(Room.OWNER, name), holder=claims.me())
         try:
             holder = claim.take()
             if holder is not None:
                 raise CursorBusy(name, holder=f"{holder}, or did within {layout.CLAIM_TTL_S} s,")
             known = self.read(name)
             seq = None if known is None else known.seq
-            owned = EtcdCursor(claim, name, self._keys.named("c", name), seq)
+            owned = EtcdCursor(claim, name, self._keys.named(Room.CURSOR, name), seq)
             if known is None:
                 owned.set(start)
         except BaseException:
@@ -57,11 +57,11 @@ class EtcdCursors:
 
     def is_owned(self, name: str) -> bool:
         """Say whether a subscriber owns the cursor at this moment."""
-        return bool(self._get(self._keys.named("o", name)))
+        return bool(self._get(self._keys.named(Room.OWNER, name)))
 
     def remove(self, name: str) -> bool:
         """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
-        key, owner = self._keys.named("c", name), self._keys.named("o", name)
+        key, owner = self._keys.named(Room.CURSOR, name), self._keys.named(Room.OWNER, name)
         if not self._get(key):
             return False
         free = [keys.is_absent(owner)]

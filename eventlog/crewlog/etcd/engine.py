@@ -16,7 +16,7 @@ from crewlog.commit import Commits, Request
 from crewlog.errors import LockBusy, StoreMissing, UnknownOutcome, Unsupported
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
-from crewlog.etcd.keys import KeyValue
+from crewlog.etcd.keys import KeyValue, Room
 from crewlog.etcd.lines import Head, begin_of, encode_head, token_of
 from crewlog.etcd.reading import EtcdReading
 from crewlog.events import JsonObject, Record
@@ -215,7 +215,7 @@ class EtcdLog(EtcdReading):
         """
         return self.commits.append(self, decide, about)
 
-    def settle(
+    def make_durable(
         self,
         seq: int,  # noqa: ARG002 (what was written is durable, whatever it is)
         generation: int | None = None,  # noqa: ARG002 (as above)
@@ -294,7 +294,7 @@ class EtcdLog(EtcdReading):
         return self._written(head, self._by_sid(sids, rows))
 
     def _records_of(self, sids: Sequence[str]) -> list[JsonObject]:
-        return [keys.get(self.keys.named("w", sid)) for sid in sids]
+        return [keys.get(self.keys.named(Room.RECORD, sid)) for sid in sids]
 
     def _by_sid(
         self, sids: Sequence[str], rows: Sequence[Sequence[KeyValue]]
@@ -317,7 +317,11 @@ class EtcdLog(EtcdReading):
             *attempt.extra,
         ]
         passed: list[JsonObject] = [
-            {"requestRange": keys.page(names.event(before.seq + 1), names.room("e")[1], limit=1)},
+            {
+                "requestRange": keys.page(
+                    names.event(before.seq + 1), names.room(Room.EVENT)[1], limit=1
+                )
+            },
             keys.get(names.head),
             *([] if attempt.absent is None else [keys.get(attempt.absent)]),
             *self._records_of(sids),
@@ -350,7 +354,7 @@ class EtcdLog(EtcdReading):
         raise UnknownOutcome(self.where, why=why)
 
     def _record(self, sid: str, record: Record | None) -> JsonObject:
-        key = self.keys.named("w", sid)
+        key = self.keys.named(Room.RECORD, sid)
         return keys.delete(key) if record is None else keys.put(key, codec.dump(record))
 
 

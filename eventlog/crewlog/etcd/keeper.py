@@ -149,7 +149,7 @@ def _told(watch: _Watch, starter: Identity | None) -> Identity | None:
     words = b""
     while not words.endswith(b"\n"):
         if poll.poll(watch.pause_s * 1000):
-            read = os.read(0, layout.STATE_BYTES_MAX)
+            read = os.read(0, layout.SMALL_FILE_BYTES_MAX)
             if not read:
                 return None
             words += read

@@ -7,12 +7,27 @@ whatever is zero or empty is left out.
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
 from crewlog.events import JsonObject, JsonValue
 
-SEQ_DIGITS: Final = 16
+_SEQ_DIGITS: Final = 16
 _OWN: Final = ":"  # in no prefix: the keys of a store below this one are never ours
+
+
+class Room(StrEnum):
+    """What the first word of a key says that it holds, beside the three that stand alone."""
+
+    EVENT = "e"
+    RECORD = "w"
+    PART = "s"
+    BASE = "b"
+    LEASE = "l"
+    BEAT = "beat"
+    TURN = "t"
+    CURSOR = "c"
+    OWNER = "o"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +53,21 @@ class Keys:
 
     def event(self, seq: int) -> bytes:
         """Return the key of the transaction whose last line has that seq."""
-        return self.named("e", f"{seq:0{SEQ_DIGITS}d}")
+        return self.named(Room.EVENT, f"{seq:0{_SEQ_DIGITS}d}")
 
     def part(self, first: int) -> bytes:
         """Return the key of a sealed part of the history."""
-        return self.named("s", f"{first:0{SEQ_DIGITS}d}")
+        return self.named(Room.PART, f"{first:0{_SEQ_DIGITS}d}")
 
     def base(self, seq: int, piece: int) -> bytes:
         """Return the key of a piece of the state that the history begins with."""
-        return self.named("b", f"{seq:0{SEQ_DIGITS}d}", f"{piece:04d}")
+        return self.named(Room.BASE, f"{seq:0{_SEQ_DIGITS}d}", f"{piece:04d}")
 
     def named(self, *words: str) -> bytes:
-        """Return a key by its room, a letter or word, and what it has there, such as a sid."""
+        """Return a key by its room, and what it has there, such as a sid."""
         return f"{self.prefix}/{_OWN}{'/'.join(words)}".encode()
 
-    def room(self, room: str) -> tuple[bytes, bytes]:
+    def room(self, room: Room) -> tuple[bytes, bytes]:
         """Return the range of all keys of a room."""
         return self.named(room, ""), self.named(room) + b"0"  # "0" follows "/"
 

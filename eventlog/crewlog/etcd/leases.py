@@ -22,7 +22,7 @@ from crewlog.etcd import claims, keys
 from crewlog.etcd.claims import Claim
 from crewlog.etcd.client import Client
 from crewlog.etcd.keeper import Keeper
-from crewlog.etcd.keys import Keys
+from crewlog.etcd.keys import Keys, Room
 from crewlog.events import JsonObject, Worker
 from crewlog.liveness import LeaseSeen
 
@@ -48,7 +48,7 @@ class EtcdLeases:
         id_ = claims.new_id()
         ttl_s, cluster = claims.grant(self._client, id_, layout.LEASE_TTL_S)
         name = f"{sid}{_MARK}{self._place(cluster)}{id_:016x}"
-        key = self._keys.named("l", name)
+        key = self._keys.named(Room.LEASE, name)
         self._client.call("kv/txn", keys.transaction((), [keys.put(key, b"", lease=id_)]))
         made = EtcdLease(name, Keeper(self._client.where, key, id_, ttl_s=ttl_s))
         if heartbeat_s is not None:
@@ -57,7 +57,7 @@ class EtcdLeases:
 
     def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:
         """Return what looks at leases: all of them were read at once."""
-        wanted = [self._wanted(room, names) for room in ("l", "beat")]
+        wanted = [self._wanted(room, names) for room in (Room.LEASE, Room.BEAT)]
         answer = self._client.call("kv/txn", keys.transaction((), wanted))
         held, fresh = ({row.name for row in found} for found in keys.ranges(answer))
         place = self._place(keys.cluster(answer))
@@ -70,7 +70,7 @@ class EtcdLeases:
 
         return seen
 
-    def _wanted(self, room: str, names: Collection[str]) -> JsonObject:
+    def _wanted(self, room: Room, names: Collection[str]) -> JsonObject:
         if len(names) == 1:
             return keys.get(self._keys.named(room, next(iter(names))))
         return {"requestRange": {**keys.page(*self._keys.room(room), limit=0), "keysOnly": True}}
@@ -85,7 +85,7 @@ class EtcdLeases:
         The cluster counts in whole seconds, and not below its election timeout.
         """
         found = _NAME.fullmatch(name)
-        held: JsonObject = {"key": keys.text(self._keys.named("l", name))}
+        held: JsonObject = {"key": keys.text(self._keys.named(Room.LEASE, name))}
         if found is None or not keys.pairs(self._client.call("kv/range", held)):
             return False
         if heartbeat_s is None:
@@ -93,7 +93,7 @@ class EtcdLeases:
         id_ = int(found[2], 16) + 1
         if not claims.keep(self._client, id_):
             claims.grant(self._client, id_, math.ceil(heartbeat_s))
-            put = keys.put(self._keys.named("beat", name), b"", lease=id_)
+            put = keys.put(self._keys.named(Room.BEAT, name), b"", lease=id_)
             self._client.call("kv/txn", keys.transaction((), [put]))
         return True
 
@@ -103,7 +103,7 @@ class EtcdLeases:
 
         Who is killed while having it keeps it for CLAIM_TTL_S. *Raises* LockBusy.
         """
-        key = self._keys.named("t", sid)
+        key = self._keys.named(Room.TURN, sid)
         claim = Claim(self._client, key, holder=claims.me())
         deadline = time.monotonic() + wait_s
         try:

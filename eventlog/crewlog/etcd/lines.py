@@ -20,7 +20,7 @@ from crewlog.errors import (
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.client import Client
-from crewlog.etcd.keys import Keys, KeyValue
+from crewlog.etcd.keys import Keys, KeyValue, Room
 from crewlog.etcd.rides import Rides
 from crewlog.events import JsonObject, Line
 from crewlog.sieve import Sieve, type_needle
@@ -147,7 +147,7 @@ class EtcdLines:
 
     def first_seq(self) -> int:
         """Return the seq of the oldest line that is kept."""
-        head, (first,) = self.look(keys.first_of(*self.keys.room("e")))
+        head, (first,) = self.look(keys.first_of(*self.keys.room(Room.EVENT)))
         return oldest_of(head, first)
 
     # -- lines ------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class EtcdLines:
 
     def transactions(self, after: int, stop: int) -> Iterator[KeyValue]:
         """Yield what was written together, from the line after seq `after` to that of `stop`."""
-        for row in self._pages(self.keys.event(after + 1), self.keys.room("e")[1]):
+        for row in self._pages(self.keys.event(after + 1), self.keys.room(Room.EVENT)[1]):
             yield row
             if int(row.name) >= stop:
                 return

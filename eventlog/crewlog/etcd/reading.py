@@ -20,7 +20,7 @@ from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.channel import EtcdChannel
 from crewlog.etcd.client import Refused
 from crewlog.etcd.cursors import EtcdCursors
-from crewlog.etcd.keys import KeyValue
+from crewlog.etcd.keys import KeyValue, Room
 from crewlog.etcd.leases import EtcdLeases
 from crewlog.etcd.lines import EtcdLines, Head, oldest_of
 from crewlog.events import JsonObject, Line, Record
@@ -102,7 +102,7 @@ class EtcdReading(EtcdLines):
 
     def records(self) -> tuple[Head, list[Record]]:
         """Read head and every record of one moment. *Raises* Refused if it is compacted away."""
-        begin, end = self.keys.room("w")
+        begin, end = self.keys.room(Room.RECORD)
         page = keys.page(begin, end, limit=layout.RECORDS_A_PAGE)
         before = self.seen
         answer = self.client.call(
@@ -133,15 +133,15 @@ class EtcdReading(EtcdLines):
 
     def record(self, sid: str) -> Record | None:
         """Return one worker's durable record of now."""
-        _, (row,) = self.look(keys.get(self.keys.named("w", sid)))
+        _, (row,) = self.look(keys.get(self.keys.named(Room.RECORD, sid)))
         return self.decoded(row[0]) if row else None
 
     # -- the past ---------------------------------------------------------------------------
 
     def parts(self) -> list[Part]:
         """Return the sealed parts of the history that are kept, oldest first."""
-        sealed: JsonObject = {"requestRange": keys.page(*self.keys.room("s"), limit=0)}
-        head, (rows, first) = self.look(sealed, keys.first_of(*self.keys.room("e")))
+        sealed: JsonObject = {"requestRange": keys.page(*self.keys.room(Room.PART), limit=0)}
+        head, (rows, first) = self.look(sealed, keys.first_of(*self.keys.room(Room.EVENT)))
         oldest = oldest_of(head, first)
         return [part for part in map(self._part, rows) if part.first >= oldest]
 
@@ -166,7 +166,7 @@ class EtcdReading(EtcdLines):
         """Return the time of a part's first line, as the log writes it."""
         return next((line["ts"] for line, _ in self.lines(first - 1, first)), "")
 
-    def states(self) -> Iterator[Snapshot]:
+    def snapshots(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too, and that of now."""
         yield self.empty()
         base = self.read_base()
@@ -190,7 +190,7 @@ class EtcdReading(EtcdLines):
 
         *Raises* SnapshotCorrupt.
         """
-        page = keys.page(*self.keys.room("b"), limit=layout.PIECES_MAX)
+        page = keys.page(*self.keys.room(Room.BASE), limit=layout.PIECES_MAX)
         groups: dict[bytes, list[bytes]] = {}
         for row in keys.pairs(self.client.call("kv/range", page)):
             groups.setdefault(row.key.rpartition(b"/")[0], []).append(row.value)
