@@ -324,6 +324,8 @@ def history(
             sh.stream(facts.event_json(event))
     else:
         print_events(sh, found)
+    if sid is not None and reg.get(sid) is None and not any(reg.history(sid=sid)):
+        sh.note(f"no event of {sid!r} is kept")
     _print_period(sh, reg)
     if follow:
         _follow(sh, reg, sid=sid, types=types, crashed=crashed, actor=actor, after=last_seq)

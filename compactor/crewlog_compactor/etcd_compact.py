@@ -183,11 +183,9 @@ def put_base(log: EtcdLog, base: Snapshot) -> Snapshot:
     names = log.keys
     pieces = [data[at : at + layout.PIECE_BYTES] for at in range(0, len(data), layout.PIECE_BYTES)]
     for number, piece in reversed(list(enumerate(pieces))):
-        put = keys.put(names.base(base.last_seq, number), piece)
-        log.client.call("kv/txn", keys.transaction((), [put]))
+        log.client.at_once(keys.put(names.base(base.last_seq, number), piece))
     begin, _ = names.room(Room.BASE)
-    older = keys.delete(begin, names.base(base.last_seq, 0))
-    log.client.call("kv/txn", keys.transaction((), [older]))
+    log.client.at_once(keys.delete(begin, names.base(base.last_seq, 0)))
     return codec.decode_snapshot(data)
 
 

@@ -13,7 +13,6 @@ written goes back into the queue, what was written is made durable by those who 
 Order in a process: this mutex is held for a few instructions only, and nothing is taken under it.
 """
 
-import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -192,7 +191,7 @@ class Commits:
             phases.make_durable(seq, generation, self._hand_on)
         except Exception as error:  # noqa: BLE001 (each caller raises it)
             for request in group:
-                request.fail(error if request is own else _like(error))
+                request.fail(error if request is own else threads.own_copy(error))
         except BaseException:
             self._interrupted(own, group, written=written)
             group = []
@@ -233,17 +232,10 @@ class Commits:
             elif written:
                 request.advance("written")
             elif request.composed:
-                request.fail(_like(error))
+                request.fail(threads.own_copy(error))
                 request.advance("done")
 
 
 def _seq(request: Request) -> int:
     assert request.result is not None  # it was written
     return request.result.seq
-
-
-def _like(error: Exception) -> Exception:
-    """Return an error of its own for each thread: a traceback belongs to one raise."""
-    same = copy.copy(error)
-    same.__cause__ = error.__cause__
-    return same

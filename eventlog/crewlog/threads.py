@@ -6,6 +6,7 @@ A signal to a process goes to any thread that does not block it. One that went t
 lost to who waits for it: `crewlog run` would not hear of the end of its child.
 """
 
+import copy
 import errno
 import signal
 import sys
@@ -32,6 +33,13 @@ def start(work: Callable[[], None], *, name: str) -> threading.Thread:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return thread
+
+
+def own_copy(error: Exception) -> Exception:
+    """Return an error of its own for each thread that raises it: a traceback belongs to one."""
+    same = copy.copy(error)
+    same.__cause__ = error.__cause__
+    return same
 
 
 def is_mine(lock: "threading.RLock") -> bool:

@@ -227,3 +227,13 @@ def test_place_that_cannot_be_made_fails_in_doctor(
     with crewlog.open(tmp_path / "new" / "crew") as reg:
         place = next(iter(doctor.checks(reg)))
     assert (place.status, f"we may not write in {tmp_path}" in place.found) == ("fail", True)
+
+
+def test_mistyped_names_are_told(cli: Cli, reg: Registry, tmp_path: Path) -> None:
+    """An empty answer, or a cron line, must not pass for all being well."""
+    reg.register("a")
+    assert "no event of 'typo' is kept" in cli("history", "--sid", "typo").stderr
+    assert "is kept" not in cli("history", "--sid", "a", "--since", "now").stderr.splitlines()[0]
+    told = Cli(tmp_path / "nowhere")("schedule", "cron").stderr
+    assert "no registry at" in told
+    assert "no registry" not in cli("schedule", "cron").stderr

@@ -37,6 +37,7 @@ from crewlog.errors import (
 )
 from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress, secrets
+from crewlog.etcd.keys import KeyValue
 from crewlog.events import JsonObject
 
 # gRPC's status codes: what came too late, or from a server that is no leader and knows none.
@@ -114,6 +115,14 @@ class Client:
         *Raises* Refused; Unavailable after `wait_s` without an answer; AuthFailed, QuotaExceeded.
         """
         return self._answered(lambda deadline: self.send(path, body, deadline=deadline))
+
+    def at_once(self, *requests: JsonObject) -> JsonObject:
+        """Carry out all of these at one moment, whatever is there; it may happen twice."""
+        return self.call("kv/txn", keys.transaction((), requests))
+
+    def read(self, key: bytes) -> list[KeyValue]:
+        """Read one key: it, or nothing."""
+        return keys.pairs(self.call("kv/range", {"key": keys.text(key)}))
 
     def _answered(self, ask: Callable[[float], T]) -> T:
         """Ask with a deadline, again where no answer comes. *Raises* Unavailable after `wait_s`."""

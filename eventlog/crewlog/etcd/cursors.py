@@ -6,7 +6,6 @@ from crewlog.etcd import claims, keys
 from crewlog.etcd.claims import Claim
 from crewlog.etcd.client import Client
 from crewlog.etcd.keys import Keys, KeyValue, Room
-from crewlog.events import JsonObject
 from crewlog.store import Standing
 
 
@@ -22,7 +21,7 @@ class EtcdCursors:
 
     def read(self, name: str) -> Standing | None:
         """Read a cursor, whoever owns it. *Raises* CursorCorrupt."""
-        found = self._get(self._keys.named(Room.CURSOR, name))
+        found = self._client.read(self._keys.named(Room.CURSOR, name))
         if not found:
             return None
         place = _standing(found[0])
@@ -57,12 +56,12 @@ class EtcdCursors:
 
     def is_owned(self, name: str) -> bool:
         """Say whether a subscriber owns the cursor at this moment."""
-        return bool(self._get(self._keys.named(Room.OWNER, name)))
+        return bool(self._client.read(self._keys.named(Room.OWNER, name)))
 
     def remove(self, name: str) -> bool:
         """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
         key, owner = self._keys.named(Room.CURSOR, name), self._keys.named(Room.OWNER, name)
-        if not self._get(key):
+        if not self._client.read(key):
             return False
         free = [keys.is_absent(owner)]
         body = keys.transaction(free, [keys.delete(key)], [keys.get(owner)])
@@ -71,10 +70,6 @@ class EtcdCursors:
             holder = keys.ranges(answer)[0]
             raise CursorBusy(name, holder=holder[0].value.decode() if holder else "somebody")
         return True
-
-    def _get(self, key: bytes) -> list[KeyValue]:
-        request: JsonObject = {"key": keys.text(key)}
-        return keys.pairs(self._client.call("kv/range", request))
 
 
 class EtcdCursor:

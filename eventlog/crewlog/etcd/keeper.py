@@ -112,8 +112,7 @@ class _Watch:
         try:
             if not claims.keep(self._client, self._lease):
                 claims.grant(self._client, self._lease, self._ttl_s)
-                put = keys.put(self._key, b"", lease=self._lease)
-                self._client.call("kv/txn", keys.transaction((), [put]))
+                self._client.at_once(keys.put(self._key, b"", lease=self._lease))
         except CrewlogError:  # no server answers: again, for as long as the worker lives
             time.sleep(layout.BACKOFF_MAX_S)
 

@@ -49,7 +49,7 @@ class EtcdLeases:
         ttl_s, cluster = claims.grant(self._client, id_, layout.LEASE_TTL_S)
         name = f"{sid}{_MARK}{self._place(cluster)}{id_:016x}"
         key = self._keys.named(Room.LEASE, name)
-        self._client.call("kv/txn", keys.transaction((), [keys.put(key, b"", lease=id_)]))
+        self._client.at_once(keys.put(key, b"", lease=id_))
         made = EtcdLease(name, Keeper(self._client.where, key, id_, ttl_s=ttl_s))
         if heartbeat_s is not None:
             self.beat(name, heartbeat_s=heartbeat_s)
@@ -58,7 +58,7 @@ class EtcdLeases:
     def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:
         """Return what looks at leases: all of them were read at once."""
         wanted = [self._wanted(room, names) for room in (Room.LEASE, Room.BEAT)]
-        answer = self._client.call("kv/txn", keys.transaction((), wanted))
+        answer = self._client.at_once(*wanted)
         held, fresh = ({row.name for row in found} for found in keys.ranges(answer))
         place = self._place(keys.cluster(answer))
 
@@ -85,16 +85,14 @@ class EtcdLeases:
         The cluster counts in whole seconds, and not below its election timeout.
         """
         found = _NAME.fullmatch(name)
-        held: JsonObject = {"key": keys.text(self._keys.named(Room.LEASE, name))}
-        if found is None or not keys.pairs(self._client.call("kv/range", held)):
+        if found is None or not self._client.read(self._keys.named(Room.LEASE, name)):
             return False
         if heartbeat_s is None:
             return True
         id_ = int(found[2], 16) + 1
         if not claims.keep(self._client, id_):
             claims.grant(self._client, id_, math.ceil(heartbeat_s))
-            put = keys.put(self._keys.named(Room.BEAT, name), b"", lease=id_)
-            self._client.call("kv/txn", keys.transaction((), [put]))
+            self._client.at_once(keys.put(self._keys.named(Room.BEAT, name), b"", lease=id_))
         return True
 
     @contextmanager

@@ -100,7 +100,7 @@ class EtcdLines:
 
     def ask(self, wanted: Sequence[JsonObject]) -> list[list[KeyValue]]:
         """Read several keys or ranges at one moment."""
-        return keys.ranges(self.client.call("kv/txn", keys.transaction((), wanted)))
+        return keys.ranges(self.client.at_once(*wanted))
 
     def look(self, *wanted: JsonObject) -> tuple[Head, list[list[KeyValue]]]:
         """Read head and more at one moment. *Raises* StoreMissing, HistoryRewound."""

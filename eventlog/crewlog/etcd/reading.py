@@ -105,9 +105,7 @@ class EtcdReading(EtcdLines):
         begin, end = self.keys.room(Room.RECORD)
         page = keys.page(begin, end, limit=layout.RECORDS_A_PAGE)
         before = self.seen
-        answer = self.client.call(
-            "kv/txn", keys.transaction((), [keys.get(self.keys.head), {"requestRange": page}])
-        )
+        answer = self.client.at_once(keys.get(self.keys.head), {"requestRange": page})
         found, rows = keys.ranges(answer)
         head = self.saw(found, before=before)
         revision = keys.number(cast("JsonObject", answer["header"]), "revision")

@@ -5,10 +5,11 @@ answer; but never one that was asked for before they came, because that may be o
 them.
 """
 
-import copy
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+from crewlog import threads
 
 T = TypeVar("T")
 
@@ -33,8 +34,7 @@ class Rides(Generic[T]):
             if self._answered <= came:
                 self._ask(question)
             if self._error is not None:
-                error, cause = copy.copy(self._error), self._error.__cause__
-                raise error from cause
+                raise threads.own_copy(self._error)
             return self._answer  # type: ignore[return-value] # there is one, or an error
 
     def _ask(self, question: Callable[[], T]) -> None:
