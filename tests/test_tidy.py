@@ -31,7 +31,7 @@ ROOMS = {
     "threading": {"channel.py", "claims.py", "client.py", "launch.py", "lines.py", "log.py",
                   "commit.py",
                   "rides.py", "reading.py", "sync.py", "session.py", "notify.py", "states.py",
-                  "writing.py", "subscribe.py", "threads.py", "watch.py", "starting.py"},
+                  "writing.py", "subscribe.py", "threads.py", "watch.py"},
     "socket": {"endpoint.py"},
     "subprocess": {"keeper.py", "child.py", "demo.py", "identity.py", "watching.py", "testing.py"},
     "pytest": {"testing.py"},

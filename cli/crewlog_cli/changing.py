@@ -6,7 +6,7 @@ from typing import Final
 import click
 
 from crewlog.events import JsonValue
-from crewlog_cli import facts, reading, shell, words
+from crewlog_cli import facts, shell, words
 from crewlog_cli.shell import Shell, command
 from crewlog_cli.words import safe, tried
 
@@ -114,7 +114,7 @@ def update(
     patch: dict[str, str | None] = {**words.pairs([safe(row) for row in labels])}
     patch |= dict.fromkeys((safe(key) for key in unlabel), None)
     with sh.existing() as reg:
-        reading.known(reg, sid)
+        facts.known(reg, sid)
         worker = tried(
             lambda: reg.update(
                 sid,
@@ -137,7 +137,7 @@ def update(
 def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:
     """Take a worker out of the registry; its process is left alone. Prints the seq."""
     with sh.existing() as reg:
-        reading.known(reg, sid)
+        facts.known(reg, sid)
         event = tried(lambda: reg.remove(sid, reason=safe(reason), expect=expect))
     _done(sh, sid, event.seq)
 

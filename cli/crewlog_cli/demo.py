@@ -18,7 +18,7 @@ import click
 import crewlog
 from crewlog import layout
 from crewlog.registry import Registry
-from crewlog_cli import reading, shell
+from crewlog_cli import facts, shell
 from crewlog_cli.shell import Shell, command
 from crewlog_compactor import compact, verify
 
@@ -240,7 +240,7 @@ def _history_tells(stage: _Stage, reg: Registry) -> None:
     stage.say("\n6. `crewlog history` tells what happened, and who did it:\n")
     found = list(reg.history())
     if not stage.sh.json:
-        reading.print_events(stage.sh, found)
+        facts.print_events(stage.sh, found)
     stage.say("")
     stage.claim("four events, each with its author", len(found) == len(_SIDS) + 1)
 

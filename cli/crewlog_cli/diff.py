@@ -5,7 +5,7 @@ from typing import Final
 import click
 
 from crewlog.events import Worker, diff_of
-from crewlog_cli import facts, past, reading, shell
+from crewlog_cli import facts, past, shell
 from crewlog_cli.shell import Shell, command
 
 
@@ -54,16 +54,16 @@ def diff(sh: Shell, *, begin: str, end: str | None) -> None:
 
 
 def _facts(worker: Worker) -> dict[str, str]:
-    facts = {
+    told = {
         "state": worker.state.value,
         "pid": str(worker.pid),
         "generation": str(worker.generation),
         "version": worker.version,
         "sock": worker.sock,
-        "ended": reading.end_text(worker),
+        "ended": facts.end_text(worker),
     }
-    facts |= {f"labels.{key}": value for key, value in worker.labels.items()}
-    return facts | {f"meta.{key}": repr(value) for key, value in worker.meta.items()}
+    told |= {f"labels.{key}": value for key, value in worker.labels.items()}
+    return told | {f"meta.{key}": repr(value) for key, value in worker.meta.items()}
 
 
 def _said(worker: Worker) -> str:

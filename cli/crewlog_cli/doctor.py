@@ -37,7 +37,6 @@ _EXTRAS: Final = ("inotify_simple", "zstandard", "rich", "urllib3")
 
 def checks(reg: Registry) -> Iterator[Check]:
     """Yield what a look at everything finds, the versions last."""
-    log = None
     try:
         log = reg.session.store()
     except StoreMissing:

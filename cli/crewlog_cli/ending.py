@@ -13,7 +13,7 @@ from crewlog import ending, threads
 from crewlog.errors import CrewlogError
 from crewlog.events import Event, Worker
 from crewlog.registry import Registry
-from crewlog_cli import facts, reading, shell, words
+from crewlog_cli import facts, shell, words
 from crewlog_cli.shell import Shell, command
 from crewlog_cli.words import safe, tried
 
@@ -69,7 +69,7 @@ def stop(
         raise click.UsageError(message)
     grace_s = words.span_s(grace)
     reg = sh.existing()
-    workers = reg.workers() if all_ else [reading.known(reg, sid) for sid in dict.fromkeys(sids)]
+    workers = reg.workers() if all_ else [facts.known(reg, sid) for sid in dict.fromkeys(sids)]
     if dry_run:
         _print_targets(sh, reg, workers)
         return
@@ -103,8 +103,13 @@ def _at_once(
                 except Exception as error:  # noqa: BLE001 (raised by who waits)
                     ended.put((worker.sid, error))
 
-    for _ in workers[:_AT_ONCE]:
-        threads.start(work, name="crewlog-stop")
+    for number, _ in enumerate(workers[:_AT_ONCE]):
+        try:
+            threads.start(work, name="crewlog-stop")
+        except OSError:  # no more threads are to be had: fewer will do, or none
+            if not number:
+                work()
+            break
     found: dict[str, Event | CrewlogError] = {}
     for _ in workers:
         sid, told = ended.get()
@@ -130,7 +135,7 @@ def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
     sh.table(
         ["sid", "pid", "state", "liveness", "would"],
         [
-            [w.sid, str(w.pid), w.state.value, reading.liveness_text(j),
+            [w.sid, str(w.pid), w.state.value, facts.liveness_text(j),
              f"{would}: {why}" if why else would]
             for w, j, would, why in rows
         ],
@@ -160,7 +165,7 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
         sh.document({"seq": reg.last_seq, "stopped": stopped, "failed": failed})
     else:
         for event in events:
-            reading.print_line(sh, event)
+            facts.print_line(sh, event)
     for error in list(errors.values())[:-1]:
         if not sh.json:  # there, the document names them all
             shell.complain_of(sh, error)
@@ -173,7 +178,7 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
 def beat(sh: Shell, *, sid: str) -> None:
     """Say that SID is well; nothing is added to the log. For a worker with --heartbeat."""
     reg = sh.existing()
-    reading.known(reg, sid)
+    facts.known(reg, sid)
     reg.beat(sid)
     if sh.json:
         sh.document({"seq": reg.last_seq, "sid": sid})
@@ -186,12 +191,12 @@ def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
     """Wait for the end of a worker that need not be our child, and record how it ended."""
     wait_s = None if timeout is None else words.span_s(timeout)
     reg = sh.existing()
-    reading.known(reg, sid)
+    facts.known(reg, sid)
     event = reg.observe(sid, timeout_s=wait_s)
     if sh.json:
         sh.document({"sid": sid, **facts.event_json(event)})
     else:
-        reading.print_line(sh, event)
+        facts.print_line(sh, event)
 
 
 COMMANDS: Final = {"stop": stop, "beat": beat, "observe": observe}

@@ -7,7 +7,7 @@ import click
 
 from crewlog.events import Identity, JsonObject, Worker
 from crewlog.liveness import Flag, Liveness
-from crewlog_cli import facts, reading, shell, text
+from crewlog_cli import facts, shell, text
 from crewlog_cli.shell import Shell, command
 
 _EVENTS: Final = 50
@@ -52,7 +52,7 @@ _REMEDIES: Final = {
 def explain(sh: Shell, *, sid: str) -> None:
     """Tell why a worker counts as alive, dead or unknown: the evidence now, and its events."""
     reg = sh.existing()
-    worker = reading.known(reg, sid)
+    worker = facts.known(reg, sid)
     found = reg.liveness(sid)
     story = deque(reg.history(sid=sid), maxlen=_EVENTS)
     if sh.json:
@@ -76,16 +76,14 @@ def explain(sh: Shell, *, sid: str) -> None:
     for flag in sorted(found.flags):
         sh.line(f"It is {_FLAGS[flag]}.")
     if worker.exit is not None:
-        sh.line(
-            f"It ended: {reading.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}."
-        )
+        sh.line(f"It ended: {facts.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}.")
     remedy = _REMEDIES.get(found.cause)
     if remedy is not None:
         sh.line(f"{remedy.replace('SID', sid)}.")
     sh.line("")
     _print_evidence(sh, worker, found)
     sh.line("")
-    reading.print_events(sh, story)
+    facts.print_events(sh, story)
 
 
 def because(cause: str) -> str:

@@ -1,9 +1,12 @@
 """Say what workers and events are, as JSON and in the rows of tables."""
 
+from collections.abc import Iterable
 from typing import Final
 
+from crewlog.errors import WorkerNotFound
 from crewlog.events import Event, Reset, Worker, timestamp
 from crewlog.liveness import Liveness
+from crewlog.registry import Registry
 from crewlog_cli.shell import Shell
 
 
@@ -103,3 +106,56 @@ def reset_text(item: Reset) -> str:
             f"on from its seq {item.seq} --"
         )
     return f"-- events {item.lost[0]} to {item.lost[1]} are gone; on from seq {item.seq} --"
+
+
+def known(reg: Registry, sid: str) -> Worker:
+    """Return a worker. *Raises* WorkerNotFound, which names the nearest sids."""
+    worker = reg.get(sid)
+    if worker is None:
+        raise _not_found(reg, sid)
+    return worker
+
+
+def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
+    """Return the error of an unknown sid, with the nearest names as the hint."""
+    from difflib import get_close_matches  # noqa: PLC0415 (start-up)
+
+    error = WorkerNotFound(sid)
+    near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
+    lead = f"Did you mean {', '.join(near)}? Else see" if near else "See"
+    error.remedy = f"{lead} `crewlog ls --all`; of who is no longer listed, `crewlog history --sid`"
+    return error
+
+
+def liveness_text(found: Liveness) -> str:
+    """Say a verdict, with its flags, and its cause where it does not go without saying."""
+    if found.alive:
+        return ", ".join((found.verdict.value, *sorted(flag.value for flag in found.flags)))
+    if found.cause == "recorded":
+        return found.verdict.value
+    return f"{found.verdict.value} ({found.cause})"
+
+
+def end_text(worker: Worker) -> str:
+    """Say how a worker ended, in a few words."""
+    ended = worker.exit
+    if ended is None:
+        return ""
+    how = [
+        f"code {ended.code}" if ended.code is not None else "",
+        f"signal {ended.signal}" if ended.signal is not None else "",
+        ended.cause or "",
+        "expected" if ended.expected else "",
+    ]
+    return f"{', '.join(part for part in how if part) or 'no status'} (source: {ended.source})"
+
+
+def print_events(sh: Shell, found: Iterable[Event]) -> None:
+    """Print events as a table."""
+    rows = [event_row(sh, event) for event in found]
+    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "data", "by"], rows)
+
+
+def print_line(sh: Shell, event: Event) -> None:
+    """Print one event as a line of a stream, flushed."""
+    sh.line("  ".join(part for part in event_row(sh, event) if part), flush=True)

@@ -15,7 +15,7 @@ from crewlog import disk, layout
 from crewlog.errors import CrewlogError, LockBusy, PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
-from crewlog_cli import facts, metrics, reading, shell, times, words
+from crewlog_cli import facts, metrics, shell, times, words
 from crewlog_cli.shell import Shell, command
 from crewlog_cli.words import safe, tried
 from crewlog_compactor import (
@@ -142,7 +142,7 @@ def gc(
 
 
 def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
-    reading.known(reg, sid)
+    facts.known(reg, sid)
     try:
         event = tried(lambda: assume_dead(reg, sid, reason=safe(reason)))
     except WorkerExists as error:  # what the library says of a sid that is taken
@@ -151,15 +151,15 @@ def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
     if sh.json:
         sh.document(facts.event_json(event))
     else:
-        reading.print_line(sh, event)
+        facts.print_line(sh, event)
 
 
 def _write_plan(sh: Shell, made: Plan, path: Path) -> None:
     shell.put_file(path, made.encode() + b"\n", what="the plan", option="--plan")
     if sh.json:
-        sh.document({"plan": str(path), "steps": len(made.steps), "unknown": list(made.unknown)})
+        sh.document({"plan": str(path), "steps": len(made.tasks), "unknown": list(made.unknown)})
     else:
-        sh.note(f"{len(made.steps)} steps for {made.living} living workers: {path}")
+        sh.note(f"{len(made.tasks)} steps for {made.living} living workers: {path}")
 
 
 def _read_plan(path: Path) -> Plan:

@@ -95,22 +95,22 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     own = words[: words.index("--")] if "--" in words else words
-    state = Shell(json="--json" in own)  # known even where the rest cannot be parsed
-    state.separated = "--" in words
+    sh = Shell(json="--json" in own)  # known even where the rest cannot be parsed
+    sh.separated = "--" in words
     shell.prepare()
     try:
-        crewlog.main(args=arguments, prog_name="crewlog", obj=state, standalone_mode=False)
+        crewlog.main(args=arguments, prog_name="crewlog", obj=sh, standalone_mode=False)
         shell.flush()
     except (SystemExit, click.exceptions.Exit, KeyboardInterrupt, click.Abort) as error:
         return _asked(error)
     except click.UsageError as error:
-        return _misused(state, error)
+        return _misused(sh, error)
     except OSError as error:
         if isinstance(error, shell.OutputFailedError) or error.errno in shell.STREAM_ERRORS:
-            return shell.output_failed(state, error)
-        return _bug(state, error)
+            return shell.output_failed(sh, error)
+        return _bug(sh, error)
     except Exception as error:  # noqa: BLE001 (the last boundary: no traceback reaches a user)
-        return _bug(state, error)
+        return _bug(sh, error)
     return 0
 
 
@@ -128,14 +128,14 @@ def _asked(error: BaseException) -> int:
             return shell.EXIT_INTERRUPT
 
 
-def _misused(state: Shell, error: click.UsageError) -> int:
+def _misused(sh: Shell, error: click.UsageError) -> int:
     """Say what is wrong with the command line; without any words, show what there is."""
-    if isinstance(error, click.exceptions.NoArgsIsHelpError) and not state.json:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) and not sh.json:
         shell.warn_rows(error.format_message())
         return shell.EXIT_USAGE
     context = error.ctx.command_path if error.ctx is not None else "crewlog"
     shell.complain(
-        state,
+        sh,
         code="usage",
         exit_code=shell.EXIT_USAGE,
         what=" ".join(error.format_message().split()),
@@ -145,15 +145,15 @@ def _misused(state: Shell, error: click.UsageError) -> int:
     return shell.EXIT_USAGE
 
 
-def _bug(state: Shell, error: Exception) -> int:
-    if state.debug:
+def _bug(sh: Shell, error: Exception) -> int:
+    if sh.debug:
         import traceback  # noqa: PLC0415 (start-up; hardly anybody needs it)
 
         traceback.print_exc()
     if isinstance(error, CrewlogError):
         return error.exit_code
     shell.complain(
-        state,
+        sh,
         code="bug",
         exit_code=shell.EXIT_BUG,
         what=f"unexpected {type(error).__name__}",

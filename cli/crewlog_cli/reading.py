@@ -21,25 +21,6 @@ _LAST_EVENTS: Final = 10
 _LOOK_S: Final = 0.05  # a death is no event: it is looked for
 
 
-def known(reg: Registry, sid: str) -> Worker:
-    """Return a worker. *Raises* WorkerNotFound, which names the nearest sids."""
-    worker = reg.get(sid)
-    if worker is None:
-        raise _not_found(reg, sid)
-    return worker
-
-
-def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
-    """Return the error of an unknown sid, with the nearest names as the hint."""
-    from difflib import get_close_matches  # noqa: PLC0415 (start-up)
-
-    error = WorkerNotFound(sid)
-    near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
-    lead = f"Did you mean {', '.join(near)}? Else see" if near else "See"
-    error.remedy = f"{lead} `crewlog ls --all`; of who is no longer listed, `crewlog history --sid`"
-    return error
-
-
 @command(
     "ls",
     examples="""crewlog ls
@@ -110,7 +91,7 @@ def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]], now: 
             worker.sid,
             str(worker.pid),
             worker.state.value,
-            "-" if found is None else liveness_text(found),
+            "-" if found is None else facts.liveness_text(found),
             sh.when(worker.created_at),
             text.duration(now - worker.created_at),
             worker.version or "-",
@@ -123,16 +104,8 @@ def _print_workers(sh: Shell, shown: list[tuple[Worker, Liveness | None]], now: 
 
 
 def _verdict(found: Liveness) -> str:
-    return f"{liveness_text(found)} ({found.cause})" if found.alive else liveness_text(found)
-
-
-def liveness_text(found: Liveness) -> str:
-    """Say a verdict, with its flags, and its cause where it does not go without saying."""
-    if found.alive:
-        return ", ".join((found.verdict.value, *sorted(flag.value for flag in found.flags)))
-    if found.cause == "recorded":
-        return found.verdict.value
-    return f"{found.verdict.value} ({found.cause})"
+    told = facts.liveness_text(found)
+    return f"{told} ({found.cause})" if found.alive else told
 
 
 @command(
@@ -147,7 +120,7 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
     """Show one worker, whether it lives, and its last events."""
     reg = sh.existing()
     seen = None if at_ is None else past.at(sh, reg, at_)
-    worker = known(reg, sid) if seen is None else seen.get(sid)
+    worker = facts.known(reg, sid) if seen is None else seen.get(sid)
     if worker is None:
         error = WorkerNotFound(sid)
         error.remedy = f"It was not listed then; `crewlog history --sid {sid}` tells of it"
@@ -175,33 +148,13 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
         "version": worker.version,
         "sock": worker.sock,
         "labels": " ".join(f"{k}={v}" for k, v in worker.labels.items()),
-        "ended": end_text(worker),
+        "ended": facts.end_text(worker),
     }
     for name, value in fields.items():
         if value:
             sh.line(f"{name + ':':<10}{value}")
     sh.line("")
-    print_events(sh, last)
-
-
-def end_text(worker: Worker) -> str:
-    """Say how a worker ended, in a few words."""
-    ended = worker.exit
-    if ended is None:
-        return ""
-    how = [
-        f"code {ended.code}" if ended.code is not None else "",
-        f"signal {ended.signal}" if ended.signal is not None else "",
-        ended.cause or "",
-        "expected" if ended.expected else "",
-    ]
-    return f"{', '.join(part for part in how if part) or 'no status'} (source: {ended.source})"
-
-
-def print_events(sh: Shell, found: Iterable[Event]) -> None:
-    """Print events as a table."""
-    rows = [facts.event_row(sh, event) for event in found]
-    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "data", "by"], rows)
+    facts.print_events(sh, last)
 
 
 @command(
@@ -219,7 +172,7 @@ def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
     wait_s = None if timeout is None else words.span_s(timeout)
     reg = sh.existing()
     if wait_s is None:
-        known(reg, sid)
+        facts.known(reg, sid)
     holds, found = _await(reg, sid, wanted, wait_s or 0.0)
     if sh.json:
         told = {} if found is None else {
@@ -323,7 +276,7 @@ def history(
         for event in found:
             sh.stream(facts.event_json(event))
     else:
-        print_events(sh, found)
+        facts.print_events(sh, found)
     if sid is not None and reg.get(sid) is None and not any(reg.history(sid=sid)):
         sh.note(f"no event of {sid!r} is kept")
     _print_period(sh, reg)
@@ -374,12 +327,7 @@ def _follow(
             if sh.json:
                 sh.stream(facts.event_json(item.event))
             else:
-                print_line(sh, item.event)
-
-
-def print_line(sh: Shell, event: Event) -> None:
-    """Print one event as a line of a stream, flushed."""
-    sh.line("  ".join(part for part in facts.event_row(sh, event) if part), flush=True)
+                facts.print_line(sh, item.event)
 
 
 @command("path", examples='ls -l "$(crewlog path)"')

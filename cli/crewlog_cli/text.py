@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-# Control, format (bidi among them), surrogate, private use, unassigned; line and paragraph ends.
 SID_COLUMNS: Final = 24  # on a terminal, where a long one would push away what is said of it
+# Control, format (bidi among them), surrogate, private use, unassigned; line and paragraph ends.
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 

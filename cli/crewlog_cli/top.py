@@ -25,7 +25,7 @@ from crewlog.identity import Usage
 from crewlog.liveness import Liveness
 from crewlog.registry import Registry
 from crewlog.watch import Watch
-from crewlog_cli import reading, text, words
+from crewlog_cli import facts, text, words
 from crewlog_cli.shell import Shell, command
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], height: int) -> "Grou
             worker.sid,
             str(worker.pid),
             worker.state.value,
-            reading.liveness_text(row.found),
+            facts.liveness_text(row.found),
             text.duration(now - worker.created_at),
             "-" if row.cpu is None else f"{row.cpu:.0%}",
             "-" if row.rss_bytes is None else text.size(row.rss_bytes),

@@ -9,13 +9,13 @@ from typing import Final, NoReturn
 
 import click
 
-from crewlog import arguments, events, layout
+from crewlog import arguments, events, launch, layout
 from crewlog.events import Item, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch import Watch
-from crewlog_cli import facts, reading, shell, words
+from crewlog_cli import facts, shell, words
 from crewlog_cli.shell import Shell, command
 
 _RETRY_MIN_S: Final = 0.1
@@ -178,7 +178,7 @@ def _run(argv: Sequence[str], line: str) -> int:
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         shell.warn(f"crewlog: {argv[0]!r}: {error.strerror}")
-        raise SystemExit(shell.EXIT_NOT_FOUND if missing else shell.EXIT_NOT_RUN) from error
+        raise SystemExit(launch.NOT_FOUND if missing else launch.NOT_RUN) from error
 
 
 def _print(sh: Shell, item: Item, task: _Task) -> None:
@@ -187,7 +187,7 @@ def _print(sh: Shell, item: Item, task: _Task) -> None:
             if sh.json:
                 sh.stream({"kind": "change", **facts.event_json(item.event)})
             else:
-                reading.print_line(sh, item.event)
+                facts.print_line(sh, item.event)
         case "synced":
             workers = task.shown(item.state)
             if sh.json:
@@ -266,17 +266,17 @@ def _no_cursor(sh: Shell, name: str) -> NoReturn:
     raise SystemExit(shell.EXIT_NO)
 
 
-def _print_cursors(sh: Shell, reg: Registry, places: Sequence[Standing]) -> None:
+def _print_cursors(sh: Shell, reg: Registry, cursors: Sequence[Standing]) -> None:
     oldest, last = reg.session.store().first_seq(), reg.last_seq
     rows = [
         {
-            "name": place.name,
-            "seq": place.seq,
-            "lag": max(0, last - place.seq),
-            "lost": place.damaged or place.seq + 1 < oldest,
-            "owned": _owned(reg, place.name),
+            "name": cursor.name,
+            "seq": cursor.seq,
+            "lag": max(0, last - cursor.seq),
+            "lost": cursor.damaged or cursor.seq + 1 < oldest,
+            "owned": _owned(reg, cursor.name),
         }
-        for place in places
+        for cursor in cursors
     ]
     if sh.json:
         sh.document({"seq": last, "cursors": rows})

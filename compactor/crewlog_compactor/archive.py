@@ -29,18 +29,18 @@ def due(directory: Directory, *, covered: int) -> list[int]:
 
 def packed_bytes(directory: Directory, first: int, wanted: Packing) -> int:
     """Return how many bytes a segment would take in the archive."""
-    name = _name(directory, first, wanted)
+    name = segments.archive_name(directory, first, wanted)
     return len(packing.pack(_content(directory, first), packing.packing_of(name)))
-
-
-def _name(directory: Directory, first: int, wanted: Packing) -> str:
-    """Name an archive; one that an interrupted move left is replaced, however it is packed."""
-    return segments.archive_file(directory, first) or layout.archive_name(first, wanted)
 
 
 def _content(directory: Directory, first: int) -> bytes:
     with segments.open_segment(directory, first) as source:
         return source.whole()
+
+
+def require_intact(directory: Directory, first: int) -> None:
+    """Raise LogCorrupt where a segment is not fit for the archive."""
+    _require_intact(_content(directory, first), first)
 
 
 def _require_intact(data: bytes, first: int) -> None:
@@ -62,7 +62,7 @@ def _move(directory: Directory, first: int, wanted: Packing) -> None:
     data = _content(directory, first)
     _require_intact(data, first)
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
-    name = _name(directory, first, wanted)
+    name = segments.archive_name(directory, first, wanted)
     disk.write_new(via, temporary, packing.pack(data, packing.packing_of(name)), at=shelf)
     where = directory.where(layout.ARCHIVE, temporary)
     packed = disk.read_all(temporary, at=shelf, where=where, limit=layout.SNAPSHOT_BYTES_MAX)

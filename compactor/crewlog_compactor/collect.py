@@ -113,7 +113,7 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
     """
     if reg.session.store().id != decided.store:
         raise PlanInvalid(reg.where, why=f"it was made for store {decided.store or '(none)'}")
-    revs = {step.sid: step.rev for step in decided.steps if step.action == "bury"}
+    revs = {task.sid: task.rev for task in decided.tasks if task.action == "bury"}
     same = [w for w in reg.workers() if revs.get(w.sid) == w.rev]
     found = zip(same, reg.judge(same), strict=True)
     alive = [worker.sid for worker, now in found if now.alive]
@@ -146,51 +146,51 @@ def _carry_out(
         plan.require_plausible(decided)
     author = reg.session.author("gc")
     conflicts = set(alive)
-    steps = [step for step in decided.steps if step.action == "prune" or step.sid not in conflicts]
-    size = min(_STEPS_A_COMMIT, reg.session.store().unit_workers_max) if steps else 1
-    for first in range(0, len(steps), size):
-        part = steps[first : first + size]
-        reg.session.append([_conditional(_event(author, step), conflicts) for step in part])
+    tasks = [task for task in decided.tasks if task.action == "prune" or task.sid not in conflicts]
+    size = min(_STEPS_A_COMMIT, reg.session.store().unit_workers_max) if tasks else 1
+    for first in range(0, len(tasks), size):
+        part = tasks[first : first + size]
+        reg.session.append([_conditional(_step(author, task), conflicts) for task in part])
     tidied = orphans.tidy(reg) if reg.exists else orphans.Tidied()
     return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)
 
 
-def _event(author: Author, step: Task) -> changes.Step:
-    if step.action == "prune":
-        return changes.pruned(author, step.sid, expect=step.rev)
+def _step(author: Author, task: Task) -> changes.Step:
+    if task.action == "prune":
+        return changes.pruned(author, task.sid, expect=task.rev)
     return changes.buried(
         author,
-        step.sid,
-        cause=step.cause,
-        evidence=step.evidence,
-        status=step.status,
-        rev=step.rev,
+        task.sid,
+        cause=task.cause,
+        evidence=task.evidence,
+        status=task.status,
+        rev=task.rev,
     )
 
 
-def _conditional(event: changes.Step, conflicts: set[str]) -> changes.Step:
+def _conditional(step: changes.Step, conflicts: set[str]) -> changes.Step:
     """Let a worker that changed meanwhile be: note the conflict and write nothing."""
 
     def decide(written: Written) -> Draft | None:
-        conflicts.discard(event.sid)  # it may be asked more than once
+        conflicts.discard(step.sid)  # it may be asked more than once
         try:
-            return event.decide(written)
+            return step.decide(written)
         except (StaleRevision, InvalidTransition, WorkerNotFound):
-            conflicts.add(event.sid)
+            conflicts.add(step.sid)
             return None
 
-    return changes.Step(event.sid, decide)
+    return changes.Step(step.sid, decide)
 
 
 def _report(
     decided: Plan, *, conflicts: set[str], tidied: orphans.Tidied, dry_run: bool
 ) -> CollectReport:
-    done = [step for step in decided.steps if step.sid not in conflicts]
-    buried = [step for step in done if step.action == "bury"]
+    done = [task for task in decided.tasks if task.sid not in conflicts]
+    buried = [task for task in done if task.action == "bury"]
     return CollectReport(
-        lost=tuple(step.sid for step in buried if not step.witnessed),
-        exited=tuple(step.sid for step in buried if step.witnessed),
-        pruned=tuple(step.sid for step in done if step.action == "prune"),
+        lost=tuple(task.sid for task in buried if not task.witnessed),
+        exited=tuple(task.sid for task in buried if task.witnessed),
+        pruned=tuple(task.sid for task in done if task.action == "prune"),
         unknown=decided.unknown,
         conflicts=tuple(sorted(conflicts)),
         sockets=tidied.sockets,

@@ -21,7 +21,7 @@ from crewlog.reader import Reader
 from crewlog.refold import refold
 from crewlog.registry import Registry
 from crewlog.segments import Position
-from crewlog_compactor import archive, retain
+from crewlog_compactor import archive, policy, retain
 from crewlog_compactor.collect import try_collect
 from crewlog_compactor.findings import CompactReport
 from crewlog_compactor.policy import Keep, check_keep
@@ -59,11 +59,8 @@ def compact(
     with disk.failures("cannot compact", where=reg.where):
         if dry_run:
             return _foretold(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
-        lock = log.take_compact_lock()
-        try:
+        with log.take_compact_lock():
             return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
-        finally:
-            lock.close()
 
 
 def _compact(
@@ -92,7 +89,7 @@ def _compact(
 def _foretold(
     reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
 ) -> CompactReport:
-    """Say what the job would do; no lock is taken, and looked again where one is under way."""
+    """Say what the job would do. No lock is taken: where one is under way it looks again."""
     collected, refused = try_collect(reg, force=force, dry_run=True) if gc else (None, None)
     report = CompactReport(
         folded_events=0,
@@ -130,13 +127,15 @@ def _foreseen(log: Log, packing: Packing, keep: Keep, added: int) -> _Foreseen:
     last = head.seq + added + 2 * sealing + folding  # a seal and a header, a note of the snapshot
     before = current if folding else _previous(log)
     coming = archive.due(directory, covered=0 if before is None else before.last_seq)
+    for first in coming:
+        archive.require_intact(directory, first)
     sizes = {first: partial(archive.packed_bytes, directory, first, packing) for first in coming}
     going = retain.due(log, keep, last_seq=last, coming=sizes)
     return {
         "folded_events": sealed - current.last_seq if folding else 0,
         "snapshot_seq": max(sealed, current.last_seq),
         "archived_segments": len(coming),
-        "dropped": (going[0].first, going[-1].last) if going else None,
+        "dropped": policy.span(going),
     }
 
 

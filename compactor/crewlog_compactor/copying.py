@@ -9,7 +9,7 @@ from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError, HistoryDiverged, LockBusy
 from crewlog.events import Line
 from crewlog.fold import Fold, FoldError
-from crewlog.refold import fold_of, snapshot_of
+from crewlog.refold import fold_of, snapshot_of, state_before
 from crewlog.store import Store
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -61,7 +61,7 @@ class Copy:
 def begin(store: Store, progress: Progress) -> Copy:
     """Return a copy that has not begun. *Raises* CompactedError where its state is not kept."""
     first = store.first_seq()
-    base = next((found for found in store.snapshots() if found.last_seq == first - 1), None)
+    base = state_before(store, first)
     if base is None:  # retention could keep no state before what it left
         raise CompactedError(requested=first - 1, oldest=first)
     return Copy(store, first, base, progress)

@@ -188,6 +188,6 @@ class _Check:
             if key not in known and room not in set(Room):
                 name = key[len(begin) :].decode(errors="replace")
                 self._found.report("stray", name, "it is no key of a store")
-        for place in log.cursors.every():
-            if place.damaged:
-                self._found.report("cursor_corrupt", f"c/{place.name}", "it holds no seq")
+        for cursor in log.cursors.every():
+            if cursor.damaged:
+                self._found.report("cursor_corrupt", f"c/{cursor.name}", "it holds no seq")

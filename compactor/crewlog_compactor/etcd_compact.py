@@ -44,7 +44,7 @@ def compact(
             folded_events=sealed,
             snapshot_seq=last,
             archived_segments=0,
-            dropped=(going[0].first, going[-1].last) if going else None,
+            dropped=policy.span(going),
             collected=collected,
             refused=refused,
             dry_run=True,
@@ -148,9 +148,7 @@ def due(log: EtcdLog, parts: list[Part], keep: Keep, *, last_seq: int) -> list[P
     """Return the parts that the policy lets go when the log has come to `last_seq`."""
     if keep is None:
         return []
-    kept = [policy.Part(part.first, part.last, part.size, part.newest) for part in parts]
-    surplus = policy.surplus(kept, keep, last_seq=last_seq)
-    return parts[: policy.held_back(kept, surplus, log.cursors.every())]
+    return policy.going(parts, keep, last_seq=last_seq, cursors=log.cursors.every())
 
 
 def _tell(log: EtcdLog, going: list[Part]) -> None:

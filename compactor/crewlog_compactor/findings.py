@@ -48,8 +48,8 @@ class CompactReport:
 
     `folded_events` were new to the snapshot, which now covers `snapshot_seq` (0: there is none
     yet); `archived_segments` counts moves into the archive, `dropped` is the range of seqs that
-    retention took (first, last); `collected` is None without `gc`, and
-    `refused` says why the collection was refused, if it was; `full` that a cluster's quota is full,
+    retention took (first, last); `collected` is None without `gc`, and where the collection was
+    refused, as `refused` then says; `full` that a cluster's quota is full,
     so that nothing was done but dropping.
 
     A dry run counts the lines that a compaction adds, too; where others write meanwhile there are

@@ -78,12 +78,8 @@ def _still(store: Store) -> AbstractContextManager[object]:
 
 @contextmanager
 def _alone(log: Log) -> Iterator[None]:
-    lock = log.take_compact_lock()
-    try:
-        with log.alone():
-            yield
-    finally:
-        lock.close()
+    with log.take_compact_lock(), log.alone():
+        yield
 
 
 # -- to a directory -------------------------------------------------------------------------
@@ -117,9 +113,9 @@ def _segments(copy: Copy) -> Iterator[tuple[int, bytes]]:
 
 
 def _copy_cursors(source: Store, target: Store) -> None:
-    for place in source.cursors.every():
-        if not place.damaged:
-            target.cursors.own(place.name, start=place.seq).close()
+    for cursor in source.cursors.every():
+        if not cursor.damaged:
+            target.cursors.own(cursor.name, start=cursor.seq).close()
 
 
 # -- proof ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Plan:
     store: str
     made_at: str
     living: int
-    steps: tuple[Task, ...]
+    tasks: tuple[Task, ...]
     unknown: tuple[str, ...]
 
     def encode(self) -> bytes:
@@ -71,7 +71,7 @@ class Plan:
                 "store": self.store,
                 "made_at": self.made_at,
                 "living": self.living,
-                "steps": [step.as_json() for step in self.steps],
+                "steps": [task.as_json() for task in self.tasks],
                 "unknown": list(self.unknown),
             }
         )
@@ -86,29 +86,29 @@ def make(
     keep: timedelta,
 ) -> Plan:
     """Plan: the dead are buried, those that ended more than `keep` ago pruned, the rest stays."""
-    steps: list[Task] = []
+    tasks: list[Task] = []
     unknown: list[str] = []
     living = 0
     for worker, found in zip(workers, judged, strict=True):
         if worker.final:
             if now - worker.updated_at > keep:
-                steps.append(_step("prune", worker, found))
+                tasks.append(_task("prune", worker, found))
             continue
         living += 1
         if found.dead:
-            steps.append(_step("bury", worker, found))
+            tasks.append(_task("bury", worker, found))
         elif not found.alive:
             unknown.append(worker.sid)
     return Plan(
         store=store,
         made_at=timestamp(now),
         living=living,
-        steps=tuple(steps),
+        tasks=tuple(tasks),
         unknown=tuple(unknown),
     )
 
 
-def _step(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> Task:
+def _task(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> Task:
     return Task(
         action=action,
         sid=worker.sid,
@@ -124,7 +124,7 @@ def require_plausible(plan: Plan) -> None:
 
     A reboot explains any number of deaths; they do not count.
     """
-    doubtful = [s for s in plan.steps if s.action == "bury" and s.cause not in _CERTAIN]
+    doubtful = [s for s in plan.tasks if s.action == "bury" and s.cause not in _CERTAIN]
     if len(doubtful) > max(_DEATHS_NEVER_DOUBTED, plan.living / 2):
         raise CollectRefused(deaths=len(doubtful), living=plan.living)
 
@@ -152,12 +152,12 @@ def _plan(found: JsonObject) -> Plan:
         store=_text(found, "store"),
         made_at=_text(found, "made_at"),
         living=_number(found, "living"),
-        steps=tuple(_step_of(row) for row in steps),
+        tasks=tuple(_task_of(row) for row in steps),
         unknown=tuple(str(sid) for sid in unknown),
     )
 
 
-def _step_of(row: JsonValue) -> Task:
+def _task_of(row: JsonValue) -> Task:
     if not isinstance(row, dict):
         message = "a step is not an object"
         raise ValueError(message)  # noqa: TRY004 (as above)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from crewlog import events, layout
 from crewlog.store import Standing
@@ -27,9 +27,36 @@ class KeepEvents:
 Keep: TypeAlias = timedelta | int | KeepEvents | None
 
 
+class Parted(Protocol):
+    """A sealed part of the history, of either engine."""
+
+    @property
+    def first(self) -> int:
+        """Return its first seq."""
+        ...
+
+    @property
+    def last(self) -> int:
+        """Return its last seq."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes it takes."""
+        ...
+
+    @property
+    def newest(self) -> str:
+        """Return its newest time."""
+        ...
+
+
+P = TypeVar("P", bound=Parted)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A sealed part of the history: its seqs, how many bytes it takes, its newest time."""
+    """A segment of the archive, or one that is about to be; see Parted."""
 
     first: int
     last: int
@@ -37,14 +64,14 @@ class Part:
     newest: str
 
 
-def check_keep(keep: object) -> Keep:
-    """Return a policy that can be carried out."""
+def check_keep(keep: object) -> None:
+    """Raise ValueError for what is no policy."""
     if keep is None or (isinstance(keep, timedelta) and keep >= timedelta(0)):
-        return keep
+        return
     if type(keep) is int and keep >= 0:
-        return keep
+        return
     if isinstance(keep, KeepEvents) and keep.count >= 0:
-        return keep
+        return
     message = f"keep_history is a timedelta, a number of bytes, KeepEvents or None, not {keep!r}"
     raise ValueError(message)
 
@@ -57,7 +84,18 @@ def oldest_ts(keep: timedelta) -> str:
         return ""
 
 
-def surplus(parts: Sequence[Part], keep: Keep, *, last_seq: int) -> int:
+def going(parts: Sequence[P], keep: Keep, *, last_seq: int, cursors: Sequence[Standing]) -> list[P]:
+    """Return the parts that go, oldest first, when the log has come to `last_seq`."""
+    count = surplus(parts, keep, last_seq=last_seq)
+    return list(parts[: held_back(parts, count, cursors)])
+
+
+def span(parts: Sequence[Parted]) -> tuple[int, int] | None:
+    """Return the range of seqs of some parts, None for no parts."""
+    return (parts[0].first, parts[-1].last) if parts else None
+
+
+def surplus(parts: Sequence[Parted], keep: Keep, *, last_seq: int) -> int:
     """Count how many of the oldest parts the policy does not keep."""
     if keep is None:
         return 0
@@ -73,19 +111,19 @@ def surplus(parts: Sequence[Part], keep: Keep, *, last_seq: int) -> int:
     return count
 
 
-def held_back(parts: Sequence[Part], surplus: int, cursors: Sequence[Standing]) -> int:
+def held_back(parts: Sequence[Parted], surplus: int, cursors: Sequence[Standing]) -> int:
     """Return how many may go with regard to cursors: what they need stays, up to the cap."""
-    for place in cursors:
-        if place.damaged:
-            _logger.warning("cursor %s is damaged and holds back everything", place.name)
-    needed = min((place.seq + 1 for place in cursors), default=None)
+    for cursor in cursors:
+        if cursor.damaged:
+            _logger.warning("cursor %s is damaged and holds back everything", cursor.name)
+    needed = min((cursor.seq + 1 for cursor in cursors), default=None)
     if needed is None:
         return surplus
     free = sum(1 for part in parts[:surplus] if part.last < needed)
     held = sum(part.size for part in parts[free:surplus])
     while free < surplus and held > layout.CURSOR_HOLD_BYTES_MAX:
         held -= parts[free].size
-        late = [place.name for place in cursors if place.seq < parts[free].last]
+        late = [cursor.name for cursor in cursors if cursor.seq < parts[free].last]
         _logger.warning("history up to seq %d goes although %s need it", parts[free].last, late)
         free += 1
     return free

@@ -82,11 +82,8 @@ def repair(
     try:
         if not yes:
             return _report(_survey(log.directory), done=False)
-        lock = log.take_compact_lock()
-        try:
+        with log.take_compact_lock():
             return _repair(log, accept_loss)
-        finally:
-            lock.close()
     finally:
         log.close()
 

@@ -40,7 +40,7 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     log.note(events.DROPPED, told)
     via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
     for part in going:  # one by one, so that a power cut leaves no hole behind an older one
-        via.unlink(_name(log.directory, part.first), at=shelf)
+        via.unlink(segments.archive_name(log.directory, part.first), at=shelf)
         via.sync_directory(shelf)
     return first, last
 
@@ -55,8 +55,7 @@ def due(
     if keep is None:
         return []
     kept = _archive(log.directory, keep, coming)
-    surplus = policy.surplus(kept, keep, last_seq=last_seq)
-    return kept[: policy.held_back(kept, surplus, log.cursors.every())]
+    return policy.going(kept, keep, last_seq=last_seq, cursors=log.cursors.every())
 
 
 def _archive(
@@ -79,11 +78,8 @@ def _archive(
 
 
 def _bytes(directory: Directory, first: int) -> int:
-    return (directory.path / layout.ARCHIVE / _name(directory, first)).stat().st_size
-
-
-def _name(directory: Directory, first: int) -> str:
-    return segments.archive_file(directory, first) or layout.archive_name(first)
+    name = segments.archive_name(directory, first)
+    return (directory.path / layout.ARCHIVE / name).stat().st_size
 
 
 def _newest(directory: Directory, first: int) -> str:

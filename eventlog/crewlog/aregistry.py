@@ -315,6 +315,11 @@ class AsyncBatch(Batch):
         super().__init__(session.author(), session.append, sock_of=lambda _: None)
         self._acommit = commit
 
+    def __enter__(self) -> Self:
+        """Refuse: it would hold the loop up."""
+        message = "a batch of an AsyncRegistry is an `async with`"
+        raise TypeError(message)
+
     async def __aenter__(self) -> Self:
         """Begin to collect."""
         return self

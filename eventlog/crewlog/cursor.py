@@ -42,11 +42,11 @@ def every(directory: Directory) -> list[Standing]:
         if layout.is_temporary(name):
             continue
         try:
-            place = read(directory, name)
+            standing = read(directory, name)
         except CursorCorrupt:
-            place = Standing(name, 0, damaged=True)
-        if place is not None:
-            found.append(place)
+            standing = Standing(name, 0, damaged=True)
+        if standing is not None:
+            found.append(standing)
     return found
 
 

@@ -59,7 +59,7 @@ class Disk:
         return os.write(fd, data)
 
     def overwrite(self, fd: int, data: bytes, offset: int = 0) -> None:
-        """Write a small state, or one slot of it, in place."""
+        """Write in place, within what the file holds: a state, a slot, a round of the redo."""
         if os.pwrite(fd, data, offset) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -129,10 +129,11 @@ def open_directory(name: str, *, at: int | None = None, where: str) -> int:
 
 
 def open_file(name: str, *, at: int, where: str, change: bool = False, append: bool = False) -> int:
-    """Open a file of ours that nobody else can read or has linked elsewhere.
+    """Open a file of ours that nobody else can read.
 
     *Raises* FileNotFoundError if it is absent; UnsafePermissions if it is not a plain file of
-    ours with one name, or is open to others. O_NONBLOCK keeps a FIFO from holding us up.
+    ours, or is open to others; see require_one_name for a second name. O_NONBLOCK keeps a FIFO
+    from holding us up.
     """
     flags = (os.O_RDWR if change else os.O_RDONLY) | (os.O_APPEND if append else 0)
     try:
@@ -185,7 +186,7 @@ def check_ancestors(path: Path) -> None:
 
 
 def write_all(via: Disk, fd: int, data: bytes) -> None:
-    """Write a new file's content, in as many steps as it takes; not for the log itself."""
+    """Write all of it, in as many steps as it takes; not for an append, which is one write."""
     rest = memoryview(data)
     while rest:
         taken = via.write(fd, bytes(rest[: layout.WRITE_BYTES_MAX]))

@@ -686,17 +686,11 @@ class LegacyCorrupt(DataDamaged):
         )
 
 
-def from_oserror(
-    error: OSError, what: str, *, where: str, outcome: Outcome = "not_written"
-) -> CrewlogError:
+def from_oserror(error: OSError, what: str, *, where: str) -> CrewlogError:
     """Wrap a failure of the operating system; it is never reported as damage."""
     why = error.strerror or type(error).__name__
-    if error.errno in FULL and outcome == "not_written":
+    if error.errno in FULL:
         return StorageFull(where, why=why)
     if isinstance(error, PermissionError):
-        return UnsafePermissions(
-            what, where=where, why=why, remedy="Check its owner and mode", outcome=outcome
-        )
-    return StorageFailed(
-        what, where=where, why=why, remedy="Check the disk, then try again", outcome=outcome
-    )
+        return UnsafePermissions(what, where=where, why=why, remedy="Check its owner and mode")
+    return StorageFailed(what, where=where, why=why, remedy="Check the disk, then try again")

@@ -194,7 +194,7 @@ class Exit:
 class Worker:
     """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC.
 
-    `lease` names the file in leases/ that it holds locked while it lives; it is stalled where
+    `lease` names what it holds while it lives, a file in leases/ or a key; it is stalled where
     `heartbeat_s` passed without a beat. `sock_id` (device:inode:mtime in ns) is the socket that was
     at `sock` when that was recorded.
     """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
-from crewlog import events, layout
+from crewlog import events
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of, state_of
 from crewlog.sieve import Sieve
@@ -168,7 +168,7 @@ class Feed:
         assert self._revs is not None  # the caller looked
         if line["type"] == events.PRUNED:
             self._revs.pop(line["sid"], None)
-        elif line["type"].startswith("worker."):
+        elif line["type"] in events.WORKER_TYPES:  # another one, of a newer version, tells nothing
             self._revs[line["sid"]] = line["seq"]
 
     def _announce(self) -> Item | None:
@@ -186,15 +186,14 @@ class Feed:
         return self._reset("compacted", self._before_oldest())
 
     def _before_oldest(self) -> State | None:
-        """Return the state that what is kept leads on from; None where none could be kept."""
-        for _ in range(layout.SEGMENT_OPEN_TRIES):
-            first = self.store.first_seq()
-            for kept in self.store.snapshots():
-                if kept.last_seq == first - 1:
-                    return state_of(kept.last_seq, kept.records())
-            if self.store.first_seq() == first:  # else a retention came between
-                return None
-        return None
+        """Return the oldest state that all that is kept of it leads on from; None if there is none.
+
+        Beside a retention, or after one that was killed, it may lie within what is to go next.
+        """
+        least = max(self.store.first_seq() - 1, self.position)
+        fitting = [kept for kept in self.store.snapshots() if kept.last_seq >= least]
+        oldest = min(fitting, key=lambda kept: kept.last_seq, default=None)
+        return None if oldest is None else state_of(oldest.last_seq, oldest.records())
 
     def _gap(self, line: Line) -> Reset:
         """Tell of events that a repair gave up."""

@@ -149,7 +149,9 @@ def is_exiting(worker: Worker) -> bool:
 
     The kernel closes what a process has open before it counts as ended.
     """
-    return _is_of_this_boot(worker) and identity.is_exiting(worker.pid)
+    who, here = worker.identity, identity.scope()
+    ours = who is not None and (who.boot_id, who.pid_ns) == (here.boot_id, here.pid_ns)
+    return ours and identity.is_exiting(worker.pid)  # elsewhere, that pid is another's
 
 
 def hold(worker: Worker) -> Process | None:

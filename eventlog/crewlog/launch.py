@@ -207,15 +207,29 @@ def check_argv(argv: Words) -> list[str]:
 
 
 def check(
-    argv: Words, *, cwd: str | os.PathLike[str] | None, env: Mapping[str, str] | None
+    argv: Words,
+    *,
+    cwd: str | os.PathLike[str] | None,
+    env: Mapping[str, str] | None,
+    stdout: Stream,
+    stderr: Stream,
 ) -> None:
     """Raise TypeError or ValueError for what cannot be started at all."""
     check_argv(argv)
-    if cwd is not None:
-        os.fspath(cwd)
+    if cwd is not None and b"\0" in os.fsencode(cwd):
+        message = f"cwd {cwd!r} holds a NUL"
+        raise ValueError(message)
     if env is not None and not isinstance(env, Mapping):
         message = f"env must be a mapping, not {type(env).__name__}"
         raise TypeError(message)
+    for key, value in (env or {}).items():
+        if b"=" in os.fsencode(key) or b"\0" in os.fsencode(key) + os.fsencode(value):
+            message = f"env holds {key!r}, which no process can be given"
+            raise ValueError(message)
+    for stream in (stdout, stderr):
+        if not (stream is None or isinstance(stream, int) or hasattr(stream, "fileno")):
+            message = f"stdout and stderr are files or descriptors, not {stream!r}"
+            raise TypeError(message)
 
 
 def _interpreter() -> str:

@@ -16,7 +16,7 @@ A store is a directory::
       leases/<sid>~<token>   held by flock for as long as a worker lives; carries its last beat
       cursors/ quarantine/   positions of subscribers; bytes taken out of the log
 
-What bounds loops, waits and allocations of a store is a number in this file.
+Most of what bounds its loops, waits and allocations is a number in this file.
 """
 
 import re

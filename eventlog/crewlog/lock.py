@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from crewlog import disk, layout
+from crewlog.closing import Closing
 from crewlog.disk import Stamp
 from crewlog.errors import LockBusy, StoreMissing
 
@@ -25,7 +26,7 @@ _CLOSED: Final = -1
 _REPLACED_TRIES: Final = 3
 
 
-class Lock:
+class Lock(Closing):
     """One lock file, opened on first use."""
 
     __slots__ = (

@@ -1,10 +1,10 @@
 """Wake readers when a store may have changed. A wake only means: look again.
 
 Late, lost, doubled and early wakes change nothing about what is delivered; a reader looks by
-itself once a second anyway. One hub per process and store holds one schedule with the system,
-however many readers listen. Where the system cannot tell (its limits are reached, the file system
-is a network one), or is proven not to (the head moved on and no wake came), the hub falls back to
-polling, with one warning. This is the only module that uses watchdog and inotify_simple.
+itself once a second anyway. One hub per process, store and backend holds one schedule with the
+system, however many readers listen. Where the system cannot tell (its limits are reached, the file
+system is a network one), or is proven not to (the head moved on and no wake came), the hub falls
+back to polling, with one warning. This is the only module that uses watchdog and inotify_simple.
 """
 
 import errno

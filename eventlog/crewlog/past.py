@@ -16,6 +16,7 @@ from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
 from crewlog.feed import Filter
+from crewlog.refold import state_before
 from crewlog.session import Session
 from crewlog.sieve import Sieve
 from crewlog.store import Store
@@ -100,8 +101,8 @@ def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[L
     for line, _ in _from_oldest(store, None):
         if not first:
             first = line["seq"]
-            kept = [state for state in store.snapshots() if state.last_seq == first - 1]
-            found = Lives((*kept[-1].sessions, *kept[-1].ended) if kept else ())
+            kept = state_before(store, first)
+            found = Lives(() if kept is None else kept.records().values())
         found.add(line)
         if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
             progress(line["seq"] - first, last - first + 1)

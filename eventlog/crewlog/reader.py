@@ -28,7 +28,7 @@ class Walked(NamedTuple):
 def walk(
     source: Source, start: Position, *, end: int | None = None, sieve: Sieve | None = None
 ) -> Iterator[Walked]:
-    """Walked from a position up to `end` bytes, or to the end of the segment.
+    """Walk from a position up to `end` bytes, or to the end of the segment.
 
     Lines that the `sieve` does not hold back are passed over unparsed. *Raises* LogCorrupt or
     ArchiveDamaged at the first line that fails, LogRegressed where the file ends before `end`: the

@@ -10,6 +10,7 @@ from crewlog.events import Line
 from crewlog.fold import Fold, FoldError
 from crewlog.reader import Reader
 from crewlog.segments import Position
+from crewlog.store import Store
 
 
 def refold(
@@ -70,6 +71,11 @@ def refold_lines(
         if state.seq == stop:
             break
     return snapshot_of(state, store=start.store, last_hash=prev)
+
+
+def state_before(store: Store, first: int) -> Snapshot | None:
+    """Return the state that the line `first` leads on from; None where none of it is kept."""
+    return next((kept for kept in store.snapshots() if kept.last_seq == first - 1), None)
 
 
 def fold_of(snapshot: Snapshot) -> Fold:

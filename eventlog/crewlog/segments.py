@@ -14,7 +14,7 @@ from crewlog.codec import LineError
 from crewlog.directory import Directory
 from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
 from crewlog.events import JsonObject, Line
-from crewlog.packing import PackingError
+from crewlog.packing import Packing, PackingError
 from crewlog.recovery import Found
 from crewlog.structs import AppendState, DurableHead
 
@@ -60,7 +60,7 @@ def all_of(directory: Directory) -> list[int]:
 
 
 class Source(Closing):
-    """The bytes of one segment, from log/ or, uncompressed in memory, from archive/."""
+    """The bytes of one segment: of log/, or in memory of archive/, or as the redo completes it."""
 
     __slots__ = ("_data", "_fd", "archived", "first", "name")
 
@@ -147,7 +147,7 @@ def open_segment(directory: Directory, first: int) -> Source:
 def open_active(directory: Directory, first: int) -> Source:
     """Open a segment for appending. Held: locks/append or a sync lock.
 
-    *Raises* LogRegressed if it is gone, UnsafePermissions if it has a second name.
+    *Raises* LogRegressed if it is gone.
     """
     name = layout.segment_name(first)
     where = directory.where(layout.LOG, name)
@@ -172,8 +172,13 @@ def archive_file(directory: Directory, first: int) -> str | None:
     return None
 
 
+def archive_name(directory: Directory, first: int, wanted: Packing = "gzip") -> str:
+    """Name the archive of a segment: the one that is there, else one that is packed as wanted."""
+    return archive_file(directory, first) or layout.archive_name(first, wanted)
+
+
 def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:
-    name = archive_file(directory, first) or layout.archive_name(first)
+    name = archive_name(directory, first)
     where = directory.where(layout.ARCHIVE, name)
     packed = disk.read_all(
         name, at=directory[layout.ARCHIVE], where=where, limit=layout.SNAPSHOT_BYTES_MAX

@@ -123,9 +123,12 @@ class Session:
         except CrewlogError:  # nothing whole is in its place yet
             return held
         with self._opening:
+            if self._store is not held:  # another thread was faster
+                fresh.close()
+                return self._store
             self._store = fresh
         held.close()
-        return self._store
+        return fresh
 
     # -- the state of now -----------------------------------------------------------------------
 

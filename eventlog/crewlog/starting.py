@@ -74,7 +74,7 @@ def _program(
     """Check what is to be started, before anything is written."""
     wish = Wish(sock, version, labels, meta, ready, owner, lease, heartbeat_s)
     registering.check(wish)
-    launch.check(argv, cwd=cwd, env=env)
+    launch.check(argv, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
     ours = wish._replace(owner=os.getpid() if owner is None else owner)
     return _Program(argv, cwd, env, stdout, stderr, ours)
 

@@ -1,6 +1,6 @@
 """Mend the end of the log so that appending can go on: adopt, quarantine, cut, rebuild.
 
-Held throughout by the caller: locks/append. Two occasions:
+Held by the caller of what changes something: locks/append. Two occasions:
 
 - `adopt`: a writer of this boot died between its write and its append.state. Whole lines are
   taken over (their caller never heard: outcome unknown), the rest was never acknowledged.

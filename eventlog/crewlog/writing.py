@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Writing:
-    """What phase one runs under: the writer's turn, locks/append and the mutex of the state.
+    """What phase one runs under: the writer mutex, locks/append and the mutex of the state.
 
     The mutex comes last, so readers of this process never wait for another process's lock. An
     interrupt (Ctrl-C) may come wherever a function of Python begins or a call has returned, and
@@ -26,11 +26,11 @@ class Writing:
     its own. It keeps nothing itself: one serves a whole log.
     """
 
-    __slots__ = ("_directory", "_lock", "_mutex", "_turn", "_wait_s")
+    __slots__ = ("_directory", "_lock", "_mutex", "_wait_s", "_writer")
 
     def __init__(
         self,
-        turn: "threading.RLock",
+        writer: "threading.RLock",
         lock: Lock,
         mutex: "threading.RLock",
         *,
@@ -38,7 +38,7 @@ class Writing:
         directory: Directory,
     ) -> None:
         """Take nothing yet; `directory` is that of the store."""
-        self._turn = turn
+        self._writer = writer
         self._lock = lock
         self._mutex = mutex
         self._wait_s = wait_s
@@ -46,11 +46,11 @@ class Writing:
 
     def run(self, work: Callable[[], T]) -> T:
         """Do the work under all three. *Raises* LockBusy after `wait_s`; what it raises, typed."""
-        if threads.is_mine(self._turn):
+        if threads.is_mine(self._writer):
             raise LockBusy(self._lock.where, waited_s=0, holder=threads.INTERRUPTED)
         began = time.monotonic()
         try:
-            if not self._turn.acquire(timeout=self._wait_s):
+            if not self._writer.acquire(timeout=self._wait_s):
                 raise LockBusy(self._lock.where, waited_s=self._wait_s, holder="another thread")
             try:
                 self._lock.acquire(wait_s=max(0.0, began + self._wait_s - time.monotonic()))
@@ -62,7 +62,7 @@ class Writing:
             raise self._typed(error) from error
         finally:
             try:  # noqa: SIM105 (suppress is a call of Python)
-                self._turn.release()
+                self._writer.release()
             except RuntimeError:  # it was never ours
                 pass
 

@@ -26,14 +26,16 @@ from crewlog.errors import (
     AuthFailed,
     HistoryRewound,
     QuotaExceeded,
+    SnapshotCorrupt,
     Unavailable,
     UnsafePermissions,
     Unsupported,
 )
+from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.client import Client
 from crewlog.etcd.engine import EtcdLog, is_sound, outdated
-from crewlog.events import JsonObject
+from crewlog.events import JsonObject, Reset
 from crewlog.place import locate
 from crewlog_compactor import KeepEvents, compact, repair, verify
 from crewlog_compactor import etcd_compact as job
@@ -332,6 +334,31 @@ def test_tls_with_client_certificates(
 
 
 # -- room -----------------------------------------------------------------------------------
+
+
+def test_base_that_was_not_written_whole_costs_a_watcher_only_the_history(
+    one_server: Cluster, tmp_path: Path
+) -> None:
+    """A retention that was killed while it wrote: a Reset with a state, not an error for good."""
+    with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
+        for number in range(4):
+            reg.register(f"w{number}")
+            compact(reg)
+        assert compact(reg, keep_history=KeepEvents(2)).dropped is not None
+        log = reg.session.store()
+        assert isinstance(log, EtcdLog)
+        base = log.read_base()
+        assert base is not None
+        log.client.at_once(keys.put(log.keys.base(base.last_seq, 0), b"half of"))
+        with pytest.raises(SnapshotCorrupt):
+            log.read_base()
+        with reg.watch(after=1) as items:
+            item = items.next(5)
+            assert isinstance(item, Reset)
+            assert item.reason == "compacted"
+            assert dict(item.state.workers) == dict(reg.state().workers)
+            later = reg.register("later").rev
+            assert [i.seq for i in items.drain() if i.kind == "change"] == [later]
 
 
 def test_full_quota_refuses_changes_and_retention_still_works(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_plan_is_carried_out_later_where_nothing_changed(reg: Registry, crew: Cr
     made = make_plan(reg, keep=timedelta(0))
     again = planning.decode(made.encode(), where="memory")
     assert again == made
-    assert [(s.action, s.sid) for s in again.steps] == [
+    assert [(s.action, s.sid) for s in again.tasks] == [
         ("bury", "dead"), ("bury", "back"), ("prune", "old"),
     ]  # fmt: skip
     reg.register("back", pid=crew.sleeper().pid)
@@ -129,7 +129,7 @@ def test_plan_is_carried_out_later_where_nothing_changed(reg: Registry, crew: Cr
     assert (report.lost, report.pruned, report.conflicts) == (("dead",), ("old",), ("back",))
     assert reg.liveness("back").alive
     lost = next(e for e in reg.history(types=["worker.lost"], sid="dead"))
-    assert lost.data["cause"] == made.steps[0].cause
+    assert lost.data["cause"] == made.tasks[0].cause
     repeated = apply_plan(reg, again)
     assert (repeated.lost, repeated.pruned) == ((), ())
     assert repeated.conflicts == ("back", "dead", "old")
@@ -144,7 +144,7 @@ def test_plan_that_lies_buries_nobody_who_lives(reg: Registry, crew: Crew) -> No
     kill(worker)
     made = make_plan(reg)
     alive = reg.register("a", pid=crew.sleeper().pid)
-    forged = replace(made, steps=(replace(made.steps[0], rev=alive.rev),))
+    forged = replace(made, tasks=(replace(made.tasks[0], rev=alive.rev),))
     assert apply_plan(reg, forged).conflicts == ("a",)
     assert reg.workers()[0].rev == alive.rev
 

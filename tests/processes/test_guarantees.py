@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import cursor, events, layout, notify
+from crewlog import cursor, events, layout, notify, snapshot
+from crewlog.disk import Disk
 from crewlog.errors import (
     CompactedError,
     CursorBusy,
@@ -965,3 +967,35 @@ def test_memory_stays_flat_with_a_backlog_of_a_million(place: Path) -> None:
 def _no_hub_is_left() -> Iterator[None]:
     yield
     assert notify._hubs.by_key == {}
+
+
+def test_retention_that_was_killed_hides_nothing_that_comes_after_it(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state before what stays is in place, and some that was to go is still there."""
+    reg.register("a")
+    for number in range(8):
+        reg.update("a", meta={"number": number})
+        compact(reg, gc=False)
+    unlink, done = Disk.unlink, []
+
+    def once(self: Disk, name: str, *, at: int) -> None:
+        if name.endswith(".gz"):
+            done.append(name)
+            if len(done) > 1:
+                raise OSError(errno.EIO, "killed here")
+        unlink(self, name, at=at)
+
+    with monkeypatch.context() as patch, pytest.raises(StorageFailed):
+        patch.setattr(Disk, "unlink", once)
+        compact(reg, gc=False, keep_history=0)
+    base = snapshot.read_base(files(reg).directory)
+    assert base is not None
+    assert files(reg).first_seq() < base.last_seq
+    with reg.watch(after=1) as items:
+        item = items.next(5)
+        assert isinstance(item, Reset)
+        assert (item.lost, item.state.seq) == ((2, base.last_seq), base.last_seq)
+        later = [event.seq for event in reg.history() if event.seq > base.last_seq]
+        assert later
+        assert changes(take(items, len(later))) == later

@@ -67,7 +67,15 @@ def test_bad_wish_for_a_lease_or_a_program_creates_nothing(place: Path) -> None:
                     {"heartbeat_s": 60, "version": "v" * 10_000}):  # fmt: skip
             with pytest.raises((TypeError, ValueError)):
                 reg.register("a", **bad)
-        for bad in ({"labels": {"x": 1}}, {"cwd": 5}, {"env": ["A=b"]}):
+        for bad in (
+            {"labels": {"x": 1}},
+            {"cwd": 5},
+            {"cwd": "a\0"},
+            {"env": ["A=b"]},
+            {"env": {"a": 1}},
+            {"env": {"a=": "1"}},
+            {"stdout": "x"},
+        ):
             for start in (reg.spawn, reg.ensure):
                 with pytest.raises((TypeError, ValueError)):
                     start("a", ["true"], **bad)

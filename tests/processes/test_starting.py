@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import crewlog
-from crewlog import changes, identity, launch, starting
+from crewlog import changes, identity, judging, launch, starting
 from crewlog.errors import SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.launch import Launch
 from crewlog.registry import Registry
@@ -477,3 +478,16 @@ def test_spawner_in_a_pipeline_does_not_hold_it_open(place: Path) -> None:
         [sys.executable, "-c", code, str(place)], stdout=subprocess.PIPE, timeout=60, check=True
     )
     os.kill(int(done.stdout), signal.SIGKILL)
+
+
+def test_pid_of_another_namespace_is_no_sign_of_an_end(reg: Registry, crew: Crew) -> None:
+    """Its number may be a zombie's here; whether it leaves cannot be seen from here."""
+    process = crew.sleeper()
+    worker = reg.register("a", pid=process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert judging.is_exiting(worker)
+    assert worker.identity is not None
+    who = worker.identity
+    for far in (replace(who, pid_ns="pid:[1]"), replace(who, boot_id="another")):
+        assert not judging.is_exiting(replace(worker, identity=far))

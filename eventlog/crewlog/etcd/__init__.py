@@ -9,7 +9,7 @@ Format
     P/:e/<seq, 16 digits>  the lines of one transaction, under the seq of its last one, and the
                           token of the attempt that wrote them
     P/:w/<sid>              the worker's record after all lines up to head
-    P/:s/<first>            a sealed part of the history: its last seq, its bytes, its newest time
+    P/:s/<first>            a sealed part of the history: last seq, bytes, newest time, when sealed
     P/:b/<seq>/<n>          the state before the oldest event that is kept, in pieces
     P/:l/<sid>~<id>         there while that lease is kept, and P/:beat/… while its beat is fresh
     P/:t/<sid>              the turn to start a worker, on a lease of who has it

@@ -24,10 +24,10 @@ class EtcdCursors:
         found = self._client.read(self._keys.named(Room.CURSOR, name))
         if not found:
             return None
-        place = _standing(found[0])
-        if place.damaged:
+        standing = _standing(found[0])
+        if standing.damaged:
             raise CursorCorrupt(f"{self._client.where}: {name}")
-        return place
+        return standing
 
     def every(self) -> list[Standing]:
         """Read every cursor; a damaged one hides no other."""

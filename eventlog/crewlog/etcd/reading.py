@@ -1,5 +1,6 @@
 """Read what the lines of a store in a cluster come to: its workers, now and in the past."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -165,11 +166,12 @@ class EtcdReading(EtcdLines):
         return next((line["ts"] for line, _ in self.lines(first - 1, first)), "")
 
     def snapshots(self) -> Iterator[Snapshot]:
-        """Yield every older state that is kept, the empty one too, and that of now."""
+        """Yield every older state that is kept whole, the empty one too, and that of now."""
         yield self.empty()
-        base = self.read_base()
-        if base is not None:
-            yield base
+        with contextlib.suppress(SnapshotCorrupt):  # retention was killed while it wrote it
+            base = self.read_base()
+            if base is not None:
+                yield base
         yield self.snapshot()
 
     def empty(self) -> Snapshot:
