@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import logging
 import os
 import sys
@@ -197,11 +196,11 @@ class Shell:
 
     def document(self, found: Mapping[str, object]) -> None:
         """Print one JSON object on one line, ASCII only, with its schema."""
-        put(json.dumps({"schema": 1, **found}, separators=(",", ":")))
+        put(_dumped({"schema": 1, **found}))
 
     def stream(self, found: Mapping[str, object]) -> None:
         """Print one JSON object of a stream, flushed."""
-        put(json.dumps(found, separators=(",", ":")), flush=True)
+        put(_dumped(found), flush=True)
 
     def note(self, words: str) -> None:
         """Tell a person something that is not data."""
@@ -217,6 +216,13 @@ class Shell:
     def offset(self) -> str:
         """Write the offset that the table's times have."""
         return text.offset(datetime.now(UTC), utc=self.utc)
+
+
+def _dumped(found: Mapping[str, object]) -> str:
+    """Write JSON in ASCII, which no terminal takes for anything else."""
+    import json  # noqa: PLC0415 (start-up; most want a table)
+
+    return json.dumps(found, separators=(",", ":"))
 
 
 def confirmed(question: str, what: str) -> bool:
@@ -360,7 +366,7 @@ def complain(shell: Shell, *, code: str, exit_code: int, what: str, where: str, 
     if shell.json:
         message = what + (f": {where}" if where else "")
         body = {"code": code, "exit": exit_code, "message": message, "hint": hint}
-        _tell(json.dumps({"error": body}))
+        _tell(_dumped({"error": body}))
         return
     for row in (f"crewlog: {what}", f"  {where}", f"  {hint}"):
         if row.strip():
