@@ -112,7 +112,11 @@ def update(
 ) -> None:
     """Move a worker to another state, or change what is known of it; prints its rev."""
     patch: dict[str, str | None] = {**words.pairs([safe(row) for row in labels])}
-    patch |= dict.fromkeys((safe(key) for key in unlabel), None)
+    gone = dict.fromkeys((safe(key) for key in unlabel), None)
+    if patch.keys() & gone.keys():
+        message = f"-l and --unlabel both name {', '.join(sorted(patch.keys() & gone.keys()))}"
+        raise click.UsageError(message)
+    patch |= gone
     with sh.existing() as reg:
         facts.known(reg, sid)
         worker = tried(

@@ -33,7 +33,9 @@ def servers(place: Place) -> Iterator[Check]:
     assert isinstance(place, EtcdPlace)  # as above
     log = place.empty(wait_s=layout.ANSWER_WAIT_S)
     try:
-        yield _place(log)
+        found = _place(log)
+        if found.status != "ok":  # why it cannot be opened is told already
+            yield found
         yield from _servers(log)
     finally:
         log.close()

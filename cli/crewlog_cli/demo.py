@@ -44,8 +44,9 @@ class _Broken(Exception):
 class _Stage:
     """Prints the story, checks its claims, and ends whatever it started."""
 
-    def __init__(self, sh: Shell, place: Path) -> None:
+    def __init__(self, sh: Shell, place: Path, *, keep: bool) -> None:
         self.sh = sh
+        self.keep = keep
         self.place = place
         self.processes: list[subprocess.Popen[str]] = []
         self.held: list[str] = []
@@ -67,7 +68,8 @@ class _Stage:
         """Sum up: every claim that held, and the one that did not."""
         if self.sh.json:
             told = {"ok": broken is None, "held": self.held, "broken": broken}
-            self.sh.document({**told, "took_s": round(took_s, 1), "dir": str(self.place)})
+            kept = str(self.place) if self.keep else None
+            self.sh.document({**told, "took_s": round(took_s, 1), "dir": kept})
         elif broken is None:
             self.say(f"\nEvery claim held, in {took_s:.1f} s.")
         else:
@@ -128,7 +130,7 @@ def demo(sh: Shell, *, keep: bool) -> None:
         message = "demo plays in a directory of its own; leave out --dir, and --keep keeps it"
         raise click.UsageError(message)
     home = Path(tempfile.mkdtemp(prefix="crewlog-demo-"))
-    stage = _Stage(sh, home / "registry")
+    stage = _Stage(sh, home / "registry", keep=keep)
     began = time.monotonic()
     try:
         with crewlog.open(stage.place, actor="second manager") as reg:

@@ -74,8 +74,9 @@ def stop(
         _print_targets(sh, reg, workers)
         return
     if all_ and not yes:
-        count = sum(not found.dead for found in reg.judge(workers))
-        if not shell.confirmed(f"Stop {count} workers?", f"--all would stop {count} workers"):
+        count = sum(_foreseen(reg, worker)[0] == "signal" for worker in workers)
+        what = f"--all would stop {count} workers"
+        if count and not shell.confirmed(f"Stop {count} workers?", what):
             sh.note("nobody was stopped")
             raise SystemExit(shell.EXIT_NO)
 

@@ -87,7 +87,7 @@ def data_text(event: Event) -> str:
         if value is None or value in ("", {}):
             continue
         if isinstance(value, dict):
-            told += [f"{k}={v}" for k, v in value.items()]
+            told += [f"-{k}" if v is None else f"{k}={v}" for k, v in value.items()]
         else:
             told.append(f"{key}={value}")
     return " ".join(told)
@@ -123,7 +123,8 @@ def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
     error = WorkerNotFound(sid)
     near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
     lead = f"Did you mean {', '.join(near)}? Else see" if near else "See"
-    error.remedy = f"{lead} `crewlog ls --all`; of who is no longer listed, `crewlog history --sid`"
+    history = f"`crewlog history --sid {sid}`"
+    error.remedy = f"{lead} `crewlog ls --all`; what is no longer listed may be in {history}"
     return error
 
 

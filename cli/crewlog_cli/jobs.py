@@ -12,7 +12,7 @@ from typing import Final
 import click
 
 from crewlog import disk, layout
-from crewlog.errors import CrewlogError, LockBusy, PlanInvalid, WorkerExists
+from crewlog.errors import CollectRefused, CrewlogError, LockBusy, PlanInvalid, WorkerExists
 from crewlog.packing import PACKINGS, Packing
 from crewlog.registry import Registry
 from crewlog_cli import facts, metrics, shell, times, words
@@ -32,6 +32,7 @@ from crewlog_compactor import (
 )
 
 _KEEP: Final = "1d"
+_JITTER_MAX_S: Final = 86_400.0
 
 
 def _span(given: str) -> timedelta:
@@ -48,7 +49,7 @@ def _keep(given: str) -> timedelta | int | KeepEvents | None:
         return KeepEvents(int(given))
     for unit, factor in _SIZES.items():
         number = given.removesuffix(unit)
-        if number != given and number.isdigit():
+        if number != given and number.isascii() and number.isdigit():
             return int(number) * factor
     try:
         return times.duration(given)
@@ -126,7 +127,10 @@ def gc(
         _assume_dead(sh, reg, assumed, reason)
         return
     if plan_ is not None:
-        _write_plan(sh, make_plan(reg, keep=span), Path(plan_))
+        made = make_plan(reg, keep=span)
+        _write_plan(sh, made, Path(plan_))
+        if not force:
+            _tell_refused(plan.refusal(made))
         return
     if apply_ is not None:
         report = apply_plan(reg, _read_plan(Path(apply_)), force=force)
@@ -137,8 +141,20 @@ def gc(
         sh.document({"seq": reg.last_seq, **_told(report), "refused": refused})
     else:
         _print_report(sh, report)
-        if report.refused is not None:
-            shell.warn(f"crewlog: it would be refused: {report.refused}")
+        _tell_refused(report.refused)
+
+
+def _tell_refused(refused: CollectRefused | None) -> None:
+    if refused is not None:
+        shell.warn(f"crewlog: to collect them would be refused: {refused}")
+
+
+def _jitter_s(given: str) -> float:
+    found = words.span_s(given)
+    if found > _JITTER_MAX_S:
+        message = f"--jitter is at most a day, not {given}"
+        raise click.UsageError(message)
+    return found
 
 
 def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
@@ -228,16 +244,19 @@ def compact_(
         raise SystemExit(shell.EXIT_NO)
     if prometheus is not None:
         shell.require_place(Path(prometheus), option="--prometheus")
-    wait_s = 0.0 if jitter is None or dry_run else random.uniform(0.0, words.span_s(jitter))  # noqa: S311 (no secret)
+    wait_s = 0.0 if jitter is None else random.uniform(0.0, _jitter_s(jitter))  # noqa: S311 (no secret)
     reg = sh.existing()
-    time.sleep(wait_s)
+    time.sleep(0.0 if dry_run else wait_s)
     with _metered(reg, prometheus) as told:
         report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack, dry_run=dry_run)
         told.refused = report.refused is not None
-    if sh.json:
-        sh.document(_compaction(reg, report))
-    elif dry_run or not sh.quiet:
-        _print_compaction(sh, report)
+        if sh.json:
+            sh.document(_compaction(reg, report))
+        elif dry_run or not sh.quiet:
+            _print_compaction(sh, report)
+    if dry_run:
+        _tell_refused(report.refused)
+        return
     if report.full is not None:
         shell.fail(sh, report.full)
     if report.refused is not None:

@@ -32,7 +32,8 @@ def moment_of(seen: State) -> datetime | None:
 
 
 def _tell(sh: Shell, found: Past) -> None:
-    since = "the beginning" if found.since is None else text.exact(found.since, utc=sh.utc)
+    unknown = "a time that is no longer kept" if found.seq else "the beginning"
+    since = unknown if found.since is None else text.exact(found.since, utc=sh.utc)
     until = "now" if found.until is None else text.exact(found.until, utc=sh.utc)
     sh.note(f"as it was after seq {found.seq}, from {since} until {until}")
     if found.disputed is not None:

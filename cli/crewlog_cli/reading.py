@@ -1,5 +1,6 @@
 """Read: ls, show, alive, history, path. No lock is taken and nothing is written."""
 
+import contextlib
 import itertools
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Final
 import click
 
 from crewlog import events
-from crewlog.errors import WorkerNotFound
+from crewlog.errors import Unavailable, WorkerNotFound
 from crewlog.events import FINAL, Event, Past, State, Worker, WorkerState, timestamp
 from crewlog.liveness import Liveness
 from crewlog.registry import Registry
@@ -123,7 +124,7 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
     worker = facts.known(reg, sid) if seen is None else seen.get(sid)
     if worker is None:
         error = WorkerNotFound(sid)
-        error.remedy = f"It was not listed then; `crewlog history --sid {sid}` tells of it"
+        error.remedy = f"It was not listed then; `crewlog history --sid {sid}` tells what there was"
         raise error
     found = reg.liveness(sid) if seen is None else None
     newest = reg.history(sid=sid, newest_first=True)
@@ -250,8 +251,7 @@ def history(
         raise click.UsageError(message)
     first, last = words.moment(since, sh), words.moment(until, sh)
     reg = sh.existing()
-    if crashed:
-        types = types or events.ENDS
+    types = words.ends(types) if crashed else types
     last_seq = reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
     found: Iterable[Event] = _by(
@@ -335,7 +335,10 @@ def path(sh: Shell) -> None:
     """Print the registry's place, a directory or a URL, whether or not it exists."""
     reg = sh.registry()
     if sh.json:
-        sh.document({"path": reg.where, "exists": reg.exists})
+        exists: bool | None = None  # where no server answers, nobody knows
+        with contextlib.suppress(Unavailable):
+            exists = reg.exists
+        sh.document({"path": reg.where, "exists": exists})
     else:
         click.echo(reg.where.encode(errors="surrogateescape"))
 

@@ -96,11 +96,15 @@ def flush() -> None:
 
 def require_place(path: Path, *, option: str) -> None:
     """Refuse, before anything is done, a path at which no file can be put. *Raises* UsageError."""
-    parent = path.absolute().parent
-    if not parent.is_dir() or path.is_dir():
-        message = f"{option} {path}: " + (
-            "it is a directory" if path.is_dir() else f"{parent} is no directory"
-        )
+    parent, why = path.absolute().parent, ""
+    if path.is_dir():
+        why = "it is a directory"
+    elif not parent.is_dir():
+        why = f"{parent} is no directory"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        why = f"we may not write in {parent}"
+    if why:
+        message = f"{option} {path}: {why}"
         raise click.UsageError(message)
 
 

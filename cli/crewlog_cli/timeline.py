@@ -59,6 +59,9 @@ def timeline(
 
     A bar is solid to the last proof of life; a lost worker died somewhere in the hatched part.
     """
+    if html == "-" and sh.json:
+        message = "--html - and --json both want stdout"
+        raise click.UsageError(message)
     first, last = words.moment(since, sh), words.moment(until, sh)
     reg = sh.existing()
     with shell.progress("reading") as told:
@@ -73,7 +76,7 @@ def timeline(
     ]
     unknown = _judge(reg, lives, now)
     if html is not None:
-        _write(sh, reg, lives, unknown, now, Path(html))
+        _write(sh, reg, lives, unknown, now, html)
     elif sh.json:
         sh.document({"seq": reg.last_seq, "at": timestamp(now), "lives": _json(lives, unknown)})
     else:
@@ -125,13 +128,14 @@ def _write(
     lives: Sequence[Life],
     unknown: frozenset[int],
     now: datetime,
-    path: Path,
+    html: str,
 ) -> None:
     told = f"{reg.where}, up to seq {reg.last_seq}."
     made = page.page(lives, unknown=unknown, now=now, told=told)
-    if str(path) == "-":
+    if html == "-":
         shell.put(made.decode())
         return
+    path = Path(html)
     shell.put_file(path, made, what="the page", option="--html")
     if sh.json:
         sh.document({"html": str(path), "lives": len(lives), "bytes": len(made)})

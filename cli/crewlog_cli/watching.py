@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 import click
 
-from crewlog import arguments, events, launch, layout
+from crewlog import arguments, launch, layout
 from crewlog.events import Item, State, Worker
 from crewlog.feed import After
 from crewlog.registry import Registry
@@ -97,7 +97,7 @@ def watch(
         lambda: reg.watch(
             after=start,
             sids=sids or None,
-            types=types or (events.ENDS if crashed else None),
+            types=(words.ends(types) if crashed else types) or None,
             cursor=name,
             backend=backend,  # type: ignore[arg-type] # click lets only these through
         )
@@ -144,7 +144,7 @@ def _deliver(
         if task.passes_over(item):
             continue
         if task.argv:
-            _hand_over(sh, items, item, task)
+            _hand_over(sh, items, item, task, deadline)
         else:
             _print(sh, item, task)
             if items.has_cursor:
@@ -154,8 +154,8 @@ def _deliver(
     return left
 
 
-def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task) -> None:
-    """Run the program for a change until it succeeds, then acknowledge."""
+def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task, deadline: float | None) -> None:
+    """Run the program for a change until it succeeds, then acknowledge; 124 when time is up."""
     if item.kind == "change":
         line = json.dumps({"kind": "change", **facts.event_json(item.event)}) + "\n"
         failures, pause_s = 0, _RETRY_MIN_S
@@ -164,6 +164,8 @@ def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task) -> None:
             if task.retries is not None and failures >= task.retries:
                 raise SystemExit(shell.EXIT_NO)
             failures += 1
+            if deadline is not None and time.monotonic() + pause_s > deadline:
+                raise SystemExit(shell.EXIT_TIMEOUT)
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, layout.RETRY_MAX_S)
     elif item.kind == "reset":

@@ -84,6 +84,14 @@ def _of_type(
     return types
 
 
+def ends(types: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the types of event that may tell of a crash, of those that are asked for."""
+    if types and not set(types) <= set(events.ENDS):
+        message = f"--crashed looks at {' and '.join(events.ENDS)} only"
+        raise click.UsageError(message)
+    return types or events.ENDS
+
+
 def with_crashed(function: Callable[P, R]) -> Callable[P, R]:
     """Give a command the option that chooses the ends that nobody had asked for."""
     option = click.option(

@@ -75,12 +75,7 @@ def collect(
 def _foretold(decided: Plan, *, force: bool) -> CollectReport:
     """Report what a plan would do."""
     report = _report(decided, conflicts=set(), tidied=orphans.Tidied(), dry_run=True)
-    try:
-        if not force:
-            plan.require_plausible(decided)
-    except CollectRefused as error:
-        return replace(report, refused=error)
-    return report
+    return replace(report, refused=None if force else plan.refusal(decided))
 
 
 def try_collect(
@@ -142,8 +137,9 @@ def _carry_out(
     reg: Registry, decided: Plan, *, alive: Collection[str], force: bool
 ) -> CollectReport:
     """Write the plan's events, each on its condition, then tidy up."""
-    if not force:
-        plan.require_plausible(decided)
+    refused = None if force else plan.refusal(decided)
+    if refused is not None:
+        raise refused
     author = reg.session.author("gc")
     conflicts = set(alive)
     tasks = [task for task in decided.tasks if task.action == "prune" or task.sid not in conflicts]

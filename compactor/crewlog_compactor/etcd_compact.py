@@ -12,7 +12,6 @@ from dataclasses import replace
 from crewlog import codec, events, layout
 from crewlog.codec import Snapshot
 from crewlog.errors import (
-    DataDamaged,
     QuotaExceeded,
 )
 from crewlog.etcd import keys
@@ -152,17 +151,15 @@ def due(log: EtcdLog, parts: list[Part], keep: Keep, *, last_seq: int) -> list[P
 
 
 def _tell(log: EtcdLog, going: list[Part]) -> None:
-    """Keep the state after what goes, and say in the log that it goes."""
+    """Keep the state after what goes, and say in the log that it goes. *Raises* DataDamaged."""
     last = going[-1].last
     after = next(line for line, _ in log.lines(last, last + 1))
     told: JsonObject = {"first": going[0].first, "last": last, "head": after["prev"]}
-    try:
-        start = log.read_base() or log.empty()
+    start = log.read_base() or log.empty()
+    if start.last_seq + 1 >= log.first_seq():  # else none was kept while the quota was full
         if start.last_seq < last:
             start = put_base(log, _folded(log, start, last))
         told["base"] = start.sha256
-    except DataDamaged as error:
-        _logger.warning("no state can be kept for the history after seq %d: %s", last, error)
     draft = codec.own_draft(events.DROPPED, told)
     at = events.timestamp(events.now())
     log.note(lambda attempt: attempt.add([draft], ts=at))

@@ -119,14 +119,15 @@ def _task(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> 
     )
 
 
-def require_plausible(plan: Plan) -> None:
-    """Raise CollectRefused if more than half of the living, and more than ten, seem dead.
+def refusal(plan: Plan) -> CollectRefused | None:
+    """Return what forbids a plan: more than half of the living, and more than ten, seem dead.
 
     A reboot explains any number of deaths; they do not count.
     """
     doubtful = [s for s in plan.tasks if s.action == "bury" and s.cause not in _CERTAIN]
     if len(doubtful) > max(_DEATHS_NEVER_DOUBTED, plan.living / 2):
-        raise CollectRefused(deaths=len(doubtful), living=plan.living)
+        return CollectRefused(deaths=len(doubtful), living=plan.living)
+    return None
 
 
 # -- reading one back -----------------------------------------------------------------------

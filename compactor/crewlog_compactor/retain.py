@@ -1,18 +1,16 @@
 """Drop the oldest history by policy, and say so in the log; by default everything is kept.
 
 Only archived segments that the previous snapshot covers are ever dropped; policy.py says which.
-What went is folded into archive/base.json first, so that the state at any time that is still kept
-can be told; then `_archive_dropped` is made durable, so that verify can tell policy from loss; then
-the files go.
+What goes is folded into archive/base.json first, and stays where damage forbids that, so that the
+state at any time that is still kept can be told; then `_archive_dropped` is made durable, so that
+verify can tell policy from loss; then the files go.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 from crewlog import events, layout, segments, snapshot
 from crewlog.directory import Directory
-from crewlog.errors import DataDamaged
 from crewlog.events import JsonObject
 from crewlog.log import Log
 from crewlog.reader import first_line, walk
@@ -20,8 +18,6 @@ from crewlog.refold import refold
 from crewlog.segments import Position
 from crewlog_compactor import policy
 from crewlog_compactor.policy import Keep, Part
-
-_logger = logging.getLogger("crewlog.retain")
 
 
 def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
@@ -89,17 +85,16 @@ def _newest(directory: Directory, first: int) -> str:
 
 
 def _base(directory: Directory, last: int) -> str | None:
-    """Fold what goes into archive/base.json; return its hash, None where it cannot be folded."""
-    try:
-        start = snapshot.read_base(directory) or snapshot.empty(directory)
-        if start.last_seq + 1 < segments.archived(directory)[0]:
-            return None  # an older version dropped the history before this one without a base
-        if start.last_seq >= last:  # it was folded before a retention that was killed
-            return start.sha256
-        return snapshot.put_base(directory, refold(directory, start, Position(0, 0, last)))
-    except DataDamaged as error:
-        _logger.warning("no state can be kept for the history after seq %d: %s", last, error)
+    """Fold what goes into archive/base.json, and return its hash. *Raises* DataDamaged.
+
+    None where nothing leads to it: an older version dropped what was before without a base.
+    """
+    start = snapshot.read_base(directory) or snapshot.empty(directory)
+    if start.last_seq + 1 < segments.archived(directory)[0]:
         return None
+    if start.last_seq >= last:  # it was folded before a retention that was killed
+        return start.sha256
+    return snapshot.put_base(directory, refold(directory, start, Position(0, 0, last)))
 
 
 def _hash_after(log: Log, last: int) -> str:

@@ -64,8 +64,9 @@ def _expanded(named: str) -> Path:
     except RuntimeError as error:
         message = f"{named!r} means no directory: {error}"
         raise ValueError(message) from error
-    if not found.is_absolute():  # it would be another one in every working directory
-        message = f"HOME is {os.environ.get('HOME')!r}, not absolute: set CREWLOG_DIR or give --dir"
+    home = os.environ.get("HOME")
+    if not found.is_absolute() or home == "":  # it would be another one in every directory, or /
+        message = f"HOME is {home!r}, no absolute path: name the place without ~ (--dir)"
         raise ValueError(message)
     return found
 

@@ -43,6 +43,7 @@ StatusSource: TypeAlias = Literal["pidfd", "zombie"]
 
 
 _PF_EXITING: Final = 0x4
+_POLL_MAX_S: Final = 86_400.0
 
 
 class Stat(NamedTuple):
@@ -215,9 +216,13 @@ def opened_pidfd(pid: int) -> Iterator[tuple[Opened, int]]:
 
 def ended(fd: int, *, wait_s: float = 0.0) -> bool:
     """Say whether the process has ended: a pidfd is readable once all its threads have."""
-    poll = select.poll()
+    poll, deadline = select.poll(), time.monotonic() + wait_s
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(wait_s * 1000))
+    while not poll.poll(min(wait_s, _POLL_MAX_S) * 1000):  # its limit is an int of milliseconds
+        wait_s = deadline - time.monotonic()
+        if wait_s <= 0:
+            return False
+    return True
 
 
 def exit_status(pid: int, fd: int) -> Status | None:

@@ -57,6 +57,8 @@ def history(
     store = session.found()
     if store is None:
         return iter(())
+    if newest_first and after is not None and after + 1 < (oldest := store.first_seq()):
+        raise CompactedError(requested=after + 1, oldest=oldest)  # as the other way round
     return _matching(store, wanted, first, last, after=after, newest_first=newest_first)
 
 

@@ -72,6 +72,7 @@ def test_stop_dry_run_says_what_would_become_of_each(cli: Cli, reg: Registry, cr
     assert {row["sid"]: row["would"] for row in told} == {  # type: ignore[attr-defined]
         "dead": "record its end", "me": "refuse", "ended": "nothing",
     }  # fmt: skip
+    reg.register("living", pid=crew.sleeper().pid)
     assert "would stop 1 workers" in cli("stop", "--all", code=2).stderr
 
 

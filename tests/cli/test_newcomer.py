@@ -191,7 +191,9 @@ def test_dry_run_of_gc_says_that_it_would_be_refused(cli: Cli, reg: Registry, cr
         kill(process)
     told = cli("gc", "--dry-run")
     assert len(told.stdout.splitlines()) == 12
-    assert "it would be refused: 12 of 12 workers seem dead at once" in told.stderr
+    assert "would be refused: 12 of 12 workers seem dead at once" in told.stderr
+    assert "would be refused" in cli("compact", "--dry-run").stderr
+    assert "would be refused" in cli("gc", "--plan", cli.place.parent / "plan").stderr
     assert "12 of 12" in str(cli.json("gc", "--dry-run")["refused"])
     assert cli.json("gc", "--dry-run", "--force")["refused"] is None
     checks = {c["name"]: c for c in cli.json("doctor")["checks"]}  # type: ignore[attr-defined]
@@ -237,3 +239,46 @@ def test_mistyped_names_are_told(cli: Cli, reg: Registry, tmp_path: Path) -> Non
     told = Cli(tmp_path / "nowhere")("schedule", "cron").stderr
     assert "no registry at" in told
     assert "no registry" not in cli("schedule", "cron").stderr
+
+
+def test_contradictions_are_usage_errors(cli: Cli, reg: Registry) -> None:
+    """Nothing is written, and no empty answer given."""
+    reg.register("a", labels={"k": "v"})
+    before = reg.last_seq
+    for words in (
+        ("history", "--crashed", "--type", "worker.registered"),
+        ("watch", "--crashed", "--type", "worker.ready"),
+        ("update", "a", "-l", "k=w", "--unlabel", "k"),
+        ("compact", "--keep-history", "\u00b2GiB", "--dry-run"),
+        ("compact", "--dry-run", "--jitter", "52000w"),
+        ("timeline", "--html", "-", "--json"),
+    ):
+        cli(*words, code=2)
+    assert reg.last_seq == before
+    cli("update", "a", "--unlabel", "k")
+    assert "  -k  " in cli("history").stdout
+
+
+def test_watch_that_runs_a_program_minds_its_time(cli: Cli, reg: Registry) -> None:
+    """A program that always fails is not tried for ever."""
+    reg.register("a")
+    cli("watch", "--from-start", "--timeout", "0.5s", "--exec", "--", "false", code=124)
+
+
+def test_history_backwards_tells_what_is_no_longer_kept(cli: Cli, reg: Registry) -> None:
+    """As it does forwards; and a state whose beginning is not known says so."""
+    for number in range(4):
+        reg.register(f"w{number}")
+        compact(reg, gc=False)
+    assert compact(reg, gc=False, keep_history=KeepEvents(4)).dropped is not None
+    for words in (("--after", "1"), ("--after", "1", "-r"), ("--after", "1", "-n", "2")):
+        assert "no longer kept" in cli("history", *words, code=1).stderr
+    oldest = next(reg.history(types=["_segment"])).seq
+    assert "a time that is no longer kept" in cli("ls", "--at", oldest - 1).stderr
+
+
+def test_grace_beyond_what_poll_counts(reg: Registry, crew: Crew) -> None:
+    """Thirty days are more milliseconds than an int of C holds."""
+    process = crew.sleeper()
+    reg.register("a", pid=process.pid)
+    assert reg.stop("a", grace_s=30 * 86_400, reason="r").data["signal"] == 15

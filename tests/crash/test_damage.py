@@ -347,3 +347,21 @@ def test_compaction_tells_of_damage_that_it_was_about_to_archive(place: Path) ->
         compact(reg, gc=False)
         assert not damaged.exists()
     assert verify(place).ok
+
+
+def test_retention_does_not_drop_what_it_cannot_fold(place: Path) -> None:
+    """A damaged archive stays for repair, or a backup: its loss would be silent otherwise."""
+    with crewlog.open(place) as reg:
+        for number in range(4):
+            reg.register(f"w{number}")
+            compact(reg, gc=False)
+        archived = sorted((place / layout.ARCHIVE).iterdir())
+        whole = archived[0].read_bytes()
+        archived[0].write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        before = sorted(path.name for path in (place / layout.ARCHIVE).iterdir())
+        with pytest.raises(DataDamaged):
+            compact(reg, gc=False, keep_history=0)
+        assert sorted(path.name for path in (place / layout.ARCHIVE).iterdir()) == before
+        archived[0].write_bytes(whole)
+        assert compact(reg, gc=False, keep_history=0).dropped is not None
+    assert verify(place).ok

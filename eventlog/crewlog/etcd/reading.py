@@ -192,10 +192,13 @@ class EtcdReading(EtcdLines):
         """
         page = keys.page(*self.keys.room(Room.BASE), limit=layout.PIECES_MAX)
         groups: dict[bytes, list[bytes]] = {}
+        firsts: set[bytes] = set()
         for row in keys.pairs(self.client.call("kv/range", page)):
             groups.setdefault(row.key.rpartition(b"/")[0], []).append(row.value)
+            firsts.add(row.key)
         worst: SnapshotCorrupt | None = None
-        for key in sorted(groups, reverse=True):  # the newest whole one: one may be being written
+        whole = [key for key in groups if key + b"/0000" in firsts]  # piece 0 is written last
+        for key in sorted(whole, reverse=True):
             try:
                 return self._base_of(b"".join(groups[key]))
             except DocumentError as error:
