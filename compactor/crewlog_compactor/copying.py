@@ -9,7 +9,7 @@ from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError, HistoryDiverged, LockBusy
 from crewlog.events import Line
 from crewlog.fold import Fold, FoldError
-from crewlog.refold import fold_of, snapshot_of, state_before
+from crewlog.refold import fold_of, follow, snapshot_of, state_before
 from crewlog.store import Store
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -36,21 +36,23 @@ class Copy:
         """Yield every line that is kept, each proven to follow the one before."""
         self.seq, self.hash = self.base.last_seq, self.base.last_hash
         base, last = self.base, self.source.last_seq()
-        state = fold_of(base)
-        self.state = state
+        self.state = state = fold_of(base)
         for line, raw in self.source.read(self.first - 1):
-            if line["prev"] != self.hash:
-                raise HistoryDiverged(self.source.where, seq=line["seq"] - 1)
-            self.seq, self.hash = line["seq"], segments.hash_after(line, raw).hex()
-            try:
-                state.apply(line)
-            except FoldError as error:
-                raise HistoryDiverged(self.source.where, seq=self.seq) from error
+            self.hash = follow(
+                state, line, raw, self.hash, diverged=self._diverged, wrong=self._wrong
+            )
+            self.seq = line["seq"]
             if segments.is_end(line):
                 self.sealed = snapshot_of(state, store=base.store, last_hash=self.hash)
             self.events += 1
             self.progress(self.events, last - self.first + 1)
             yield line, raw
+
+    def _diverged(self, seq: int) -> HistoryDiverged:
+        return HistoryDiverged(self.source.where, seq=seq)
+
+    def _wrong(self, line: Line, _raw: bytes, _error: FoldError) -> HistoryDiverged:
+        return self._diverged(line["seq"])
 
     def require_still(self) -> None:
         """Refuse to go on where the source has changed. *Raises* LockBusy."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from crewlog import events, fold, layout, segments
 from crewlog.codec import Snapshot
 from crewlog.directory import Directory
-from crewlog.errors import HistoryDiverged, LogCorrupt
+from crewlog.errors import CrewlogError, HistoryDiverged, LogCorrupt
 from crewlog.events import Line
 from crewlog.fold import Fold, FoldError
 from crewlog.reader import Reader
@@ -52,25 +52,45 @@ def refold_lines(
     `wrong` makes the error of a whole line that no correct writer can have written. *Raises* it,
     and HistoryDiverged.
     """
-    state = fold_of(start)
-    prev = start.last_hash
+    state, prev = fold_of(start), start.last_hash
+
+    def diverged(seq: int) -> HistoryDiverged:
+        return HistoryDiverged(where, seq=seq)
+
     for line, raw in lines:
         if line["seq"] <= start.last_seq:
             continue
         if line["seq"] > stop:  # a gap stands for more than was asked for
             break
-        if line["prev"] != prev:
-            raise HistoryDiverged(where, seq=line["seq"] - 1)
-        prev = segments.hash_after(line, raw).hex()
-        try:
-            state.apply(line)
-        except FoldError as error:
-            raise wrong(line, raw, error) from error
+        prev = follow(state, line, raw, prev, diverged=diverged, wrong=wrong)
         if seen is not None:
             seen(line)
         if state.seq == stop:
             break
     return snapshot_of(state, store=start.store, last_hash=prev)
+
+
+def follow(
+    state: Fold,
+    line: Line,
+    raw: bytes,
+    prev: str,
+    *,
+    diverged: Callable[[int], CrewlogError],
+    wrong: Callable[[Line, bytes, FoldError], CrewlogError],
+) -> str:
+    """Fold a line that must follow the one with the hash `prev`, and return its own hash.
+
+    *Raises* what `diverged` makes of the last seq that both have, where it follows another one;
+    what `wrong` makes of a line that no correct writer can have written.
+    """
+    if line["prev"] != prev:
+        raise diverged(line["seq"] - 1)
+    try:
+        state.apply(line)
+    except FoldError as error:
+        raise wrong(line, raw, error) from error
+    return segments.hash_after(line, raw).hex()
 
 
 def state_before(store: Store, first: int) -> Snapshot | None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple, cast
 
-from crewlog import codec, events, fold, layout, segments
+from crewlog import codec, events, fold, layout
 from crewlog.codec import DocumentError, Snapshot
 from crewlog.errors import (
     CompactedError,
@@ -26,7 +26,7 @@ from crewlog.etcd.leases import EtcdLeases
 from crewlog.etcd.lines import EtcdLines, Head, oldest_of
 from crewlog.events import JsonObject, Line, Record
 from crewlog.fold import Fold, FoldError
-from crewlog.refold import refold_lines, snapshot_of
+from crewlog.refold import follow, refold_lines, snapshot_of
 
 
 class Part(NamedTuple):
@@ -73,15 +73,13 @@ class EtcdReading(EtcdLines):
         return state
 
     def _catch_up(self, state: Fold, folded: Head, head: Head) -> None:
-        prev = folded.hash
+        prev = folded.hash.hex()
+
+        def diverged(seq: int) -> HistoryRewound:  # a backup came back, and has gone on since
+            return self.went_back(seq, head.seq)
+
         for line, raw in self.lines(folded.seq, head.seq):
-            if line["prev"] != prev.hex():  # a backup came back, and has gone on since
-                raise self.went_back(line["seq"] - 1, head.seq)
-            prev = segments.hash_after(line, raw)
-            try:
-                state.apply(line)
-            except FoldError as error:
-                raise self._unwritable(line, raw, error) from error
+            prev = follow(state, line, raw, prev, diverged=diverged, wrong=self._unwritable)
 
     def _unwritable(self, line: Line, _raw: bytes, error: FoldError) -> LogCorrupt:
         return self.corrupt(line["seq"], str(error), proof="its crc is right")
