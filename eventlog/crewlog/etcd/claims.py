@@ -39,6 +39,13 @@ def grant(client: Client, id_: int, ttl_s: int) -> tuple[int, str]:
     return keys.number(answer, "TTL"), keys.cluster(answer)
 
 
+def keep_or_make(client: Client, id_: int, ttl_s: int, key: bytes) -> None:
+    """Keep a lease alive; where it ran out, make it anew, with the key that hangs on it."""
+    if not keep(client, id_):
+        grant(client, id_, ttl_s)
+        client.at_once(keys.put(key, b"", lease=id_))
+
+
 def keep(client: Client, id_: int) -> bool:
     """Keep a lease for its whole time again; False if it has run out."""
     answer = client.call("lease/keepalive", {"ID": str(id_)})

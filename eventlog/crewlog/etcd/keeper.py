@@ -23,7 +23,7 @@ from typing import Final, cast
 from crewlog import codec, identity, layout
 from crewlog.codec import DocumentError
 from crewlog.errors import CrewlogError, ProcessNotFound, SpawnFailed
-from crewlog.etcd import claims, keys
+from crewlog.etcd import claims
 from crewlog.etcd.address import EtcdAddress, environment
 from crewlog.etcd.client import Client
 from crewlog.events import Identity, IdentityRecord, Worker, identity_of
@@ -110,9 +110,7 @@ class _Watch:
     def keep(self) -> None:
         """Keep the lease; make it anew where it ran out while no server could be reached."""
         try:
-            if not claims.keep(self._client, self._lease):
-                claims.grant(self._client, self._lease, self._ttl_s)
-                self._client.at_once(keys.put(self._key, b"", lease=self._lease))
+            claims.keep_or_make(self._client, self._lease, self._ttl_s, self._key)
         except CrewlogError:  # no server answers: again, for as long as the worker lives
             time.sleep(layout.BACKOFF_MAX_S)
 

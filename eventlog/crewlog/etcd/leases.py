@@ -89,10 +89,8 @@ class EtcdLeases:
             return False
         if heartbeat_s is None:
             return True
-        id_ = int(found[2], 16) + 1
-        if not claims.keep(self._client, id_):
-            claims.grant(self._client, id_, math.ceil(heartbeat_s))
-            self._client.at_once(keys.put(self._keys.named(Room.BEAT, name), b"", lease=id_))
+        id_, key = int(found[2], 16) + 1, self._keys.named(Room.BEAT, name)
+        claims.keep_or_make(self._client, id_, math.ceil(heartbeat_s), key)
         return True
 
     @contextmanager
