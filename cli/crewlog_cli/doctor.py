@@ -45,7 +45,7 @@ def checks(reg: Registry) -> Iterator[Check]:
             name="place",
             status="fail" if closed else "note",
             found=f"{reg.where}: there is no registry yet" + (closed and f", and {closed}"),
-            remedy="The first change creates one; check --dir and CREWLOG_DIR",
+            remedy="The first registration creates one; check --dir and CREWLOG_DIR",
         )
         yield from _servers(reg)
     except CrewlogError as error:

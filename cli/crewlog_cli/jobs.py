@@ -175,7 +175,7 @@ def _write_plan(sh: Shell, made: Plan, path: Path) -> None:
     if sh.json:
         sh.document({"plan": str(path), "steps": len(made.tasks), "unknown": list(made.unknown)})
     else:
-        sh.note(f"{len(made.tasks)} steps for {made.living} living workers: {path}")
+        sh.note(f"{len(made.tasks)} steps for {made.living} workers that are not ended: {path}")
 
 
 def _read_plan(path: Path) -> Plan:

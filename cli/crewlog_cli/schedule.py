@@ -125,9 +125,7 @@ def schedule(sh: Shell, *, kind: Kind) -> None:
     if where.startswith("etcd") and "CREWLOG_ETCD_PASSWORD" in os.environ:
         sh.note("A password is not written down: give it by CREWLOG_ETCD_PASSWORD_FILE")
     if not where.startswith("etcd") and not os.path.exists(where):
-        sh.note(
-            f"There is no registry at {where} yet: until the first change each run ends with 66"
-        )
+        sh.note(f"There is no registry at {where} yet: until there is one, each run ends with 66")
     if kind == "cron":
         if sh.json:
             sh.document({"cron": cron_line(where)})

@@ -131,6 +131,8 @@ def _foreseen(log: Log, packing: Packing, keep: Keep, added: int) -> _Foreseen:
         archive.require_intact(directory, first)
     sizes = {first: partial(archive.packed_bytes, directory, first, packing) for first in coming}
     going = retain.due(log, keep, last_seq=last, coming=sizes)
+    if going and not coming:  # what is archived only then is whole, as was just seen
+        retain.base_at(directory, going[-1].last)
     return {
         "folded_events": sealed - current.last_seq if folding else 0,
         "snapshot_seq": max(sealed, current.last_seq),

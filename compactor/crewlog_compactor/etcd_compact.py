@@ -7,24 +7,28 @@ last step removes only, so that it goes on working where the cluster's quota is 
 """
 
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from crewlog import codec, events, layout
 from crewlog.codec import Snapshot
 from crewlog.errors import (
     QuotaExceeded,
+    SnapshotCorrupt,
 )
 from crewlog.etcd import keys
 from crewlog.etcd.engine import Attempt, Beaten, EtcdLog, section_data
 from crewlog.etcd.keys import Room
 from crewlog.etcd.reading import Part
-from crewlog.events import JsonObject
+from crewlog.events import JsonObject, Line
 from crewlog.registry import Registry
 from crewlog.store import Store
 from crewlog_compactor import policy
 from crewlog_compactor.collect import try_collect
 from crewlog_compactor.findings import CompactReport
 from crewlog_compactor.policy import Keep
+from crewlog_compactor.retain import folded
 
 _logger = logging.getLogger("crewlog.retain")
 
@@ -39,6 +43,8 @@ def compact(
     if dry_run:
         added = 0 if collected is None else collected.changed
         sealed, last, going = _foretell(log, keep_history, added)
+        if going and not sealed:  # what is sealed only then is folded by who reads it
+            base_at(log, going[-1].last)
         return CompactReport(
             folded_events=sealed,
             snapshot_seq=last,
@@ -155,21 +161,35 @@ def _tell(log: EtcdLog, going: list[Part]) -> None:
     last = going[-1].last
     after = next(line for line, _ in log.lines(last, last + 1))
     told: JsonObject = {"first": going[0].first, "last": last, "head": after["prev"]}
-    start = log.read_base() or log.empty()
-    if start.last_seq + 1 >= log.first_seq():  # else none was kept while the quota was full
-        if start.last_seq < last:
-            start = put_base(log, _folded(log, start, last))
-        told["base"] = start.sha256
+    base = base_at(log, last)
+    if base is not None:
+        told["base"] = put_base(log, base).sha256
     draft = codec.own_draft(events.DROPPED, told)
     at = events.timestamp(events.now())
     log.note(lambda attempt: attempt.add([draft], ts=at))
 
 
-def _folded(log: EtcdLog, start: Snapshot, last: int) -> Snapshot:
-    """Fold up to a seq; two retentions that do it at once come to the same bytes."""
+def base_at(log: EtcdLog, last: int) -> Snapshot | None:
+    """Return the state after what goes, as retain.base_at; two at once come to the same bytes."""
+    states = [log.empty()]
+    with suppress(SnapshotCorrupt):
+        states += filter(None, [log.read_base()])
+    oldest = log.first_seq()
+    fitting = [state for state in states if oldest - 1 <= state.last_seq <= last]
+    start = max(fitting, key=lambda state: state.last_seq, default=None)
+    if start is None or start.last_seq == last:
+        return start
     times: list[str] = []
-    folded = log.fold_to(start, last, seen=lambda line: times.append(line["ts"]))
-    return replace(folded, written_at=times[-1])
+
+    def fold(seen: Callable[[Line], None]) -> Snapshot:
+        def both(line: Line) -> None:
+            times.append(line["ts"])
+            seen(line)
+
+        return log.fold_to(start, last, seen=both)
+
+    base = folded(fold)
+    return None if base is None else replace(base, written_at=times[-1])
 
 
 def put_base(log: EtcdLog, base: Snapshot) -> Snapshot:

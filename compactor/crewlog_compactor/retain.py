@@ -6,17 +6,22 @@ state at any time that is still kept can be told; then `_archive_dropped` is mad
 verify can tell policy from loss; then the files go.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 from crewlog import events, layout, segments, snapshot
+from crewlog.codec import Snapshot
 from crewlog.directory import Directory
-from crewlog.events import JsonObject
+from crewlog.errors import LogCorrupt, SnapshotCorrupt
+from crewlog.events import JsonObject, Line
 from crewlog.log import Log
 from crewlog.reader import first_line, walk
 from crewlog.refold import refold
 from crewlog.segments import Position
+from crewlog.sieve import Sieve, type_needle
 from crewlog_compactor import policy
+from crewlog_compactor.archive import require_intact
 from crewlog_compactor.policy import Keep, Part
 
 
@@ -25,19 +30,17 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
 
     Held: locks/compact.
     """
+    _finish(log)
     going = due(log, keep, last_seq=log.last_seq(), coming={})
     if not going:
         return None
     first, last = going[0].first, going[-1].last
     told: JsonObject = {"first": first, "last": last, "head": _hash_after(log, last)}
-    base = _base(log.directory, last)
+    base = base_at(log.directory, last)
     if base is not None:
-        told["base"] = base
+        told["base"] = snapshot.put_base(log.directory, base)
     log.note(events.DROPPED, told)
-    via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
-    for part in going:  # one by one, so that a power cut leaves no hole behind an older one
-        via.unlink(segments.archive_name(log.directory, part.first), at=shelf)
-        via.sync_directory(shelf)
+    _drop(log, [part.first for part in going])
     return first, last
 
 
@@ -84,17 +87,61 @@ def _newest(directory: Directory, first: int) -> str:
         return max((step.line["ts"] for step in steps if step.line is not None), default="")
 
 
-def _base(directory: Directory, last: int) -> str | None:
-    """Fold what goes into archive/base.json, and return its hash. *Raises* DataDamaged.
+def base_at(directory: Directory, last: int) -> Snapshot | None:
+    """Return the state after what goes up to `last`: one that is kept, or folded from one before.
 
-    None where nothing leads to it: an older version dropped what was before without a base.
+    Whatever goes is whole: of what is damaged nobody would hear any more. None where nobody can
+    know the state: an older version dropped what leads to it, or a repair gave up events in
+    between, and said so. *Raises* DataDamaged.
     """
-    start = snapshot.read_base(directory) or snapshot.empty(directory)
-    if start.last_seq + 1 < segments.archived(directory)[0]:
-        return None
-    if start.last_seq >= last:  # it was folded before a retention that was killed
-        return start.sha256
-    return snapshot.put_base(directory, refold(directory, start, Position(0, 0, last)))
+    firsts = segments.archived(directory)
+    for first in firsts:
+        if first <= last:
+            require_intact(directory, first)
+    oldest = firsts[0]
+    states = [s for s in snapshot.every(directory) if oldest - 1 <= s.last_seq <= last]
+    start = max(states, key=lambda state: state.last_seq, default=None)
+    if start is None or start.last_seq == last:
+        return start
+    return folded(lambda seen: refold(directory, start, Position(0, 0, last), seen=seen))
+
+
+def folded(fold: Callable[[Callable[[Line], None]], Snapshot]) -> Snapshot | None:
+    """Fold; None where that leads across a gap, whose other side nobody knows."""
+    gaps: list[int] = []
+
+    def seen(line: Line) -> None:
+        if line["type"] == events.GAP:
+            gaps.append(line["seq"])
+
+    try:
+        found = fold(seen)
+    except LogCorrupt:
+        if gaps:  # behind it, events of workers whose registration was lost
+            return None
+        raise
+    return None if gaps else found
+
+
+def _finish(log: Log) -> None:
+    """Let go of what a retention that was killed had announced; the state after it is in place."""
+    directory, firsts = log.directory, segments.archived(log.directory)
+    with suppress(SnapshotCorrupt):
+        base = snapshot.read_base(directory)
+        if base is None or not firsts or firsts[0] > base.last_seq:
+            return
+        told = log.backwards(sieve=Sieve([type_needle(events.DROPPED)]))
+        newest = next((line for line, _ in told if line["type"] == events.DROPPED), None)
+        if newest is not None and newest["data"].get("last") == base.last_seq:
+            _drop(log, [first for first in firsts if first <= base.last_seq])
+
+
+def _drop(log: Log, firsts: Iterable[int]) -> None:
+    """Remove archives one by one, so that a power cut leaves no hole behind an older one."""
+    via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
+    for first in firsts:
+        via.unlink(segments.archive_name(log.directory, first), at=shelf)
+        via.sync_directory(shelf)
 
 
 def _hash_after(log: Log, last: int) -> str:

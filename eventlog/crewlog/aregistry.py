@@ -94,7 +94,6 @@ class AsyncRegistry:
         """Take over a registry, which is closed with this one."""
         self.registry = registry
         self._session = registry.session
-        self._store: Store | None = None
         self._closed = False
         self._begin()
 
@@ -191,9 +190,9 @@ class AsyncRegistry:
     async def _append(self, steps: Sequence[Step]) -> Appended:
         self._mind_fork()
         decide = changes.together(steps)
-        store = self._store
+        store = self._session.held()  # it may be another one by now
         if store is None or store.closed:
-            store = self._store = await self.call(lambda: self._session.store_for(decide))
+            store = await self.call(lambda: self._session.store_for(decide))
         loop = asyncio.get_running_loop()
         if self._inbox is None or self._inbox.loop is not loop:
             self._inbox = _Inbox(loop)

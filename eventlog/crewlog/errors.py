@@ -251,7 +251,7 @@ class CollectRefused(CrewlogError):
         super().__init__(
             f"{deaths} of {living} workers seem dead at once",
             why="this looks like a fault of the observer (namespace, /proc, wrong machine)",
-            remedy="Look with `crewlog gc --dry-run`; if it is true, use --force",
+            remedy="Look with `crewlog gc --dry-run`; if it is true: crewlog gc --force",
         )
 
 
@@ -332,7 +332,7 @@ class StoreMissing(CrewlogError):
         where: str,
         *,
         why: str = "there is no store.json",
-        remedy: str = "The first change creates one; check --dir and CREWLOG_DIR",
+        remedy: str = "The first registration creates one; check --dir and CREWLOG_DIR",
     ) -> None:
         """Name the place."""
         super().__init__("no registry", where=where, why=why, remedy=remedy)

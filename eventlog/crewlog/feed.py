@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
-from crewlog import events
+from crewlog import events, layout
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of, state_of
+from crewlog.refold import oldest_state
 from crewlog.sieve import Sieve
 from crewlog.store import Store, Tail
 
@@ -103,9 +104,16 @@ class Feed:
 
     def _before(self, ts: str) -> int:
         sieve = Sieve(None, ts.encode())  # where the clock stepped back, the first is meant
-        for line, _ in self.store.read(self.store.first_seq() - 1, sieve=sieve):
-            if line["ts"] >= ts:
-                return line["seq"] - 1
+        for left in reversed(range(layout.SEGMENT_OPEN_TRIES)):
+            try:
+                for line, _ in self.store.read(self.store.first_seq() - 1, sieve=sieve):
+                    if line["ts"] >= ts:
+                        return line["seq"] - 1
+            except CompactedError:  # a retention came between
+                if not left:
+                    raise
+            else:
+                break
         return self.store.last_seq()
 
     def look(self, lines_max: int | None = None) -> Item | None:
@@ -186,13 +194,8 @@ class Feed:
         return self._reset("compacted", self._before_oldest())
 
     def _before_oldest(self) -> State | None:
-        """Return the oldest state that all that is kept of it leads on from; None if there is none.
-
-        Beside a retention, or after one that was killed, it may lie within what is to go next.
-        """
-        least = max(self.store.first_seq() - 1, self.position)
-        fitting = [kept for kept in self.store.snapshots() if kept.last_seq >= least]
-        oldest = min(fitting, key=lambda kept: kept.last_seq, default=None)
+        """Return the oldest state that what is kept leads on from; None if there is none."""
+        oldest = oldest_state(self.store, max(self.store.first_seq(), self.position + 1))
         return None if oldest is None else state_of(oldest.last_seq, oldest.records())
 
     def _gap(self, line: Line) -> Reset:

@@ -21,6 +21,7 @@ from crewlog.errors import SpawnFailed
 Stream: TypeAlias = int | IO[bytes] | IO[str] | None
 Words: TypeAlias = Sequence[str | os.PathLike[str]]
 NOWHERE: Final = -3  # subprocess.DEVNULL
+_SPECIAL: Final = (-1, -2, NOWHERE)  # PIPE and STDOUT too
 _STDERR: Final = 2
 NOT_RUN: Final = 126
 NOT_FOUND: Final = 127
@@ -227,9 +228,20 @@ def check(
             message = f"env holds {key!r}, which no process can be given"
             raise ValueError(message)
     for stream in (stdout, stderr):
-        if not (stream is None or isinstance(stream, int) or hasattr(stream, "fileno")):
-            message = f"stdout and stderr are files or descriptors, not {stream!r}"
-            raise TypeError(message)
+        _check_stream(stream)
+
+
+def _check_stream(stream: Stream) -> None:
+    if stream is None or (isinstance(stream, int) and stream in _SPECIAL):
+        return
+    if not (isinstance(stream, int) or hasattr(stream, "fileno")):
+        message = f"stdout and stderr are files or descriptors, not {stream!r}"
+        raise TypeError(message)
+    try:
+        os.fstat(stream if isinstance(stream, int) else stream.fileno())
+    except (OSError, OverflowError, ValueError) as error:
+        message = f"{stream!r} is not open"
+        raise ValueError(message) from error
 
 
 def _interpreter() -> str:

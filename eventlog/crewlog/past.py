@@ -16,7 +16,7 @@ from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
 from crewlog.feed import Filter
-from crewlog.refold import state_before
+from crewlog.refold import oldest_state
 from crewlog.session import Session
 from crewlog.sieve import Sieve
 from crewlog.store import Store
@@ -99,13 +99,15 @@ def _beside_retention(work: Callable[[], T]) -> T:
 def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
     from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
 
-    last, found, first = store.last_seq(), Lives(()), 0
+    last, found, first, told = store.last_seq(), Lives(()), 0, 0
     for line, _ in _from_oldest(store, None):
         if not first:
             first = line["seq"]
-            kept = state_before(store, first)
+            kept = oldest_state(store, first)
             found = Lives(() if kept is None else kept.records().values())
-        found.add(line)
+            told = 0 if kept is None else kept.last_seq
+        if line["seq"] > told:
+            found.add(line)
         if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
             progress(line["seq"] - first, last - first + 1)
     return found.found

@@ -93,6 +93,15 @@ def follow(
     return segments.hash_after(line, raw).hex()
 
 
+def oldest_state(store: Store, first: int) -> Snapshot | None:
+    """Return the oldest state that all lines after it are kept of, where `first` is the oldest.
+
+    Beside a retention, or after one that was killed, it may lie within what is to go next.
+    """
+    fitting = [kept for kept in store.snapshots() if kept.last_seq >= first - 1]
+    return min(fitting, key=lambda kept: kept.last_seq, default=None)
+
+
 def state_before(store: Store, first: int) -> Snapshot | None:
     """Return the state that the line `first` leads on from; None where none of it is kept."""
     return next((kept for kept in store.snapshots() if kept.last_seq == first - 1), None)

@@ -86,6 +86,10 @@ class Session:
                         return None
         return self._store
 
+    def held(self) -> Store | None:
+        """Return the store if it is open already."""
+        return None if self._closed else self._store
+
     def store(self) -> Store:
         """Return the store. *Raises* StoreMissing if there is none."""
         found = self.found()
@@ -126,8 +130,7 @@ class Session:
             if self._store is not held:  # another thread was faster
                 fresh.close()
                 return self._store
-            self._store = fresh
-        held.close()
+            self._store = fresh  # who is in the middle of the other one goes on; it closes after
         return fresh
 
     # -- the state of now -----------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Vigil:
         """Say whether the head has moved on without a wake so far."""
         try:
             return self.waker.source != "poll" and self.feed.store.last_seq() > self.feed.seen_seq
-        except Unavailable:  # nothing is known
+        except (Unavailable, RegistryClosed):  # nothing is known; or another one is in place
             return False
 
     def distrust(self) -> None:

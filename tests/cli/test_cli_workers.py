@@ -200,7 +200,7 @@ def test_gc_plans_and_applies(cli: Cli, reg: Registry, crew: Crew, tmp_path: Pat
     kill(worker)
     path = tmp_path / "plan.json"
     before = reg.last_seq
-    assert "1 steps for 1 living" in cli("gc", "--plan", path).stderr
+    assert "1 steps for 1 workers that are not ended" in cli("gc", "--plan", path).stderr
     assert path.stat().st_mode & 0o777 == 0o600
     assert json.loads(path.read_text())["steps"][0]["cause"] == "no_such_process"
     assert reg.last_seq == before

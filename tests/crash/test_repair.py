@@ -20,6 +20,7 @@ from crewlog.errors import (
     StorageFailed,
     StorePoisoned,
 )
+from crewlog.events import Reset
 from crewlog_compactor import Anchor, RepairReport, anchor, compact, repair, verify
 from faults import EIO, FailingDisk, active_segment, another_boot, empty_redo, only, registry_on
 from procs import files, forked, tree
@@ -471,3 +472,34 @@ def test_what_is_no_anchor_is_refused(text: str) -> None:
     """With a word on what one looks like."""
     with pytest.raises(ValueError, match="SEQ:HASH"):
         Anchor.parse(text)
+
+
+def test_retention_goes_on_behind_a_gap_and_tells_no_false_state(place: Path) -> None:
+    """Who was registered in what a repair gave up lives on, and late watchers hear of it."""
+    with crewlog.open(place) as reg:
+        reg.register("a")
+        compact(reg, gc=False)
+        reg.register("b")
+        for number in range(5):
+            compact(reg, gc=False)
+            reg.update("a", meta={"n": number})
+    archived = sorted(path for path in (place / layout.ARCHIVE).iterdir() if ".gz" in path.name)
+    archived[1].unlink()
+    repair(place, yes=True, accept_loss=repair(place).losses)
+    with crewlog.open(place) as reg:
+        for number in range(3):
+            reg.update("b", meta={"n": number})
+            compact(reg, gc=False)
+        assert verify(place).ok
+        told = compact(reg, gc=False, keep_history=0, dry_run=True).dropped
+        assert compact(reg, gc=False, keep_history=0).dropped == told
+        assert told is not None
+        assert verify(place).ok
+        with reg.watch(after=1) as items:
+            item = items.next(5)
+            assert isinstance(item, Reset)
+            assert item.lost == (2, told[1])
+            assert sorted(item.state.workers) == ["a", "b"]
+        reg.update("b", meta={"n": 9})
+        compact(reg, gc=False, keep_history=0)
+    assert verify(place).ok

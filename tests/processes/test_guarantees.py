@@ -999,3 +999,38 @@ def test_retention_that_was_killed_hides_nothing_that_comes_after_it(
         later = [event.seq for event in reg.history() if event.seq > base.last_seq]
         assert later
         assert changes(take(items, len(later))) == later
+    assert [life.sid for life in reg.lives()] == ["a"]
+    compact(reg, gc=False)  # finishes what was announced
+    assert files(reg).first_seq() == base.last_seq + 1
+    assert verify(reg.path).ok
+
+
+@every_waker
+def test_replaced_store_is_a_reset_for_every_watcher_of_a_registry(
+    place: Path, tmp_path: Path, backend: Backend
+) -> None:
+    """Who sees it first opens it for all, and takes nothing away from the others."""
+    with crewlog.open(tmp_path / "other") as other:
+        other.register("other")
+    with crewlog.open(place) as reg:
+        reg.register("a")
+        kinds: list[str] = []
+        watches = [reg.watch(after="now", backend=backend) for _ in range(4)]
+
+        def look(items: Watch) -> None:
+            with items:
+                while (item := items.next(20)) is not None:
+                    kinds.append(item.kind)
+                    if item.kind == "reset":
+                        assert item.reason == "replaced"
+                        return
+
+        threads = [threading.Thread(target=look, args=(items,)) for items in watches]
+        for thread in threads:
+            thread.start()
+        place.rename(tmp_path / "old")
+        (tmp_path / "other").rename(place)
+        for thread in threads:
+            thread.join(30)
+        assert kinds.count("reset") == 4
+        assert [worker.sid for worker in reg.workers()] == ["other"]

@@ -231,7 +231,9 @@ class EtcdLines:
     ) -> LogCorrupt:
         """Return the error of a line that is not what was written."""
         where = f"{self.where}: key {self.keys.event(seq).decode()}"
-        return LogCorrupt(where, offset=0, seq=seq, reason=reason, proof=proof)
+        error = LogCorrupt(where, offset=0, seq=seq, reason=reason, proof=proof)
+        error.remedy = "Restore a backup of the cluster; `crewlog verify` says what else is damaged"
+        return error
 
     def _gone(self, due: int, last: int) -> CompactedError | SegmentMissing:
         """Return why lines are not there: retention took them, or nobody may have."""
