@@ -5,7 +5,6 @@ durable rename in snapshot.replace; killed before it, the old snapshot and every
 needs are in place, killed after it, the next compaction archives what this one had not.
 """
 
-import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from crewlog.errors import SegmentMissing, SnapshotCorrupt
 from crewlog.log import Log
 from crewlog.packing import Packing, require
 from crewlog.reader import Reader
-from crewlog.refold import refold
+from crewlog.refold import refold, retried
 from crewlog.registry import Registry
 from crewlog.segments import Position
 from crewlog_compactor import archive, policy, retain
@@ -101,10 +100,8 @@ def _foretold(
         dry_run=True,
     )
     added = 0 if collected is None else collected.changed
-    for _ in range(layout.SEGMENT_OPEN_TRIES - 1):
-        with contextlib.suppress(SegmentMissing, FileNotFoundError):
-            return replace(report, **_foreseen(log, packing, keep_history, added))
-    return replace(report, **_foreseen(log, packing, keep_history, added))
+    work = partial(_foreseen, log, packing, keep_history, added)
+    return replace(report, **retried(work, SegmentMissing, FileNotFoundError))
 
 
 class _Foreseen(TypedDict):

@@ -124,7 +124,8 @@ def refusal(plan: Plan) -> CollectRefused | None:
 
     A reboot explains any number of deaths; they do not count.
     """
-    doubtful = [s for s in plan.tasks if s.action == "bury" and s.cause not in _CERTAIN]
+    deaths = [task for task in plan.tasks if task.action == "bury"]
+    doubtful = [task for task in deaths if task.cause not in _CERTAIN]
     if len(doubtful) > max(_DEATHS_NEVER_DOUBTED, plan.living / 2):
         return CollectRefused(deaths=len(doubtful), living=plan.living)
     return None

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
-from crewlog import events, layout
+from crewlog import events
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of, state_of
-from crewlog.refold import oldest_state
+from crewlog.refold import oldest_state, retried
 from crewlog.sieve import Sieve
 from crewlog.store import Store, Tail
 
@@ -104,17 +104,13 @@ class Feed:
 
     def _before(self, ts: str) -> int:
         sieve = Sieve(None, ts.encode())  # where the clock stepped back, the first is meant
-        for left in reversed(range(layout.SEGMENT_OPEN_TRIES)):
-            try:
-                for line, _ in self.store.read(self.store.first_seq() - 1, sieve=sieve):
-                    if line["ts"] >= ts:
-                        return line["seq"] - 1
-            except CompactedError:  # a retention came between
-                if not left:
-                    raise
-            else:
-                break
-        return self.store.last_seq()
+
+        def found() -> int | None:
+            lines = self.store.read(self.store.first_seq() - 1, sieve=sieve)
+            return next((line["seq"] - 1 for line, _ in lines if line["ts"] >= ts), None)
+
+        before = retried(found, CompactedError)
+        return self.store.last_seq() if before is None else before
 
     def look(self, lines_max: int | None = None) -> Item | None:
         """Return the next item that is there now, None if there is none.

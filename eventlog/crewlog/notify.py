@@ -172,10 +172,8 @@ class InotifySource:
             ready = [number for number, _ in poll.poll()]
             if self._stop in ready:
                 return
-            try:
-                os.read(
-                    fd, layout.SMALL_FILE_BYTES_MAX
-                )  # what happened does not matter, that it did
+            try:  # what happened does not matter, that it did
+                os.read(fd, layout.SMALL_FILE_BYTES_MAX)
             except BlockingIOError:  # read already
                 continue
             self._rings()

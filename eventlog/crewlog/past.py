@@ -5,26 +5,24 @@ where the clock stepped back near it, events of both sides of the step claim the
 answer names them.
 """
 
-import contextlib
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict
 
-from crewlog import events, feed, layout
+from crewlog import events, feed
 from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
 from crewlog.feed import Filter
-from crewlog.refold import oldest_state
+from crewlog.refold import oldest_state, retried
 from crewlog.session import Session
 from crewlog.sieve import Sieve
 from crewlog.store import Store
 
 if TYPE_CHECKING:
     from crewlog.lives import Life
-
-T = TypeVar("T")
 
 
 class HistoryOptions(TypedDict, total=False):
@@ -75,8 +73,8 @@ def at(session: Session, when: datetime | int) -> Past:
     store = session.found()
     if store is None:
         return past_of(0, {}, since=None, until=None, disputed=None)
-    return _beside_retention(
-        lambda: _at(store, _before(store, stamp) if stamp else _Place(seq, None))
+    return retried(
+        lambda: _at(store, _before(store, stamp) if stamp else _Place(seq, None)), CompactedError
     )
 
 
@@ -85,22 +83,14 @@ def lives(session: Session, progress: Callable[[int, int], None] | None) -> "lis
     store = session.found()
     if store is None:
         return []
-    return _beside_retention(lambda: _lives(store, progress))
-
-
-def _beside_retention(work: Callable[[], T]) -> T:
-    """Do the work, again where retention took what it was about to read."""
-    for _ in range(layout.SEGMENT_OPEN_TRIES - 1):
-        with contextlib.suppress(CompactedError):
-            return work()
-    return work()
+    return retried(lambda: _lives(store, progress), CompactedError)
 
 
 def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
     from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
 
     last, found, first, told = store.last_seq(), Lives(()), 0, 0
-    for line, _ in _from_oldest(store, None):
+    for line, _ in store.read(store.first_seq() - 1):
         if not first:
             first = line["seq"]
             kept = oldest_state(store, first)
@@ -114,18 +104,13 @@ def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[L
 
 
 def _from_oldest(store: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:
-    """Yield all that is kept; begin again where retention takes the oldest before it is read."""
-    for left in reversed(range(layout.SEGMENT_OPEN_TRIES)):
-        begun = False
-        try:
-            for found in store.read(store.first_seq() - 1, sieve=sieve):
-                begun = True
-                yield found
-        except CompactedError:
-            if begun or not left:
-                raise
-        else:
-            return
+    """Read all that is kept; begin again where retention takes the oldest before it is read."""
+
+    def begun() -> Iterator[tuple[Line, bytes]]:  # with its first line at hand
+        lines = store.read(store.first_seq() - 1, sieve=sieve)
+        return itertools.chain(list(itertools.islice(lines, 1)), lines)
+
+    return retried(begun, CompactedError)
 
 
 _PROGRESS_LINES: Final = 10_000

@@ -1,6 +1,8 @@
 """Fold a stretch of history onto an older state, checking that each line follows the one before."""
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from crewlog import events, fold, layout, segments
 from crewlog.codec import Snapshot
@@ -11,6 +13,8 @@ from crewlog.fold import Fold, FoldError
 from crewlog.reader import Reader
 from crewlog.segments import Position
 from crewlog.store import Store
+
+T = TypeVar("T")
 
 
 def refold(
@@ -105,6 +109,14 @@ def oldest_state(store: Store, first: int) -> Snapshot | None:
 def state_before(store: Store, first: int) -> Snapshot | None:
     """Return the state that the line `first` leads on from; None where none of it is kept."""
     return next((kept for kept in store.snapshots() if kept.last_seq == first - 1), None)
+
+
+def retried(work: Callable[[], T], *errors: type[Exception]) -> T:
+    """Do the work, again where one of these says that a compaction took what it was to read."""
+    for _ in range(layout.SEGMENT_OPEN_TRIES - 1):
+        with contextlib.suppress(*errors):
+            return work()
+    return work()
 
 
 def fold_of(snapshot: Snapshot) -> Fold:

@@ -14,7 +14,7 @@ from crewlog.errors import CollectRefused, LockBusy, PlanInvalid, StorageFailed
 from crewlog.lock import Lock
 from crewlog.log import Log
 from crewlog.registry import Registry
-from crewlog_compactor import apply_plan, archive, collect, compact, make_plan, verify
+from crewlog_compactor import apply_plan, archive, collect, compact, make_plan, policy, verify
 from crewlog_compactor import collect as collect_function
 from crewlog_compactor import plan as planning
 from procs import Crew, files, forked, joined, kill
@@ -282,3 +282,28 @@ def test_dry_run_sizes_an_archive_as_an_interrupted_move_named_it(
     told = compact(reg, gc=False, keep_history=keep, packing="zstd", dry_run=True)
     done = compact(reg, gc=False, keep_history=keep, packing="zstd")
     assert replace(told, dry_run=False) == done
+
+
+def test_dry_run_beside_a_compaction_looks_again(
+    place: Path, reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes no lock, so an archive may go between its listing and its sizing."""
+    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2000)
+    for number in range(40):
+        reg.register(f"w{number}")
+    for turn in range(3):
+        reg.register(f"more{turn}")
+        compact(reg, gc=False)
+    real, left = policy.oldest_ts, [1]
+
+    def beaten(keep: timedelta) -> str:
+        if left:
+            left.pop()
+            with crewlog.open(place) as other:
+                assert compact(other, gc=False, keep_history=0).dropped is not None
+        return real(keep)
+
+    monkeypatch.setattr(policy, "oldest_ts", beaten)
+    told = compact(reg, gc=False, keep_history=timedelta(0), dry_run=True)
+    assert not left
+    assert replace(told, dry_run=False) == compact(reg, gc=False, keep_history=timedelta(0))

@@ -330,7 +330,7 @@ def test_redaction_happens_before_the_append(place: Path) -> None:
         assert reg.last_seq == before
 
 
-@pytest.mark.parametrize("verb", ["history", "lives", "at a time", "at a seq"])
+@pytest.mark.parametrize("verb", ["history", "lives", "watch", "at a time", "at a seq"])
 def test_reader_beside_retention_is_not_told_of_damage(
     reg: Registry, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,9 +353,15 @@ def test_reader_beside_retention_is_not_told_of_damage(
 
     monkeypatch.setattr(segments, "open_segment", opened)
     monkeypatch.setattr(reader, "open_segment", opened)
+
+    def watched() -> object:
+        with reg.watch(after=datetime(2020, 1, 1, tzinfo=UTC)) as items:
+            return items.next(1)
+
     asked: dict[str, Callable[[], object]] = {
         "history": lambda: list(reg.history()),
         "lives": reg.lives,
+        "watch": watched,
         "at a time": lambda: reg.at(when),
         "at a seq": lambda: reg.at(20),
     }
