@@ -80,9 +80,7 @@ def seal(log: EtcdLog) -> int:
     that this is as short as any writer's: what others write meanwhile counts in no size.
     """
     while True:
-        parts = log.parts()
-        first = parts[-1].last + 1 if parts else log.first_seq()
-        size, newest, count = _measure(log, first)
+        first, size, newest, count = _measure(log, log.parts())
         if not count:
             return 0
         try:
@@ -98,8 +96,7 @@ def _foretell(log: EtcdLog, keep: Keep, added: int) -> tuple[int, int, list[Part
     `added` events come of the collection.
     """
     parts, last = log.parts(), log.last_seq() + added
-    first = parts[-1].last + 1 if parts else log.first_seq()
-    size, newest, count = _measure(log, first)
+    first, size, newest, count = _measure(log, parts)
     count += added
     if count:
         at = events.timestamp(events.now())
@@ -108,14 +105,15 @@ def _foretell(log: EtcdLog, keep: Keep, added: int) -> tuple[int, int, list[Part
     return count, last, due(log, parts, keep, last_seq=last)
 
 
-def _measure(log: EtcdLog, first: int) -> tuple[int, str, int]:
-    """Return the bytes of a part so far, its newest time, and its events of workers."""
+def _measure(log: EtcdLog, parts: list[Part]) -> tuple[int, int, str, int]:
+    """Return of what is not sealed yet: first seq, bytes, newest time, and events of workers."""
+    first = parts[-1].last + 1 if parts else log.first_seq()
     size, newest, count = 0, "", 0
     for line, raw in log.read(first - 1):
         size += len(raw) + 1
         newest = max(newest, line["ts"])
         count += not events.is_own(line["type"])
-    return size, newest, count
+    return first, size, newest, count
 
 
 def _sealed(log: EtcdLog, attempt: Attempt, first: int, size: int, newest: str) -> None:

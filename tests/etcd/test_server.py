@@ -35,6 +35,7 @@ from crewlog.etcd import keys
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.client import Client
 from crewlog.etcd.engine import EtcdLog, is_sound, outdated
+from crewlog.etcd.reading import Part
 from crewlog.events import JsonObject, Reset
 from crewlog.place import locate
 from crewlog_compactor import KeepEvents, compact, repair, verify
@@ -830,8 +831,8 @@ def test_part_is_sealed_once_whatever_comes_between(
     """Another compaction seals after this one has measured, and before it looks."""
     real, others = job._measure, [True]
 
-    def measured(log: EtcdLog, first: int) -> tuple[int, str, int]:
-        found = real(log, first)
+    def measured(log: EtcdLog, parts: list[Part]) -> tuple[int, int, str, int]:
+        found = real(log, parts)
         if others and others.pop():
             with crewlog.open(url) as other:
                 compact(other)
