@@ -130,3 +130,16 @@ def state_of(pid: int) -> str:
 
     found = identity.read_stat(pid)
     return "" if found is None else found.state
+
+
+def kernel_keeps_status() -> bool:
+    """Say whether a pidfd tells how its process ended after that was reaped (Linux ≥ 6.15)."""
+    from crewlog import identity
+
+    pid = forked(lambda: None)
+    fd = os.pidfd_open(pid)
+    os.waitpid(pid, 0)
+    try:
+        return identity.exit_status(pid, fd) is not None
+    finally:
+        os.close(fd)

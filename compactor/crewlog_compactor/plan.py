@@ -14,8 +14,8 @@ from crewlog import codec, judging
 from crewlog.codec import DocumentError
 from crewlog.errors import CollectRefused, PlanInvalid
 from crewlog.events import JsonObject, JsonValue, Worker, timestamp
-from crewlog.identity import Status, StatusSource
-from crewlog.liveness import Liveness
+from crewlog.identity import Status
+from crewlog.liveness import Liveness, StatusSource
 
 _DEATHS_NEVER_DOUBTED: Final = 10
 _CERTAIN: Final = frozenset({"rebooted"})

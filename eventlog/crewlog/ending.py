@@ -20,6 +20,7 @@ from crewlog.errors import (
 from crewlog.events import Event, Worker, WorkerState
 from crewlog.identity import Status
 from crewlog.judging import death, hold, judge, runs_here, same, status_in
+from crewlog.liveness import Liveness
 from crewlog.process import Process
 from crewlog.session import Session
 
@@ -126,10 +127,10 @@ def _ended(
 ) -> Event:
     """Record the proven end of a worker, unless it is recorded as well as we could."""
     for _ in range(layout.CHANGE_TRIES):
-        now = same(session, worker) if status is not None else _told_by_owner(session, worker)
+        wait_s = layout.REAP_WAIT_S if status is None else 0.0
+        now, found = _told_by_owner(session, worker, wait_s)
         if now.final and (status is None or now.state != WorkerState.LOST):
             return session.last_event(now)
-        found = judge(session, [now])[0]
         if not (found.dead or proven):
             raise IdentityMismatch(now.sid, pid=now.pid, cause=found.cause)
         try:
@@ -139,16 +140,18 @@ def _ended(
     raise StaleRevision(worker.sid, expected=worker.rev, actual=same(session, worker).rev)
 
 
-def _told_by_owner(session: Session, worker: Worker) -> Worker:
-    """Return the worker as it is once its owner, who may be its parent, had time to tell."""
-    deadline = time.monotonic() + layout.REAP_WAIT_S
+def _told_by_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Worker, Liveness]:
+    """Return the worker, and a look at it, once its owner, maybe its parent, had time to tell.
+
+    It may be the last look that shows how it ended: its parent can reap it at any moment.
+    """
+    deadline = time.monotonic() + wait_s
     while True:
         now = same(session, worker)
-        if now.final or now.owner is None or time.monotonic() > deadline:
-            return now
         found = judge(session, [now])[0]
-        if found.evidence.owner_dead or status_in(found) is not None:
-            return now
+        told = now.final or now.owner is None or found.evidence.owner_dead
+        if told or status_in(found) is not None or time.monotonic() >= deadline:
+            return now, found
         time.sleep(layout.REAP_LOOK_S)
 
 

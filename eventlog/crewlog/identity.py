@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from crewlog import layout
 from crewlog.errors import ProcessNotFound
 from crewlog.events import Identity
-from crewlog.liveness import Killed, Opened
+from crewlog.liveness import Killed, Opened, StatusSource
 
 LINUX: Final = sys.platform == "linux"
 _HOST_KEY: Final = b"crewlog host 1"
@@ -37,10 +37,6 @@ _FIRST_USER_NAMESPACE: Final = 0xEFFFFFFD
 _PIDFD_GET_INFO: Final = 0xC040FF0B
 _PIDFD_INFO_EXIT: Final = 1 << 3
 _PIDFD_INFO: Final = struct.Struct("=Q52xi")
-
-# Where an exit status was read: by a pidfd held beyond the end, or off the zombie.
-StatusSource: TypeAlias = Literal["pidfd", "zombie"]
-
 
 _PF_EXITING: Final = 0x4
 _POLL_MAX_S: Final = 86_400.0
@@ -229,19 +225,21 @@ def exit_status(pid: int, fd: int) -> Status | None:
     """Return how the process that has ended on this pidfd did so; None if nobody tells.
 
     The kernel keeps a reaped process's status for whoever held its pidfd; before it is reaped, a
-    zombie's stat tells, to its user and to root.
+    zombie's stat tells, to its user and to root. -1 stands for a pidfd that is not to be had.
     """
     found = _kept_status(fd)
     if found is not None:
         return found
     stat = read_stat(pid)
-    if stat is not None and stat.state == "Z" and may_read_status(_uid_of(pid)):
+    if stat is not None and stat.state == "Z" and _may_read_status(_uid_of(pid)):
         again = _kept_status(fd)  # reaped meanwhile, the pid may be another's by now
         return again or _status(stat.wait_status, "zombie")
     return _kept_status(fd)
 
 
 def _kept_status(fd: int) -> Status | None:
+    if fd < 0:
+        return None
     info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))
     try:
         fcntl.ioctl(fd, _PIDFD_GET_INFO, info)
@@ -256,12 +254,7 @@ def _status(wait_status: int, source: StatusSource) -> Status:
     return Status(code, None, source) if code >= 0 else Status(None, -code, source)
 
 
-def zombie_status(stat: Stat) -> Status:
-    """Return how the process ended whose zombie this is."""
-    return _status(stat.wait_status, "zombie")
-
-
-def may_read_status(uid: int | None) -> bool:
+def _may_read_status(uid: int | None) -> bool:
     """Field 52 reads 0 unless ptrace access is granted: then only to its user and to root."""
     return os.geteuid() in {0, uid}
 

@@ -191,6 +191,6 @@ def death(author: Author, worker: Worker, found: Liveness, *, status: Status | N
 def status_in(found: Liveness) -> Status | None:
     """Return how the process ended, if the evidence tells."""
     seen = found.evidence
-    if seen.exit_code is None and seen.exit_signal is None:
+    if seen.exit_source is None:
         return None
-    return Status(seen.exit_code, seen.exit_signal, "zombie")
+    return Status(seen.exit_code, seen.exit_signal, seen.exit_source)

@@ -16,6 +16,8 @@ RESERVED_S: Final = 60.0
 Opened: TypeAlias = Literal["yes", "no_such_process", "thread", "unsupported"]
 LeaseState: TypeAlias = Literal["held", "free", "absent"]
 Killed: TypeAlias = Literal["exists", "no_such_process"]
+# Where an exit status was read: by a pidfd held beyond the end, or off the zombie.
+StatusSource: TypeAlias = Literal["pidfd", "zombie"]
 
 
 class LeaseSeen(NamedTuple):
@@ -79,6 +81,7 @@ class Evidence(NamedTuple):
     threads: int | None = None
     exit_code: int | None = None
     exit_signal: int | None = None
+    exit_source: StatusSource | None = None
     killed: Killed | None = None
     access_denied: bool = False
     sock: Literal["answers", "refused", "absent"] | None = None

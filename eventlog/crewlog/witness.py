@@ -97,10 +97,12 @@ class Witness:
             stat = identity.read_stat(who.pid)
             seen = seen._replace(opened=opened, pidfd_id=inode)
             if stat is not None:
-                seen = _with_stat(seen, stat, who.uid)
+                seen = seen._replace(start_ticks=stat.start_ticks, task_state=stat.state)
+                seen = seen._replace(threads=stat.threads)
             if fd >= 0:
                 seen = seen._replace(ended=identity.ended(fd))
-            return seen._replace(killed=identity.killed(who.pid))
+            seen = seen._replace(killed=identity.killed(who.pid))
+            return _with_status(who, seen, fd)
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -154,12 +156,16 @@ def witness(*, local_file_system: bool = True, leases: LeaseLook | None = None) 
     )
 
 
-def _with_stat(seen: Evidence, stat: identity.Stat, uid: int | None) -> Evidence:
-    seen = seen._replace(start_ticks=stat.start_ticks, task_state=stat.state, threads=stat.threads)
-    if stat.state == "Z" and stat.threads == 1 and identity.may_read_status(uid):
-        status = identity.zombie_status(stat)
-        return seen._replace(exit_code=status.code, exit_signal=status.signal)
-    return seen
+def _with_status(who: Identity, seen: Evidence, fd: int) -> Evidence:
+    """Add how it ended, if what is seen proves that it is this very process that did."""
+    if judge(who, seen, final=False).cause != "exited":
+        return seen
+    status = identity.exit_status(who.pid, fd)
+    if status is None:
+        return seen
+    return seen._replace(
+        exit_code=status.code, exit_signal=status.signal, exit_source=status.source
+    )
 
 
 def _look_portable(pid: int, seen: Evidence) -> Evidence:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import pytest
 from crewlog import identity, witness
 from crewlog.errors import ProcessNotFound, WorkerExists
 from crewlog.registry import Registry
-from procs import LAST_PID, Crew, forked, kill, slay, stranger_with, until
+from procs import (
+    LAST_PID,
+    Crew,
+    forked,
+    kernel_keeps_status,
+    kill,
+    slay,
+    stranger_with,
+    until,
+)
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and pidfd")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused as another user")
@@ -101,6 +111,52 @@ def test_zombie_is_dead_with_its_exit_status(reg: Registry, crew: Crew) -> None:
     assert found.dead
     assert found.cause == "exited"
     assert found.evidence.exit_code == 7
+
+
+@LINUX
+def test_code_of_one_that_is_reaped_during_the_look_is_kept(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gone from /proc, it is still told by the pidfd that was opened before."""
+    if not kernel_keeps_status():
+        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
+    worker = crew.python("import sys; sys.stdin.read(1); sys.exit(7)")
+    reg.register("a", pid=worker.pid)
+    assert worker.stdin is not None
+    worker.stdin.close()
+    until(lambda: _state(worker.pid) == "Z")
+    read = identity.read_stat
+
+    def reaped_first(pid: int) -> identity.Stat | None:
+        if pid == worker.pid:
+            worker.wait()
+        return read(pid)
+
+    monkeypatch.setattr(identity, "read_stat", reaped_first)
+    seen = reg.liveness("a").evidence
+    assert (seen.task_state, seen.exit_code, seen.exit_source) == (None, 7, "pidfd")
+
+
+@LINUX
+@pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason="needs to set ns_last_pid")
+def test_code_of_a_stranger_is_not_the_workers(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pidfds have no inodes, the zombie with a worker's pid may be another process."""
+    monkeypatch.setattr(identity, "pidfds_have_inodes", lambda: False)
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    time.sleep(0.02)  # the start time tells processes apart by ticks of 10 ms
+    kill(worker)
+    stranger = stranger_with(worker.pid)
+    os.kill(stranger, signal.SIGKILL)
+    try:
+        until(lambda: _state(stranger) == "Z")
+        found = reg.liveness("a")
+        assert (found.cause, found.evidence.task_state) == ("pid_reused", "Z")
+        assert reg.observe("a").type == "worker.lost"
+    finally:
+        os.waitpid(stranger, 0)
 
 
 _MAIN_ENDED = """

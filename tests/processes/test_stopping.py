@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import identity, layout
+from crewlog import identity, judging, layout
 from crewlog.errors import (
     IdentityMismatch,
     StaleRevision,
@@ -22,9 +22,22 @@ from crewlog.errors import (
     WaitTimeout,
     WorkerNotFound,
 )
+from crewlog.liveness import Liveness
 from crewlog.process import Process
 from crewlog.registry import Registry
-from procs import LAST_PID, Crew, forked, joined, kill, slay, state_of, stranger_with, until
+from crewlog.session import Session
+from procs import (
+    LAST_PID,
+    Crew,
+    forked,
+    joined,
+    kernel_keeps_status,
+    kill,
+    slay,
+    state_of,
+    stranger_with,
+    until,
+)
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfds")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
@@ -296,7 +309,7 @@ def test_observer_learns_the_code_that_the_parent_throws_away(
     reg: Registry, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held before the end, read after it was reaped: the kernel keeps it for the holder."""
-    if not _kernel_keeps_status():
+    if not kernel_keeps_status():
         pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     pid = orphan(place, "a", "import signal, sys; signal.signal(10, lambda *_: sys.exit(42)); "
                  "signal.pause()")  # fmt: skip
@@ -328,14 +341,28 @@ def test_observer_learns_the_code_that_the_parent_throws_away(
     assert worker.state == "failed"
 
 
-def _kernel_keeps_status() -> bool:
-    pid = forked(lambda: None)
-    fd = os.pidfd_open(pid)
-    os.waitpid(pid, 0)
-    try:
-        return identity.exit_status(pid, fd) is not None
-    finally:
-        os.close(fd)
+def test_parent_that_reaps_between_two_looks_hides_no_code(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one look has shown is recorded, though the next would show nothing."""
+    worker = crew.python("import sys; sys.stdin.read(1); sys.exit(7)")
+    reg.register("a", pid=worker.pid, owner=os.getpid())
+    assert worker.stdin is not None
+    worker.stdin.close()
+    until(lambda: state_of(worker.pid) == "Z")
+
+    def looks_then_reaps(session: Session, workers: list[crewlog.Worker]) -> list[Liveness]:
+        found = judging.judge(session, workers)
+        if found[0].evidence.exit_code is not None and len(shown) < 2:
+            shown.append(found)
+            if len(shown) == 2:
+                worker.wait()
+        return found
+
+    shown: list[list[Liveness]] = []
+    monkeypatch.setattr("crewlog.ending.judge", looks_then_reaps)
+    event = reg.observe("a", timeout_s=20)
+    assert (event.type, event.data.get("code")) == ("worker.exited", 7)
 
 
 def test_observer_gives_up_after_its_time(reg: Registry, crew: Crew) -> None:
