@@ -410,7 +410,7 @@ def test_watch_rides_out_servers_that_are_gone(tmp_path: Path) -> None:
 
             seq, latest_s = asyncio.run(work())
             assert seq == 4
-            assert latest_s < 0.25
+            assert latest_s < 1, "the loop goes on while one of its tasks waits for a server"
 
 
 def test_task_that_is_cancelled_leaves_its_item_to_the_next(

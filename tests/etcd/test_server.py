@@ -435,7 +435,7 @@ def test_server_without_a_leader_is_left_for_the_next_one(
                 log.client._next, began = 0, time.monotonic()
                 assert ask()
                 reg.update("a", meta={"n": number})
-                assert time.monotonic() - began < 1
+                assert time.monotonic() - began < 2, "left at its word, not as one that is mute"
 
 
 # -- versions and gateways ------------------------------------------------------------------

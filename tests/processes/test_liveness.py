@@ -94,6 +94,10 @@ def test_stopped_process_is_alive(reg: Registry, crew: Crew) -> None:
     assert reg.liveness("a").alive
 
 
+def _ticks() -> int:
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
 def _state(pid: int) -> str:
     found = identity.read_stat(pid)
     return "" if found is None else found.state
@@ -145,8 +149,9 @@ def test_code_of_a_stranger_is_not_the_workers(
     """Where pidfds have no inodes, the zombie with a worker's pid may be another process."""
     monkeypatch.setattr(identity, "pidfds_have_inodes", lambda: False)
     worker = crew.sleeper()
-    reg.register("a", pid=worker.pid)
-    time.sleep(0.02)  # the start time tells processes apart by ticks of 10 ms
+    started = reg.register("a", pid=worker.pid).identity
+    assert started is not None
+    until(lambda: _ticks() > (started.start_ticks or 0) + 1)  # it tells processes apart by ticks
     kill(worker)
     stranger = stranger_with(worker.pid)
     os.kill(stranger, signal.SIGKILL)

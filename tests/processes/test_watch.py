@@ -157,19 +157,20 @@ def test_filters_deliver_only_what_was_asked_and_move_on(reg: Registry) -> None:
         assert items.lag == 0
 
 
-def test_close_from_another_thread_ends_the_iteration(reg: Registry) -> None:
+def test_close_from_another_thread_ends_the_iteration(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A waiting watcher is let go at once."""
+    monkeypatch.setattr(layout, "SAFETY_LOOK_S", 60.0)
     reg.register("a")
     seen: list[str] = []
     with reg.watch(after="now") as items:
         thread = threading.Thread(target=lambda: seen.extend(i.kind for i in items))
         thread.start()
         until(lambda: seen == ["synced"])
-        began = time.monotonic()
         items.close()
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
-        assert time.monotonic() - began < 0.5
 
 
 def test_watch_without_a_store_says_so(reg: Registry) -> None:

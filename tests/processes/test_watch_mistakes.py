@@ -289,16 +289,19 @@ def test_child_forked_while_a_thread_takes_is_not_held_up(reg: Registry) -> None
         thread.join()
 
 
-def test_child_that_only_closes_leaves_the_parent_hearing(reg: Registry) -> None:
+def test_child_that_only_closes_leaves_the_parent_hearing(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Watchdog's stop in a child would take the parent's schedule away."""
+    monkeypatch.setattr(layout, "SAFETY_LOOK_S", 60.0)
     reg.register("a")
     with reg.watch(after="now", backend="watchdog") as items:
         items.drain()
         joined(forked(items.close))
         threading.Timer(0.05, lambda: reg.update("a", state="ready")).start()
         began = time.monotonic()
-        assert isinstance(items.next(10), Change)
-        assert time.monotonic() - began < 0.8
+        assert isinstance(items.next(20), Change)
+        assert time.monotonic() - began < 10, "woken, not at the end of the wait"
         assert items.stats()["source"] == "watchdog"
 
 
@@ -393,10 +396,9 @@ def test_mirror_keeps_its_deadline_behind_a_backlog(reg: Registry) -> None:
             with reg.batch() as batch:
                 for number in range(10_000):
                     batch.update("a", meta={"number": number})
-        began = time.monotonic()
         with pytest.raises(WaitTimeout):
-            now.wait(lambda _: False, timeout_s=0.05)
-        assert time.monotonic() - began < 0.5
+            now.wait(lambda _: False, timeout_s=0.01)
+        assert now._watch.position < reg.last_seq, "it did not go through all of it first"
 
 
 def test_ack_after_close_is_refused_with_a_type(reg: Registry) -> None:
