@@ -316,7 +316,7 @@ def doctor(sh: Shell) -> None:
     bad = [check for check in found if check.status == "fail"]
     if sh.json:
         rows = [
-            {"name": c.name, "status": c.status, "found": c.found, "remedy": c.remedy}
+            {"name": c.name, "status": c.status, "found": c.found, "remedy": sh.advice(c.remedy)}
             for c in found
         ]
         sh.document({"ok": not bad, "checks": rows})

@@ -79,7 +79,7 @@ def explain(sh: Shell, *, sid: str) -> None:
         sh.line(f"It ended: {facts.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}.")
     remedy = _REMEDIES.get(found.cause)
     if remedy is not None:
-        sh.line(f"{remedy.replace('SID', sid)}.")
+        sh.line(f"{sh.advice(remedy.replace('SID', sid))}.")
     sh.line("")
     _print_evidence(sh, worker, found)
     sh.line("")

@@ -45,7 +45,7 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
         for first, last in report.gaps:
             sh.note(f"events {first} to {last} are lost; a repair gave them up")
         sh.note(
-            f"{report.events} events up to seq {report.last_seq}: {len(report.findings)} findings"
+            f"{report.events} events up to seq {report.last_seq}; findings: {len(report.findings)}"
         )
         files = isinstance(locate(sh.place), DirectoryPlace)
         if files and any(finding.repairable for finding in report.findings):

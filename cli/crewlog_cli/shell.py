@@ -209,7 +209,17 @@ class Shell:
     def note(self, words: str) -> None:
         """Tell a person something that is not data."""
         if not self.quiet:
-            _tell(text.visible(words))
+            _tell(text.visible(self.advice(words)))
+
+    def advice(self, words: str) -> str:
+        """Let the commands that advice names mean the registry that --dir named."""
+        if self.place is None or not self.opened:
+            return words
+        import re  # noqa: PLC0415 (start-up; as json)
+        import shlex  # noqa: PLC0415 (as above)
+
+        named = f"crewlog -d {shlex.quote(self.place)} "
+        return re.sub(r"\bcrewlog (?=[a-z])", lambda _: named, words)
 
     def when(self, moment: datetime) -> str:
         """Write a time for a table."""
@@ -367,6 +377,7 @@ def _listen(shell: Shell) -> None:
 
 def complain(shell: Shell, *, code: str, exit_code: int, what: str, where: str, hint: str) -> None:
     """Write an error: three lines for a person, or one JSON object."""
+    hint = shell.advice(hint)
     if shell.json:
         message = what + (f": {where}" if where else "")
         body = {"code": code, "exit": exit_code, "message": message, "hint": hint}

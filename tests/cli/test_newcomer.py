@@ -152,7 +152,7 @@ def test_word_about_a_living_worker_says_what_to_do(cli: Cli, reg: Registry, cre
     """Not to choose another sid."""
     reg.register("a", pid=crew.sleeper().pid)
     told = cli("gc", "--assume-dead", "a", "--reason", "x", code=1).stderr
-    assert "crewlog stop a" in told
+    assert f"crewlog -d {cli.place} stop a" in told
 
 
 def test_keep_history_says_what_it_takes(cli: Cli, reg: Registry) -> None:
@@ -206,7 +206,7 @@ def test_worker_that_was_registered_later_is_not_guessed_at(cli: Cli, reg: Regis
     reg.register("first")
     reg.register("live")
     assert "not listed then" in cli("show", "live", "--at", "2", code=1).stderr
-    assert "crewlog history --sid" in cli("show", "gone", code=1).stderr
+    assert f"crewlog -d {cli.place} history --sid" in cli("show", "gone", code=1).stderr
 
 
 def test_timeline_shows_the_newest_workers(cli: Cli, reg: Registry) -> None:

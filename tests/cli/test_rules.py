@@ -120,6 +120,20 @@ def test_every_error_is_three_lines_or_one_object(capsys: pytest.CaptureFixture[
         assert body["hint"]
 
 
+def test_advice_means_the_registry_that_dir_named(tmp_path: Path) -> None:
+    """The command that a hint names can be run as it stands, wherever the registry is."""
+    place = tmp_path / "it's a place"
+    Cli.bare("-d", place, "register", "a", "--pid", os.getpid())
+    missed = Cli.bare("show", "b", "-d", place, "--json", code=1)
+    advised = json.loads(missed.stderr)["error"]["hint"].split("`")[1]
+    words = shlex.split(advised)
+    assert words == ["crewlog", "-d", str(place), "ls", "--all"]
+    assert "a " in Cli.bare(*words[1:]).stdout
+    env = {**os.environ, "CREWLOG_DIR": str(place)}
+    missed = Cli.bare("show", "b", code=1, env=env)
+    assert "See `crewlog ls --all`" in missed.stderr, "the environment names it then, too"
+
+
 # -- what a terminal would obey -------------------------------------------------------------
 
 OBEYED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

@@ -54,7 +54,7 @@ def test_doctor_without_a_registry_creates_none(cli: Cli) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "name", "remedy"),
-    [("open", "place", "chmod -R go="), ("poisoned", "log", "crewlog repair")],
+    [("open", "place", "chmod -R go="), ("poisoned", "log", "then run: crewlog -d ")],
 )
 def test_doctor_says_what_to_do_and_ends_with_one(
     cli: Cli, reg: Registry, harm: str, name: str, remedy: str

@@ -62,7 +62,7 @@ def test_doctor_looks_at_a_damaged_store(cli: Cli, reg: Registry) -> None:
     found = cli.json("doctor", code=1)["checks"]
     assert isinstance(found, list)
     failed = {check["name"]: check["remedy"] for check in found if check["status"] == "fail"}
-    assert any("crewlog repair" in remedy for remedy in failed.values())
+    assert any(f"crewlog -d {cli.place} repair" in remedy for remedy in failed.values())
     assert {"versions", "place"} <= {check["name"] for check in found}
 
 

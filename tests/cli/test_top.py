@@ -111,7 +111,7 @@ def test_failure_leaves_the_terminal_as_it_was(terminal: Terminal, reg: Registry
     os.kill(terminal.pid, signal.SIGCONT)
     assert terminal.end() == 65
     assert terminal.is_given_back()
-    assert "crewlog repair" in terminal.text[terminal.text.rfind("\x1b[?1049l") :]
+    assert f"crewlog -d {reg.path} repair" in terminal.text[terminal.text.rfind("\x1b[?1049l") :]
 
 
 def test_stop_gives_the_terminal_back_until_it_goes_on(terminal: Terminal) -> None:
