@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import crewlog
 from cluster import MISSING, Cluster
@@ -16,6 +17,9 @@ from crewlog.registry import Registry
 from procs import Crew
 
 pytest_plugins = ["crewlog.testing"]
+# A machine that pauses makes no property false.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 # A shell without job control starts what is in its background with Ctrl-C ignored, and whatever
 # that starts would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

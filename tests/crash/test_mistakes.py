@@ -432,7 +432,7 @@ def test_deadline_is_one_for_all_threads(place: Path) -> None:
     """8 threads before a held lock: each hears after its own timeout, not after the others'."""
     import time
 
-    with crewlog.open(place) as reg, crewlog.open(place, lock_timeout_s=0.3) as slow:
+    with crewlog.open(place) as reg, crewlog.open(place, lock_timeout_s=1) as slow:
         reg.register("a")
         slow.workers()
         took: list[float] = []
@@ -450,7 +450,7 @@ def test_deadline_is_one_for_all_threads(place: Path) -> None:
             for thread in threads:
                 thread.join()
     assert len(took) == 8
-    assert max(took) < 1.0
+    assert max(took) < 5, "one after the other, they would take 8"
 
 
 def test_writer_that_never_reads_keeps_no_backlog(reg: Registry) -> None:
@@ -511,6 +511,9 @@ def test_hard_link_to_the_active_segment_is_named_as_that(place: Path, tmp_path:
     with crewlog.open(place) as reg:
         reg.register("a")
         os.link(active_segment(place), tmp_path / "second")
+        with crewlog.open(place) as fresh, pytest.raises(UnsafePermissions, match="second name"):
+            fresh.register("b")
+        os.link(active_segment(place), place / layout.LOG / "second")
         with pytest.raises(UnsafePermissions, match="second name"):
             reg.register("b")
 

@@ -14,7 +14,9 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,6 +223,7 @@ def cuts(machine: Machine, count: int, *, seed: int, control: type[Disk] | None 
             ]
             os.close(told)
             os.close(seen)
+            until(lambda fd=acks: _waiting(fd) > _ENOUGH_BYTES)  # type: ignore[misc]
             time.sleep(dice.uniform(0.05, 0.25))
             machine.cut(pids)
         acknowledged, lines = _all(acks).splitlines(), _all(shown).splitlines()
@@ -239,6 +242,14 @@ def cuts(machine: Machine, count: int, *, seed: int, control: type[Disk] | None 
                 assert [f.code for f in verify(machine.place).findings] == []
     assert changes > 10 * count, "something was written before each cut"
     return lost
+
+
+_ENOUGH_BYTES = 200  # of some ten bytes an acknowledgement
+
+
+def _waiting(fd: int) -> int:
+    """Return how many bytes a pipe holds."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _all(fd: int) -> bytes:

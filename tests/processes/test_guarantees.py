@@ -776,10 +776,15 @@ def test_wakes_that_never_come_are_proof_for_polling(
     reg.register("a")
     with reg.watch(after="now", backend=backend) as items:
         items.drain()
-        timer = threading.Timer(0.05, lambda: reg.update("a", meta={"n": 1}))
-        timer.start()
+        wait = notify.Waker.wait
+
+        def change_and_wait(self: notify.Waker, timeout_s: float) -> bool:
+            if reg.last_seq == 2:
+                reg.update("a", meta={"n": 1})
+            return wait(self, timeout_s)
+
+        monkeypatch.setattr(notify.Waker, "wait", change_and_wait)
         take(items, 1)
-        timer.join()
         assert items.stats()["source"] == "poll"
         assert caplog.text.count("polling instead") == 1
         reg.update("a", meta={"n": 2})
@@ -904,6 +909,7 @@ def test_stress_delivers_everything_to_everyone(
             count += 1
             running.append(forked(lambda n=count: endless(f"w-{n}")))  # type: ignore[misc]
         time.sleep(dice.uniform(0.01, 0.05))
+        until(lambda n=kill: _last_seq(place) > 15 * n)  # type: ignore[misc] # however slow it is
         slay(running.pop(dice.randrange(4)))
         if kill % 5 == 0:
             _tear(place)
@@ -929,6 +935,11 @@ def test_stress_delivers_everything_to_everyone(
             assert now.state.workers == fresh.state().workers
     assert len(truth) > 500
     assert verify(place).findings == ()
+
+
+def _last_seq(place: Path) -> int:
+    with crewlog.open(place) as reg:
+        return reg.last_seq
 
 
 def _tear(place: Path) -> None:

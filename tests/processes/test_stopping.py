@@ -271,13 +271,22 @@ def test_unkillable_worker_stays_listed(
     assert found.state == "stopping"
 
 
-def test_each_stop_is_on_record_even_of_one_that_is_stopping(reg: Registry, crew: Crew) -> None:
+def test_each_stop_is_on_record_even_of_one_that_is_stopping(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two operators, two requests, one end."""
     worker = crew.python(STUBBORN)
     assert worker.stdout is not None
     worker.stdout.readline()
     reg.register("a", pid=worker.pid)
     ends: list[crewlog.Event] = []
+    wait = Process.wait
+
+    def wait_for_all(self: Process, wait_s: float) -> bool:
+        until(lambda: types(reg, "a").count("worker.stop_requested") == 4)
+        return wait(self, wait_s)
+
+    monkeypatch.setattr(Process, "wait", wait_for_all)
     threads = [
         threading.Thread(target=lambda: ends.append(reg.stop("a", reason="r", grace_s=0.3)))
         for _ in range(4)
