@@ -9,7 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from crewlog import layout
+from crewlog import layout, threads
 
 if TYPE_CHECKING:
     import socket
@@ -42,7 +42,8 @@ def ask(path: str) -> Answer | None:
 
     The worker sees a connection that ends at once.
     """
-    import socket  # noqa: PLC0415 (slow to load, and seldom asked)
+    with threads.no_fork():
+        import socket  # noqa: PLC0415 (slow to load, and seldom asked)
 
     if not path.startswith("/") or "\0" in path:
         return None

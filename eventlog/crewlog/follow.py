@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypedDict, Unpack
 
-from crewlog import arguments, feed, notify
+from crewlog import arguments, feed, notify, threads
 from crewlog.errors import WorkerEnded, WorkerNotFound
 from crewlog.events import FINAL, Item, State, Worker, WorkerState
 from crewlog.feed import After, Feed, OnCompacted
@@ -40,7 +40,8 @@ def watch(session: Session, **options: Unpack[WatchOptions]) -> Watch:
 
 def awatch(session: Session, **options: Unpack[WatchOptions]) -> "AsyncWatch":
     """Deliver events to asyncio; see `Registry.awatch`."""
-    from crewlog.awatch import AsyncWatch, LoopBell  # noqa: PLC0415 (asyncio is slow to load)
+    with threads.no_fork():
+        from crewlog.awatch import AsyncWatch, LoopBell  # noqa: PLC0415 (asyncio is slow to load)
 
     bell = LoopBell()
     return AsyncWatch(vigil(session, lambda: bell, **options), bell)

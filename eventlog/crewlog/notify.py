@@ -106,12 +106,13 @@ class WatchdogSource:
 
     def __init__(self, directory: Path, rings: Rings) -> None:
         """Watch `directory`; changes from here on are not missed."""
-        from watchdog.events import (  # noqa: PLC0415 (reading does not need watchdog)
-            FileModifiedEvent,
-            FileSystemEvent,
-            FileSystemEventHandler,
-        )
-        from watchdog.observers import Observer  # noqa: PLC0415 (as above)
+        with threads.no_fork():
+            from watchdog.events import (  # noqa: PLC0415 (reading does not need watchdog)
+                FileModifiedEvent,
+                FileSystemEvent,
+                FileSystemEventHandler,
+            )
+            from watchdog.observers import Observer  # noqa: PLC0415 (as above)
 
         class Handler(FileSystemEventHandler):
             def on_any_event(self, _: FileSystemEvent) -> None:
@@ -146,7 +147,8 @@ class InotifySource:
 
     def __init__(self, directory: Path, rings: Rings) -> None:
         """Watch `directory`; changes from here on are not missed."""
-        from inotify_simple import INotify, flags  # noqa: PLC0415 (an extra)
+        with threads.no_fork():
+            from inotify_simple import INotify, flags  # noqa: PLC0415 (an extra)
 
         self._inotify = INotify(nonblocking=True)
         try:
@@ -341,7 +343,8 @@ def check_backend(backend: object) -> Backend:
         message = f"backend {backend!r} is none of {', '.join(sorted(BACKENDS))}"
         raise ValueError(message)
     if backend == "inotify":
-        import inotify_simple  # noqa: F401, PLC0415 (only to hear now whether the extra is there)
+        with threads.no_fork():
+            import inotify_simple  # noqa: F401, PLC0415 (only to hear now whether it is there)
     return cast("Backend", backend)
 
 

@@ -8,7 +8,7 @@ import importlib
 from types import ModuleType
 from typing import Final, Literal, TypeAlias, assert_never
 
-from crewlog import layout
+from crewlog import layout, threads
 from crewlog.errors import Unsupported
 
 Packing: TypeAlias = Literal["gzip", "zstd"]
@@ -41,7 +41,8 @@ def pack(data: bytes, packing: Packing) -> bytes:
     """Compress; the same bytes give the same archive."""
     match packing:
         case "gzip":
-            import gzip  # noqa: PLC0415 (slow to load; few reads go that far back)
+            with threads.no_fork():
+                import gzip  # noqa: PLC0415 (slow to load; few reads go that far back)
 
             return gzip.compress(data, _GZIP_LEVEL, mtime=0)
         case "zstd":
@@ -56,8 +57,9 @@ def unpack(packed: bytes, *, name: str, where: str) -> bytes:
     packing = packing_of(name)
     match packing:
         case "gzip":
-            import gzip  # noqa: PLC0415 (as above)
-            import zlib  # noqa: PLC0415 (as above)
+            with threads.no_fork():
+                import gzip  # noqa: PLC0415 (as above)
+                import zlib  # noqa: PLC0415 (as above)
 
             try:
                 return gzip.decompress(packed)

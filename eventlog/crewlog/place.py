@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from crewlog import create, directory
+from crewlog import create, directory, threads
 from crewlog.errors import Unsupported
 from crewlog.log import Log
 from crewlog.store import Store
@@ -60,11 +60,13 @@ def locate(where: str | os.PathLike[str] | None = None) -> Place:
 
 
 def _cluster(url: str) -> Place:
-    from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few ask for it)
+    with threads.no_fork():
+        from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few ask for it)
 
     address = EtcdAddress.parse(url)
     try:
-        from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (an extra)
+        with threads.no_fork():
+            from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise Unsupported(
             "etcd needs a package that is not installed",
