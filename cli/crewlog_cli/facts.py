@@ -28,6 +28,7 @@ def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         "rev": worker.rev,
         "updated_at": timestamp(worker.updated_at),
         "generation": worker.generation,
+        "registered_seq": worker.registered_seq,
         "identity": None if worker.identity is None else worker.identity.as_json(),
         "owner": None if worker.owner is None else worker.owner.as_json(),
         "lease": worker.lease,

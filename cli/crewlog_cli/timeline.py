@@ -85,11 +85,11 @@ def timeline(
 
 def _judge(reg: Registry, lives: Sequence[Life], now: datetime) -> frozenset[int]:
     """Bring the lives that go on up to now; return the places of those nobody can judge."""
-    places = {(life.sid, life.generation): index for index, life in enumerate(lives)}
+    places = {life.seq: index for index, life in enumerate(lives)}
     unknown = set()
-    workers = [w for w in reg.workers() if (w.sid, w.generation) in places]
+    workers = [worker for worker in reg.workers() if worker.registered_seq in places]
     for worker, found in zip(workers, reg.judge(workers), strict=True):
-        index = places[worker.sid, worker.generation]
+        index = places[worker.registered_seq]
         life = lives[index]
         match found.verdict:
             case Verdict.ALIVE:

@@ -194,6 +194,8 @@ class Exit:
 class Worker:
     """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC.
 
+    `registered_seq` tells it from every other worker of its sid; `generation` counts those, but for
+    pruned ones.
     `lease` names what it holds while it lives, a file in leases/ or a key; it is stalled where
     `heartbeat_s` passed without a beat. `sock_id` (device:inode:mtime in ns) is the socket that was
     at `sock` when that was recorded.
@@ -213,6 +215,7 @@ class Worker:
     exit: Exit | None
     updated_at: datetime
     generation: int
+    registered_seq: int
     lease: str | None = None
     heartbeat_s: float | None = None
     sock_id: str | None = None
@@ -403,6 +406,7 @@ def worker_of(record: Record) -> Worker:
         exit=None if ended is None else Exit(**ended),
         updated_at=utc(record["updated_at"]),
         generation=record["generation"],
+        registered_seq=record["registered_seq"],
         lease=record["lease"],
         heartbeat_s=record["heartbeat_s"],
         sock_id=record["sock_id"],

@@ -13,6 +13,7 @@ from crewlog.events import WorkerState
 from crewlog.lives import Life
 from crewlog.registry import Registry
 from crewlog_cli import page
+from crewlog_compactor import collect
 from procs import Crew, kill, until
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -186,6 +187,23 @@ def test_terminal_tells_how_each_ended(cli: Cli, reg: Registry, crew: Crew) -> N
     assert {life["sid"]: life["end"] for life in found} == {
         "lost": "lost", "alive": None, "done": "exited", "crashed": "failed",
     }  # fmt: skip
+
+
+def test_life_that_goes_on_is_not_taken_for_one_that_was_pruned(
+    cli: Cli, reg: Registry, crew: Crew
+) -> None:
+    """Both are the first of their sid as far as the state can tell."""
+    first = crew.sleeper()
+    reg.register("a", pid=first.pid)
+    kill(first)
+    for _ in range(2):
+        collect(reg, keep=timedelta(0))
+    worker = reg.register("a", pid=crew.sleeper().pid)
+    lives = cli.json("timeline")["lives"]
+    assert isinstance(lives, list)
+    old, new = lives
+    assert (old["end"], new["end"], new["seq"]) == ("lost", None, worker.registered_seq)
+    assert old["seen_at"] < new["began_at"] < new["seen_at"]
 
 
 def test_terminal_shows_a_part(cli: Cli, reg: Registry) -> None:
