@@ -28,7 +28,7 @@ ROOMS = {
     "rich": {"top.py"},
     "urllib3": {"client.py"},
     "termios": {"top.py"},
-    "threading": {"channel.py", "claims.py", "client.py", "launch.py", "lines.py", "log.py",
+    "threading": {"channel.py", "claims.py", "client.py", "lines.py", "log.py",
                   "commit.py",
                   "rides.py", "reading.py", "sync.py", "session.py", "notify.py", "states.py",
                   "writing.py", "subscribe.py", "threads.py", "watch.py"},

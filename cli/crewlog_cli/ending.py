@@ -12,6 +12,7 @@ import click
 from crewlog import ending, threads
 from crewlog.errors import CrewlogError
 from crewlog.events import Event, Worker
+from crewlog.process import Process
 from crewlog.registry import Registry
 from crewlog_cli import facts, shell, words
 from crewlog_cli.shell import Shell, command
@@ -149,7 +150,7 @@ def _foreseen(reg: Registry, worker: Worker) -> tuple[str, str]:
         held = ending.hold_to_stop(reg.session, worker)
     except CrewlogError as error:
         return "refuse", error.why
-    if held is not None:
+    if isinstance(held, Process):
         held.close()
         return "signal", ""
     return ("nothing", "it has ended") if worker.final else ("record its end", "")

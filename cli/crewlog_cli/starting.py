@@ -13,8 +13,8 @@ from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
 
-from crewlog import judging, launch, layout, registering, starting
-from crewlog.errors import CrewlogError, SpawnFailed, StaleRevision
+from crewlog import changes, judging, launch, registering, starting
+from crewlog.errors import CrewlogError, InvalidTransition, SpawnFailed, StaleRevision
 from crewlog.events import Worker
 from crewlog.launch import Launch
 from crewlog.registering import Wish
@@ -140,8 +140,9 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
             waiting = functools.partial(_waiting, argv, turn)
             worker, started = tried(lambda: starting.entered(session, sid, wish, waiting))
             begun = _begin(started)
-        code = os.waitstatus_to_exitcode(_wait(sh, reg, worker))
+        code = _wait(sh, reg, worker, started)
         _tell_end(sh, reg, worker, code)
+        started.reap()  # until it is on record, whoever looks sees how it ended
     if not begun:
         _fail(sh, argv, code)
     raise SystemExit(code if code >= 0 else 128 - code)
@@ -149,6 +150,7 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
 
 def _waiting(argv: Sequence[str], turn: Turn, keep: Sequence[int]) -> Launch:
     shell.flush()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by who started us, it would never come
     started = Launch(argv, stdin=None, own_session=False, keep=keep, turn=turn.share())
     # Before the registration: a signal of now must reach the worker, or find none.
     signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
@@ -175,8 +177,8 @@ def _tell_end(sh: Shell, reg: Registry, worker: Worker, code: int) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     try:
-        step = functools.partial(judging.exit_of, reg.session.author(), worker.sid, code)
-        if not judging.record_end(reg.session, worker, lambda rev: step(rev=rev), late=late):
+        step = judging.exit_of(reg.session.author(), worker, code)
+        if not judging.record_end(reg.session, step, late=late):
             sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
     except (CrewlogError, KeyboardInterrupt) as error:
         shell.warn(f"crewlog: {told}; that is not recorded: {error or 'interrupted'}")
@@ -184,27 +186,28 @@ def _tell_end(sh: Shell, reg: Registry, worker: Worker, code: int) -> None:
 
 def _tell_stopping(sh: Shell, reg: Registry, worker: Worker, why: str) -> None:
     """Record that somebody asked our child to end, as long as the sid is still its own."""
-    for _ in range(layout.CHANGE_TRIES):
-        try:
-            now = reg.get(worker.sid)
-            if now is None or now.final or now.generation != worker.generation:
-                return
-            reg.update(worker.sid, state="stopping", reason=why, expect=now.rev)
-        except StaleRevision:  # somebody updated it between the look and the write
-            continue
-        except CrewlogError as error:
-            sh.note(f"crewlog: {error}")
+    step = changes.updated(
+        reg.session.author(), worker.sid, state="stopping", reason=why, of=worker.registered_seq
+    )
+    try:
+        reg.session.append([step])
+    except (StaleRevision, InvalidTransition):  # another's by now, or ended
         return
+    except CrewlogError as error:
+        sh.note(f"crewlog: {error}")
 
 
-def _wait(sh: Shell, reg: Registry, worker: Worker) -> int:
-    """Wait for the child, passing signals on; a request to end is recorded before it is passed."""
+def _wait(sh: Shell, reg: Registry, worker: Worker, started: Launch) -> int:
+    """Wait for the child, passing signals on; a request to end is recorded before it is passed.
+
+    Returns its exit code, or minus the signal that ended it.
+    """
     while True:
         number, from_terminal = _next_signal()
         if number == signal.SIGCHLD:
-            done, status = os.waitpid(worker.pid, os.WNOHANG)
-            if done:
-                return status
+            end = started.ended(wait=False)
+            if end is not None and end.code is not None:  # nobody else waits for our child
+                return end.code
             continue
         if number in _ENDING:
             why = f"{signal.Signals(number).name} passed on by crewlog run"

@@ -160,7 +160,7 @@ def _step(author: Author, task: Task) -> changes.Step:
         cause=task.cause,
         evidence=task.evidence,
         status=task.status,
-        rev=task.rev,
+        expect=task.rev,
     )
 
 

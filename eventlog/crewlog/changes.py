@@ -158,12 +158,14 @@ def updated(
     meta: Mapping[str, JsonValue] | None = None,
     reason: str | None = None,
     expect: int | None = None,
+    of: int | None = None,
     sock_of: Callable[[str], str | None] = lambda _: None,
 ) -> Step:
     """Move a worker on, or patch it; what would change nothing is not written.
 
     Labels and meta are merged key by key; None removes a key. `sock_of` tells the recorded sock of
-    a worker, which is there once that becomes ready.
+    a worker, which is there once that becomes ready. `expect`: only at this rev, `of`: only of the
+    worker that was registered at this seq; else StaleRevision is raised.
     """
     if state not in _BY_STATE:
         message = (
@@ -196,6 +198,7 @@ def updated(
         arguments.check_sid(sid),
         data,
         expect=arguments.check_expect(expect),
+        of=of,
     )
 
 
@@ -207,9 +210,13 @@ def exited(
     signal: int | None = None,
     source: str = "self",
     expect: int | None = None,
+    of: int | None = None,
     evidence: JsonObject | None = None,
 ) -> Step:
-    """Record the end of a worker, with its exit code or the signal that ended it."""
+    """Record the end of a worker, with its exit code or the signal that ended it.
+
+    `expect` and `of` as for `updated`.
+    """
     if code is not None and signal is not None:
         message = "a process ends with a code or by a signal, not both"
         raise ValueError(message)
@@ -224,7 +231,7 @@ def exited(
 
     def step(written: Written) -> Draft | None:
         record = written.get(sid)
-        _check(record, sid, expect)
+        _check(record, sid, expect, of)
         if fold.is_repeat(events.EXITED, record, data):
             return None
         fold.refuse(events.EXITED, sid, record)
@@ -236,34 +243,50 @@ def exited(
 
 
 def stop_requested(
-    author: Author, sid: str, *, signal: int, grace_s: float, reason: str, expect: int
+    author: Author, sid: str, *, signal: int, grace_s: float, reason: str, of: int
 ) -> Step:
     """Record that a signal is about to be sent; never left out, whatever the state."""
     data: JsonObject = {"signal": signal, "grace_s": grace_s, "reason": reason}
-    return _plain(author, events.STOP_REQUESTED, sid, data, expect=expect)
+    return _plain(author, events.STOP_REQUESTED, sid, data, of=of)
 
 
 def buried(
-    author: Author, sid: str, *, cause: str, evidence: JsonObject, status: Status | None, rev: int
+    author: Author,
+    sid: str,
+    *,
+    cause: str,
+    evidence: JsonObject,
+    status: Status | None,
+    expect: int | None = None,
+    of: int | None = None,
 ) -> Step:
-    """Record a proven death, with how it ended where that is known, if the rev is unchanged."""
+    """Record a proven death, with how it ended where that is known; see `updated` for when."""
     if status is None:
-        return lost(author, sid, cause=cause, evidence=evidence, expect=rev)
+        return lost(author, sid, cause=cause, evidence=evidence, expect=expect, of=of)
     return exited(
         author,
         sid,
         code=status.code,
         signal=status.signal,
         source=status.source,
-        expect=rev,
+        expect=expect,
+        of=of,
         evidence=evidence,
     )
 
 
-def lost(author: Author, sid: str, *, cause: str, evidence: JsonObject, expect: int | None) -> Step:
+def lost(
+    author: Author,
+    sid: str,
+    *,
+    cause: str,
+    evidence: JsonObject,
+    expect: int | None = None,
+    of: int | None = None,
+) -> Step:
     """Record that a worker is proven dead and nobody knows how it ended."""
     data: JsonObject = {"cause": cause, "evidence": evidence}
-    return _plain(author, events.LOST, sid, data, expect=expect)
+    return _plain(author, events.LOST, sid, data, expect=expect, of=of)
 
 
 def released(
@@ -295,12 +318,20 @@ def pruned(author: Author, sid: str, *, expect: int) -> Step:
     return _plain(author, events.PRUNED, sid, {}, expect=expect)
 
 
-def _plain(author: Author, kind: str, sid: str, data: JsonObject, *, expect: int | None) -> Step:
+def _plain(
+    author: Author,
+    kind: str,
+    sid: str,
+    data: JsonObject,
+    *,
+    expect: int | None = None,
+    of: int | None = None,
+) -> Step:
     part = author.draft(kind, sid, data)
 
     def step(written: Written) -> Draft | None:
         record = written.get(sid)
-        _check(record, sid, expect)
+        _check(record, sid, expect, of)
         if fold.is_repeat(kind, record, part.data):
             return None
         fold.refuse(kind, sid, record)
@@ -309,10 +340,12 @@ def _plain(author: Author, kind: str, sid: str, data: JsonObject, *, expect: int
     return Step(sid, step)
 
 
-def _check(record: Record | None, sid: str, expect: int | None) -> None:
-    actual = None if record is None else record["rev"]
+def _check(record: Record | None, sid: str, expect: int | None, of: int | None) -> None:
+    actual, began = (None, None) if record is None else (record["rev"], record["registered_seq"])
     if expect is not None and actual != expect:
         raise StaleRevision(sid, expected=expect, actual=actual)
+    if of is not None and began != of:
+        raise StaleRevision(sid, expected=of, actual=actual)
 
 
 # -- many steps as one ----------------------------------------------------------------------

@@ -7,10 +7,12 @@ signal goes out, through that same pidfd. The entry stays until the end is prove
 import os
 import signal as signals
 import time
+from contextlib import ExitStack, suppress
 from typing import Final
 
-from crewlog import arguments, changes, identity, layout
+from crewlog import arguments, changes, events, identity, layout
 from crewlog.errors import (
+    CompactedError,
     IdentityMismatch,
     InvalidTransition,
     StaleRevision,
@@ -25,6 +27,7 @@ from crewlog.process import Process
 from crewlog.session import Session
 
 _THERE: Final = "Stop it from there"
+_ENDS: Final = frozenset({events.EXITED, events.LOST, events.RELEASED})
 
 
 def stop(
@@ -40,23 +43,25 @@ def stop(
     number = signals.Signals(signal)
     worker = session.known(sid)
     held = hold_to_stop(session, worker)
-    if held is None:
-        return _ended(session, worker, None)
+    if not isinstance(held, Process):
+        return _ended(session, worker, held)
     with held:
-        asked = _ask(session, worker, number, grace_s=grace_s, reason=reason)
-        if asked is not None:
-            return asked
-        status = _end(worker, held, number, grace_s=grace_s)
+        if _ask(session, worker, number, grace_s=grace_s, reason=reason):
+            status = _end(worker, held, number, grace_s=grace_s)
+        elif held.wait(0):
+            status = held.status()
+        else:  # handed off meanwhile
+            return session.last_event(same(session, worker))
         return _ended(session, worker, status, proven=True)
 
 
-def hold_to_stop(session: Session, worker: Worker) -> Process | None:
-    """Hold the process of a worker that may be stopped; None if it has ended, or is proven dead.
+def hold_to_stop(session: Session, worker: Worker) -> Process | Status | None:
+    """Hold the process of a worker that may be stopped, as `_hold_living` does.
 
     *Raises* StopRefused, IdentityMismatch.
     """
     held = _hold_living(session, worker)
-    if held is not None:
+    if isinstance(held, Process):
         try:
             _require_stoppable(worker)
         except BaseException:
@@ -65,8 +70,8 @@ def hold_to_stop(session: Session, worker: Worker) -> Process | None:
     return held
 
 
-def _hold_living(session: Session, worker: Worker) -> Process | None:
-    """Hold the worker's process; None if it has ended, or is proven dead."""
+def _hold_living(session: Session, worker: Worker) -> Process | Status | None:
+    """Hold the worker's process; if it has ended, tell how: None where nobody does."""
     if worker.state is WorkerState.LOST and runs_here(worker):
         raise _refused(
             worker,
@@ -75,37 +80,44 @@ def _hold_living(session: Session, worker: Worker) -> Process | None:
         )
     if worker.final:
         return None
-    found = judge(session, [worker])[0]
-    if found.dead:
-        return None
-    who = worker.identity
+    with ExitStack() as undo:
+        held = hold(worker)  # before the look: how it ends, the kernel keeps for who holds it
+        if held is not None:
+            undo.enter_context(held)
+        found = judge(session, [worker])[0]
+        if found.dead:
+            status = status_in(found)
+            return held.status() if status is None and held is not None else status
+        _require_here(worker, found)
+        undo.pop_all()
+    return held
+
+
+def _require_here(worker: Worker, found: Liveness) -> None:
+    """Refuse a worker that is not proven to live in this pid namespace."""
     if found.cause in {"foreign_pid_namespace", "foreign_host"}:
         raise _refused(worker, "it is of another host or pid namespace", _THERE)
-    if who is None or not found.alive:
+    if worker.identity is None or not found.alive:
         raise IdentityMismatch(worker.sid, pid=worker.pid, cause=found.cause)
     if found.cause in {"lease", "found_in_namespace"}:
         raise _refused(worker, "it lives on another host or in another pid namespace", _THERE)
-    return hold(worker)
 
 
-def _ask(
-    session: Session, worker: Worker, number: int, *, grace_s: float, reason: str
-) -> Event | None:
-    """Make the request durable; the event of its end if the worker ended meanwhile."""
-    sid = worker.sid
-    for _ in range(layout.CHANGE_TRIES):
-        now = same(session, worker)
-        if now.final:
-            return session.last_event(now)
-        step = changes.stop_requested(
-            session.author(), sid, signal=number, grace_s=grace_s, reason=reason, expect=now.rev
-        )
-        try:
-            session.change(step)
-        except StaleRevision:
-            continue
-        return None
-    raise StaleRevision(sid, expected=worker.rev, actual=same(session, worker).rev)
+def _ask(session: Session, worker: Worker, number: int, *, grace_s: float, reason: str) -> bool:
+    """Make the request durable; False if the worker's end is on record already."""
+    step = changes.stop_requested(
+        session.author(),
+        worker.sid,
+        signal=number,
+        grace_s=grace_s,
+        reason=reason,
+        of=worker.registered_seq,
+    )
+    try:
+        session.append([step])
+    except InvalidTransition:
+        return False
+    return True
 
 
 def _end(worker: Worker, held: Process, number: int, *, grace_s: float) -> Status | None:
@@ -126,18 +138,37 @@ def _ended(
     session: Session, worker: Worker, status: Status | None, *, proven: bool = False
 ) -> Event:
     """Record the proven end of a worker, unless it is recorded as well as we could."""
-    for _ in range(layout.CHANGE_TRIES):
-        wait_s = layout.REAP_WAIT_S if status is None else 0.0
-        now, found = _told_by_owner(session, worker, wait_s)
-        if now.final and (status is None or now.state != WorkerState.LOST):
-            return session.last_event(now)
-        if not (found.dead or proven):
-            raise IdentityMismatch(now.sid, pid=now.pid, cause=found.cause)
-        try:
-            return session.change(death(session.author(), now, found, status=status))
-        except (StaleRevision, InvalidTransition):
-            continue
-    raise StaleRevision(worker.sid, expected=worker.rev, actual=same(session, worker).rev)
+    wait_s = layout.REAP_WAIT_S if status is None else 0.0
+    try:
+        while True:
+            now, found = _told_by_owner(session, worker, wait_s)
+            if now.final and (status is None or now.state != WorkerState.LOST):
+                return session.last_event(now)
+            if found.alive or not (found.dead or proven or status is not None):
+                raise IdentityMismatch(now.sid, pid=now.pid, cause=found.cause)
+            try:
+                return session.change(death(session.author(), now, found, status=status))
+            except InvalidTransition:  # somebody else was faster, and it is not durable yet
+                time.sleep(layout.REAP_LOOK_S)
+    except StaleRevision:  # the sid is another worker's by now
+        return _end_on_record(session, worker)
+
+
+def _end_on_record(session: Session, worker: Worker) -> Event:
+    """Return the end of a worker from the history. *Raises* StaleRevision if it tells of none."""
+    end: Event | None = None
+    with suppress(CompactedError):
+        for line, raw in session.store().read(worker.registered_seq):
+            if line["sid"] == worker.sid and line["type"] == events.REGISTERED:
+                break
+            if line["sid"] == worker.sid and line["type"] in _ENDS:
+                end = events.event_of(line, raw)
+    if end is None:
+        actual = session.get(worker.sid)
+        raise StaleRevision(
+            worker.sid, expected=worker.rev, actual=None if actual is None else actual.rev
+        )
+    return end
 
 
 def _told_by_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Worker, Liveness]:
@@ -160,8 +191,8 @@ def observe(session: Session, sid: str, *, timeout_s: float | None = None) -> Ev
     limit_s = None if timeout_s is None else arguments.check_wait(timeout_s)
     worker = session.known(sid)
     held = _hold_living(session, worker)
-    if held is None:
-        return _ended(session, worker, None)
+    if not isinstance(held, Process):
+        return _ended(session, worker, held)
     with held:
         deadline = None if limit_s is None else time.monotonic() + limit_s
         while not held.wait(_step_s(deadline)):

@@ -227,17 +227,18 @@ def exit_status(pid: int, fd: int) -> Status | None:
     The kernel keeps a reaped process's status for whoever held its pidfd; before it is reaped, a
     zombie's stat tells, to its user and to root. -1 stands for a pidfd that is not to be had.
     """
-    found = _kept_status(fd)
+    found = kept_status(fd)
     if found is not None:
         return found
     stat = read_stat(pid)
     if stat is not None and stat.state == "Z" and _may_read_status(_uid_of(pid)):
-        again = _kept_status(fd)  # reaped meanwhile, the pid may be another's by now
+        again = kept_status(fd)  # reaped meanwhile, the pid may be another's by now
         return again or _status(stat.wait_status, "zombie")
-    return _kept_status(fd)
+    return kept_status(fd)
 
 
-def _kept_status(fd: int) -> Status | None:
+def kept_status(fd: int) -> Status | None:
+    """Return how the process of this pidfd ended, once it is reaped; from Linux 6.15 on."""
     if fd < 0:
         return None
     info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))

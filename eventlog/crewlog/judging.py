@@ -10,12 +10,13 @@ from crewlog.errors import (
     CrewlogError,
     InvalidTransition,
     LeaseMissing,
+    LockBusy,
     ProcessNotFound,
     StaleRevision,
     Unavailable,
     UnknownOutcome,
 )
-from crewlog.events import Worker, WorkerState
+from crewlog.events import Worker
 from crewlog.identity import Status
 from crewlog.liveness import Evidence, Liveness
 from crewlog.process import Process
@@ -23,6 +24,8 @@ from crewlog.session import Session
 from crewlog.witness import witness
 
 _NOTHING: Final = Evidence()
+# What may be over soon, whoever waits: a lock that is held, servers that do not answer.
+PASSING: Final = (LockBusy, Unavailable, UnknownOutcome)
 
 
 def liveness_of(session: Session, sid: str) -> Liveness:
@@ -85,7 +88,7 @@ def beat(session: Session, sid: str) -> None:
 def same(session: Session, worker: Worker) -> Worker:
     """Return the worker as it is now. *Raises* StaleRevision if the sid is another's by now."""
     now = session.get(worker.sid)
-    if now is None or now.generation != worker.generation:
+    if now is None or now.registered_seq != worker.registered_seq:
         actual = None if now is None else now.rev
         raise StaleRevision(worker.sid, expected=worker.rev, actual=actual)
     return now
@@ -93,43 +96,34 @@ def same(session: Session, worker: Worker) -> Worker:
 
 def record_end(
     session: Session,
-    worker: Worker,
-    step: Callable[[int], Step],
+    step: Step,
     *,
+    passing: tuple[type[CrewlogError], ...] = PASSING,
     late: Callable[[CrewlogError], None] | None = None,
 ) -> bool:
-    """Write a step, made for the worker's rev, about its end; False if the sid is another's.
+    """Write a step about the end of a worker of ours; False if the sid is another's by now.
 
-    A worker that is recorded as ended already, in another way than lost, stays as it is. Where
-    no server answers it is tried for END_WAIT_S, for nobody else knows how it ended; `late` is
-    told once.
+    A worker that is recorded as ended already, in another way than lost, stays as it is. After
+    an error that is `passing` it is tried again for END_WAIT_S, for nobody else knows as surely how
+    it ended; `late` is told once.
     """
     deadline = time.monotonic() + layout.END_WAIT_S
     while True:
         try:
-            return _record_end(session, worker, step)
-        except (Unavailable, UnknownOutcome) as error:
+            session.append([step])
+        except StaleRevision:
+            return False
+        except InvalidTransition:
+            return True
+        except passing as error:
             if time.monotonic() > deadline:
                 raise
             if late is not None:
                 late(error)
                 late = None
             time.sleep(layout.SAFETY_LOOK_S)
-
-
-def _record_end(session: Session, worker: Worker, step: Callable[[int], Step]) -> bool:
-    for _ in range(layout.CHANGE_TRIES):
-        now = session.get(worker.sid)
-        if now is None or now.generation != worker.generation:
-            return False
-        if now.final and now.state != WorkerState.LOST:
+        else:
             return True
-        try:
-            session.change(step(now.rev))
-        except (StaleRevision, InvalidTransition):
-            continue
-        return True
-    return False
 
 
 def runs_here(worker: Worker) -> bool:
@@ -164,27 +158,27 @@ def hold(worker: Worker) -> Process | None:
         return None
 
 
-def exit_of(author: Author, sid: str, code: int, *, rev: int) -> Step:
+def exit_of(author: Author, worker: Worker, code: int) -> Step:
     """Return the step that records what wait(2) said: an exit code, or minus a signal."""
     return changes.exited(
         author,
-        sid,
+        worker.sid,
         code=code if code >= 0 else None,
         signal=-code if code < 0 else None,
         source="wait",
-        expect=rev,
+        of=worker.registered_seq,
     )
 
 
 def death(author: Author, worker: Worker, found: Liveness, *, status: Status | None = None) -> Step:
-    """Return the step that records a proven death, if the worker is still as it was judged."""
+    """Return the step that records a proven death, if the sid is still that worker's."""
     return changes.buried(
         author,
         worker.sid,
         cause=found.cause,
         evidence=found.evidence.seen(),
         status=status or status_in(found),
-        rev=worker.rev,
+        of=worker.registered_seq,
     )
 
 

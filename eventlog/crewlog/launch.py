@@ -11,11 +11,10 @@ import errno
 import os
 import select
 import sys
-import threading
 from collections.abc import Mapping, Sequence
-from typing import IO, Final, TypeAlias
+from typing import IO, Final, NamedTuple, TypeAlias
 
-from crewlog import layout
+from crewlog import identity, layout, threads
 from crewlog.errors import SpawnFailed
 
 Stream: TypeAlias = int | IO[bytes] | IO[str] | None
@@ -54,22 +53,21 @@ except OSError as error:
 # Our ends of pipes to waiting processes. A child that another thread forks must not have them: the
 # waiting process would never read the end, nor we its word. So a fork waits while some are made.
 _ours: set[int] = set()
-_guard = threading.RLock()
 
 
 def _let_go_in_child() -> None:
-    global _guard  # noqa: PLW0603 (held by the thread that forked, which is this one)
-    _guard = threading.RLock()
     for fd in _ours:
         os.close(fd)
     _ours.clear()
 
 
-os.register_at_fork(
-    before=lambda: _guard.acquire(),  # noqa: PLW0108 (whichever it is then)
-    after_in_parent=lambda: _guard.release(),  # noqa: PLW0108 (as above)
-    after_in_child=_let_go_in_child,
-)
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+class End(NamedTuple):
+    """How a child ended: its exit code, or minus the signal; None where nobody tells."""
+
+    code: int | None
 
 
 class Launch:
@@ -93,21 +91,26 @@ class Launch:
         `keep` are descriptors that the program inherits; `turn` is one that only the waiting
         process holds. *Raises* SpawnFailed.
         """
-        from crewlog.child import Child  # noqa: PLC0415 (slow to load; who only reads needs none)
-
-        self._go = self._told = -1
+        self._go = self._told = self._pidfd = -1
         self.argv = check_argv(argv)
         variables = os.environ if env is None else env
         locale = "1" if "LC_CTYPE" in variables else "0"
-        with _guard:
-            held, self._go = _pipe()
-            self._told, told = _pipe()
-            _ours.update((self._go, self._told))
-            kept = [_above_standard(os.dup(fd)) for fd in (*keep, *([turn] if turn >= 0 else []))]
-            mine = str(kept[-1] if turn >= 0 else -1)
-            numbers = [str(held), str(told), locale, mine]
-            words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
+        passed: list[int] = []  # what the child is to have, and we are not
+        with threads.no_fork():
+            from crewlog.child import Child  # noqa: PLC0415 (slow to load; who only reads needs none)
+
             try:
+                held, self._go = _pipe()
+                passed.append(held)
+                _ours.add(self._go)
+                self._told, told = _pipe()
+                passed.append(told)
+                _ours.add(self._told)
+                wanted = (*keep, turn) if turn >= 0 else keep
+                passed.extend(_above_standard(os.dup(fd)) for fd in wanted)
+                mine = str(passed[-1] if turn >= 0 else -1)
+                numbers = [str(held), str(told), locale, mine]
+                words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
                 self._child = Child(
                     [*words, *self.argv],
                     cwd=cwd,
@@ -115,9 +118,10 @@ class Launch:
                     stdin=stdin,
                     stdout=stdout,
                     stderr=stderr,
-                    pass_fds=(held, told, *kept),
+                    pass_fds=passed,
                     start_new_session=own_session,
                 )
+                self._pidfd = _pidfd(self._child.pid)
             except OSError as error:
                 self._close()
                 raise SpawnFailed(self.argv[0], why=str(error)) from error
@@ -125,7 +129,7 @@ class Launch:
                 self._close()
                 raise
             finally:
-                for fd in (held, told, *kept):
+                for fd in passed:
                     os.close(fd)
         self.pid = self._child.pid
 
@@ -151,19 +155,50 @@ class Launch:
     def __del__(self) -> None:
         """Let a waiting process end that was forgotten, by an interrupt at the wrong moment."""
         self._close()
+        self._let_go()
 
     def give_up(self) -> None:
         """Let the waiting process end without having begun."""
         self._close()
         self._child.kill()  # it has not begun, and need not read the end of the pipe
-        self.wait()
+        self.reap()
 
-    def wait(self) -> int:
-        """Reap it, and return its exit code, or minus the signal that ended it."""
-        return self._child.wait()
+    def ended(self, *, wait: bool = True) -> End | None:
+        """Return how it ended, and leave it to be reaped; None if it has not, and we do not wait.
+
+        Until `reap` it is a zombie, so that whoever looks at it meanwhile sees how it ended, too.
+        """
+        if not hasattr(os, "waitid"):  # macOS
+            code = self._child.wait() if wait else self._child.poll()
+            return None if code is None else End(code)
+        kind, number = (os.P_PIDFD, self._pidfd) if self._pidfd >= 0 else (os.P_PID, self.pid)
+        try:
+            found = os.waitid(kind, number, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG))
+        except ChildProcessError:  # the host ignores SIGCHLD, or waits for every child itself
+            status = identity.kept_status(self._pidfd)
+            if status is None:
+                return End(None)
+            return End(-status.signal if status.signal is not None else status.code)
+        if found is None:
+            return None
+        return End(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
+
+    def reap(self) -> None:
+        """Wait for its end, and let it go."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ChildProcessError):  # somebody else has
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        else:
+            self._child.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def _close(self) -> None:
-        with _guard:
+        with threads.no_fork():
             for fd in (self._go, self._told):
                 if fd in _ours:  # in a forked child it is no longer
                     _ours.discard(fd)
@@ -177,10 +212,17 @@ def _pipe() -> tuple[int, int]:
     return _above_standard(reading), _above_standard(writing)
 
 
+def _pidfd(pid: int) -> int:
+    """Hold a child that cannot be reaped yet; -1 where that is not to be had."""
+    with contextlib.suppress(OSError):  # out of descriptors
+        return _above_standard(identity.open_pidfd(pid)[1])
+    return -1
+
+
 def _above_standard(fd: int) -> int:
     """Return the descriptor under a number above 2: a host may have closed its standard streams."""
     low: list[int] = []
-    while fd <= _STDERR:
+    while 0 <= fd <= _STDERR:
         low.append(fd)
         fd = os.dup(fd)
     for number in low:

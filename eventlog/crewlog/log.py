@@ -150,7 +150,8 @@ class Log(Reading):
         if knows and now - self._prepared_at < layout.CATCH_UP_IDLE_S:
             return
         self._prepared_at = now
-        state = self._states.append_state()
+        with disk.failures("cannot read the registry", where=self.where):
+            state = self._states.append_state()
         if state is None or state.boot != self._boot:
             return  # recovery comes first
         if not knows:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from crewlog import arguments, changes, identity, judging, layout
 from crewlog.changes import Step
-from crewlog.errors import StaleRevision, WorkerExists
+from crewlog.errors import InvalidTransition, StaleRevision, WorkerExists
 from crewlog.events import JsonValue, Worker
 from crewlog.session import Session
 from crewlog.store import Lease
@@ -90,6 +90,6 @@ def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Leas
             burial = judging.burial(session, sid)
             if not burial:
                 raise
-        except StaleRevision:  # the holder changed between the probe and the append
+        except (StaleRevision, InvalidTransition):  # the holder changed since the probe
             burial = []
     return session.put([step])

@@ -250,7 +250,8 @@ class Registry(Closing):
         *Guarantee*: the request is durable before the signal is sent; only the recorded process is
         ever signalled. *Raises* WorkerNotFound; StopRefused for ourselves, our ancestors, pid 1,
         another user's process and one of another pid namespace; IdentityMismatch where it cannot be
-        proven to be the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`.
+        proven to be the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`;
+        StaleRevision if the sid is another worker's before the request is written.
         """
         return ending.stop(self.session, sid, grace_s=grace_s, reason=reason, signal=signal)
 
@@ -259,8 +260,9 @@ class Registry(Closing):
 
         The kernel keeps the exit status for whoever holds the process when it is reaped: what its
         parent throws away is not lost (Linux ≥ 6.15; before, only while it is a zombie of ours).
-        Returns the event of its end. *Raises* WorkerNotFound; WaitTimeout after `timeout_s`;
-        IdentityMismatch where it cannot be judged or waited for from here.
+        Returns the event of its end, also if the sid is another worker's by then. *Raises*
+        WorkerNotFound; WaitTimeout after `timeout_s`; IdentityMismatch where it cannot be judged or
+        waited for from here; StaleRevision if its end is no longer in the history.
         """
         return ending.observe(self.session, sid, timeout_s=timeout_s)
 

@@ -15,15 +15,24 @@ from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, TypedDict, Unpack
 
 from crewlog import arguments, launch, layout, registering, threads
-from crewlog.errors import CrewlogError, SpawnFailed, WaitTimeout, WorkerExists
+from crewlog.errors import (
+    CrewlogError,
+    SpawnFailed,
+    StorageFailed,
+    StorageFull,
+    WaitTimeout,
+    WorkerExists,
+)
 from crewlog.events import JsonValue, Worker, WorkerState
-from crewlog.judging import exit_of, hold, is_exiting, judge, record_end
+from crewlog.judging import PASSING, exit_of, hold, is_exiting, judge, record_end
 from crewlog.launch import Launch, Stream, Words
 from crewlog.registering import Wish, enter, leasing
 from crewlog.session import Session
 from crewlog.store import Turn
 
 _logger = logging.getLogger("crewlog.starting")
+# A thread that nobody waits for can also wait for room, and for descriptors.
+_PASSING: Final = (*PASSING, StorageFull, StorageFailed)
 _LEAVING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
 
 
@@ -135,7 +144,7 @@ def _begun(session: Session, worker: Worker, started: Launch) -> Worker:
     try:
         started.go()
     except SpawnFailed:
-        _record_end(session, worker, started.wait())
+        _record_end(session, worker, started)
         raise
     tell = functools.partial(_tell_end, session.twin(), worker, started)
     try:
@@ -156,7 +165,14 @@ def ensure(
         with turn(session, sid, wait_s=left_s) as mine:
             found = _running(session, sid)
             if found is None:
-                return _spawn(session, sid, program, mine)
+                try:
+                    return _spawn(session, sid, program, mine)
+                except WorkerExists:  # its registration is not durable yet, or was made just now
+                    if not left_s:
+                        raise
+        if found is None:
+            time.sleep(min(layout.DEATH_LOOK_S, left_s))
+            continue
         if found.state not in _LEAVING and not is_exiting(found):
             return found
         if not left_s:
@@ -189,15 +205,29 @@ def _await_end(worker: Worker, wait_s: float) -> None:
 
 def _tell_end(own: Session, worker: Worker, started: Launch) -> None:
     """Wait for a child and record how it ended; nobody else can know as surely."""
-    code = started.wait()
     try:
-        _record_end(own, worker, code)
-    except CrewlogError as error:
-        _logger.warning("the end of worker %s is not recorded: %s", worker.sid, error)
+        _record_end(own, worker, started, passing=_PASSING)
     finally:
         own.close()
 
 
-def _record_end(session: Session, worker: Worker, code: int) -> None:
-    author = session.author()
-    record_end(session, worker, lambda rev: exit_of(author, worker.sid, code, rev=rev))
+def _record_end(
+    session: Session,
+    worker: Worker,
+    started: Launch,
+    *,
+    passing: tuple[type[CrewlogError], ...] = (),
+) -> None:
+    """Record how a child ends, before it is reaped: at no moment is it unknown how it ended."""
+    end = started.ended()
+    try:
+        if end is None or end.code is None:
+            why = "something else in this program waits for its children"
+            _logger.warning("nobody tells how worker %s ended: %s", worker.sid, why)
+        else:
+            step = exit_of(session.author(), worker, end.code)
+            record_end(session, step, passing=passing)
+    except CrewlogError as error:
+        _logger.warning("the end of worker %s is not recorded: %s", worker.sid, error)
+    finally:
+        started.reap()
