@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import os
 import select
+import signal
 import struct
 import sys
 import time
@@ -231,10 +232,22 @@ def exit_status(pid: int, fd: int) -> Status | None:
     if found is not None:
         return found
     stat = read_stat(pid)
-    if stat is not None and stat.state == "Z" and _may_read_status(_uid_of(pid)):
-        again = kept_status(fd)  # reaped meanwhile, the pid may be another's by now
-        return again or _status(stat.wait_status, "zombie")
-    return kept_status(fd)
+    may_read = stat is not None and stat.state == "Z" and _may_read_status(_uid_of(pid))
+    if stat is None or not may_read or _is_reaped(fd):  # the pid may be another's by now
+        return kept_status(fd)
+    return _status(stat.wait_status, "zombie")
+
+
+def _is_reaped(fd: int) -> bool:
+    """Say whether the process of a pidfd has ended and is gone; a zombie is there."""
+    try:
+        if fd >= 0:
+            signal.pidfd_send_signal(fd, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def kept_status(fd: int) -> Status | None:

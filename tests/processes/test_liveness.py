@@ -164,6 +164,27 @@ def test_code_of_a_stranger_is_not_the_workers(
         os.waitpid(stranger, 0)
 
 
+@LINUX
+def test_zombie_that_came_after_it_under_its_pid_tells_nothing(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel keeps no status for the pidfd: it says at least that it is gone."""
+    worker = crew.sleeper()
+    fd = os.pidfd_open(worker.pid)
+    try:
+        worker.kill()
+        until(lambda: _state(worker.pid) == "Z")
+        zombie = identity.read_stat(worker.pid)
+        monkeypatch.setattr(identity, "kept_status", lambda _: None)
+        monkeypatch.setattr(identity, "read_stat", lambda _: zombie)
+        monkeypatch.setattr(identity, "_may_read_status", lambda _: True)
+        assert identity.exit_status(worker.pid, fd) == identity.Status(None, 9, "zombie")
+        worker.wait()
+        assert identity.exit_status(worker.pid, fd) is None
+    finally:
+        os.close(fd)
+
+
 _MAIN_ENDED = """
 import ctypes, sys, threading, time
 threading.Thread(target=lambda: (print("up", flush=True), time.sleep(300))).start()
