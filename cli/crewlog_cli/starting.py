@@ -130,7 +130,9 @@ crewlog run job-7 -l queue=mail -- ./worker --once; echo $?""",
 def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Options]) -> None:
     """Run CMD as worker SID, pass signals on, record how it ends, and end the same way.
 
-    The exit code is the program's, or 128 plus the signal that ended it.
+    The exit code is the program's, or 128 plus the signal that ended it. Where its end cannot be
+    recorded, since the registry is locked or no server answers, that is tried for ten minutes;
+    Ctrl-C ends the trying.
     """
     _require_separated(sh)
     wish = _wish(options)._replace(owner=os.getpid())
@@ -141,6 +143,9 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
             worker, started = tried(lambda: starting.entered(session, sid, wish, waiting))
             begun = _begin(started)
         code = _wait(sh, reg, worker, started)
+        if code is None:
+            shell.warn(f"crewlog: nobody tells how worker {sid} ended")
+            raise SystemExit(shell.EXIT_BUG)
         _tell_end(sh, reg, worker, code)
         started.reap()  # until it is on record, whoever looks sees how it ended
     if not begun:
@@ -173,15 +178,17 @@ def _tell_end(sh: Shell, reg: Registry, worker: Worker, code: int) -> None:
     def late(error: CrewlogError) -> None:
         shell.warn(f"crewlog: {told}; that is not recorded yet: {error}")
         # Ctrl-C ends the waiting, and nothing else any more
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
     try:
         step = judging.exit_of(reg.session.author(), worker, code)
-        if not judging.record_end(reg.session, step, late=late):
+        if not judging.record_end(reg.session.append, step, late=late):
             sh.note(f"crewlog: {worker.sid} is no longer ours in the registry")
     except (CrewlogError, KeyboardInterrupt) as error:
         shell.warn(f"crewlog: {told}; that is not recorded: {error or 'interrupted'}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def _tell_stopping(sh: Shell, reg: Registry, worker: Worker, why: str) -> None:
@@ -197,16 +204,16 @@ def _tell_stopping(sh: Shell, reg: Registry, worker: Worker, why: str) -> None:
         sh.note(f"crewlog: {error}")
 
 
-def _wait(sh: Shell, reg: Registry, worker: Worker, started: Launch) -> int:
+def _wait(sh: Shell, reg: Registry, worker: Worker, started: Launch) -> int | None:
     """Wait for the child, passing signals on; a request to end is recorded before it is passed.
 
-    Returns its exit code, or minus the signal that ended it.
+    Returns its exit code, or minus the signal that ended it; None where nobody tells.
     """
     while True:
         number, from_terminal = _next_signal()
         if number == signal.SIGCHLD:
             end = started.ended(wait=False)
-            if end is not None and end.code is not None:  # nobody else waits for our child
+            if end is not None:
                 return end.code
             continue
         if number in _ENDING:

@@ -14,6 +14,7 @@ from typing import Final, TypedDict
 from crewlog import cursor, disk, events, layout, segments, snapshot
 from crewlog.codec import Snapshot
 from crewlog.errors import SegmentMissing, SnapshotCorrupt
+from crewlog.forks import no_fork
 from crewlog.log import Log
 from crewlog.packing import Packing, require
 from crewlog.reader import Reader
@@ -50,7 +51,8 @@ def compact(
     packed = require(packing)
     log = reg.session.store()
     if not isinstance(log, Log):
-        from crewlog_compactor import etcd_compact  # noqa: PLC0415 (few need it)
+        with no_fork():
+            from crewlog_compactor import etcd_compact  # noqa: PLC0415 (few need it)
 
         return etcd_compact.compact(
             reg, log, gc=gc, force=force, keep_history=keep_history, dry_run=dry_run

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from crewlog import create, layout, segments
 from crewlog.errors import HistoryDiverged
+from crewlog.forks import no_fork
 from crewlog.log import Log
 from crewlog.place import DirectoryPlace, Place, locate
 from crewlog.store import Store
@@ -60,8 +61,9 @@ def migrate(source: Where, target: Where, *, progress: Progress | None = None) -
 
 
 def _to_etcd(copy: Copy, place: Place) -> None:
-    from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (few need it)
-    from crewlog_compactor import etcd_copy  # noqa: PLC0415 (as above)
+    with no_fork():
+        from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (few need it)
+        from crewlog_compactor import etcd_copy  # noqa: PLC0415 (as above)
 
     assert isinstance(place, EtcdPlace)  # there are two kinds
     etcd_copy.write(copy, place)

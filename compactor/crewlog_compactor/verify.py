@@ -16,6 +16,7 @@ from crewlog.errors import (
     SegmentMissing,
     SnapshotCorrupt,
 )
+from crewlog.forks import no_fork
 from crewlog.place import DirectoryPlace, locate
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.check import check
@@ -37,7 +38,8 @@ def verify(
     """
     place = locate(where)
     if not isinstance(place, DirectoryPlace):
-        from crewlog_compactor import etcd_check  # noqa: PLC0415 (few need it)
+        with no_fork():
+            from crewlog_compactor import etcd_check  # noqa: PLC0415 (few need it)
 
         return etcd_check.verify(place, anchor=anchor, progress=progress)
     return _verify(place.path, anchor=anchor, progress=progress)

@@ -8,6 +8,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Final
 
+from crewlog.forks import no_fork
+
 if TYPE_CHECKING:
     from crewlog.aregistry import AsyncRegistry, aopen
     from crewlog.awatch import AsyncWatch
@@ -181,7 +183,8 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         message = f"module 'crewlog' has no attribute {name!r}"
         raise AttributeError(message)
-    found: object = getattr(importlib.import_module(f"crewlog.{room}"), name)
+    with no_fork():
+        found: object = getattr(importlib.import_module(f"crewlog.{room}"), name)
     globals()[name] = found
     return found
 

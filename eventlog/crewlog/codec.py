@@ -28,6 +28,7 @@ import orjson
 from crewlog import layout
 from crewlog.errors import FormatTooNew
 from crewlog.events import OWN_TYPES, JsonObject, JsonValue, Line, Record
+from crewlog.forks import no_fork
 
 _PREV_KEY: Final = b',"prev":"'
 _CRC_KEY: Final = b'","crc":"'
@@ -248,7 +249,8 @@ def _is_place(value: object) -> bool:
 
 def encode_identity(now: str) -> bytes:
     """Return the bytes of a new store's identity."""
-    import uuid  # noqa: PLC0415 (once in the life of a store)
+    with no_fork():
+        import uuid  # noqa: PLC0415 (once in the life of a store)
 
     return dump(
         {

@@ -23,7 +23,7 @@ from crewlog.fold import Fold, FoldError
 from crewlog.reader import Reader, first_line, raw_between
 from crewlog.refold import corrupt, fold_of
 from crewlog.segments import Position, Source
-from crewlog.sieve import Sieve
+from crewlog.sieve import Sieve, sid_needle
 from crewlog.structs import AppendState, DurableHead
 
 _logger = logging.getLogger("crewlog.current")
@@ -156,7 +156,7 @@ class Current:
 
     def _held(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yield the lines about the few recent workers, in order."""
-        needles = [b'"sid":"%b"' % sid.encode() for sid in self.recent]
+        needles = [sid_needle(sid) for sid in self.recent]
         if any(needle in data for needle in needles):
             for at, end in Sieve(needles).lines(data):
                 match = _SID.match(data, at, end)

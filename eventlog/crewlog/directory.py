@@ -14,6 +14,7 @@ from crewlog.errors import (
     UnsafePermissions,
     Unsupported,
 )
+from crewlog.forks import no_fork
 
 ENVIRONMENT: Final = "CREWLOG_DIR"
 FORCE_NETWORK: Final = "CREWLOG_FORCE_NETWORK_FS"
@@ -35,7 +36,8 @@ def locate(where: str | os.PathLike[str] | None = None) -> Path:
         home = Path(state) if state.startswith("/") else _expanded("~") / ".local" / "state"
         return home / "crewlog"
     if "://" in named:
-        from urllib.parse import unquote, urlsplit  # noqa: PLC0415 (a URL is rare, and slow to load)
+        with no_fork():
+            from urllib.parse import unquote, urlsplit  # noqa: PLC0415 (a URL is rare)
 
         parts = urlsplit(named)
         if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:

@@ -7,7 +7,7 @@ signal goes out, through that same pidfd. The entry stays until the end is prove
 import os
 import signal as signals
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Final
 
 from crewlog import arguments, changes, events, identity, layout
@@ -25,6 +25,8 @@ from crewlog.judging import death, hold, judge, runs_here, same, status_in
 from crewlog.liveness import Liveness
 from crewlog.process import Process
 from crewlog.session import Session
+from crewlog.sieve import Sieve, sid_needle
+from crewlog.store import Store
 
 _THERE: Final = "Stop it from there"
 _ENDS: Final = frozenset({events.EXITED, events.LOST, events.RELEASED})
@@ -139,6 +141,7 @@ def _ended(
 ) -> Event:
     """Record the proven end of a worker, unless it is recorded as well as we could."""
     wait_s = layout.REAP_WAIT_S if status is None else 0.0
+    tries = layout.CHANGE_TRIES
     try:
         while True:
             now, found = _told_by_owner(session, worker, wait_s)
@@ -148,26 +151,40 @@ def _ended(
                 raise IdentityMismatch(now.sid, pid=now.pid, cause=found.cause)
             try:
                 return session.change(death(session.author(), now, found, status=status))
-            except InvalidTransition:  # somebody else was faster, and it is not durable yet
-                time.sleep(layout.REAP_LOOK_S)
+            except InvalidTransition:  # somebody else was faster: the next look shows it
+                tries -= 1
+                if not tries:
+                    raise
     except StaleRevision:  # the sid is another worker's by now
         return _end_on_record(session, worker)
 
 
 def _end_on_record(session: Session, worker: Worker) -> Event:
     """Return the end of a worker from the history. *Raises* StaleRevision if it tells of none."""
-    end: Event | None = None
-    with suppress(CompactedError):
-        for line, raw in session.store().read(worker.registered_seq):
-            if line["sid"] == worker.sid and line["type"] == events.REGISTERED:
-                break
-            if line["sid"] == worker.sid and line["type"] in _ENDS:
-                end = events.event_of(line, raw)
+    end, after = None, worker.rev - 1  # at the rev that was read it lived, or that was its end
+    while True:
+        try:
+            end = _end_after(session.store(), worker, after)
+            break
+        except CompactedError as error:
+            after = error.oldest - 1
     if end is None:
         actual = session.get(worker.sid)
         raise StaleRevision(
             worker.sid, expected=worker.rev, actual=None if actual is None else actual.rev
         )
+    return end
+
+
+def _end_after(store: Store, worker: Worker, after: int) -> Event | None:
+    end: Event | None = None
+    for line, raw in store.read(after, sieve=Sieve(needles=[sid_needle(worker.sid)])):
+        if line["sid"] != worker.sid or line["seq"] == worker.registered_seq:
+            continue
+        if line["type"] == events.REGISTERED:
+            break
+        if line["type"] in _ENDS:
+            end = events.event_of(line, raw)
     return end
 
 

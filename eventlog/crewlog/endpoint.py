@@ -9,7 +9,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from crewlog import layout, threads
+from crewlog import layout
+from crewlog.forks import no_fork
 
 if TYPE_CHECKING:
     import socket
@@ -42,7 +43,7 @@ def ask(path: str) -> Answer | None:
 
     The worker sees a connection that ends at once.
     """
-    with threads.no_fork():
+    with no_fork():
         import socket  # noqa: PLC0415 (slow to load, and seldom asked)
 
     if not path.startswith("/") or "\0" in path:

@@ -12,7 +12,7 @@ from crewlog import events
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.events import Change, Item, Line, Reset, State, Synced, diff_of, event_of, state_of
 from crewlog.refold import oldest_state, retried
-from crewlog.sieve import Sieve
+from crewlog.sieve import Sieve, sid_needle
 from crewlog.store import Store, Tail
 
 After: TypeAlias = int | Literal["now", "oldest"] | datetime | None
@@ -39,7 +39,7 @@ class Filter(NamedTuple):
         """Return what a wanted line must have, so that the others need not be parsed."""
         needles = None
         if self.sids is not None:
-            needles = [b'"sid":"%b"' % _bytes(sid) for sid in sorted(self.sids)]
+            needles = [sid_needle(sid) for sid in sorted(self.sids)]
         elif self.types is not None:
             needles = [b'"type":"%b"' % _bytes(kind) for kind in sorted(self.types)]
         return None if needles is None and not since else Sieve(needles, since.encode())

@@ -5,10 +5,11 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypedDict, Unpack
 
-from crewlog import arguments, feed, notify, threads
+from crewlog import arguments, feed, notify
 from crewlog.errors import WorkerEnded, WorkerNotFound
 from crewlog.events import FINAL, Item, State, Worker, WorkerState
 from crewlog.feed import After, Feed, OnCompacted
+from crewlog.forks import no_fork
 from crewlog.notify import Backend, Bell, Waker
 from crewlog.session import Session
 from crewlog.store import Cursor, Store
@@ -40,7 +41,7 @@ def watch(session: Session, **options: Unpack[WatchOptions]) -> Watch:
 
 def awatch(session: Session, **options: Unpack[WatchOptions]) -> "AsyncWatch":
     """Deliver events to asyncio; see `Registry.awatch`."""
-    with threads.no_fork():
+    with no_fork():
         from crewlog.awatch import AsyncWatch, LoopBell  # noqa: PLC0415 (asyncio is slow to load)
 
     bell = LoopBell()

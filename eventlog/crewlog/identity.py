@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 from crewlog import layout
 from crewlog.errors import ProcessNotFound
 from crewlog.events import Identity
+from crewlog.forks import no_fork
 from crewlog.liveness import Killed, Opened, StatusSource
 
 LINUX: Final = sys.platform == "linux"
@@ -441,7 +442,8 @@ def usage(who: Identity) -> Usage | None:
 
     The process is named again after the look, so that no stranger's figures are taken for its own.
     """
-    import psutil  # noqa: PLC0415 (only who asks for figures pays for the import)
+    with no_fork():
+        import psutil  # noqa: PLC0415 (only who asks for figures pays for the import)
 
     here = scope()
     if (who.boot_id, who.pid_ns, who.host_id) != (here.boot_id, here.pid_ns, here.host_id):

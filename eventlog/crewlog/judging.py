@@ -1,5 +1,6 @@
 """Judge whether workers live, hear their beats, and put their ends on record."""
 
+import os
 import time
 from collections.abc import Callable, Collection
 from typing import Final
@@ -95,7 +96,7 @@ def same(session: Session, worker: Worker) -> Worker:
 
 
 def record_end(
-    session: Session,
+    append: Callable[[list[Step]], object],
     step: Step,
     *,
     passing: tuple[type[CrewlogError], ...] = PASSING,
@@ -110,7 +111,7 @@ def record_end(
     deadline = time.monotonic() + layout.END_WAIT_S
     while True:
         try:
-            session.append([step])
+            append([step])
         except StaleRevision:
             return False
         except InvalidTransition:
@@ -121,9 +122,10 @@ def record_end(
             if late is not None:
                 late(error)
                 late = None
-            time.sleep(layout.SAFETY_LOOK_S)
         else:
             return True
+        # The error is gone, and what it kept open. Many that ended at once must not meet again.
+        time.sleep(layout.SAFETY_LOOK_S * (0.5 + os.urandom(1)[0] / 256))
 
 
 def runs_here(worker: Worker) -> bool:

@@ -11,11 +11,13 @@ import errno
 import os
 import select
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Final, NamedTuple, TypeAlias
 
-from crewlog import identity, layout, threads
+from crewlog import identity, layout
 from crewlog.errors import SpawnFailed
+from crewlog.forks import no_fork
 
 Stream: TypeAlias = int | IO[bytes] | IO[str] | None
 Words: TypeAlias = Sequence[str | os.PathLike[str]]
@@ -50,8 +52,9 @@ except OSError as error:
 """
 
 
-# Our ends of pipes to waiting processes. A child that another thread forks must not have them: the
-# waiting process would never read the end, nor we its word. So a fork waits while some are made.
+# Our ends of pipes to waiting processes, and our pidfds. A child that another thread forks must not
+# have them: the waiting process would never read the end, nor we its word. So a fork waits while
+# some are made.
 _ours: set[int] = set()
 
 
@@ -96,7 +99,7 @@ class Launch:
         variables = os.environ if env is None else env
         locale = "1" if "LC_CTYPE" in variables else "0"
         passed: list[int] = []  # what the child is to have, and we are not
-        with threads.no_fork():
+        with no_fork():
             from crewlog.child import Child  # noqa: PLC0415 (slow to load; who only reads needs none)
 
             try:
@@ -122,6 +125,7 @@ class Launch:
                     start_new_session=own_session,
                 )
                 self._pidfd = _pidfd(self._child.pid)
+                _ours.update({self._pidfd} - {-1})
             except OSError as error:
                 self._close()
                 raise SpawnFailed(self.argv[0], why=str(error)) from error
@@ -166,39 +170,57 @@ class Launch:
     def ended(self, *, wait: bool = True) -> End | None:
         """Return how it ended, and leave it to be reaped; None if it has not, and we do not wait.
 
-        Until `reap` it is a zombie, so that whoever looks at it meanwhile sees how it ended, too.
+        Until `reap` it is a zombie, so that whoever looks at it meanwhile sees how it ended, too
+        (not where there is no waitid: on macOS before Python 3.13).
         """
-        if not hasattr(os, "waitid"):  # macOS
-            code = self._child.wait() if wait else self._child.poll()
-            return None if code is None else End(code)
-        kind, number = (os.P_PIDFD, self._pidfd) if self._pidfd >= 0 else (os.P_PID, self.pid)
+        found = self._ended(wait=wait)
+        if found is not None:  # many that end at once must not keep each other from descriptors
+            self._let_go()
+        return found
+
+    def _ended(self, *, wait: bool) -> End | None:
+        how = 0 if wait else os.WNOHANG
         try:
-            found = os.waitid(kind, number, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG))
+            if not hasattr(os, "waitid"):
+                pid, status = os.waitpid(self.pid, how)
+                if not pid:
+                    return None
+                self._child.returncode = os.waitstatus_to_exitcode(status)
+                return End(self._child.returncode)
+            kind, number = (os.P_PIDFD, self._pidfd) if self._pidfd >= 0 else (os.P_PID, self.pid)
+            found = os.waitid(kind, number, os.WEXITED | os.WNOWAIT | how)
         except ChildProcessError:  # the host ignores SIGCHLD, or waits for every child itself
-            status = identity.kept_status(self._pidfd)
-            if status is None:
-                return End(None)
-            return End(-status.signal if status.signal is not None else status.code)
+            return self._told_by_kernel()
         if found is None:
             return None
         return End(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
 
+    def _told_by_kernel(self) -> End:
+        """Return what the pidfd of a process that others reaped says; a moment later, maybe."""
+        self._child.returncode = 0  # so that nobody waits for whoever has its pid by now
+        deadline = time.monotonic() + layout.REAP_WAIT_S
+        while True:
+            status = identity.kept_status(self._pidfd)
+            if status is not None:
+                return End(-status.signal if status.signal is not None else status.code)
+            if self._pidfd < 0 or time.monotonic() > deadline:
+                return End(None)
+            time.sleep(layout.REAP_LOOK_S)
+
     def reap(self) -> None:
         """Wait for its end, and let it go."""
-        if self._pidfd >= 0:
-            with contextlib.suppress(ChildProcessError):  # somebody else has
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        else:
-            self._child.wait()
+        self._child.wait()
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
+        with no_fork():
+            if self._pidfd in _ours:
+                _ours.discard(self._pidfd)
+                os.close(self._pidfd)
             self._pidfd = -1
 
     def _close(self) -> None:
-        with threads.no_fork():
+        with no_fork():
             for fd in (self._go, self._told):
                 if fd in _ours:  # in a forked child it is no longer
                     _ours.discard(fd)
@@ -222,11 +244,13 @@ def _pidfd(pid: int) -> int:
 def _above_standard(fd: int) -> int:
     """Return the descriptor under a number above 2: a host may have closed its standard streams."""
     low: list[int] = []
-    while 0 <= fd <= _STDERR:
-        low.append(fd)
-        fd = os.dup(fd)
-    for number in low:
-        os.close(number)
+    try:
+        while 0 <= fd <= _STDERR:
+            low.append(fd)
+            fd = os.dup(fd)
+    finally:
+        for number in low:
+            os.close(number)
     return fd
 
 

@@ -156,7 +156,7 @@ LEASE_TTL_S: Final = 15  # of a worker: so long it may seem to live after its ho
 CLAIM_TTL_S: Final = 10  # of who owns a cursor, or has the turn to start a worker
 CLAIM_LOOK_S: Final = 0.05
 KEEPER_WAIT_S: Final = 30.0
-END_WAIT_S: Final = 600.0  # so long the end of a child is tried to be recorded
+END_WAIT_S: Final = 600.0  # so long the end of a child is tried to be recorded, wherever
 
 SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 

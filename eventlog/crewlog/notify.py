@@ -18,6 +18,7 @@ from typing import Final, Literal, Protocol, TypeAlias, cast
 
 from crewlog import layout, threads
 from crewlog.closing import Closing
+from crewlog.forks import no_fork
 
 _logger = logging.getLogger("crewlog.notify")
 
@@ -106,7 +107,7 @@ class WatchdogSource:
 
     def __init__(self, directory: Path, rings: Rings) -> None:
         """Watch `directory`; changes from here on are not missed."""
-        with threads.no_fork():
+        with no_fork():
             from watchdog.events import (  # noqa: PLC0415 (reading does not need watchdog)
                 FileModifiedEvent,
                 FileSystemEvent,
@@ -147,7 +148,7 @@ class InotifySource:
 
     def __init__(self, directory: Path, rings: Rings) -> None:
         """Watch `directory`; changes from here on are not missed."""
-        with threads.no_fork():
+        with no_fork():
             from inotify_simple import INotify, flags  # noqa: PLC0415 (an extra)
 
         self._inotify = INotify(nonblocking=True)
@@ -343,7 +344,7 @@ def check_backend(backend: object) -> Backend:
         message = f"backend {backend!r} is none of {', '.join(sorted(BACKENDS))}"
         raise ValueError(message)
     if backend == "inotify":
-        with threads.no_fork():
+        with no_fork():
             import inotify_simple  # noqa: F401, PLC0415 (only to hear now whether it is there)
     return cast("Backend", backend)
 

@@ -8,8 +8,9 @@ import importlib
 from types import ModuleType
 from typing import Final, Literal, TypeAlias, assert_never
 
-from crewlog import layout, threads
+from crewlog import layout
 from crewlog.errors import Unsupported
+from crewlog.forks import no_fork
 
 Packing: TypeAlias = Literal["gzip", "zstd"]
 PACKINGS: Final[tuple[Packing, ...]] = ("gzip", "zstd")
@@ -41,7 +42,7 @@ def pack(data: bytes, packing: Packing) -> bytes:
     """Compress; the same bytes give the same archive."""
     match packing:
         case "gzip":
-            with threads.no_fork():
+            with no_fork():
                 import gzip  # noqa: PLC0415 (slow to load; few reads go that far back)
 
             return gzip.compress(data, _GZIP_LEVEL, mtime=0)
@@ -57,7 +58,7 @@ def unpack(packed: bytes, *, name: str, where: str) -> bytes:
     packing = packing_of(name)
     match packing:
         case "gzip":
-            with threads.no_fork():
+            with no_fork():
                 import gzip  # noqa: PLC0415 (as above)
                 import zlib  # noqa: PLC0415 (as above)
 

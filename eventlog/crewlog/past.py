@@ -16,6 +16,7 @@ from crewlog.codec import Snapshot
 from crewlog.errors import CompactedError
 from crewlog.events import Event, Line, Past, event_of, past_of
 from crewlog.feed import Filter
+from crewlog.forks import no_fork
 from crewlog.refold import oldest_state, retried
 from crewlog.session import Session
 from crewlog.sieve import Sieve
@@ -87,7 +88,8 @@ def lives(session: Session, progress: Callable[[int, int], None] | None) -> "lis
 
 
 def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
-    from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
+    with no_fork():
+        from crewlog.lives import Lives  # noqa: PLC0415 (start-up; few ask)
 
     last, found, first, told = store.last_seq(), Lives(()), 0, 0
     for line, _ in store.read(store.first_seq() - 1):

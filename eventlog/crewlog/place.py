@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from crewlog import create, directory, threads
+from crewlog import create, directory
 from crewlog.errors import Unsupported
+from crewlog.forks import no_fork
 from crewlog.log import Log
 from crewlog.store import Store
 
@@ -60,12 +61,12 @@ def locate(where: str | os.PathLike[str] | None = None) -> Place:
 
 
 def _cluster(url: str) -> Place:
-    with threads.no_fork():
+    with no_fork():
         from crewlog.etcd.address import EtcdAddress  # noqa: PLC0415 (few ask for it)
 
     address = EtcdAddress.parse(url)
     try:
-        with threads.no_fork():
+        with no_fork():
             from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise Unsupported(

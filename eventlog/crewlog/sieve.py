@@ -17,6 +17,11 @@ def type_needle(event_type: str) -> bytes:
     return f'"type":"{event_type}"'.encode()
 
 
+def sid_needle(sid: str) -> bytes:
+    """Return bytes that every line of that sid holds; of what none can be called, no line does."""
+    return b'"sid":"%b"' % sid.encode(errors="backslashreplace")
+
+
 _GAP: Final = type_needle(events.GAP)
 
 

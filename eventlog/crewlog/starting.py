@@ -15,7 +15,9 @@ from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, TypedDict, Unpack
 
 from crewlog import arguments, launch, layout, registering, threads
+from crewlog.changes import Step
 from crewlog.errors import (
+    AppendUncertain,
     CrewlogError,
     SpawnFailed,
     StorageFailed,
@@ -32,7 +34,7 @@ from crewlog.store import Turn
 
 _logger = logging.getLogger("crewlog.starting")
 # A thread that nobody waits for can also wait for room, and for descriptors.
-_PASSING: Final = (*PASSING, StorageFull, StorageFailed)
+_PASSING: Final = (*PASSING, StorageFull, StorageFailed, AppendUncertain)
 _LEAVING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
 
 
@@ -144,7 +146,7 @@ def _begun(session: Session, worker: Worker, started: Launch) -> Worker:
     try:
         started.go()
     except SpawnFailed:
-        _record_end(session, worker, started)
+        _record_end(session, worker, started, session.append)
         raise
     tell = functools.partial(_tell_end, session.twin(), worker, started)
     try:
@@ -167,7 +169,7 @@ def ensure(
             if found is None:
                 try:
                     return _spawn(session, sid, program, mine)
-                except WorkerExists:  # its registration is not durable yet, or was made just now
+                except WorkerExists:  # it was made just now, or shows only now
                     if not left_s:
                         raise
         if found is None:
@@ -205,16 +207,22 @@ def _await_end(worker: Worker, wait_s: float) -> None:
 
 def _tell_end(own: Session, worker: Worker, started: Launch) -> None:
     """Wait for a child and record how it ended; nobody else can know as surely."""
-    try:
-        _record_end(own, worker, started, passing=_PASSING)
-    finally:
-        own.close()
+
+    def append(steps: list[Step]) -> None:
+        twin = own.twin()  # between two tries it holds nothing that others may need
+        try:
+            twin.append(steps)
+        finally:
+            twin.close()
+
+    _record_end(own, worker, started, append, passing=_PASSING)
 
 
 def _record_end(
     session: Session,
     worker: Worker,
     started: Launch,
+    append: Callable[[list[Step]], object],
     *,
     passing: tuple[type[CrewlogError], ...] = (),
 ) -> None:
@@ -226,7 +234,7 @@ def _record_end(
             _logger.warning("nobody tells how worker %s ended: %s", worker.sid, why)
         else:
             step = exit_of(session.author(), worker, end.code)
-            record_end(session, step, passing=passing)
+            record_end(append, step, passing=passing)
     except CrewlogError as error:
         _logger.warning("the end of worker %s is not recorded: %s", worker.sid, error)
     finally:

@@ -1,4 +1,4 @@
-"""Start threads, keep forks away from them, and say what this one is in the middle of.
+"""Start threads, and say what this one is in the middle of.
 
 The threads take no signals: a program may wait for its own with sigwait(3).
 
@@ -8,44 +8,15 @@ lost to who waits for it: `crewlog run` would not hear of the end of its child.
 
 import copy
 import errno
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Final
 
 # Who holds a lock that a signal handler asks for.
 INTERRUPTED: Final = "this very thread, which a signal handler has interrupted"
-
-
-# Held by a thread that must not be forked meanwhile.
-_forking = threading.RLock()
-
-
-@contextmanager
-def no_fork() -> Iterator[None]:
-    """Let every fork wait until the end of the block.
-
-    A child has the locks and the descriptors of threads that it has not. That of an import is
-    released by none, and whoever imports the same module in the child would wait for ever.
-    """
-    with _forking:
-        yield
-
-
-def _renew_in_child() -> None:
-    global _forking  # noqa: PLW0603 (held by the thread that forked, which is this one)
-    _forking = threading.RLock()
-
-
-os.register_at_fork(
-    before=lambda: _forking.acquire(),  # noqa: PLW0108 (whichever it is then)
-    after_in_parent=lambda: _forking.release(),  # noqa: PLW0108 (as above)
-    after_in_child=_renew_in_child,
-)
 
 
 def start(work: Callable[[], None], *, name: str) -> threading.Thread:

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +22,11 @@ from crewlog.launch import Launch
 from crewlog.process import Process
 from crewlog.registry import Registry
 from crewlog.session import Session
-from crewlog_compactor import collect
+from crewlog_compactor import collect, compact
 from procs import Crew, files, forked, joined, kernel_keeps_status, kill, state_of, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfds")
+LIMIT = resource.RLIMIT_NOFILE
 SEVEN = ["sh", "-c", "exit 7"]
 
 
@@ -39,9 +41,9 @@ def slow_record(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Let the thread that waits for a child stand before its record, until the event is set."""
     go_on, recorded = threading.Event(), judging.record_end
 
-    def record(session: Session, step: Step, **options: object) -> bool:
+    def record(append: Callable[[list[Step]], object], step: Step, **options: object) -> bool:
         assert go_on.wait(60)
-        return recorded(session, step, **options)  # type: ignore[arg-type] # as they came
+        return recorded(append, step, **options)  # type: ignore[arg-type] # as they came
 
     monkeypatch.setattr("crewlog.starting.record_end", record)
     try:
@@ -111,6 +113,45 @@ def slow_reaper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(Launch, "ended", ended)
         yield
+
+
+@LINUX
+def test_kernel_that_tells_a_moment_later_is_asked_again(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that others reap is gone for wait(2) before its pidfd says how it ended."""
+    if not kernel_keeps_status():
+        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
+    kept, asked = crewlog.identity.kept_status, []
+
+    def not_yet(fd: int) -> object:
+        asked.append(fd)
+        return kept(fd) if len(asked) > 2 else None
+
+    monkeypatch.setattr(crewlog.identity, "kept_status", not_yet)
+    with slow_reaper(monkeypatch):
+        reg.spawn("a", SEVEN)
+        until(lambda: ends(reg, "a") == [("worker.exited", 7)])
+
+
+def test_run_keeps_the_exit_code_when_it_is_asked_to_end_behind_a_busy_lock(
+    reg: Registry, place: Path, tmp_path: Path
+) -> None:
+    """The signal that came while it waited ends the waiting, not the command."""
+    gate = tmp_path / "gate"
+    reg.register("first")
+    words = ["-c", "from crewlog_cli.entry import main; main()", "-d", str(place), "run", "a", "--"]
+    wait = ["sh", "-c", f"until [ -e {gate} ]; do sleep 0.05; done; exit 7"]
+    running = subprocess.Popen([sys.executable, *words, *wait], stderr=subprocess.PIPE, text=True)
+    until(lambda: reg.get("a") is not None)
+    worker = reg.get("a")
+    assert worker is not None
+    with files(reg).append_lock.held(wait_s=5):
+        gate.touch()
+        until(lambda: state_of(worker.pid) == "Z")
+        running.send_signal(signal.SIGTERM)
+        _, told = running.communicate(timeout=30)
+    assert (running.returncode, "not recorded" in told) == (7, True)
 
 
 def test_run_hears_of_the_end_where_its_starter_ignores_children(place: Path) -> None:
@@ -254,6 +295,33 @@ def test_one_that_is_started_again_at_once_is_told_by_its_own_end(
     reg.stop("a", reason="done")
 
 
+def test_end_is_found_behind_a_registration_that_is_no_longer_kept(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention dropped how it began; how it ended is kept, and the sid is another's by now."""
+    worker = reg.spawn("a", ["sleep", "300"])
+    for number in range(4):
+        reg.update("a", meta={"n": number})
+        files(reg).rotate()
+        compact(reg, gc=False, keep_history=1)
+    assert files(reg).first_seq() > worker.registered_seq
+    wait = Process.wait
+
+    def wait_and_see(self: Process, wait_s: float) -> bool:
+        over = wait(self, wait_s)
+        if over and not again:
+            again.append(1)
+            until(lambda: ends(reg, "a") != [])
+            reg.spawn("a", ["sleep", "300"])
+        return over
+
+    again: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Process, "wait", wait_and_see)
+        assert reg.stop("a", reason="r").data["signal"] == 15
+    reg.stop("a", reason="done")
+
+
 @LINUX
 def test_stop_knows_better_than_a_collector_that_saw_no_more(
     reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
@@ -321,18 +389,18 @@ def test_spawn_without_descriptors_is_refused_by_type_and_leaks_none(place: Path
         with crewlog.open(place) as reg:
             reg.spawn("first", ["true"])
             reg.observe("first", timeout_s=20)
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            hard = resource.getrlimit(LIMIT)[1]
             until(lambda: threading.active_count() == 1)
             codes = set()
             for spare in range(14):
                 before = len(os.listdir("/proc/self/fd"))
-                resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + spare, hard))
+                resource.setrlimit(LIMIT, (before - 1 + spare, hard))
                 try:
                     reg.spawn(f"w-{spare}", ["true"])
                 except CrewlogError as error:
                     codes.add(error.code)
                 finally:
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                    resource.setrlimit(LIMIT, (hard, hard))
                 until(lambda: threading.active_count() == 1)
                 assert len(os.listdir("/proc/self/fd")) == before
             assert "spawn_failed" in codes
@@ -341,33 +409,75 @@ def test_spawn_without_descriptors_is_refused_by_type_and_leaks_none(place: Path
     joined(forked(few))
 
 
+def test_many_that_end_at_once_do_not_keep_each_other_from_descriptors(place: Path) -> None:
+    """What holds a worker is given back before its end is written, which takes some itself."""
+
+    def few() -> None:
+        crewlog.layout.SAFETY_LOOK_S = 0.5  # type: ignore[misc] # for this child
+        gate = place.parent / "gate"
+        wait = ["sh", "-c", f"until [ -e {gate} ]; do sleep 0.05; done; exit 7"]
+        with crewlog.open(place) as reg:
+            reg.register("first")
+            for number in range(20):
+                reg.spawn(f"w-{number}", wait)
+            used, hard = (
+                len(os.listdir("/proc/self/fd")),
+                resource.getrlimit(LIMIT),
+            )
+            resource.setrlimit(LIMIT, (used + 2, hard[1]))
+            gate.touch(mode=0o600)
+            until(lambda: threading.active_count() == 1)
+            resource.setrlimit(LIMIT, hard)
+            told = {(w.exit.code, w.exit.source) for w in reg.workers(all=True) if w.exit}
+            assert told == {(7, "wait")}
+
+    joined(forked(few))
+
+
+def test_forked_child_has_no_descriptors_of_our_workers(reg: Registry) -> None:
+    """They are of use to nobody there, and a pool of children would run out of them."""
+    for number in range(3):
+        reg.spawn(str(number), ["sleep", "300"])
+
+    def child() -> None:
+        held = set()
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of the listing
+                held.add(os.readlink(f"/proc/self/fd/{fd}"))
+        assert held
+        assert not any("pidfd" in name for name in held)
+
+    joined(forked(child))
+    for number in range(3):
+        reg.stop(str(number), reason="done")
+
+
 def test_change_without_descriptors_is_refused_by_type(place: Path) -> None:
     """However many are left when the registry is opened for it."""
 
     def few() -> None:
         with crewlog.open(place) as reg:
             reg.register("a")
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        hard = resource.getrlimit(LIMIT)[1]
         refused = 0
         for spare in range(32):
             with crewlog.open(place) as reg:
                 count = len(os.listdir("/proc/self/fd"))
-                resource.setrlimit(resource.RLIMIT_NOFILE, (count - 1 + spare, hard))
+                resource.setrlimit(LIMIT, (count - 1 + spare, hard))
                 try:
                     reg.update("a", meta={"spare": spare})
                 except CrewlogError:
                     refused += 1
                 finally:
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                    resource.setrlimit(LIMIT, (hard, hard))
         assert 5 < refused < 32
 
     joined(forked(few))
 
 
 _FIRST_USE = """
-import importlib.abc, os, signal, sys, threading, time
+import importlib, importlib.abc, os, signal, sys, threading, time
 import crewlog
-from crewlog import registry, starting, follow
 
 class Slow(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -377,14 +487,19 @@ class Slow(importlib.abc.MetaPathFinder):
 
 begun = threading.Event()
 sys.meta_path.insert(0, Slow())
-reg = crewlog.open(sys.argv[1])
-reg.register("first")
+if sys.argv[2] != "crewlog.registry":
+    reg = crewlog.open(sys.argv[1])
+    reg.register("first")
 
 def use():
     if sys.argv[2] == "crewlog.child":
         reg.spawn(f"w-{os.getpid()}", ["true"])
-    else:
+    elif sys.argv[2] == "watchdog.observers":
         reg.watch(backend="watchdog").close()
+    elif sys.argv[2] == "crewlog.lives":
+        reg.lives()
+    else:
+        crewlog.open(sys.argv[1]).close()
 
 thread = threading.Thread(target=use)
 thread.start()
@@ -399,7 +514,9 @@ print(os.waitpid(pid, 0)[1])
 """
 
 
-@pytest.mark.parametrize("module", ["crewlog.child", "watchdog.observers"])
+@pytest.mark.parametrize(
+    "module", ["crewlog.child", "watchdog.observers", "crewlog.lives", "crewlog.registry"]
+)
 def test_child_forked_while_a_thread_loads_a_module_can_load_it(
     place: Path, crew: Crew, module: str
 ) -> None:
