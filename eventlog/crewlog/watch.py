@@ -45,6 +45,7 @@ class Vigil:
         self._current = current
         self._pid = os.getpid()
         self._looked_at = time.monotonic()
+        self._last_look_for: float | None = None  # the deadline after which it was taken
         self._waiting: Reset | None = None
         self._unheard = False  # no server answers, and that was said
         self._unacknowledged: int | None = None
@@ -113,8 +114,9 @@ class Vigil:
         left_s = deadline - time.monotonic()
         if left_s > 0:
             return min(left_s, layout.SAFETY_LOOK_S)
-        if not self.overdue():
+        if self._unheard or deadline == self._last_look_for or not self.overdue():
             return None
+        self._last_look_for = deadline  # the next may be due again when this one is done
         self.check_place()
         return 0.0
 
@@ -202,7 +204,8 @@ class Watch(Closing):
     def next(self, timeout_s: float | None = None) -> Item | None:
         """Return the next item; None after `timeout_s` seconds without one, or once closed.
 
-        With a cursor, taking an item acknowledges the one before. *Raises* CompactedError if that
+        Where no server of a cluster answers, it takes the registry's `lock_timeout_s` longer. With
+        a cursor, taking an item acknowledges the one before. *Raises* CompactedError if that
         was asked for; DataDamaged where the log is damaged.
         """
         self._mind_fork()

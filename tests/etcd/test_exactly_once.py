@@ -207,10 +207,8 @@ def test_no_answer_until_the_deadline_is_an_unknown_outcome(
     """The change may be there, and the error says so; where none was sent, that is known."""
     proxy = LossyProxy(one_server.servers[0].port)
     place = behind(one_server, tmp_path, proxy)
-    with crewlog.open(place) as first:
-        first.register("a")
-    with crewlog.open(place, lock_timeout_s=0.5) as reg:
-        assert reg.last_seq
+    with crewlog.open(place, lock_timeout_s=2) as reg:
+        reg.register("a")
         proxy.share = 1.0
         with pytest.raises(UnknownOutcome) as caught:
             reg.update("a", meta={"n": 1})
@@ -385,7 +383,9 @@ def test_watch_rides_out_servers_that_are_gone(tmp_path: Path) -> None:
             with reg.watch(after="now") as items:
                 items.next(1)
                 server.kill()
-                assert items.next(1.5) is None
+                began = time.monotonic()
+                assert items.next(1.5) is None, "though each look takes longer than a second"
+                assert time.monotonic() - began < 30
                 server.start()
                 cluster.wait()
                 reg.update("a", state="ready")
