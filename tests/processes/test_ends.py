@@ -1,6 +1,7 @@
 """How a worker ended is learnt by whoever asks, whatever else its starter's program does."""
 
 import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -34,6 +35,18 @@ def ends(reg: Registry, sid: str) -> list[tuple[str, object]]:
     """Return the ends of a sid's workers, each with its code."""
     types = ["worker.exited", "worker.lost", "worker.released"]
     return [(e.type, e.data.get("code")) for e in reg.history(sid=sid, types=types)]
+
+
+@contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """Leave so many numbers for descriptors; what is open stays open, and may have gaps."""
+    before = resource.getrlimit(LIMIT)
+    free = (fd for fd in itertools.count() if not os.path.lexists(f"/proc/self/fd/{fd}"))
+    resource.setrlimit(LIMIT, (next(itertools.islice(free, spare, None)), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(LIMIT, before)
 
 
 @contextmanager
@@ -389,18 +402,15 @@ def test_spawn_without_descriptors_is_refused_by_type_and_leaks_none(place: Path
         with crewlog.open(place) as reg:
             reg.spawn("first", ["true"])
             reg.observe("first", timeout_s=20)
-            hard = resource.getrlimit(LIMIT)[1]
             until(lambda: threading.active_count() == 1)
             codes = set()
             for spare in range(14):
                 before = len(os.listdir("/proc/self/fd"))
-                resource.setrlimit(LIMIT, (before - 1 + spare, hard))
                 try:
-                    reg.spawn(f"w-{spare}", ["true"])
+                    with few_descriptors(spare):
+                        reg.spawn(f"w-{spare}", ["true"])
                 except CrewlogError as error:
                     codes.add(error.code)
-                finally:
-                    resource.setrlimit(LIMIT, (hard, hard))
                 until(lambda: threading.active_count() == 1)
                 assert len(os.listdir("/proc/self/fd")) == before
             assert "spawn_failed" in codes
@@ -420,14 +430,9 @@ def test_many_that_end_at_once_do_not_keep_each_other_from_descriptors(place: Pa
             reg.register("first")
             for number in range(20):
                 reg.spawn(f"w-{number}", wait)
-            used, hard = (
-                len(os.listdir("/proc/self/fd")),
-                resource.getrlimit(LIMIT),
-            )
-            resource.setrlimit(LIMIT, (used + 2, hard[1]))
-            gate.touch(mode=0o600)
-            until(lambda: threading.active_count() == 1)
-            resource.setrlimit(LIMIT, hard)
+            with few_descriptors(2):
+                gate.touch(mode=0o600)
+                until(lambda: threading.active_count() == 1)
             told = {(w.exit.code, w.exit.source) for w in reg.workers(all=True) if w.exit}
             assert told == {(7, "wait")}
 
@@ -458,18 +463,14 @@ def test_change_without_descriptors_is_refused_by_type(place: Path) -> None:
     def few() -> None:
         with crewlog.open(place) as reg:
             reg.register("a")
-        hard = resource.getrlimit(LIMIT)[1]
         refused = 0
         for spare in range(32):
             with crewlog.open(place) as reg:
-                count = len(os.listdir("/proc/self/fd"))
-                resource.setrlimit(LIMIT, (count - 1 + spare, hard))
                 try:
-                    reg.update("a", meta={"spare": spare})
+                    with few_descriptors(spare):
+                        reg.update("a", meta={"spare": spare})
                 except CrewlogError:
                     refused += 1
-                finally:
-                    resource.setrlimit(LIMIT, (hard, hard))
         assert 5 < refused < 32
 
     joined(forked(few))
