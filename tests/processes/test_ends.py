@@ -1,7 +1,6 @@
 """How a worker ended is learnt by whoever asks, whatever else its starter's program does."""
 
 import contextlib
-import itertools
 import os
 import resource
 import signal
@@ -39,14 +38,19 @@ def ends(reg: Registry, sid: str) -> list[tuple[str, object]]:
 
 @contextmanager
 def few_descriptors(spare: int) -> Iterator[None]:
-    """Leave so many numbers for descriptors; what is open stays open, and may have gaps."""
-    before = resource.getrlimit(LIMIT)
-    free = (fd for fd in itertools.count() if not os.path.lexists(f"/proc/self/fd/{fd}"))
-    resource.setrlimit(LIMIT, (next(itertools.islice(free, spare, None)), before[1]))
+    """Leave so many numbers for descriptors: gaps in what is open are filled meanwhile."""
+    before, filling = resource.getrlimit(LIMIT), [os.open(os.devnull, os.O_RDONLY)]
+    top = 1 + max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    while filling[-1] < top:
+        filling.append(os.open(os.devnull, os.O_RDONLY))
+    os.close(filling.pop())
+    resource.setrlimit(LIMIT, (top + spare, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(LIMIT, before)
+        for fd in filling:
+            os.close(fd)
 
 
 @contextmanager
@@ -147,6 +151,7 @@ def test_kernel_that_tells_a_moment_later_is_asked_again(
         until(lambda: ends(reg, "a") == [("worker.exited", 7)])
 
 
+@LINUX
 def test_run_keeps_the_exit_code_when_it_is_asked_to_end_behind_a_busy_lock(
     reg: Registry, place: Path, tmp_path: Path
 ) -> None:
@@ -162,9 +167,16 @@ def test_run_keeps_the_exit_code_when_it_is_asked_to_end_behind_a_busy_lock(
     with files(reg).append_lock.held(wait_s=5):
         gate.touch()
         until(lambda: state_of(worker.pid) == "Z")
+        until(lambda: not _is_pending(running.pid, signal.SIGCHLD))  # it knows
         running.send_signal(signal.SIGTERM)
         _, told = running.communicate(timeout=30)
     assert (running.returncode, "not recorded" in told) == (7, True)
+
+
+def _is_pending(pid: int, number: int) -> bool:
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    waiting = next(row for row in rows if row.startswith("ShdPnd:")).split()[1]
+    return bool(int(waiting, 16) & 1 << (number - 1))
 
 
 def test_run_hears_of_the_end_where_its_starter_ignores_children(place: Path) -> None:
