@@ -14,7 +14,7 @@ import crewlog
 from cluster import MISSING, Cluster
 from commands import Cli
 from crewlog.registry import Registry
-from procs import Crew
+from procs import Crew, kernel_keeps_status
 
 pytest_plugins = ["crewlog.testing"]
 # A machine that pauses makes no property false.
@@ -33,6 +33,13 @@ def _nothing_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def kept_statuses() -> None:
+    """Skip where a reaped process's exit status is nowhere to be had."""
+    if not kernel_keeps_status():
+        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from crewlog.process import Process
 from crewlog.registry import Registry
 from crewlog.session import Session
 from crewlog_compactor import collect, compact
-from procs import Crew, files, forked, joined, kernel_keeps_status, kill, state_of, until
+from procs import Crew, files, forked, joined, kill, state_of, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfds")
 LIMIT = resource.RLIMIT_NOFILE
@@ -94,12 +94,11 @@ with crewlog.open(sys.argv[1]) as reg:
 
 @LINUX
 @pytest.mark.parametrize("host", _HOSTS)
+@pytest.mark.usefixtures("kept_statuses")
 def test_host_that_reaps_our_children_makes_no_code_up(
     reg: Registry, place: Path, crew: Crew, host: str
 ) -> None:
     """wait(2) finds no child then, which is not the same as exit code 0."""
-    if not kernel_keeps_status():
-        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     told, _ = crew.python(_HOST, place, _HOSTS[host]).communicate(timeout=60)
     assert told.split() == ["7"] * 8
     assert {end for number in range(8) for end in ends(reg, str(number))} == {("worker.exited", 7)}
@@ -133,12 +132,11 @@ def slow_reaper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @LINUX
+@pytest.mark.usefixtures("kept_statuses")
 def test_kernel_that_tells_a_moment_later_is_asked_again(
     reg: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A child that others reap is gone for wait(2) before its pidfd says how it ended."""
-    if not kernel_keeps_status():
-        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     kept, asked = crewlog.identity.kept_status, []
 
     def not_yet(fd: int) -> object:
@@ -294,26 +292,33 @@ def test_late_record_ends_no_worker_that_came_after_a_prune(
     reg.stop("a", reason="done")
 
 
+@contextmanager
+def started_again(reg: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a supervisor be faster than who waits for the end of worker a, which is pruned, too."""
+    wait = Process.wait
+    again: list[crewlog.Worker] = []
+
+    def wait_and_see(self: Process, wait_s: float) -> bool:
+        over = wait(self, wait_s)
+        if over and not again:
+            until(lambda: ends(reg, "a") != [])
+            collect(reg, keep=timedelta(0))
+            again.append(reg.spawn("a", ["sleep", "300"]))
+        return over
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Process, "wait", wait_and_see)
+        yield
+    assert again
+
+
 @pytest.mark.parametrize("verb", ["observe", "stop"])
 def test_one_that_is_started_again_at_once_is_told_by_its_own_end(
     reg: Registry, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     """A supervisor was faster than who waited: the end is in the history, and is returned."""
     reg.spawn("a", ["sh", "-c", "sleep 0.1; exit 7"] if verb == "observe" else ["sleep", "300"])
-    wait = Process.wait
-
-    def wait_and_see(self: Process, wait_s: float) -> bool:
-        over = wait(self, wait_s)
-        if over and not again:
-            again.append(1)
-            until(lambda: ends(reg, "a") != [])
-            collect(reg, keep=timedelta(0))
-            reg.spawn("a", ["sleep", "300"])
-        return over
-
-    again: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Process, "wait", wait_and_see)
+    with started_again(reg, monkeypatch):
         event = reg.observe("a") if verb == "observe" else reg.stop("a", reason="r")
     assert (event.type, event.data["code"]) == ("worker.exited", 7 if verb == "observe" else None)
     assert reg.liveness("a").alive
@@ -330,30 +335,17 @@ def test_end_is_found_behind_a_registration_that_is_no_longer_kept(
         files(reg).rotate()
         compact(reg, gc=False, keep_history=1)
     assert files(reg).first_seq() > worker.registered_seq
-    wait = Process.wait
-
-    def wait_and_see(self: Process, wait_s: float) -> bool:
-        over = wait(self, wait_s)
-        if over and not again:
-            again.append(1)
-            until(lambda: ends(reg, "a") != [])
-            reg.spawn("a", ["sleep", "300"])
-        return over
-
-    again: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Process, "wait", wait_and_see)
+    with started_again(reg, monkeypatch):
         assert reg.stop("a", reason="r").data["signal"] == 15
     reg.stop("a", reason="done")
 
 
 @LINUX
+@pytest.mark.usefixtures("kept_statuses")
 def test_stop_knows_better_than_a_collector_that_saw_no_more(
     reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It held the process when that ended; that it was recorded as lost meanwhile is not all."""
-    if not kernel_keeps_status():
-        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     process = crew.sleeper()
     reg.register("a", pid=process.pid)
     ask = ending._ask
@@ -369,12 +361,11 @@ def test_stop_knows_better_than_a_collector_that_saw_no_more(
 
 
 @LINUX
+@pytest.mark.usefixtures("kept_statuses")
 def test_one_that_ends_between_the_look_and_the_grip_is_told_by_the_grip(
     reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is held first and looked at second: there is no in-between in which nobody has it."""
-    if not kernel_keeps_status():
-        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     process = crew.sleeper()
     reg.register("a", pid=process.pid)
     look = judging.judge

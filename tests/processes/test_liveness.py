@@ -17,7 +17,6 @@ from procs import (
     LAST_PID,
     Crew,
     forked,
-    kernel_keeps_status,
     kill,
     slay,
     stranger_with,
@@ -118,12 +117,11 @@ def test_zombie_is_dead_with_its_exit_status(reg: Registry, crew: Crew) -> None:
 
 
 @LINUX
+@pytest.mark.usefixtures("kept_statuses")
 def test_code_of_one_that_is_reaped_during_the_look_is_kept(
     reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gone from /proc, it is still told by the pidfd that was opened before."""
-    if not kernel_keeps_status():
-        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     worker = crew.python("import sys; sys.stdin.read(1); sys.exit(7)")
     reg.register("a", pid=worker.pid)
     assert worker.stdin is not None

@@ -31,7 +31,6 @@ from procs import (
     Crew,
     forked,
     joined,
-    kernel_keeps_status,
     kill,
     slay,
     state_of,
@@ -314,12 +313,11 @@ def test_stop_of_our_own_spawned_child_keeps_one_end(reg: Registry) -> None:
 
 
 @LINUX
+@pytest.mark.usefixtures("kept_statuses")
 def test_observer_learns_the_code_that_the_parent_throws_away(
     reg: Registry, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held before the end, read after it was reaped: the kernel keeps it for the holder."""
-    if not kernel_keeps_status():
-        pytest.skip("the kernel keeps no exit status for a pidfd (before Linux 6.15)")
     pid = orphan(place, "a", "import signal, sys; signal.signal(10, lambda *_: sys.exit(42)); "
                  "signal.pause()")  # fmt: skip
     ends: list[crewlog.Event] = []
