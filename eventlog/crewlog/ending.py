@@ -24,12 +24,12 @@ from crewlog.identity import Status
 from crewlog.judging import death, hold, judge, runs_here, same, status_in
 from crewlog.liveness import Liveness
 from crewlog.process import Process
+from crewlog.refold import retried
 from crewlog.session import Session
 from crewlog.sieve import Sieve, sid_needle
 from crewlog.store import Store
 
 _THERE: Final = "Stop it from there"
-_ENDS: Final = frozenset({events.EXITED, events.LOST, events.RELEASED})
 
 
 def stop(
@@ -156,34 +156,22 @@ def _ended(
                 if not tries:
                     raise
     except StaleRevision:  # the sid is another worker's by now
-        return _end_on_record(session, worker)
+        end = retried(lambda: _end_on_record(session.store(), worker), CompactedError)
+        if end is None:
+            raise
+        return end
 
 
-def _end_on_record(session: Session, worker: Worker) -> Event:
-    """Return the end of a worker from the history. *Raises* StaleRevision if it tells of none."""
-    end, after = None, worker.rev - 1  # at the rev that was read it lived, or that was its end
-    while True:
-        try:
-            end = _end_after(session.store(), worker, after)
-            break
-        except CompactedError as error:
-            after = error.oldest - 1
-    if end is None:
-        actual = session.get(worker.sid)
-        raise StaleRevision(
-            worker.sid, expected=worker.rev, actual=None if actual is None else actual.rev
-        )
-    return end
-
-
-def _end_after(store: Store, worker: Worker, after: int) -> Event | None:
+def _end_on_record(store: Store, worker: Worker) -> Event | None:
+    """Return the end of a worker from the history; None if it is no longer kept."""
+    first = max(worker.rev, store.first_seq())  # when its rev was read it lived, or had just ended
     end: Event | None = None
-    for line, raw in store.read(after, sieve=Sieve(needles=[sid_needle(worker.sid)])):
+    for line, raw in store.read(first - 1, sieve=Sieve(needles=[sid_needle(worker.sid)])):
         if line["sid"] != worker.sid or line["seq"] == worker.registered_seq:
             continue
         if line["type"] == events.REGISTERED:
             break
-        if line["type"] in _ENDS:
+        if line["type"] in events.ENDING:
             end = events.event_of(line, raw)
     return end
 

@@ -39,6 +39,8 @@ WORKER_TYPES = (
 )
 
 ENDS = (EXITED, LOST)
+# What brings a worker to a final state.
+ENDING = frozenset({*ENDS, RELEASED})
 
 # The store's own types; a reader skips an unknown `_x…` and refuses any other unknown `_…`.
 SEGMENT = "_segment"

@@ -244,10 +244,8 @@ def _is_reaped(fd: int) -> bool:
     try:
         if fd >= 0:
             signal.pidfd_send_signal(fd, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    except OSError as error:
+        return error.errno == errno.ESRCH
     return False
 
 

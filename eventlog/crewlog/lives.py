@@ -13,8 +13,7 @@ from crewlog import events
 from crewlog.events import Line, Record, WorkerState, utc
 from crewlog.fold import exit_state
 
-_ENDS: Final = {events.EXITED, events.LOST, events.RELEASED}
-_RELEVANT: Final = _ENDS | {
+_RELEVANT: Final = events.ENDING | {
     events.REGISTERED,
     events.READY,
     events.UPDATED,
@@ -113,7 +112,7 @@ class Lives:
             life = self._lost(line["sid"]) if kind == events.EXITED else None
             if life is None:
                 return
-        if kind in _ENDS:
+        if kind in events.ENDING:
             self._end(life, line, when)
         elif line["actor"].get("pid") == life.pid or "signal" in data:
             life.seen_at = max(life.seen_at, when)  # it acted itself, or was held when it was asked
