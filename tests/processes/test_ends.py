@@ -337,6 +337,10 @@ def test_end_is_found_behind_a_registration_that_is_no_longer_kept(
     assert files(reg).first_seq() > worker.registered_seq
     with started_again(reg, monkeypatch):
         assert reg.stop("a", reason="r").data["signal"] == 15
+    assert files(reg).first_seq() > worker.rev, "nor is what was read of it when it began"
+    found = ending._end_on_record(files(reg), worker)
+    assert found is not None
+    assert found.data["signal"] == 15
     reg.stop("a", reason="done")
 
 
