@@ -1,6 +1,7 @@
 """Run the command line as scripts do."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ class Cli:
         assert done.returncode == code, (done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
         return done  # type: ignore[no-any-return]
+
+    def any(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run it in 80 columns and UTC, whatever it answers."""
+        environment = {**os.environ, "COLUMNS": "80", "TZ": "UTC", "NO_COLOR": "1"}
+        return subprocess.run(
+            [*CREWLOG, "--dir", self.where, *map(str, arguments)],
+            check=False, capture_output=True, text=True, timeout=60, env=environment,
+        )  # fmt: skip
 
     def json(self, *arguments: object, code: int = 0) -> dict[str, object]:
         done = self(*arguments, "--json", code=code)

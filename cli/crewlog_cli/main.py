@@ -12,7 +12,7 @@ from crewlog_cli import shell
 from crewlog_cli.shell import Shell
 
 # command -> the module that holds it, loaded when it is called
-_COMMANDS: Final = {
+COMMANDS: Final = {
     "ls": "reading",
     "show": "reading",
     "alive": "reading",
@@ -52,12 +52,12 @@ class _Lazy(click.Group):
     """A group whose commands are imported only when they are called."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
+        if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"crewlog_cli.{_COMMANDS[name]}")
+        module = importlib.import_module(f"crewlog_cli.{COMMANDS[name]}")
         found: object = module.COMMANDS[name]
         assert isinstance(found, click.Command)
         return found
