@@ -1,11 +1,11 @@
 # On a machine with only Python ≥ 3.11, pip and venv: `make demo`, `make test`.
 PYTHON ?= python3
 VENV := .venv
-# make test EXTRAS=test,recipes also runs the recipes against the libraries that they are for
+# make test-all EXTRAS=test,recipes also runs the recipes against the libraries that they are for
 EXTRAS ?= test
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 .DEFAULT_GOAL := demo
 
 # what was installed with these extras: demo, then test with more of them, installs the rest
@@ -17,8 +17,13 @@ $(VENV)/installed-%: pyproject.toml
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/crewlog demo
 
+# what every change needs, in a few minutes; two processes, for tests wait more than they compute
 test: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not soak and not long'
+
+# everything; what is skipped for want of a program is listed at the end
+test-all: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 lint: $(VENV)/installed-test,lint
 	$(BIN)/ruff check .

@@ -16,9 +16,9 @@ from typing import TypeVar
 import psutil
 
 import crewlog
-from crewlog.events import Worker
+from crewlog.local.append import Appender
+from crewlog.model.events import Worker
 from crewlog.registry import Registry
-from crewlog.writing import Writing
 from crewlog_compactor import collect
 
 T = TypeVar("T")
@@ -88,9 +88,9 @@ def _round(reg: Registry, workers: list[Worker]) -> dict[str, float]:
 def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
     """Collect 1,000 dead workers; how long writers were kept out, and the whole, in ms."""
     held: list[float] = []
-    run = Writing.run
+    run = Appender._run
 
-    def timed_run(self: Writing, work: Callable[[], T]) -> T:
+    def timed_run(self: Appender, work: Callable[[], T]) -> T:
         def timed_work() -> T:
             began = time.perf_counter()
             try:
@@ -109,11 +109,11 @@ def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
                     batch.register(f"w-{index}", pid=pid)
             end(pids)
             held.clear()
-            Writing.run = timed_run  # type: ignore[method-assign]
+            Appender._run = timed_run  # type: ignore[method-assign]
             try:
                 whole = timed(lambda: collect(reg, force=True))
             finally:
-                Writing.run = run  # type: ignore[method-assign]
+                Appender._run = run  # type: ignore[method-assign]
             assert not reg.workers()
         found.append({"crewlog": max(held), "whole collection": whole})
     return found

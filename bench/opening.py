@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 
 import crewlog
-from crewlog import layout
+from crewlog.local import layout
 from crewlog.registry import Registry
 from crewlog_compactor import compact
 

@@ -29,9 +29,9 @@ import opening
 import peers
 import sharing
 import start
-import watch
 
 import cluster
+import watch
 
 Rows = list[dict[str, float]]
 

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import crewlog
-from crewlog.states import States
+from crewlog.local.heads import States
 
 PAUSE_S = 0.004
 Stamps = dict[int, int]

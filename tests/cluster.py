@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, cast
 
-from crewlog.closing import Closing
+from crewlog.host import Closing
 from procs import until
 
 MISSING: Final = "" if shutil.which("etcd") else "etcd is not installed (Debian: etcd-server)"

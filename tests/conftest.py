@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-import crewlog
+import stores
 from cluster import MISSING, Cluster
 from commands import Cli
 from crewlog.registry import Registry
@@ -48,10 +48,20 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.fixture(autouse=True)
+def _limits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let what `opened` opens have the limits that the test's markers name; the nearest counts."""
+    stores.unlimit()
+    for marker in reversed(list(request.node.iter_markers("limits"))):
+        stores.limit(**marker.kwargs)
+    yield
+    stores.unlimit()
+
+
 @pytest.fixture
 def reg(place: Path) -> Iterator[Registry]:
     """Open a registry; its store does not exist yet."""
-    with crewlog.open(place) as registry:
+    with stores.opened(place) as registry:
         yield registry
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import crewlog
-from crewlog import create, identity, layout
-from crewlog.disk import Disk
-from crewlog.log import Log
+import stores
+from crewlog.local import create, layout
+from crewlog.local.disk import Disk
+from crewlog.local.log import Log
+from crewlog.process import identity
 from crewlog.registry import Registry
 
 Fault = Callable[[str], int | None]
@@ -78,8 +79,9 @@ def only(call: str, number: int) -> Fault:
 
 def registry_on(place: Path, disk: Disk, *, wait_s: float = 5.0) -> Registry:
     """Open a registry whose store is created and changed through `disk`."""
-    reg = crewlog.open(place)
-    reg.session._store = Log(create.open_or_create(place, via=disk, wait_s=wait_s), wait_s=wait_s)
+    reg = stores.opened(place)
+    made = create.open_or_create(place, via=disk, wait_s=wait_s, limits=stores.limits())
+    reg._session._store = Log(made, wait_s=wait_s)
     return reg
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from crewlog.log import Log
+from crewlog.local.log import Log
 from crewlog.registry import Registry
 
 WAIT_S = 30.0
@@ -25,7 +25,7 @@ def until(holds: Callable[[], bool], *, wait_s: float = WAIT_S) -> None:
 
 def files(reg: Registry) -> Log:
     """Return the store of a registry, which is in a directory."""
-    store = reg.session.store()
+    store = reg.store()
     assert isinstance(store, Log)
     return store
 
@@ -126,7 +126,7 @@ def tree(place: Path) -> dict[str, bytes | None]:
 
 def state_of(pid: int) -> str:
     """Return the state letter of a process, "" once it is gone."""
-    from crewlog import identity
+    from crewlog.process import identity
 
     found = identity.read_stat(pid)
     return "" if found is None else found.state
@@ -134,7 +134,7 @@ def state_of(pid: int) -> str:
 
 def kernel_keeps_status() -> bool:
     """Say whether a pidfd tells how its process ended after that was reaped (Linux ≥ 6.15)."""
-    from crewlog import identity
+    from crewlog.process import identity
 
     pid = forked(lambda: None)
     fd = os.pidfd_open(pid)

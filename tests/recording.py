@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crewlog.disk import Disk
+from crewlog.local.disk import Disk
 
 SECTOR = 512
 _ALL_SUBSETS = 4

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("hatchling", reason="hatchling is not installed (pip install hatchling)")
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,7 @@ def test_wheel_holds_every_module_and_the_files_beside_them(built: Path) -> None
         for path in (ROOT / folder / package).iterdir():
             if path.is_file():
                 assert f"{package}/{path.name}" in names
-    assert {"crewlog/py.typed", "crewlog_compactor/py.typed", "crewlog_cli/page.js"} <= names
+    assert {"crewlog/py.typed", "crewlog_compactor/py.typed", "crewlog_cli/pages/page.js"} <= names
 
 
 def test_sdist_holds_what_the_tests_need(built: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
-from crewlog.liveness import Evidence
-from crewlog_cli.main import _COMMANDS
+from crewlog.local import layout
+from crewlog.process.liveness import Evidence
+from crewlog_cli.main import COMMANDS
 from crewlog_compactor import compact
 from procs import Crew
 
@@ -52,7 +52,9 @@ def test_guide_names_every_verb_of_a_registry() -> None:
     table = (ROOT / "docs/guide.md").read_text().split("## All of it")[1].split("##")[0]
     offered = {name for name in dir(crewlog.Registry) if not name.startswith("_")}
     assert offered == set(re.findall(r"`(\w+)`", table)) - {"with"}
-    plain = {"where", "path", "exists", "close", "awatch", "subscribe", "mirror"}
+    plain = {"where", "path", "exists", "close", "awatch", "subscribe", "mirror", "usage"}
+    tools = {"place", "id", "first_seq", "cursors", "sizes", "store", "author", "commit", "change"}
+    plain |= tools | {"child", "foresee_stop", "unit_workers_max"}
     assert offered - plain <= set(dir(crewlog.AsyncRegistry))
 
 
@@ -170,6 +172,6 @@ def _parses(row: str) -> None:
     words = shlex.split(row.split(" #", maxsplit=1)[0].rstrip(" &"))
     assert words[0] == "crewlog"
     own = words[1 : words.index("--")] if "--" in words else words[1:]
-    assert {*own} & {*_COMMANDS}, row
+    assert {*own} & {*COMMANDS}, row
     result = CliRunner().invoke(group, [*own, "--help"], obj=Shell())
     assert result.exit_code == 0, row

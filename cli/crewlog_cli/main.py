@@ -8,42 +8,42 @@ import click
 
 from crewlog import __version__
 from crewlog.errors import CrewlogError
-from crewlog_cli import shell
+from crewlog_cli import output, shell
 from crewlog_cli.shell import Shell
 
 # command -> the module that holds it, loaded when it is called
 COMMANDS: Final = {
-    "ls": "reading",
-    "show": "reading",
-    "alive": "reading",
-    "history": "reading",
-    "stats": "stats",
-    "diff": "diff",
+    "ls": "look",
+    "show": "look",
+    "alive": "look",
+    "history": "history",
+    "stats": "history",
+    "diff": "history",
     "timeline": "timeline",
     "top": "top",
-    "export": "export",
-    "path": "reading",
-    "watch": "watching",
-    "cursor": "watching",
-    "register": "changing",
-    "update": "changing",
-    "remove": "changing",
-    "import": "changing",
-    "exec": "starting",
-    "run": "starting",
-    "gc": "jobs",
-    "compact": "jobs",
-    "verify": "mending",
-    "repair": "mending",
-    "anchor": "mending",
-    "migrate": "mending",
-    "stop": "ending",
-    "beat": "ending",
-    "observe": "ending",
-    "explain": "explaining",
-    "doctor": "doctor",
-    "schedule": "schedule",
-    "completion": "completion",
+    "export": "history",
+    "path": "look",
+    "watch": "follow",
+    "cursor": "follow",
+    "register": "change",
+    "update": "change",
+    "remove": "change",
+    "import": "change",
+    "exec": "workers",
+    "run": "workers",
+    "gc": "keep",
+    "compact": "keep",
+    "verify": "keep",
+    "repair": "keep",
+    "anchor": "keep",
+    "migrate": "keep",
+    "stop": "workers",
+    "beat": "workers",
+    "observe": "workers",
+    "explain": "look",
+    "doctor": "setup",
+    "schedule": "setup",
+    "completion": "setup",
     "demo": "demo",
 }
 
@@ -57,7 +57,7 @@ class _Lazy(click.Group):
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"crewlog_cli.{COMMANDS[name]}")
+        module = importlib.import_module(f"crewlog_cli.commands.{COMMANDS[name]}")
         found: object = module.COMMANDS[name]
         assert isinstance(found, click.Command)
         return found
@@ -97,16 +97,16 @@ def run(arguments: list[str] | None = None) -> int:
     own = words[: words.index("--")] if "--" in words else words
     sh = Shell(json="--json" in own)  # known even where the rest cannot be parsed
     sh.separated = "--" in words
-    shell.prepare()
+    output.prepare()
     try:
         crewlog.main(args=arguments, prog_name="crewlog", obj=sh, standalone_mode=False)
-        shell.flush()
+        output.flush()
     except (SystemExit, click.exceptions.Exit, KeyboardInterrupt, click.Abort) as error:
         return _asked(error)
     except click.UsageError as error:
         return _misused(sh, error)
     except OSError as error:
-        if isinstance(error, shell.OutputFailedError) or error.errno in shell.STREAM_ERRORS:
+        if isinstance(error, output.OutputFailedError) or error.errno in output.STREAM_ERRORS:
             return shell.output_failed(sh, error)
         return _bug(sh, error)
     except Exception as error:  # noqa: BLE001 (the last boundary: no traceback reaches a user)
@@ -124,14 +124,14 @@ def _asked(error: BaseException) -> int:
         case SystemExit():
             return shell.EXIT_BUG
         case _:
-            shell.lose_stdout()
+            output.lose_stdout()
             return shell.EXIT_INTERRUPT
 
 
 def _misused(sh: Shell, error: click.UsageError) -> int:
     """Say what is wrong with the command line; without any words, show what there is."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError) and not sh.json:
-        shell.warn_rows(error.format_message())
+        output.warn_rows(error.format_message())
         return shell.EXIT_USAGE
     context = error.ctx.command_path if error.ctx is not None else "crewlog"
     shell.complain(
@@ -167,7 +167,7 @@ def main() -> None:
     """Be the console script."""
     code = run()
     try:
-        shell.flush()
-    except shell.OutputFailedError as error:
+        output.flush()
+    except output.OutputFailedError as error:
         code = shell.output_failed(Shell(), error)
     raise SystemExit(code)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from crewlog.events import WorkerState
+from crewlog.model.events import WorkerState
 from crewlog.registry import Registry
-from crewlog_cli import shell
+from crewlog_cli import output
 
 
 def write(reg: Registry, path: Path, *, took_s: float | None = None, refused: bool = False) -> None:
@@ -32,7 +32,7 @@ def write_failure(path: Path, *, took_s: float) -> None:
 
 def _put(path: Path, rows: Iterable[str]) -> None:
     made = "".join(f"{row}\n" for row in rows)
-    shell.put_file(path, made.encode(), what="the metrics", option="--prometheus", public=True)
+    output.put_file(path, made.encode(), what="the metrics", option="--prometheus", public=True)
 
 
 def _rows(reg: Registry) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _rows(reg: Registry) -> Iterator[str]:
     )  # fmt: skip
     yield from _metric(
         "bytes", "gauge", "Bytes on disk, by directory; of a cluster, its database.",
-        {f'{{directory="{name}"}}': count for name, count in reg.session.store().sizes().items()},
+        {f'{{directory="{name}"}}': count for name, count in reg.sizes().items()},
     )  # fmt: skip
 
 

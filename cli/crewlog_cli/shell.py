@@ -1,16 +1,12 @@
 """Hold what every command shares: global options, output, the registry, and the way out."""
 
 import errno
-import io
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Concatenate,
@@ -18,25 +14,18 @@ from typing import (
     Literal,
     NoReturn,
     ParamSpec,
-    TextIO,
-    TypeAlias,
     TypeVar,
     cast,
 )
 
 import click
 
-from crewlog import disk, layout
-from crewlog.disk import Disk
 from crewlog.errors import CrewlogError
-from crewlog_cli import text
+from crewlog.model.limits import LOCK_WAIT_S
+from crewlog_cli import output, text
 
 if TYPE_CHECKING:
-    from click._termui_impl import ProgressBar
-
     from crewlog.registry import Registry
-
-    Bar: TypeAlias = ProgressBar[int]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,86 +35,11 @@ EXIT_USAGE: Final = 2
 EXIT_BUG: Final = 70
 EXIT_IO: Final = 74
 EXIT_TIMEOUT: Final = 124
+EXIT_NOT_RUN: Final = 126  # as env(1): there, but it cannot be run
+EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPT: Final = 130
 EXIT_PIPE: Final = 141
 _PROMPT_WAIT_S: Final = 0.5  # a prompt is no place to wait for a server
-STREAM_ERRORS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF})
-
-
-class OutputFailedError(OSError):
-    """stdout took no more: its reader is gone, or its disk is full."""
-
-
-def put(row: str, *, flush: bool = False) -> None:
-    """Write one line to stdout."""
-    try:
-        sys.stdout.write(row + "\n")
-        if flush:
-            sys.stdout.flush()
-    except OSError as error:
-        raise OutputFailedError(error.errno, error.strerror) from error
-
-
-def warn(words: str) -> None:
-    """Tell a person on stderr what must not be missed, also with --quiet."""
-    _tell(text.visible(words))
-
-
-def _tell(row: str) -> None:
-    """Write one line to stderr; where that takes nothing, the exit code has to say it."""
-    try:
-        sys.stderr.write(row + "\n")
-        sys.stderr.flush()
-    except OSError:  # ENOSPC, EPIPE
-        _lose(sys.stderr)
-
-
-def warn_rows(words: str) -> None:
-    """Tell a person on stderr what has several lines, such as a help page."""
-    for row in words.splitlines():
-        warn(row)
-
-
-def flush() -> None:
-    """Write out what stdout still holds."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        raise OutputFailedError(error.errno, error.strerror) from error
-
-
-def require_place(path: Path, *, option: str) -> None:
-    """Refuse, before anything is done, a path at which no file can be put. *Raises* UsageError."""
-    parent, why = path.absolute().parent, ""
-    if path.is_dir():
-        why = "it is a directory"
-    elif not parent.is_dir():
-        why = f"{parent} is no directory"
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        why = f"we may not write in {parent}"
-    if why:
-        message = f"{option} {path}: {why}"
-        raise click.UsageError(message)
-
-
-def put_file(path: Path, made: bytes, *, what: str, option: str, public: bool = False) -> None:
-    """Put a file where an option says, whole or not at all. *Raises* UsageError, StorageFailed."""
-    with disk.failures(f"cannot write {what}", where=str(path)):
-        try:
-            disk.replace_file(Disk(), path.absolute(), made, public=public)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            message = f"{option} {path}: {error.strerror}"
-            raise click.UsageError(message) from error
-
-
-def prepare() -> None:
-    """Let no stream be missing, and none fail for a character that its encoding lacks."""
-    for name in ("stdout", "stderr"):
-        stream: object = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until we end)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 @dataclass(slots=True)
@@ -140,7 +54,7 @@ class Shell:
     debug: bool = False
     color: Literal["auto", "always", "never"] = "auto"
     separated: bool = False  # a "--" stood among the words
-    wait_s: float = layout.LOCK_WAIT_S  # for other writers, and for servers
+    wait_s: float = LOCK_WAIT_S  # for other writers, and for servers
     opened: "list[Registry]" = field(default_factory=list)
 
     # -- the registry -----------------------------------------------------------------------
@@ -161,7 +75,7 @@ class Shell:
     def existing(self) -> "Registry":
         """Open a registry that exists. *Raises* StoreMissing (66): reading creates nothing."""
         reg = self.registry()
-        reg.session.store()
+        reg.store()
         return reg
 
     def close(self) -> None:
@@ -173,7 +87,7 @@ class Shell:
 
     def line(self, words: str, *, flush: bool = False) -> None:
         """Print one line of data for a person."""
-        put(text.visible(words), flush=flush)
+        output.put(text.visible(words), flush=flush)
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table, clipped only on a terminal."""
@@ -184,7 +98,7 @@ class Shell:
             for cell in cells:
                 cell[at] = text.clip(cell[at], text.SID_COLUMNS)
         for row in text.table(titles, cells, columns=columns or None):
-            put(text.coloured(row) if self.colours() else row)
+            output.put(text.coloured(row) if self.colours() else row)
 
     def colours(self) -> bool:
         """Say whether words that matter are coloured; colour says nothing that they do not.
@@ -200,16 +114,16 @@ class Shell:
 
     def document(self, found: Mapping[str, object]) -> None:
         """Print one JSON object on one line, ASCII only, with its schema."""
-        put(_dumped({"schema": 1, **found}))
+        output.put(_dumped({"schema": 1, **found}))
 
     def stream(self, found: Mapping[str, object]) -> None:
         """Print one JSON object of a stream, flushed."""
-        put(_dumped(found), flush=True)
+        output.put(_dumped(found), flush=True)
 
     def note(self, words: str) -> None:
         """Tell a person something that is not data."""
         if not self.quiet:
-            _tell(text.visible(self.advice(words)))
+            output.tell(text.visible(self.advice(words)))
 
     def advice(self, words: str) -> str:
         """Let the commands that advice names mean the registry that --dir named."""
@@ -245,27 +159,6 @@ def confirmed(question: str, what: str) -> bool:
         message = f"{what}: without a terminal it needs --yes"
         raise click.UsageError(message)
     return click.confirm(question, err=True)
-
-
-_PROGRESS_AFTER_S: Final = 0.5
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far long work is, on stderr, only on a terminal, only after half a second."""
-    began = time.monotonic()
-    with ExitStack() as open_bar:
-        bars: list[Bar] = []
-
-        def told(done: int, whole: int) -> None:
-            if not sys.stderr.isatty() or time.monotonic() - began < _PROGRESS_AFTER_S:
-                return
-            if not bars:
-                bar = click.progressbar(length=whole, label=label, file=sys.stderr)
-                bars.append(open_bar.enter_context(bar))
-            bars[0].update(done - bars[0].pos)
-
-        yield told
 
 
 # -- options --------------------------------------------------------------------------------
@@ -331,13 +224,13 @@ def command(
             _listen(shell)
             try:
                 function(shell, **values)  # type: ignore[call-arg,arg-type] # click made them of the options
-                flush()
+                output.flush()
             except CrewlogError as error:
                 fail(shell, error)
-            except OutputFailedError as error:
+            except output.OutputFailedError as error:
                 raise SystemExit(output_failed(shell, error)) from error
             except KeyboardInterrupt as error:
-                lose_stdout()
+                output.lose_stdout()
                 raise SystemExit(EXIT_INTERRUPT) from error
             finally:
                 shell.close()
@@ -381,11 +274,11 @@ def complain(shell: Shell, *, code: str, exit_code: int, what: str, where: str, 
     if shell.json:
         message = what + (f": {where}" if where else "")
         body = {"code": code, "exit": exit_code, "message": message, "hint": hint}
-        _tell(_dumped({"error": body}))
+        output.tell(_dumped({"error": body}))
         return
     for row in (f"crewlog: {what}", f"  {where}", f"  {hint}"):
         if row.strip():
-            _tell(text.visible(row))
+            output.tell(text.visible(row))
 
 
 def fail(shell: Shell, error: CrewlogError) -> NoReturn:
@@ -409,22 +302,9 @@ def complain_of(shell: Shell, error: CrewlogError) -> None:
     )
 
 
-def lose_stdout() -> None:
-    """Keep the interpreter from flushing into a closed or full stdout at its end."""
-    _lose(sys.stdout)
-
-
-def _lose(stream: TextIO) -> None:
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-    except OSError:  # no descriptor left, or no such stream: there is nothing to lose then
-        return
-
-
 def output_failed(shell: Shell, error: OSError) -> int:
     """Say that stdout cannot be written; return the exit code."""
-    lose_stdout()
+    output.lose_stdout()
     if error.errno == errno.EPIPE:
         return EXIT_PIPE
     complain(

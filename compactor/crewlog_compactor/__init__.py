@@ -9,12 +9,12 @@ from crewlog_compactor.collect import (
     make_plan,
 )
 from crewlog_compactor.compact import compact
-from crewlog_compactor.findings import CompactReport, Finding, VerifyReport
 from crewlog_compactor.legacy import ImportReport, import_legacy
 from crewlog_compactor.migrate import MigrateReport, migrate
 from crewlog_compactor.plan import Plan
-from crewlog_compactor.policy import KeepEvents
-from crewlog_compactor.repair import RepairReport, repair
+from crewlog_compactor.repair import repair
+from crewlog_compactor.reports import CompactReport, Finding, RepairReport, VerifyReport
+from crewlog_compactor.retention import KeepEvents
 from crewlog_compactor.verify import verify
 
 __all__ = [

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from crewlog import codec
+from crewlog.model import codec
 from crewlog.registry import Registry
 
 _FORM: Final = re.compile(r"(\d{1,19}):([0-9a-f]{64})")
@@ -37,7 +37,7 @@ class Anchor:
 
 def anchor(reg: Registry) -> Anchor:
     """Return the anchor of the last durable event. *Raises* StoreMissing."""
-    store = reg.session.store()
+    store = reg.store()
     seq = store.last_seq()
     for line, raw in store.read(seq - 1):
         if line["seq"] >= seq:

@@ -10,10 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
-from crewlog import changes, events, judging
-from crewlog.appending import Written
-from crewlog.changes import Author
-from crewlog.codec import Draft
+from crewlog import host
 from crewlog.errors import (
     CollectRefused,
     InvalidTransition,
@@ -22,9 +19,13 @@ from crewlog.errors import (
     WorkerExists,
     WorkerNotFound,
 )
-from crewlog.events import Event
+from crewlog.model.codec import Draft
+from crewlog.model.events import Event
+from crewlog.model.steps import Author, Step, Tip, burial_step, prune_step, release_step
 from crewlog.registry import Registry
-from crewlog_compactor import orphans, plan
+from crewlog.workers import judge
+from crewlog_compactor import plan
+from crewlog_compactor import sockets as orphans
 from crewlog_compactor.plan import Plan, Task
 
 KEEP: Final = timedelta(days=1)
@@ -94,10 +95,10 @@ def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:
     if keep < timedelta(0):
         message = "keep must not be negative"
         raise ValueError(message)
-    store = reg.session.store().id if reg.exists else ""
+    store = reg.store().id if reg.exists else ""
     workers = list(reg.state().workers.values())
     judged = reg.judge(workers)
-    return plan.make(workers, judged, store=store, now=events.now(), keep=keep)
+    return plan.make(workers, judged, store=store, now=host.now(), keep=keep)
 
 
 def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectReport:
@@ -106,7 +107,7 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
     Workers that changed since it was made are conflicts, and so are those that live in spite of it.
     *Raises* PlanInvalid for another store's plan; CollectRefused.
     """
-    if reg.session.store().id != decided.store:
+    if reg.store().id != decided.store:
         raise PlanInvalid(reg.where, why=f"it was made for store {decided.store or '(none)'}")
     revs = {task.sid: task.rev for task in decided.tasks if task.action == "bury"}
     same = [w for w in reg.workers() if revs.get(w.sid) == w.rev]
@@ -121,16 +122,18 @@ def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
     One that is proven dead is recorded as such. *Raises* WorkerExists if it is proven to live;
     WorkerNotFound, InvalidTransition, StaleRevision.
     """
-    worker = reg.session.known(sid)
+    worker = reg.get(sid)
+    if worker is None:
+        raise WorkerNotFound(sid)
     found = reg.judge([worker])[0]
     if found.alive:
         raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
     if found.dead:
-        return reg.session.change(judging.death(reg.session.author(), worker, found))
-    step = changes.released(
-        reg.session.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
+        return reg.change(judge.death(reg.author(), worker, found))
+    step = release_step(
+        reg.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
     )
-    return reg.session.change(step)
+    return reg.change(step)
 
 
 def _carry_out(
@@ -140,21 +143,21 @@ def _carry_out(
     refused = None if force else plan.refusal(decided)
     if refused is not None:
         raise refused
-    author = reg.session.author("gc")
+    author = reg.author("gc")
     conflicts = set(alive)
     tasks = [task for task in decided.tasks if task.action == "prune" or task.sid not in conflicts]
-    size = min(_STEPS_A_COMMIT, reg.session.store().unit_workers_max) if tasks else 1
+    size = min(_STEPS_A_COMMIT, reg.store().unit_workers_max) if tasks else 1
     for first in range(0, len(tasks), size):
         part = tasks[first : first + size]
-        reg.session.append([_conditional(_step(author, task), conflicts) for task in part])
+        reg.commit([_conditional(_step(author, task), conflicts) for task in part])
     tidied = orphans.tidy(reg) if reg.exists else orphans.Tidied()
     return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)
 
 
-def _step(author: Author, task: Task) -> changes.Step:
+def _step(author: Author, task: Task) -> Step:
     if task.action == "prune":
-        return changes.pruned(author, task.sid, expect=task.rev)
-    return changes.buried(
+        return prune_step(author, task.sid, expect=task.rev)
+    return burial_step(
         author,
         task.sid,
         cause=task.cause,
@@ -164,10 +167,10 @@ def _step(author: Author, task: Task) -> changes.Step:
     )
 
 
-def _conditional(step: changes.Step, conflicts: set[str]) -> changes.Step:
+def _conditional(step: Step, conflicts: set[str]) -> Step:
     """Let a worker that changed meanwhile be: note the conflict and write nothing."""
 
-    def decide(written: Written) -> Draft | None:
+    def decide(written: Tip) -> Draft | None:
         conflicts.discard(step.sid)  # it may be asked more than once
         try:
             return step.decide(written)
@@ -175,7 +178,7 @@ def _conditional(step: changes.Step, conflicts: set[str]) -> changes.Step:
             conflicts.add(step.sid)
             return None
 
-    return changes.Step(step.sid, decide)
+    return Step(step.sid, decide)
 
 
 def _report(

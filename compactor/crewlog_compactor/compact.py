@@ -1,32 +1,11 @@
-"""Compact: collect, seal, fold the sealed segments into registry.json, archive what is covered.
+"""Compact a store: collect, fold or seal, archive, retain; the job of cron."""
 
-Writers never wait for a fold: it reads sealed, immutable segments. The commit point is the
-durable rename in snapshot.replace; killed before it, the old snapshot and every segment that it
-needs are in place, killed after it, the next compaction archives what this one had not.
-"""
-
-import logging
-import time
-from dataclasses import replace
-from functools import partial
-from typing import Final, TypedDict
-
-from crewlog import cursor, disk, events, layout, segments, snapshot
-from crewlog.codec import Snapshot
-from crewlog.errors import SegmentMissing, SnapshotCorrupt
-from crewlog.forks import no_fork
-from crewlog.log import Log
-from crewlog.packing import Packing, require
-from crewlog.reader import Reader
-from crewlog.refold import refold, retried
+from crewlog.local.archive import require
+from crewlog.model.arguments import Packing
 from crewlog.registry import Registry
-from crewlog.segments import Position
-from crewlog_compactor import archive, policy, retain
-from crewlog_compactor.collect import try_collect
-from crewlog_compactor.findings import CompactReport
-from crewlog_compactor.policy import Keep, check_keep
-
-_logger: Final = logging.getLogger("crewlog.compact")
+from crewlog_compactor.engines import maintenance
+from crewlog_compactor.reports import CompactReport
+from crewlog_compactor.retention import Keep, check_keep
 
 
 def compact(
@@ -48,139 +27,13 @@ def compact(
     Unsupported.
     """
     check_keep(keep_history)
-    packed = require(packing)
-    log = reg.session.store()
-    if not isinstance(log, Log):
-        with no_fork():
-            from crewlog_compactor import etcd_compact  # noqa: PLC0415 (few need it)
-
-        return etcd_compact.compact(
-            reg, log, gc=gc, force=force, keep_history=keep_history, dry_run=dry_run
-        )
-    with disk.failures("cannot compact", where=reg.where):
-        if dry_run:
-            return _foretold(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
-        with log.take_compact_lock():
-            return _compact(reg, log, packed, gc=gc, force=force, keep_history=keep_history)
-
-
-def _compact(
-    reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
-) -> CompactReport:
-    """Do the whole job. Held: locks/compact."""
-    _sweep(log)
-    collected, refused = try_collect(reg, force=force) if gc else (None, None)
-    if _has_events(log):
-        log.rotate()
-    folded, current = _fold(log)
-    if folded:
-        log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
-    moved = _archive(log, packing)
-    dropped = retain.retain(log, keep_history)
-    return CompactReport(
-        folded_events=folded,
-        snapshot_seq=current.last_seq,
-        archived_segments=moved,
-        dropped=dropped,
-        collected=collected,
-        refused=refused,
+    packed, store = require(packing), reg.store()
+    return maintenance(store.kind).compact(
+        reg,
+        store,
+        packing=packed,
+        gc=gc,
+        force=force,
+        keep_history=keep_history,
+        dry_run=dry_run,
     )
-
-
-def _foretold(
-    reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
-) -> CompactReport:
-    """Say what the job would do. No lock is taken: where one is under way it looks again."""
-    collected, refused = try_collect(reg, force=force, dry_run=True) if gc else (None, None)
-    report = CompactReport(
-        folded_events=0,
-        snapshot_seq=0,
-        archived_segments=0,
-        dropped=None,
-        collected=collected,
-        refused=refused,
-        dry_run=True,
-    )
-    added = 0 if collected is None else collected.changed
-    work = partial(_foreseen, log, packing, keep_history, added)
-    return replace(report, **retried(work, SegmentMissing, FileNotFoundError))
-
-
-class _Foreseen(TypedDict):
-    """What a compaction would do to the files."""
-
-    folded_events: int
-    snapshot_seq: int
-    archived_segments: int
-    dropped: tuple[int, int] | None
-
-
-def _foreseen(log: Log, packing: Packing, keep: Keep, added: int) -> _Foreseen:
-    """Go the way of `_compact`, counting what it adds; `added` events come of the collection."""
-    directory, head, current = log.directory, log.head(), snapshot.newest(log.directory)
-    sealing = added > 0 or _has_events(log)
-    if sealing:
-        log.require_sound()
-    sealed = head.seq + added + 1 if sealing else head.segment - 1  # its seal, too
-    folding = sealed > current.last_seq
-    last = head.seq + added + 2 * sealing + folding  # a seal and a header, a note of the snapshot
-    before = current if folding else _previous(log)
-    coming = archive.due(directory, covered=0 if before is None else before.last_seq)
-    for first in coming:
-        archive.require_intact(directory, first)
-    sizes = {first: partial(archive.packed_bytes, directory, first, packing) for first in coming}
-    going = retain.due(log, keep, last_seq=last, coming=sizes)
-    if going and not coming:  # what is archived only then is whole, as was just seen
-        retain.base_at(directory, going[-1].last)
-    return {
-        "folded_events": sealed - current.last_seq if folding else 0,
-        "snapshot_seq": max(sealed, current.last_seq),
-        "archived_segments": len(coming),
-        "dropped": policy.span(going),
-    }
-
-
-def _sweep(log: Log) -> None:
-    """Remove what a killed compaction left; the compact lock proves that no other one runs."""
-    segments.sweep(log.directory, log.directory.root)
-    segments.sweep(log.directory, log.directory[layout.ARCHIVE])
-    cursor.sweep(log.directory, now=time.time())
-
-
-def _has_events(log: Log) -> bool:
-    """Say whether the active segment holds more than the store's own lines."""
-    head = log.head()
-    reader = Reader(log.directory, segments.start_of(head.segment))
-    try:
-        lines = reader.read(segments.durable_end(head))
-        return any(not events.is_own(line["type"]) for line, _ in lines)
-    finally:
-        reader.close()
-
-
-def _fold(log: Log) -> tuple[int, Snapshot]:
-    """Fold the sealed segments onto the snapshot and replace it, if there is anything new."""
-    directory = log.directory
-    current = snapshot.newest(directory)
-    last = log.head().segment - 1  # published once the segment's name was durable
-    if last <= current.last_seq:
-        return 0, current
-    fresh = refold(directory, current, Position(0, 0, last))
-    return fresh.last_seq - current.last_seq, snapshot.replace(directory, fresh)
-
-
-def _archive(log: Log, packing: Packing) -> int:
-    """Archive what the previous snapshot covers too, so that two generations can be rebuilt."""
-    previous = _previous(log)
-    if previous is None:
-        return 0
-    return len(archive.archive(log.directory, covered=previous.last_seq, packing=packing))
-
-
-def _previous(log: Log) -> Snapshot | None:
-    """Return the snapshot before the current one; of a damaged one nothing is archived."""
-    try:
-        return snapshot.read(log.directory, layout.SNAPSHOT_PREV)
-    except SnapshotCorrupt as error:  # the next one that is folded takes its place
-        _logger.warning("%s", error)
-        return None

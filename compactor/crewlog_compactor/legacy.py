@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from crewlog import arguments, changes, codec, identity, layout
-from crewlog.changes import Step
 from crewlog.errors import LegacyCorrupt, ProcessNotFound, StorageFailed, from_oserror
-from crewlog.events import JsonObject, JsonValue, timestamp
+from crewlog.model import arguments, codec
+from crewlog.model.events import JsonObject, JsonValue, timestamp
+from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
+from crewlog.model.steps import Step, import_step, loss_step
+from crewlog.process import identity
 from crewlog.registry import Registry
 
 _SLACK = timedelta(seconds=2)
@@ -64,16 +66,14 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
             steps.append(added)
             (living if alive else lost).append(entry.sid)
     seq = reg.last_seq
-    size = reg.session.created().unit_workers_max if steps else 1
+    size = reg.unit_workers_max if steps else 1
     for first in range(0, len(steps), size):
-        seq = reg.session.append(
-            [step for part in steps[first : first + size] for step in part]
-        ).seq
+        seq = reg.commit([step for part in steps[first : first + size] for step in part]).seq
     return ImportReport(living=tuple(living), lost=tuple(lost), skipped=tuple(skipped), seq=seq)
 
 
 def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:
-    author = reg.session.author()
+    author = reg.author()
     cause = None
     who = None
     try:
@@ -83,7 +83,7 @@ def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:
     began = None if who is None else identity.started_at(who)
     if began is not None and entry.created_at is not None and began > entry.created_at + _SLACK:
         who, cause = None, "pid_reused"
-    register = changes.imported(
+    register = import_step(
         author,
         entry.sid,
         pid=entry.pid,
@@ -97,14 +97,14 @@ def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:
     evidence: JsonObject = {"import": "the entry had no start identity"}
     return [
         register,
-        changes.lost(author, entry.sid, cause=cause, evidence=evidence, expect=None),
+        loss_step(author, entry.sid, cause=cause, evidence=evidence, expect=None),
     ], False
 
 
 def _read(source: Path) -> list[_Entry]:
     where = str(source)
     try:
-        if source.stat().st_size > layout.SNAPSHOT_BYTES_MAX:
+        if source.stat().st_size > SNAPSHOT_BYTES_MAX:
             raise StorageFailed(
                 "cannot import",
                 where=where,

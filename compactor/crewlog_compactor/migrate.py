@@ -8,19 +8,18 @@ source stays as it is: who still writes there afterwards writes into the past.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from crewlog import create, layout, segments
 from crewlog.errors import HistoryDiverged
-from crewlog.forks import no_fork
-from crewlog.log import Log
-from crewlog.place import DirectoryPlace, Place, locate
+from crewlog.model import chain
+from crewlog.model.limits import LOCK_WAIT_S
+from crewlog.place import Place, locate
 from crewlog.store import Store
-from crewlog_compactor.copying import Copy, Progress, begin
-from crewlog_compactor.findings import VerifyReport
+from crewlog_compactor.copy import Copy, Progress, begin
+from crewlog_compactor.engines import maintenance
+from crewlog_compactor.reports import VerifyReport
 from crewlog_compactor.verify import verify
 
 Where: TypeAlias = str | os.PathLike[str]
@@ -49,75 +48,16 @@ def migrate(source: Where, target: Where, *, progress: Progress | None = None) -
         message = "source and target are the same place"
         raise ValueError(message)
     with ExitStack() as undo:
-        store = origin.open(wait_s=layout.LOCK_WAIT_S)
+        store = origin.open(wait_s=LOCK_WAIT_S)
         undo.callback(store.close)
-        undo.enter_context(_still(store))
+        undo.enter_context(maintenance(store.kind).still(store))
         copy = begin(store, progress or _silent)
-        if isinstance(place, DirectoryPlace):
-            _to_directory(copy, place)
-        else:
-            _to_etcd(copy, place)
+        maintenance(place.kind).fill(copy, place)
         return _proven(copy, place)
-
-
-def _to_etcd(copy: Copy, place: Place) -> None:
-    with no_fork():
-        from crewlog.etcd.place import EtcdPlace  # noqa: PLC0415 (few need it)
-        from crewlog_compactor import etcd_copy  # noqa: PLC0415 (as above)
-
-    assert isinstance(place, EtcdPlace)  # there are two kinds
-    etcd_copy.write(copy, place)
 
 
 def _silent(_done: int, _whole: int) -> None:
     return
-
-
-def _still(store: Store) -> AbstractContextManager[object]:
-    """Keep writers and compactions out, where that can be done."""
-    return _alone(store) if isinstance(store, Log) else nullcontext()
-
-
-@contextmanager
-def _alone(log: Log) -> Iterator[None]:
-    with log.take_compact_lock(), log.alone():
-        yield
-
-
-# -- to a directory -------------------------------------------------------------------------
-
-
-def _to_directory(copy: Copy, place: DirectoryPlace) -> None:
-    content = create.Content(
-        copy.source.identity(),
-        _segments(copy),
-        copy.base if copy.base.last_seq else None,
-        lambda: copy.sealed,
-    )
-    made = Log(create.create_with(place.path, content, wait_s=layout.LOCK_WAIT_S))
-    try:
-        _copy_cursors(copy.source, made)
-    finally:
-        made.close()
-
-
-def _segments(copy: Copy) -> Iterator[tuple[int, bytes]]:
-    """Yield the history as segments: each ends with its seal."""
-    first, rows = copy.first, []
-    for line, raw in copy.lines():
-        rows.append(raw + b"\n")
-        if segments.is_end(line):
-            yield first, b"".join(rows)
-            first, rows = line["seq"] + 1, []
-    copy.require_still()
-    if rows:
-        yield first, b"".join(rows)
-
-
-def _copy_cursors(source: Store, target: Store) -> None:
-    for cursor in source.cursors.every():
-        if not cursor.damaged:
-            target.cursors.own(cursor.name, start=cursor.seq).close()
 
 
 # -- proof ----------------------------------------------------------------------------------
@@ -125,7 +65,7 @@ def _copy_cursors(source: Store, target: Store) -> None:
 
 def _proven(copy: Copy, place: Place) -> MigrateReport:
     """Read the copy back: verify it, and hold counts, hashes and state against the source."""
-    made = place.open(wait_s=layout.LOCK_WAIT_S)
+    made = place.open(wait_s=LOCK_WAIT_S)
     try:
         report = verify(str(place))
         told = _last_hash(made)
@@ -150,7 +90,7 @@ def _proven(copy: Copy, place: Place) -> MigrateReport:
 def _last_hash(store: Store) -> str:
     last = store.last_seq()
     (line, raw), *_ = list(store.read(last - 1))
-    return segments.hash_after(line, raw).hex()
+    return chain.hash_after(line, raw).hex()
 
 
 def _differing(report: VerifyReport, copy: Copy) -> int:

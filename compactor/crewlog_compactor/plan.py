@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal, TypeGuard, cast
 
-from crewlog import codec, judging
-from crewlog.codec import DocumentError
 from crewlog.errors import CollectRefused, PlanInvalid
-from crewlog.events import JsonObject, JsonValue, Worker, timestamp
-from crewlog.identity import Status
-from crewlog.liveness import Liveness, StatusSource
+from crewlog.model import codec
+from crewlog.model.codec import DocumentError
+from crewlog.model.events import JsonObject, JsonValue, Status, StatusSource, Worker, timestamp
+from crewlog.process.liveness import Liveness
+from crewlog.workers import judge
 
 _DEATHS_NEVER_DOUBTED: Final = 10
 _CERTAIN: Final = frozenset({"rebooted"})
@@ -115,7 +115,7 @@ def _task(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> 
         rev=worker.rev,
         cause=found.cause,
         evidence=found.evidence.seen(),
-        status=judging.status_in(found),
+        status=judge.status_in(found),
     )
 
 

@@ -3,17 +3,27 @@
 See `crewlog.open` for the registry; every error is a `CrewlogError`. Names are loaded when they are
 first asked for, so that a command that needs few of them starts quickly.
 """
+# General layout, from the face down; each room imports only what stands below it.
+#   registry.py   what users hold, one verb a method; aio/ is the same for asyncio
+#   history.py    what was, and what the state was then
+#   workers/      register, start, judge, stop         watch/  readers that wait for changes
+#   session.py    a place, its store once it is there, and who acts
+#   place.py      what a path or URL means, and which engine keeps it
+#   local/        the engine of a directory            etcd/   the engine of a cluster
+#   store.py      what both engines promise            queue.py  callers that share an append
+#   process/      what the kernel says of a process    model/  pure: events, codec, chain, fold
+#   host.py       forks, threads, signals, the clock   errors.py  every error
+# docs/ARCHITECTURE.md has the picture, and the walk of one append from here to the disk.
 
 import importlib
 import logging
 from typing import TYPE_CHECKING, Final
 
-from crewlog.forks import no_fork
+from crewlog.host import no_fork
 
 if TYPE_CHECKING:
-    from crewlog.aregistry import AsyncRegistry, aopen
-    from crewlog.awatch import AsyncWatch
-    from crewlog.batch import Batch
+    from crewlog.aio.registry import AsyncRegistry, aopen
+    from crewlog.aio.watch import AsyncWatch
     from crewlog.errors import (
         AppendUncertain,
         ArchiveDamaged,
@@ -58,7 +68,7 @@ if TYPE_CHECKING:
         WorkerExists,
         WorkerNotFound,
     )
-    from crewlog.events import (
+    from crewlog.model.events import (
         Change,
         Diff,
         Event,
@@ -71,11 +81,12 @@ if TYPE_CHECKING:
         Worker,
         WorkerState,
     )
-    from crewlog.liveness import Evidence, Flag, Liveness, Verdict
-    from crewlog.lives import Life
+    from crewlog.model.lives import Life
+    from crewlog.process.liveness import Evidence, Flag, Liveness, Verdict
     from crewlog.registry import Registry, open  # noqa: A004 (crewlog.open is the promised name)
-    from crewlog.subscribe import Mirror, Subscription
-    from crewlog.watch import Watch
+    from crewlog.watch.callbacks import Mirror, Subscription
+    from crewlog.watch.watch import Watch
+    from crewlog.workers.batch import Batch
 
 logging.getLogger("crewlog").addHandler(logging.NullHandler())
 
@@ -153,10 +164,10 @@ __all__ = [
 
 # module -> the public names that are not its errors
 _ROOMS: Final = {
-    "aregistry": ("AsyncRegistry", "aopen"),
-    "awatch": ("AsyncWatch",),
-    "batch": ("Batch",),
-    "events": (
+    "aio.registry": ("AsyncRegistry", "aopen"),
+    "aio.watch": ("AsyncWatch",),
+    "workers.batch": ("Batch",),
+    "model.events": (
         "Change",
         "Diff",
         "Event",
@@ -169,11 +180,11 @@ _ROOMS: Final = {
         "Worker",
         "WorkerState",
     ),
-    "liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
-    "lives": ("Life",),
+    "process.liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
+    "model.lives": ("Life",),
     "registry": ("Registry", "open"),
-    "subscribe": ("Mirror", "Subscription"),
-    "watch": ("Watch",),
+    "watch.callbacks": ("Mirror", "Subscription"),
+    "watch.watch": ("Watch",),
 }
 
 

@@ -1,34 +1,86 @@
 """Offer what users hold: a registry of workers, its changes, its reading and its history."""
 
+import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from signal import SIGTERM
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar, Unpack
 
-from crewlog import changes, ending, follow, judging, layout, past, registering, starting
-from crewlog.batch import Batch
-from crewlog.changes import Redact
-from crewlog.closing import Closing
-from crewlog.events import FINAL, Event, Item, JsonValue, Past, State, Worker, worker_of
-from crewlog.feed import After, OnCompacted
-from crewlog.follow import WatchOptions
-from crewlog.launch import NOWHERE, Stream, Words
-from crewlog.liveness import Liveness
-from crewlog.notify import Backend
-from crewlog.place import DirectoryPlace, Place, locate, no_directory
-from crewlog.registering import Wish
+from crewlog import history
+from crewlog.history import HistoryOptions
+from crewlog.host import Closing, no_fork
+from crewlog.model.events import FINAL, Event, Item, Past, State, Worker, worker_of
+from crewlog.model.figures import Usage
+from crewlog.model.limits import DEFAULT, LOCK_WAIT_S, Limits
+from crewlog.model.steps import (
+    Appended,
+    Author,
+    ExitOptions,
+    Redact,
+    Step,
+    UpdateOptions,
+    Wish,
+    WorkerOptions,
+    exit_step,
+    release_step,
+    update_step,
+    wish_of,
+)
+from crewlog.place import Place, locate
+from crewlog.process import identity, launch
+from crewlog.process.launch import Words
+from crewlog.process.liveness import Liveness
 from crewlog.session import Session, Via
-from crewlog.starting import SpawnOptions
-from crewlog.subscribe import Mirror, OnError, Subscription
-from crewlog.watch import Watch
+from crewlog.store import Backend, Cursors, Store
+from crewlog.watch import follow
+from crewlog.watch.callbacks import Mirror, OnError, Subscription
+from crewlog.watch.follow import WatchOptions
+from crewlog.watch.watch import Watch
+from crewlog.workers import judge, register, start, stop
+from crewlog.workers.batch import Batch
+from crewlog.workers.start import Child, SpawnOptions
+from crewlog.workers.stop import Outlook
 
 if TYPE_CHECKING:
-    from crewlog.awatch import AsyncWatch
-    from crewlog.lives import Life
+    from contextlib import AbstractContextManager
+
+    from crewlog.aio.watch import AsyncWatch
+    from crewlog.model.lives import Life
 
 Where: TypeAlias = str | os.PathLike[str] | None
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Options with their defaults, as help() shows them; their types stand in the TypedDicts.
+_WISH: dict[str, object] = dict(Wish._field_defaults)
+_SPAWN: dict[str, object] = {**_WISH, **launch.DEFAULTS}
+UPDATE_DEFAULTS: dict[str, object] = dict.fromkeys(UpdateOptions.__annotations__)
+EXIT_DEFAULTS: dict[str, object] = {"code": None, "signal": None, "source": "self", "expect": None}
+
+
+def shows(
+    defaults: Mapping[str, object], options: type
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let help() and inspect show the options of a verb one by one, each with type and default."""
+
+    def spell_out(verb: Callable[P, R]) -> Callable[P, R]:
+        plain = inspect.signature(verb)
+        own = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=options.__annotations__[name],
+            )
+            for name, default in defaults.items()
+        ]
+        vars(verb)["__signature__"] = plain.replace(parameters=[*own, *more])
+        return verb
+
+    return spell_out
 
 
 class Registry(Closing):
@@ -43,51 +95,46 @@ class Registry(Closing):
         self,
         place: Place,
         *,
-        lock_timeout_s: float = layout.LOCK_WAIT_S,
+        lock_timeout_s: float = LOCK_WAIT_S,
         actor: str | None = None,
         redact: Redact | None = None,
         via: Via = "api",
+        limits: Limits = DEFAULT,
     ) -> None:
-        """Use `crewlog.open`, which finds the place. `session` is for crewlog's own parts."""
-        self.session = Session(place, wait_s=lock_timeout_s, actor=actor, redact=redact, via=via)
+        """Use `crewlog.open`, which finds the place."""
+        self._session = Session(
+            place, wait_s=lock_timeout_s, actor=actor, redact=redact, via=via, limits=limits
+        )
 
     def close(self) -> None:
         """Give every resource back; idempotent."""
-        self.session.close()
+        self._session.close()
 
     @property
     def where(self) -> str:
         """Return the place: a path, or a URL."""
-        return self.session.where
+        return self._session.where
 
     @property
     def path(self) -> Path:
         """Return the directory. *Raises* Unsupported where the store is in none."""
-        place = self.session.place
-        if isinstance(place, DirectoryPlace):
-            return place.path
-        raise no_directory(self.where, what="a path")
+        return self._session.place.path
+
+    @property
+    def place(self) -> Place:
+        """Return the place, which says what kind of store is there."""
+        return self._session.place
 
     @property
     def exists(self) -> bool:
         """Say whether there is a store at the place; reading creates none."""
-        return self.session.found() is not None
+        return self._session.find() is not None
 
     # -- change -----------------------------------------------------------------------------
 
+    @shows(_WISH, WorkerOptions)
     def register(
-        self,
-        sid: str,
-        *,
-        pid: int | None = None,
-        sock: str = "",
-        version: str = "",
-        labels: Mapping[str, str] | None = None,
-        meta: Mapping[str, JsonValue] | None = None,
-        ready: bool = False,
-        owner: int | None = None,
-        lease: bool = False,
-        heartbeat_s: float | None = None,
+        self, sid: str, *, pid: int | None = None, **options: Unpack[WorkerOptions]
     ) -> Worker:
         """Register a running process, by default this one, and return it as a worker.
 
@@ -98,91 +145,47 @@ class Registry(Closing):
         WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError and
         TypeError for bad arguments.
         """
-        wish = Wish(sock, version, labels, meta, ready, owner, lease, heartbeat_s)
-        return registering.register(self.session, sid, pid, wish)
+        return register.register(self._session, sid, pid, wish_of(options))
 
-    def update(
-        self,
-        sid: str,
-        *,
-        state: str | None = None,
-        sock: str | None = None,
-        version: str | None = None,
-        labels: Mapping[str, str | None] | None = None,
-        meta: Mapping[str, JsonValue] | None = None,
-        reason: str | None = None,
-        expect: int | None = None,
-    ) -> Worker:
+    @shows(UPDATE_DEFAULTS, UpdateOptions)
+    def update(self, sid: str, **options: Unpack[UpdateOptions]) -> Worker:
         """Move a worker to ready, draining or stopping, or patch it, and return it.
 
         Labels and meta are merged key by key, None removes one. What would change nothing is not
         written. *Args*: `expect` is the rev that the caller read. *Raises* WorkerNotFound,
         InvalidTransition, StaleRevision; ValueError and TypeError for bad arguments.
         """
-        step = changes.updated(
-            self.session.author(),
-            sid,
-            state=state,
-            sock=sock,
-            version=version,
-            labels=labels,
-            meta=meta,
-            reason=reason,
-            expect=expect,
-            sock_of=self.session.sock_of,
-        )
-        return self.session.put([step])
+        seen = register.seen_socket(sid, options, self._sock_of)
+        return self._session.put([update_step(self._session.author(), sid, options, seen=seen)])
 
-    def exited(
-        self,
-        sid: str,
-        *,
-        code: int | None = None,
-        signal: int | None = None,
-        source: str = "self",
-        expect: int | None = None,
-    ) -> Event:
+    def _sock_of(self, sid: str) -> str | None:
+        return register.recorded_sock(self._session, sid)
+
+    @shows(EXIT_DEFAULTS, ExitOptions)
+    def exited(self, sid: str, **options: Unpack[ExitOptions]) -> Event:
         """Record that a worker ended, and return the event.
 
         The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
         not 0 or a signal ended it. *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
         """
-        author = self.session.author()
-        step = changes.exited(author, sid, code=code, signal=signal, source=source, expect=expect)
-        return self.session.change(step)
+        return self._session.change(exit_step(self._session.author(), sid, options))
 
     def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
         """Take a worker out of the registry and return the event; its process is left alone.
 
         *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
         """
-        step = changes.released(self.session.author(), sid, reason=reason, expect=expect)
-        return self.session.change(step)
+        step = release_step(self._session.author(), sid, reason=reason, expect=expect)
+        return self._session.change(step)
 
     def batch(self) -> Batch:
         """Collect changes in a `with` block; all of them become durable at its end, or none."""
-        return Batch(self.session.author(), self.session.append, sock_of=self.session.sock_of)
+        return Batch(self._session.author(), self._session.append, sock_of=self._sock_of)
 
     # -- start, hear, end -------------------------------------------------------------------
 
-    def spawn(
-        self,
-        sid: str,
-        argv: Words,
-        *,
-        sock: str = "",
-        version: str = "",
-        labels: Mapping[str, str] | None = None,
-        meta: Mapping[str, JsonValue] | None = None,
-        ready: bool = False,
-        owner: int | None = None,
-        lease: bool = False,
-        heartbeat_s: float | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        stdout: Stream = NOWHERE,
-        stderr: Stream = None,
-    ) -> Worker:
+    @shows(_SPAWN, SpawnOptions)
+    def spawn(self, sid: str, argv: Words, **options: Unpack[SpawnOptions]) -> Worker:
         """Start a program as a worker, in a session of its own, and return it.
 
         Its stdin is empty and its stdout goes nowhere unless given: it may outlive what reads ours.
@@ -193,30 +196,15 @@ class Registry(Closing):
         program, which must then not close descriptors that it does not know. *Raises* WorkerExists;
         SpawnFailed, and the worker is then recorded as ended.
         """
-        return starting.spawn(
-            self.session,
-            sid,
-            argv,
-            sock=sock,
-            version=version,
-            labels=labels,
-            meta=meta,
-            ready=ready,
-            owner=owner,
-            lease=lease,
-            heartbeat_s=heartbeat_s,
-            cwd=cwd,
-            env=env,
-            stdout=stdout,
-            stderr=stderr,
-        )
+        return start.spawn(self._session, sid, argv, **options)
 
+    @shows(_SPAWN, SpawnOptions)
     def ensure(
         self,
         sid: str,
         argv: Words,
         *,
-        timeout_s: float = layout.ENSURE_WAIT_S,
+        timeout_s: float = start.ENSURE_WAIT_S,
         **options: Unpack[SpawnOptions],
     ) -> Worker:
         """Return the living worker of that sid, or start it; see `spawn` for the arguments.
@@ -226,7 +214,7 @@ class Registry(Closing):
         started anew. *Raises* WorkerExists while it cannot be judged; WaitTimeout and LockBusy
         after `timeout_s`.
         """
-        return starting.ensure(self.session, sid, argv, timeout_s=timeout_s, **options)
+        return start.ensure(self._session, sid, argv, timeout_s=timeout_s, **options)
 
     def beat(self, sid: str) -> None:
         """Say that a worker is well, now; nothing is added to the log.
@@ -234,13 +222,13 @@ class Registry(Closing):
         For the worker itself, or whoever vouches for it. Without a beat for `heartbeat_s` it counts
         as stalled. *Raises* WorkerNotFound; LeaseMissing if it was registered without a lease.
         """
-        judging.beat(self.session, sid)
+        judge.beat(self._session, sid)
 
     def stop(
         self,
         sid: str,
         *,
-        grace_s: float = layout.GRACE_S,
+        grace_s: float = stop.GRACE_S,
         reason: str,
         signal: int = SIGTERM,
     ) -> Event:
@@ -253,7 +241,7 @@ class Registry(Closing):
         proven to be the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`;
         StaleRevision if the sid is another worker's before the request is written.
         """
-        return ending.stop(self.session, sid, grace_s=grace_s, reason=reason, signal=signal)
+        return stop.stop(self._session, sid, grace_s=grace_s, reason=reason, signal=signal)
 
     def observe(self, sid: str, *, timeout_s: float | None = None) -> Event:
         """Wait for the end of a worker that need not be our child; record it, and how it ended.
@@ -264,17 +252,17 @@ class Registry(Closing):
         WorkerNotFound; WaitTimeout after `timeout_s`; IdentityMismatch where it cannot be judged or
         waited for from here; StaleRevision if its end is no longer in the history.
         """
-        return ending.observe(self.session, sid, timeout_s=timeout_s)
+        return stop.observe(self._session, sid, timeout_s=timeout_s)
 
     # -- read -------------------------------------------------------------------------------
 
     def get(self, sid: str) -> Worker | None:
         """Return one worker, final ones included; None if the registry holds none of that sid."""
-        return self.session.get(sid)
+        return self._session.get(sid)
 
     def workers(self, *, all: bool = False) -> list[Worker]:  # noqa: A002 (the promised name)
         """Return the workers that are not final, in order of registration; with `all` every one."""
-        store = self.session.found()
+        store = self._session.find()
         if store is None:
             return []
         with store.state() as state:
@@ -283,17 +271,17 @@ class Registry(Closing):
 
     def state(self) -> State:
         """Return every worker that is not pruned, and the seq that this is the state of."""
-        return self.session.state()
+        return self._session.state()
 
     @property
     def last_seq(self) -> int:
         """Return the seq of the last durable event, 0 where there is no store."""
-        store = self.session.found()
+        store = self._session.find()
         return 0 if store is None else store.last_seq()
 
     def totals(self) -> Mapping[str, int]:
         """Return how many events of each type there ever were."""
-        store = self.session.found()
+        store = self._session.find()
         if store is None:
             return {}
         with store.state() as state:
@@ -301,7 +289,7 @@ class Registry(Closing):
 
     def compacted(self) -> tuple[int, datetime] | None:
         """Return what seq the last compaction covers and when it ended, None before the first."""
-        store = self.session.found()
+        store = self._session.find()
         return None if store is None else store.compacted()
 
     def liveness(self, sid: str) -> Liveness:
@@ -310,24 +298,24 @@ class Registry(Closing):
         Of one that lives on this host, its socket is asked too, where it has a Unix one: it sees a
         connection that ends at once.
         """
-        return judging.liveness_of(self.session, sid)
+        return judge.liveness_of(self._session, sid)
 
     def judge(self, workers: Collection[Worker]) -> list[Liveness]:
         """Judge many workers, now, in their order; no lock is held and nothing is written."""
-        return judging.judge(self.session, workers)
+        return judge.judge(self._session, workers)
+
+    def usage(self, worker: Worker) -> Usage | None:
+        """Return what a worker's process uses, now; None if it cannot be told from here."""
+        return None if worker.identity is None else identity.usage(worker.identity)
+
+    def foresee_stop(self, worker: Worker) -> Outlook:
+        """Return what `stop` would do with a worker. *Raises* StopRefused, IdentityMismatch."""
+        return stop.foresee_stop(self._session, worker)
 
     # -- the past ---------------------------------------------------------------------------
 
-    def history(
-        self,
-        *,
-        sid: str | None = None,
-        types: Collection[str] | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        after: int | None = None,
-        newest_first: bool = False,
-    ) -> Iterator[Event]:
+    @shows(history.DEFAULTS, HistoryOptions)
+    def history(self, **options: Unpack[HistoryOptions]) -> Iterator[Event]:
         """Yield the events that match, oldest first, through log and archive.
 
         The store's own events are left out unless `types` names them. *Args*: `since` and `until`
@@ -335,15 +323,7 @@ class Registry(Closing):
         first ones come at once, however long the history is.
         *Raises* DataDamaged where the history is; CompactedError where `after` is no longer kept.
         """
-        return past.history(
-            self.session,
-            sid=sid,
-            types=types,
-            since=since,
-            until=until,
-            after=after,
-            newest_first=newest_first,
-        )
+        return history.history(self._session, **options)
 
     def at(self, when: datetime | int) -> Past:
         """Return the state as it was at a seq, or after the last event up to an aware time.
@@ -352,27 +332,19 @@ class Registry(Closing):
         from the nearest older state that is kept. *Raises* CompactedError where the history that
         it needs was dropped; DataDamaged.
         """
-        return past.at(self.session, when)
+        return history.at(self._session, when)
 
     def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
         """Return every worker's life that the kept history tells of, in order of registration.
 
         `progress` is told how many of how many events are read. *Raises* DataDamaged.
         """
-        return past.lives(self.session, progress)
+        return history.lives(self._session, progress)
 
     # -- follow -----------------------------------------------------------------------------
 
-    def watch(
-        self,
-        *,
-        after: After = None,
-        sids: Collection[str] | None = None,
-        types: Collection[str] | None = None,
-        cursor: str | None = None,
-        on_compacted: OnCompacted = "reset",
-        backend: Backend = "auto",
-    ) -> Watch:
+    @shows(follow.DEFAULTS, WatchOptions)
+    def watch(self, **options: Unpack[WatchOptions]) -> Watch:
         """Deliver events as they become durable.
 
         *Args*: `after` None begins with the state of now, carried by the first Synced; an int with
@@ -383,20 +355,18 @@ class Registry(Closing):
         *Guarantee*: in order, each once, none before it is durable, none left out but as a Reset
         says. *Raises* StoreMissing if there is no store yet; CursorBusy.
         """
-        return follow.watch(
-            self.session,
-            after=after,
-            sids=sids,
-            types=types,
-            cursor=cursor,
-            on_compacted=on_compacted,
-            backend=backend,
-        )
+        return follow.watch(self._session, **options)
 
+    @shows(follow.DEFAULTS, WatchOptions)
     def awatch(self, **options: Unpack[WatchOptions]) -> "AsyncWatch":
         """Deliver events to asyncio, like `watch`; call it with a running loop."""
-        return follow.awatch(self.session, **options)
+        with no_fork():
+            from crewlog.aio.watch import AsyncWatch, LoopBell  # noqa: PLC0415 (slow to import)
 
+        bell = LoopBell()
+        return AsyncWatch(follow.vigil(self._session, lambda: bell, **options), bell)
+
+    @shows(follow.DEFAULTS, WatchOptions)
     def subscribe(
         self,
         callback: Callable[[Item], object],
@@ -405,11 +375,11 @@ class Registry(Closing):
         **options: Unpack[WatchOptions],
     ) -> Subscription:
         """Call back for every item in a thread of its own; arguments as for `watch`."""
-        return follow.subscribe(self.session, callback, on_error=on_error, **options)
+        return follow.subscribe(self._session, callback, on_error=on_error, **options)
 
     def mirror(self, *, backend: Backend = "auto") -> Mirror:
         """Return the state of now as an object that can be waited on."""
-        return follow.mirror(self.session, backend=backend)
+        return follow.mirror(self._session, backend=backend)
 
     def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
         """Return the worker once it is in `state`; it need not be registered yet.
@@ -417,13 +387,71 @@ class Registry(Closing):
         *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
         something else.
         """
-        return follow.wait(self.session, sid, state=state, timeout_s=timeout_s)
+        return follow.wait(self._session, sid, state=state, timeout_s=timeout_s)
+
+    # -- the store itself -------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """Return what no other store has. *Raises* StoreMissing."""
+        return self.store().id
+
+    @property
+    def first_seq(self) -> int:
+        """Return the seq of the oldest event that is kept. *Raises* StoreMissing."""
+        return self.store().first_seq()
+
+    @property
+    def cursors(self) -> Cursors:
+        """Return the durable positions of subscribers. *Raises* StoreMissing."""
+        return self.store().cursors
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return how many bytes the parts of the store take. *Raises* StoreMissing."""
+        return self.store().sizes()
+
+    @property
+    def unit_workers_max(self) -> int:
+        """Return how many workers one unit may change; the store is created if there is none."""
+        return self._session.make().unit_workers_max
+
+    def store(self) -> Store:
+        """Return the store, for what is done to a whole store. *Raises* StoreMissing."""
+        return self._session.require()
+
+    def author(self, via: Via | None = None) -> Author:
+        """Return who acts, for the steps that `commit` takes; `via` says through what."""
+        return self._session.author(via)
+
+    def commit(self, steps: Sequence[Step]) -> Appended:
+        """Write steps as one unit, all or nothing; durable on return. Creates the store."""
+        return self._session.append(steps)
+
+    def change(self, step: Step) -> Event:
+        """Write one step and return its event, or the worker's last one if nothing had to be."""
+        return self._session.change(step)
+
+    def child(
+        self,
+        sid: str,
+        argv: Words,
+        *,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        **options: Unpack[WorkerOptions],
+    ) -> "AbstractContextManager[Child]":
+        """Start a program whose end the caller waits for and records itself, as `crewlog run` does.
+
+        `before` is called before its process is there, `after` before it is registered.
+        """
+        wish = wish_of(options)
+        return start.child(self._session, sid, argv, wish, before=before, after=after)
 
 
 def open(  # noqa: A001 (crewlog.open is the promised name)
     where: Where = None,
     *,
-    lock_timeout_s: float = layout.LOCK_WAIT_S,
+    lock_timeout_s: float = LOCK_WAIT_S,
     actor: str | None = None,
     redact: Redact | None = None,
 ) -> Registry:

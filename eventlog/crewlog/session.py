@@ -5,13 +5,11 @@ import os
 import pwd
 import sys
 import threading
-import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from crewlog import arguments, changes, codec, events
-from crewlog.appending import EMPTY, Appended, Decide
-from crewlog.changes import Author, Redact, Step
+from crewlog import host
 from crewlog.errors import (
     CompactedError,
     CrewlogError,
@@ -19,7 +17,10 @@ from crewlog.errors import (
     StoreMissing,
     WorkerNotFound,
 )
-from crewlog.events import Event, JsonObject, State, Worker, event_of, state_of, worker_of
+from crewlog.model import arguments, codec, events
+from crewlog.model.events import Event, JsonObject, State, Worker, event_of, state_of, worker_of
+from crewlog.model.limits import DEFAULT, Limits
+from crewlog.model.steps import EMPTY, Appended, Author, Decide, Redact, Step, decide_all
 from crewlog.place import Place
 from crewlog.store import Store
 
@@ -30,29 +31,42 @@ class Session:
     """One user's way to one store: opened when it is first needed, created at the first change."""
 
     def __init__(
-        self, place: Place, *, wait_s: float, actor: str | None, redact: Redact | None, via: Via
+        self,
+        place: Place,
+        *,
+        wait_s: float,
+        actor: str | None,
+        redact: Redact | None,
+        via: Via,
+        limits: Limits = DEFAULT,
     ) -> None:
         """Open nothing yet; see `crewlog.open` for the arguments."""
         self.place = place
+        self.limits = limits
         self._wait_s = arguments.check_wait(wait_s)
         self._name = None if actor is None else arguments.check_reason(actor)
         self._redact = redact
         self._via: Via = via
         self._authors: dict[tuple[int, Via], Author] = {}
         self._opening = threading.Lock()
-        _living.add(self)
         self._store: Store | None = None
         self._missing: StoreMissing | None = None  # why there was none at the last look
         self._closed = False
+        host.renew_in_child(self, rank=host.SESSIONS)
 
     def twin(self) -> "Session":
         """Return a session of its own for the same place, for a thread that outlives this one."""
         return Session(
-            self.place, wait_s=self._wait_s, actor=self._name, redact=self._redact, via=self._via
+            self.place,
+            wait_s=self._wait_s,
+            actor=self._name,
+            redact=self._redact,
+            via=self._via,
+            limits=self.limits,
         )
 
     def close(self) -> None:
-        """Give every resource back; idempotent."""
+        """Release every resource; idempotent."""
         self._closed = True
         with self._opening:
             if self._store is not None:
@@ -63,15 +77,24 @@ class Session:
         """Renew the mutex in a forked child: another thread of the parent may have held it."""
         self._opening = threading.Lock()
 
-    # -- the store --------------------------------------------------------------------------
+    # -- the store: there, or to be made ----------------------------------------------------
 
     @property
     def where(self) -> str:
         """Return the place: a path, or a URL."""
         return str(self.place)
 
-    def found(self) -> Store | None:
-        """Return the store; None if there is none. *Raises* RegistryClosed."""
+    @property
+    def opened(self) -> Store | None:
+        """Return the store if it is open already."""
+        store = None if self._closed else self._store
+        return None if store is None or store.closed else store
+
+    def find(self, *, fresh: bool = False) -> Store | None:
+        """Return the store, None if there is none; `fresh`: the one that the place leads to now.
+
+        *Raises* RegistryClosed.
+        """
         if self._closed:
             raise RegistryClosed(self.where)
         if self._store is None:
@@ -80,70 +103,63 @@ class Session:
                     raise RegistryClosed(self.where)
                 if self._store is None:
                     try:
-                        self._store = self.place.open(wait_s=self._wait_s)
+                        self._store = self._open()
                     except StoreMissing as error:
-                        self._missing = copy.copy(error)  # its traceback would keep us, and more
+                        # a stored traceback would keep every frame alive
+                        self._missing = copy.copy(error)
                         return None
-        return self._store
+        return self._reopened(self._store) if fresh else self._store
 
-    def held(self) -> Store | None:
-        """Return the store if it is open already."""
-        return None if self._closed else self._store
-
-    def store(self) -> Store:
+    def require(self) -> Store:
         """Return the store. *Raises* StoreMissing if there is none."""
-        found = self.found()
-        if found is None:
+        store = self.find()
+        if store is None:
             raise copy.copy(self._missing) or StoreMissing(self.where)
-        return found
+        return store
 
-    def created(self) -> Store:
-        """Return the store, and create it if there is none."""
-        found = self.found()
-        if found is not None:
-            return found
+    def make(self, decide: Decide | None = None) -> Store:
+        """Return the store; create it if there is none, unless an empty one refuses `decide`."""
+        store = self.find()
+        if store is not None:
+            return store
+        if decide is not None:
+            decide(EMPTY)
         with self._opening:
             if self._closed:
                 raise RegistryClosed(self.where)
             if self._store is None:
-                self._store = self.place.create(wait_s=self._wait_s)
+                self._store = self.place.create(wait_s=self._wait_s, limits=self.limits)
             return self._store
 
-    def store_for(self, decide: Decide) -> Store:
-        """Return the store, and create it if there is none, unless an empty one refuses this."""
-        found = self.found()
-        if found is None:
-            decide(EMPTY)
-            found = self.created()
-        return found
+    def _open(self) -> Store:
+        return self.place.open(wait_s=self._wait_s, limits=self.limits)
 
-    def store_in_place(self) -> Store | None:
-        """Return the store that the place leads to now, reopened if it is another one."""
-        held = self.found()
-        if held is None or held.is_in_place():
+    def _reopened(self, held: Store) -> Store:
+        """Return the store that the place leads to now: another one where this was replaced."""
+        if held.is_in_place():
             return held
         try:
-            fresh = self.place.open(wait_s=self._wait_s)
+            fresh = self._open()
         except CrewlogError:  # nothing whole is in its place yet
             return held
         with self._opening:
             if self._store is not held:  # another thread was faster
                 fresh.close()
-                return self._store
+                return self._store or held
             self._store = fresh  # who is in the middle of the other one goes on; it closes after
         return fresh
 
-    # -- the state of now -----------------------------------------------------------------------
+    # -- the state of now -------------------------------------------------------------------
 
     def get(self, sid: str) -> Worker | None:
         """Return one worker, final ones included; None if there is none of that sid."""
-        store = self.found()
+        store = self.find()
         record = None if store is None else store.record(sid)
         return None if record is None else worker_of(record)
 
     def state(self) -> State:
         """Return every worker that is not pruned, and the seq that this is the state of."""
-        store = self.found()
+        store = self.find()
         if store is None:
             return state_of(0, {})
         with store.state() as state:
@@ -157,18 +173,13 @@ class Session:
             raise WorkerNotFound(sid)
         return worker
 
-    def sock_of(self, sid: str) -> str | None:
-        """Return the recorded socket of a worker; None if it has none, or there is no such one."""
-        worker = self.get(sid)
-        return None if worker is None else worker.sock or None
-
     def last_event(self, worker: Worker) -> Event:
         """Return the event that brought a worker to where it is.
 
         Where the history is no longer kept it is told from what that left, without author and raw.
         """
         try:
-            return next(event_of(line, raw) for line, raw in self.store().read(worker.rev - 1))
+            return next(event_of(line, raw) for line, raw in self.require().read(worker.rev - 1))
         except CompactedError:
             return events.remembered(worker)
 
@@ -191,12 +202,12 @@ class Session:
             self._authors[key] = Author(actor=codec.dump(actor), redact=self._redact)
         return self._authors[key]
 
-    def append(self, steps: list[Step]) -> Appended:
+    def append(self, steps: Sequence[Step]) -> Appended:
         """Write steps as one unit; durable on return."""
-        about, decide = {step.sid for step in steps}, changes.together(steps)
-        return self.store_for(decide).append(decide, about=about)
+        about, decide = {step.sid for step in steps}, decide_all(steps)
+        return self.make(decide).append(decide, about=about)
 
-    def put(self, steps: list[Step]) -> Worker:
+    def put(self, steps: Sequence[Step]) -> Worker:
         """Write steps as one unit; return the worker of the last one as it is then."""
         sid = steps[-1].sid
         return worker_in(self.append(steps), sid) or self.known(sid)
@@ -230,14 +241,3 @@ def _user() -> str:
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-_living: "weakref.WeakSet[Session]" = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for session in list(_living):
-        session.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

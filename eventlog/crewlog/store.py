@@ -1,32 +1,100 @@
 """State what any store must promise, so that a registry does not care where its events live.
 
-Two keep these promises: a directory of this machine (log.py) and a prefix of an etcd cluster
+Two keep these promises: a directory of this machine (local/) and a prefix of an etcd cluster
 (etcd/). `append`, cursors and leases change it; whatever is read is durable.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from crewlog.appending import Appended, Decide
-from crewlog.codec import Snapshot
-from crewlog.commit import Commits, Phases
-from crewlog.events import Line, Record, Worker
-from crewlog.fold import Fold
-from crewlog.liveness import LeaseSeen
-from crewlog.notify import Channel
-from crewlog.sieve import Sieve
+from crewlog.host import no_fork
+from crewlog.model import codec
+from crewlog.model.events import Line, Record, Worker
+from crewlog.model.fold import Fold
+from crewlog.model.limits import Limits
+from crewlog.model.sieve import Sieve
+from crewlog.model.snapshot import Snapshot
+from crewlog.model.steps import Appended, Decide
+from crewlog.process.liveness import LeaseSeen
+from crewlog.queue import Done, Start
+
+_RETRIES: Final = 8
 
 
-class Store(Phases, Protocol):
+T = TypeVar("T")
+Kind: TypeAlias = Literal["directory", "etcd"]
+
+
+# -- wakes --------------------------------------------------------------------------------
+
+Backend: TypeAlias = Literal["auto", "inotify", "watchdog", "poll"]
+
+
+class Rings(Protocol):
+    """What a source rings: every reader of a hub."""
+
+    def __call__(self) -> None:
+        """Ring them all; never raises and never touches a file."""
+        ...
+
+
+class Source(Protocol):
+    """Something that tells of the changes of one store."""
+
+    name: str
+
+    def healthy(self) -> bool:
+        """Say whether it can still tell."""
+        ...
+
+    def close(self) -> None:
+        """Give every resource back."""
+        ...
+
+
+class Channel(Protocol):
+    """Where the changes of a store can be heard."""
+
+    @property
+    def where(self) -> str:
+        """Return the place, for messages."""
+        ...
+
+    def identity(self) -> Hashable:
+        """Return what changes when something else takes its place; None where it is gone."""
+        ...
+
+    def unheard(self) -> str:
+        """Return why nothing can be heard and it must be polled, "" if it can be."""
+        ...
+
+    def source(self, backend: Backend, rings: Rings) -> Source:
+        """Listen from here on. *Raises* OSError where the system cannot tell."""
+        ...
+
+
+# -- the store -----------------------------------------------------------------------------
+
+
+class Store(Protocol):
     """An append-only log of events, the state that they fold to, and what belongs to its readers.
 
-    `where` names it for people, `id` tells it from every other store; `commits` is the queue of
-    this process's appends.
+    `where` names it for people, `id` tells it from every other store, `kind` says which engine
+    keeps it.
     """
 
-    commits: Commits
+    @property
+    def kind(self) -> Kind:
+        """Return which engine keeps it."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """Return the limits that it was opened with."""
+        ...
 
     @property
     def where(self) -> str:
@@ -65,6 +133,10 @@ class Store(Phases, Protocol):
 
         Where `decide` returns nothing, the state it looked at is durable on return.
         """
+        ...
+
+    def submit(self, decide: Decide, about: Collection[str], *, done: Done, start: Start) -> object:
+        """Append as `append` does, without waiting; see queue.Commits.submit."""
         ...
 
     # -- read -------------------------------------------------------------------------------
@@ -298,6 +370,45 @@ class Leases(Protocol):
         """Hold the turn to start a worker of one sid. *Raises* LockBusy after `wait_s` seconds."""
         ...
 
-    def sweep(self, *, needed: Callable[[str], bool]) -> int:
-        """Remove the leases that nobody holds and no living worker needs; return how many."""
+    def sweep(self, *, needed: Callable[[str, str], bool]) -> int:
+        """Remove the leases that nobody holds and no living worker needs; return how many.
+
+        `needed` is asked with the sid that a lease was made for and its name.
+        """
         ...
+
+
+# -- new stores -----------------------------------------------------------------------------
+
+
+def new_identity(created: str) -> bytes:
+    """Return the identity of a store that is made now; no other store has its id."""
+    with no_fork():
+        import uuid  # noqa: PLC0415 (once in the life of a store)
+
+    return codec.encode_identity(str(uuid.uuid4()), created=created)
+
+
+# -- states that are kept ------------------------------------------------------------------
+
+
+def oldest_state(store: Store, first: int) -> Snapshot | None:
+    """Return the oldest state that all lines after it are kept of, where `first` is the oldest.
+
+    Beside a retention, or after one that was killed, it may lie within what is to go next.
+    """
+    fitting = [kept for kept in store.snapshots() if kept.last_seq >= first - 1]
+    return min(fitting, key=lambda kept: kept.last_seq, default=None)
+
+
+def state_before(store: Store, first: int) -> Snapshot | None:
+    """Return the state that the line `first` leads on from; None where none of it is kept."""
+    return next((kept for kept in store.snapshots() if kept.last_seq == first - 1), None)
+
+
+def retried(work: Callable[[], T], *errors: type[Exception]) -> T:
+    """Do the work, again where one of these says that a compaction took what it was to read."""
+    for _ in range(_RETRIES - 1):
+        with contextlib.suppress(*errors):
+            return work()
+    return work()

@@ -20,10 +20,11 @@ from typing import Final, ParamSpec, TypeVar
 import pytest
 
 import crewlog
-from crewlog import directory, events
-from crewlog.disk import Disk
+from crewlog import host
 from crewlog.errors import WorkerNotFound
-from crewlog.events import Worker
+from crewlog.local.disk import Disk
+from crewlog.model.events import Worker
+from crewlog.place import ENVIRONMENT
 from crewlog.registry import Registry
 
 BEGAN: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -37,7 +38,7 @@ CALLS: Final = (
 def crewlog_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     """Give a registry in a temporary place, and let CREWLOG_DIR name it."""
     place = tmp_path / "crewlog"
-    monkeypatch.setenv(directory.ENVIRONMENT, str(place))
+    monkeypatch.setenv(ENVIRONMENT, str(place))
     with crewlog.open(place) as registry:
         yield registry
 
@@ -106,7 +107,7 @@ class FrozenClock:
 def crewlog_clock(monkeypatch: pytest.MonkeyPatch) -> FrozenClock:
     """Let the clock of events stand still until it is moved."""
     clock = FrozenClock()
-    monkeypatch.setattr(events, "now", lambda: clock.now)
+    monkeypatch.setattr(host, "now", lambda: clock.now)
     return clock
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import crewlog
 from commands import Cli
-from crewlog import layout, segments
+from crewlog.local import layout
 from crewlog.registry import Registry
 from crewlog_compactor import compact
 from procs import Crew, files, kill
@@ -94,11 +94,9 @@ def test_diff_names_who_came_changed_and_went(cli: Cli, reg: Registry) -> None:
     cli("diff", "--from", reg.last_seq, "--to", start, code=2)
 
 
-def test_diff_across_retention_is_an_honest_no(
-    cli: Cli, reg: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.limits(segment_bytes=4096)
+def test_diff_across_retention_is_an_honest_no(cli: Cli, reg: Registry) -> None:
     """What is no longer kept is said to be so: 1, with what to do."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 4096)
     for _ in range(3):
         _grown(reg, 20)
         for worker in reg.workers():
@@ -151,11 +149,9 @@ def _metrics(path: Path) -> dict[str, float]:
     return found
 
 
-def test_metrics_never_step_back(
-    cli: Cli, reg: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.limits(segment_bytes=4096)
+def test_metrics_never_step_back(cli: Cli, reg: Registry, tmp_path: Path) -> None:
     """Totals survive compaction and retention; the file is replaced whole and readable by all."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 4096)
     path = tmp_path / "crewlog.prom"
     _grown(reg, 30)
     cli("stats", "--prometheus", path)
@@ -198,15 +194,15 @@ def test_export_of_each_format_is_whole(cli: Cli, reg: Registry) -> None:
     assert len(cli("export", "--sid", "w1").stdout.splitlines()) == 2
 
 
+@pytest.mark.limits(segment_bytes=4096)
 @pytest.mark.parametrize(("packing", "tool"), [("gzip", "zcat"), ("zstd", "zstdcat")])
 def test_archive_is_read_by_everybodys_tools(
-    cli: Cli, reg: Registry, monkeypatch: pytest.MonkeyPatch, packing: str, tool: str
+    cli: Cli, reg: Registry, packing: str, tool: str
 ) -> None:
     """Zcat or zstdcat, and jq: the lines as they were written."""
     for name in (tool, "jq"):
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not installed")
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 4096)
     for _ in range(3):
         _grown(reg, 20)
         for number in range(20):
@@ -217,7 +213,7 @@ def test_archive_is_read_by_everybodys_tools(
     assert len(packed) > 1
     line = f"{tool} {shlex.join(map(str, packed))} | jq -r 'select(.sid == \"w1\") | .seq'"
     told = subprocess.run(["sh", "-c", line], check=True, capture_output=True, text=True).stdout
-    kept = segments.active_and_sealed(files(reg).directory)[0]  # what is not archived begins here
+    kept = files(reg).segments.in_log()[0]  # what is not archived begins here
     assert [int(row) for row in told.split()] == [
         event.seq for event in reg.history(sid="w1") if event.seq < kept
     ]

@@ -11,7 +11,7 @@ import pytest
 
 import crewlog
 from commands import CREWLOG, Cli
-from crewlog import layout
+from crewlog.local import layout
 from crewlog.registry import Registry
 from faults import empty_redo
 from procs import Crew, files, kill, until
@@ -339,7 +339,7 @@ def test_run_killed_before_it_registered_leaves_no_worker(
 ) -> None:
     """The child waits for its registration; if its parent dies first, it gives up."""
     reg.register("other", pid=crew.sleeper().pid)
-    lock = files(reg).append_lock
+    lock = files(reg)._appender.lock
     mark = tmp_path / "mark"
     with lock.held(wait_s=5):
         process = subprocess.Popen(
@@ -428,9 +428,9 @@ def test_global_options_stand_on_either_side(place: Path, reg: Registry) -> None
 
 def test_every_command_has_help_with_examples() -> None:
     """--help of each command ends with examples that begin with its name."""
-    from crewlog_cli.main import _COMMANDS
+    from crewlog_cli.main import COMMANDS
 
-    for name in _COMMANDS:
+    for name in COMMANDS:
         done = subprocess.run(
             [*CREWLOG, name, "--help"], check=True, capture_output=True, text=True
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from commands import CREWLOG, Cli
-from crewlog import layout, lease
+from crewlog.local import layout, leases
 from crewlog.registry import Registry
 from procs import Crew, files, kill, state_of, until
 
@@ -185,12 +185,12 @@ def test_every_cause_is_explained() -> None:
     """No verdict of the table is left without words."""
     import re
 
-    from crewlog import liveness
-    from crewlog_cli import explaining
+    from crewlog.process import liveness
+    from crewlog_cli.commands import look
 
     source = Path(liveness.__file__).read_text()
     causes = set(re.findall(r"return _(?:ALIVE|DEAD|UNKNOWN), \"(\w+)\"", source))
-    assert causes == set(explaining._CAUSES)
+    assert causes == set(look._CAUSES)
 
 
 def test_gc_plans_and_applies(cli: Cli, reg: Registry, crew: Crew, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_lease_is_inherited_by_the_program(
     assert worker.heartbeat_s == 0.1
     until(lambda: b"sleep\0" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()[:6])
     at = files(reg).directory
-    assert lease.look(at, worker.lease)[0] == "held"
+    assert leases.look(at, worker.lease)[0] == "held"
     until(lambda: "stalled" in reg.liveness("a").flags)
     seq = reg.last_seq
     assert cli("beat", "a").stdout == ""
@@ -247,9 +247,9 @@ def test_lease_is_inherited_by_the_program(
     if command == "run":  # its runner killed: the program holds it all the same
         started[0].kill()
         started[0].wait()
-        assert lease.look(at, worker.lease)[0] == "held"
+        assert leases.look(at, worker.lease)[0] == "held"
     os.kill(worker.pid, signal.SIGKILL)
-    until(lambda: lease.look(at, str(worker.lease))[0] == "free")
+    until(lambda: leases.look(at, str(worker.lease))[0] == "free")
     assert worker.lease in os.listdir(cli.place / layout.LEASES)
     cli("gc")
     until(lambda: os.listdir(cli.place / layout.LEASES) == [])

@@ -17,8 +17,7 @@ import crewlog
 from commands import CREWLOG, Cli
 from crewlog.errors import CompactedError
 from crewlog.registry import Registry
-from crewlog_cli import doctor
-from crewlog_compactor import KeepEvents, compact
+from crewlog_compactor import KeepEvents, compact, health
 from procs import Crew, kill
 
 
@@ -33,11 +32,9 @@ def shell(place: Path, line: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_past_before_what_is_kept_is_an_honest_no(
-    reg: Registry, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.limits(segment_bytes=1500)
+def test_past_before_what_is_kept_is_an_honest_no(reg: Registry, cli: Cli) -> None:
     """After a retention nobody knows what was then; the state that is left is not it."""
-    monkeypatch.setattr("crewlog.layout.SEGMENT_BYTES_MAX", 1500)
     for number in range(12):
         reg.register(f"w{number}")
         compact(reg, gc=False)
@@ -227,7 +224,7 @@ def test_place_that_cannot_be_made_fails_in_doctor(
     """It is not `ok` until the first change is refused."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     with crewlog.open(tmp_path / "new" / "crew") as reg:
-        place = next(iter(doctor.checks(reg)))
+        place = next(iter(health.checks(reg)))
     assert (place.status, f"we may not write in {tmp_path}" in place.found) == ("fail", True)
 
 

@@ -24,7 +24,7 @@ from commands import Cli
 from crewlog import errors
 from crewlog.errors import CrewlogError
 from crewlog.registry import Registry
-from crewlog_cli import main, shell, times
+from crewlog_cli import inputs, main, output, shell
 from crewlog_cli.shell import Shell
 from procs import Crew
 
@@ -55,7 +55,7 @@ def test_every_command_tells_in_json(cli: Cli, reg: Registry, crew: Crew, tmp_pa
     reg.exited("d", code=0)
     reg.register("leased", lease=True, heartbeat_s=60)
     values = {"pid": str(crew.sleeper().pid), "old": str(old)}
-    assert {*FINITE, *STREAMS} | OTHERS == {*main._COMMANDS}, "a new command needs its place here"
+    assert {*FINITE, *STREAMS} | OTHERS == {*main.COMMANDS}, "a new command needs its place here"
     for name, words in FINITE.items():
         found = cli.json(name, *(word.format(**values) for word in words))
         assert len(found) > 1, name
@@ -94,7 +94,7 @@ def samples() -> list[CrewlogError]:
         }  # fmt: skip
         if "remedy" in inspect.signature(kind.__init__).parameters:
             values["remedy"] = "Do something"  # test_tidy.py sees to it that each place gives one
-        found.append(kind(**values))  # type: ignore[arg-type]
+        found.append(kind(**values))
     return found
 
 
@@ -170,7 +170,7 @@ def test_no_stream_for_people_holds_what_a_terminal_obeys(
     monkeypatch: pytest.MonkeyPatch, text: str, actor: str
 ) -> None:
     """Whatever workers are labelled, whoever acts, whatever is typed; in every command."""
-    monkeypatch.setattr(shell, "lose_stdout", lambda: None)
+    monkeypatch.setattr(output, "lose_stdout", lambda: None)
     with tempfile.TemporaryDirectory() as home:
         place = Path(home) / "store"
         named = actor if actor.strip() else None
@@ -211,7 +211,7 @@ BERLIN = ZoneInfo("Europe/Berlin")
 )
 def test_times_are_read_as_people_type_them(words: str, found: datetime) -> None:
     """In the zone of the machine where they name none."""
-    assert times.moment(words, now=NOW, zone=BERLIN) == (found, "")
+    assert inputs.read_time(words, now=NOW, zone=BERLIN) == (found, "")
 
 
 @pytest.mark.parametrize(
@@ -221,23 +221,23 @@ def test_times_are_read_as_people_type_them(words: str, found: datetime) -> None
 )  # fmt: skip
 def test_what_is_no_time_is_refused_with_examples(words: str) -> None:
     """Never guessed."""
-    with pytest.raises(times.TimeError, match=r"a (time|duration) is: "):
-        times.moment(words, now=NOW, zone=BERLIN)
+    with pytest.raises(inputs.TimeError, match=r"a (time|duration) is: "):
+        inputs.read_time(words, now=NOW, zone=BERLIN)
 
 
 def test_today_begins_with_its_first_moment_where_midnight_is_skipped() -> None:
     """In Santiago the clock goes from 24:00 to 01:00."""
     zone, noon = ZoneInfo("America/Santiago"), datetime(2026, 9, 6, 15, tzinfo=UTC)
     first = datetime(2026, 9, 6, 4, tzinfo=UTC)
-    assert times.moment("today", now=noon, zone=zone) == (first, "")
-    assert times.moment("yesterday", now=noon + timedelta(days=1), zone=zone) == (first, "")
+    assert inputs.read_time("today", now=noon, zone=zone) == (first, "")
+    assert inputs.read_time("yesterday", now=noon + timedelta(days=1), zone=zone) == (first, "")
 
 
 def test_local_time_that_a_clock_change_skips_or_repeats() -> None:
     """The skipped one is refused, of the repeated one the earlier is taken, and said."""
-    with pytest.raises(times.TimeError, match="does not exist"):
-        times.moment("2026-03-29T02:30", now=NOW, zone=BERLIN)
-    found, said = times.moment("2026-10-25T02:30", now=NOW, zone=BERLIN)
+    with pytest.raises(inputs.TimeError, match="does not exist"):
+        inputs.read_time("2026-03-29T02:30", now=NOW, zone=BERLIN)
+    found, said = inputs.read_time("2026-10-25T02:30", now=NOW, zone=BERLIN)
     assert found == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
     assert "came twice" in said
 
@@ -297,5 +297,5 @@ def test_every_command_is_named_by_help_and_alone() -> None:
     done = io.StringIO()
     with contextlib.redirect_stdout(done):
         main.run(["--help"])
-    for name in main._COMMANDS:
+    for name in main.COMMANDS:
         assert f"  {name} " in done.getvalue()

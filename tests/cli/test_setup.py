@@ -15,19 +15,22 @@ import pytest
 
 import crewlog
 from commands import CREWLOG, Cli
-from crewlog import events, layout, notify
+from crewlog import host
+from crewlog.local import layout, listen
 from crewlog.registry import Registry
-from crewlog_cli import doctor as doctors
-from crewlog_cli import schedule, text
-from crewlog_cli.looking import Check
-from crewlog_compactor import compact
+from crewlog.store import Source
+from crewlog_cli import text
+from crewlog_cli.commands import setup
+from crewlog_compactor import compact, health
+from crewlog_compactor.local import health as local_health
+from crewlog_compactor.reports import Check
 from procs import Crew
 
 # -- doctor ---------------------------------------------------------------------------------
 
 
 def found_by(reg: Registry) -> dict[str, Check]:
-    return {check.name: check for check in doctors.checks(reg)}
+    return {check.name: check for check in health.checks(reg)}
 
 
 def test_doctor_finds_a_sound_place_sound(cli: Cli, reg: Registry) -> None:
@@ -78,18 +81,18 @@ def test_doctor_notices_the_clock_the_backlog_and_deaf_watchers(
     """Each with its remedy."""
     ahead = datetime.now(UTC) + timedelta(hours=2)
     with monkeypatch.context() as patch:
-        patch.setattr(events, "now", lambda: ahead)
+        patch.setattr(host, "now", lambda: ahead)
         reg.register("a")
     assert found_by(reg)["clock"].status == "warn"
-    monkeypatch.setattr(doctors, "_BACKLOG", 0)
+    monkeypatch.setattr(health, "_BACKLOG", 0)
     assert "crewlog schedule cron" in found_by(reg)["compaction"].remedy
 
-    def no_more(*_: object) -> notify.Source:
+    def no_more(*_: object) -> Source:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(notify.HeadChannel, "source", no_more)
+    monkeypatch.setattr(listen.HeadChannel, "source", no_more)
     assert "max_user_watches" in found_by(reg)["wakes"].remedy
-    monkeypatch.setattr(doctors, "_ROOM_BYTES", 1 << 60)
+    monkeypatch.setattr(local_health, "_ROOM_BYTES", 1 << 60)
     assert found_by(reg)["room"].status == "warn"
     (reg.path / layout.REDO).unlink()
     assert found_by(reg)["redo"].status == "warn"
@@ -114,9 +117,9 @@ def test_cron_line_runs_as_it_stands(cli: Cli, reg: Registry, crew: Crew) -> Non
 def test_percent_and_spaces_in_a_path_are_escaped(tmp_path: Path) -> None:
     """Cron ends a command at a percent sign, systemd expands it."""
     place = tmp_path / "a 100%b"
-    assert "a 100\\%b'" in schedule.cron_line(str(place))
+    assert "a 100\\%b'" in setup.cron_line(str(place))
     for kind in ("systemd-user", "systemd-system"):
-        (service, _) = schedule.units(kind, str(place), owner=0).values()
+        (service, _) = setup.units(kind, str(place), owner=0).values()
         assert "100%%b" in service
         row = next(r for r in service.splitlines() if r.startswith("ExecStart="))
         assert str(place).replace("%", "%%") in shlex.split(row.removeprefix("ExecStart="))
@@ -128,17 +131,17 @@ def test_place_cannot_add_to_a_schedule(cli: Cli) -> None:
         done = Cli("/x\n* * * * * touch /tmp/owned #")("schedule", kind, code=2)
         assert done.stdout == ""
         assert "control character" in done.stderr
-    (service, _) = schedule.units("systemd-user", '/a ${HOME}\\"b', owner=0).values()
+    (service, _) = setup.units("systemd-user", '/a ${HOME}\\"b', owner=0).values()
     assert "ExecStart=" in service
     assert '--dir "/a $${HOME}\\\\\\"b" compact' in service
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 @pytest.mark.parametrize("kind", ["systemd-user", "systemd-system"])
-def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: schedule.Kind) -> None:
+def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: setup.Kind) -> None:
     """systemd-analyze verify has nothing to say."""
     reg.register("a")
-    for name, body in schedule.units(kind, reg.where, owner=0).items():
+    for name, body in setup.units(kind, reg.where, owner=0).items():
         (tmp_path / Path(name).name).write_text(body)
     done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / "crewlog-compact.timer"),
@@ -150,8 +153,8 @@ def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: schedule.Kin
 
 def test_unit_blinds_no_collection(reg: Registry) -> None:
     """Nothing that hides processes, users or sockets from who collects."""
-    told = "".join(schedule.units("systemd-system", reg.where, owner=0).values())
-    mine = "".join(schedule.units("systemd-user", reg.where, owner=0).values())
+    told = "".join(setup.units("systemd-system", reg.where, owner=0).values())
+    mine = "".join(setup.units("systemd-user", reg.where, owner=0).values())
     for word in ("PrivatePIDs", "ProtectProc", "PrivateUsers", "PrivateTmp"):
         assert word not in told + mine
     assert "User=" in told

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands import CREWLOG, Cli
-from crewlog import layout
+from crewlog.local import layout
 from crewlog.registry import Registry
 from procs import Crew, files, until
 

@@ -9,10 +9,10 @@ import pytest
 
 from browser import CHROMIUM, Browser
 from commands import Cli
-from crewlog.events import WorkerState
-from crewlog.lives import Life
+from crewlog.model.events import WorkerState
+from crewlog.model.lives import Life
 from crewlog.registry import Registry
-from crewlog_cli import page
+from crewlog_cli.pages import page
 from crewlog_compactor import collect
 from procs import Crew, kill, until
 

@@ -564,9 +564,9 @@ def test_cursor_goes_on_where_it_stood(reg: Registry) -> None:
             reg.watch(cursor="mailer")
     with reg.watch(cursor="mailer") as items:
         assert [i.seq for i in items.drain() if i.kind == "change"] == [4, 5, 6]
-    assert [(c.name, c.seq) for c in reg.session.store().cursors.every()] == [("mailer", 6)]
-    assert reg.session.store().cursors.remove("mailer")
-    assert not reg.session.store().cursors.remove("mailer")
+    assert [(c.name, c.seq) for c in reg.store().cursors.every()] == [("mailer", 6)]
+    assert reg.store().cursors.remove("mailer")
+    assert not reg.store().cursors.remove("mailer")
 
 
 # -- retention ------------------------------------------------------------------------------
@@ -587,7 +587,7 @@ def aged(reg: Registry) -> int:
 def test_history_that_was_dropped_is_compacted_error(reg: Registry, where: str) -> None:
     """Never an empty answer: the error says what is kept. The state is whole."""
     oldest = aged(reg)
-    assert reg.session.store().first_seq() == oldest
+    assert reg.store().first_seq() == oldest
     assert [w.sid for w in reg.workers(all=True)] == [f"w{n}" for n in range(12)]
 
     def watch() -> None:

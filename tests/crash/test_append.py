@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
 from crewlog.errors import (
     AppendUncertain,
     CrewlogError,
@@ -18,6 +17,7 @@ from crewlog.errors import (
     StorePoisoned,
     WorkerExists,
 )
+from crewlog.local import layout
 from crewlog_compactor import verify
 from faults import EIO, ENOSPC, FailingDisk, active_segment, only, registry_on
 from procs import files
@@ -110,7 +110,7 @@ def test_waiting_writer_of_a_poisoned_store_is_told_that_nothing_is_known(place:
         reg.register("b")
     disk.fault = lambda _: None
     with pytest.raises(AppendUncertain) as caught:
-        log._sync.make_durable(3)
+        log._appender.sync.make_durable(3)
     assert caught.value.outcome == "unknown"
 
 
@@ -124,9 +124,9 @@ def test_refusal_stays_a_refusal_where_a_sync_fails(place: Path) -> None:
         reg.register("b")
     disk.fault = lambda _: None
     log = files(reg)
-    log._sync._failed = 0
+    log._appender.sync._failed = 0
     (place / layout.POISON).unlink()
-    log._states.put_head(log.head()._replace(poisoned=False))
+    log._heads.put_head(log.head()._replace(poisoned=False))
     disk.fault = only("sync", EIO)
     with pytest.raises(WorkerExists) as caught:
         reg.register("b")

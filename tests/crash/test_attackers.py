@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
 from crewlog.errors import CrewlogError, UnsafePermissions
+from crewlog.local import layout
 from crewlog_compactor import compact, repair, verify
 from procs import forked, joined, tree
 

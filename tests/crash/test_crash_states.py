@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
-import crewlog
-from crewlog import cursor, directory, layout
+import stores
 from crewlog.errors import CrewlogError
+from crewlog.local import cursors, directory, layout
 from crewlog.registry import Registry
 from crewlog_compactor import collect, compact, repair, verify
 from faults import another_boot, registry_on
 from procs import files
 from recording import CrashState, File, RecordingDisk
+from stores import opened
+
+pytestmark = [pytest.mark.long, pytest.mark.limits(redo_bytes=8192)]
 
 Story = Callable[[Registry, "Witness"], None]
 
@@ -76,7 +79,7 @@ class Witness(RecordingDisk):
     def _shown(self) -> list[tuple[str, str]]:
         """Return what a reader is shown at this moment: nothing of it may ever be taken back."""
         try:
-            with crewlog.open(self.root_path / "store") as reader:
+            with opened(self.root_path / "store") as reader:
                 return [(e.type, e.sid) for e in reader.history()]
         except (CrewlogError, OSError):  # not created yet, or just being mended
             return []
@@ -92,16 +95,16 @@ class Witness(RecordingDisk):
 
     def _recovers(self, place: Path) -> None:
         with another_boot():
-            with crewlog.open(place) as reader:
+            with opened(place) as reader:
                 before = [(e.type, e.sid) for e in reader.history()]
             self._compare(before)
-            with crewlog.open(place) as writer:
+            with opened(place) as writer:
                 writer.register("probe")
                 after = [(e.type, e.sid) for e in writer.history()]
             assert after == [*before, ("worker.registered", "probe")]
             found = verify(place).findings
             assert found == (), found
-        with another_boot(2), crewlog.open(place) as again:
+        with another_boot(2), opened(place) as again:
             assert [(e.type, e.sid) for e in again.history()] == after
 
     def _compare(self, found: list[tuple[str, str]]) -> None:
@@ -184,14 +187,14 @@ def laps(reg: Registry, witness: Witness) -> None:
         registered(reg, witness, f"w-{number}")
 
 
-def cursors(reg: Registry, witness: Witness) -> None:
+def cursor(reg: Registry, witness: Witness) -> None:
     """A cursor is created, moved and removed; retention asks for it."""
     registered(reg, witness, "a")
-    owned = cursor.Cursor(files(reg).directory, "c", start=1)
+    owned = cursors.Cursor(files(reg).directory, "c", start=1)
     for seq in (2, 3):
         owned.advance(seq)
     owned.close()
-    cursor.remove(files(reg).directory, "c")
+    cursors.remove(files(reg).directory, "c")
     registered(reg, witness, "b")
 
 
@@ -200,7 +203,7 @@ STORIES: dict[str, Story] = {
     "rotation": rotation,
     "laps": laps,
     "compaction": compaction,
-    "cursors": cursors,
+    "cursors": cursor,
     "retention": retention,
     "leases": leases,
 }
@@ -211,21 +214,15 @@ def play(story: Story, witness: Witness) -> None:
         story(reg, witness)
 
 
-@pytest.fixture(autouse=True)
-def _small_redo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that writing it for each state takes no hour."""
-    monkeypatch.setattr(layout, "REDO_BYTES", 8192)
-
-
 @pytest.mark.parametrize("name", STORIES)
 def test_every_crash_state_keeps_what_was_acknowledged(
     fast: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Enumerated at every call of every operation."""
     if name == "rotation":
-        monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2500)
+        stores.limit(segment_bytes=2500)
     if name == "laps":
-        monkeypatch.setattr(layout, "REDO_BYTES", 1500)
+        stores.limit(redo_bytes=1500)
     witness = Witness(fast)
     play(STORIES[name], witness)
     assert witness.failures == []
@@ -267,7 +264,7 @@ class Mended(Witness):
     def _recovers(self, place: Path) -> None:
         with another_boot(8):
             repair(place, yes=True, accept_loss=[(1, 10_000)])
-            with crewlog.open(place) as writer:
+            with opened(place) as writer:
                 writer.register("probe")
                 there = {e.sid for e in writer.history()}
             assert there >= {"a", "d", "probe"}, "what was whole is gone"
@@ -279,7 +276,7 @@ def test_every_crash_state_of_a_repair_is_repaired(
     fast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The power goes while a damaged, poisoned store of several segments is repaired."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2500)
+    stores.limit(segment_bytes=2500)
     base = fast / "live" / "store"
     witness = Mended(fast)
     witness.looking = False
@@ -296,7 +293,7 @@ def test_every_crash_state_of_a_repair_is_repaired(
     real = directory.open_existing
     monkeypatch.setattr(
         directory, "open_existing",
-        lambda path, via=None: real(path, via=witness if path == base else via),
+        lambda path, **_: real(path, via=witness if path == base else None),
     )  # fmt: skip
     assert repair(base, yes=True, accept_loss=[(1, 10_000)]).done
     assert witness.failures == []
@@ -342,7 +339,7 @@ def test_missing_syncs_are_found(
     fast: Path, monkeypatch: pytest.MonkeyPatch, control: type[Witness], name: str
 ) -> None:
     """The enumeration catches what it is there for."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2500)
+    stores.limit(segment_bytes=2500)
     witness = control(fast, every=1)
     witness.stop_at_first = True
     play(STORIES[name], witness)

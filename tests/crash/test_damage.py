@@ -14,25 +14,22 @@ from pathlib import Path
 
 import pytest
 
-import crewlog
-from crewlog import codec, layout, structs
 from crewlog.errors import CrewlogError, DataDamaged, LogCorrupt
+from crewlog.local import heads, layout
+from crewlog.model import codec
 from crewlog_compactor import compact, verify
 from faults import active_segment
+from stores import opened
+
+pytestmark = [pytest.mark.long, pytest.mark.limits(redo_bytes=4096)]
 
 # What tells of nothing that must be kept: locks are empty, a beat is a beat.
 NOT_DATA = {layout.LOCKS, layout.LEASES}
 
 
-@pytest.fixture(autouse=True)
-def _small_redo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that setting every byte of it takes no hour."""
-    monkeypatch.setattr(layout, "REDO_BYTES", 4096)
-
-
 def small(place: Path, *, sids: str = "ab") -> None:
     """Make a store that has one of everything."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for turn in range(3):
             for sid in sids:
                 reg.register(f"{sid}{turn}")
@@ -59,14 +56,14 @@ class Story:
 
     def __init__(self, place: Path) -> None:
         """Read it."""
-        with crewlog.open(place) as reg:
+        with opened(place) as reg:
             self.events = {event.seq: event.raw for event in reg.history()}
             self.workers = [(w.sid, w.state, w.rev) for w in reg.workers()]
 
     def is_told(self, place: Path) -> None:
         """Hold what a damaged store shows against it: the same, a beginning of it, or an error."""
         try:
-            with crewlog.open(place) as reg:
+            with opened(place) as reg:
                 for event in reg.history():
                     assert self.events[event.seq] == event.raw, "an event that never was"
                 shown = [(w.sid, w.state, w.rev) for w in reg.workers()]
@@ -101,7 +98,7 @@ def _tolerated(path: Path, place: Path, data: bytes) -> bool:
 
 def live(place: Path) -> int:
     """Return how many bytes of the redo hold anything."""
-    state = structs.decode_append_state((place / layout.APPEND_STATE).read_bytes())
+    state = heads.decode_append_state((place / layout.APPEND_STATE).read_bytes())
     assert state is not None
     return state.kept - state.base
 
@@ -251,20 +248,20 @@ def test_snapshot_older_or_newer_than_the_log(fast: Path) -> None:
     newer, older = place / layout.SNAPSHOT, place / layout.SNAPSHOT_PREV
     kept = newer.read_bytes()
     newer.write_bytes(older.read_bytes())
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         assert [(w.sid, w.state, w.rev) for w in reg.workers()] == story.workers
     newer.write_bytes(kept)
     for path in segments_of(place)[-2:]:
         path.unlink()
     assert found(place)
-    with crewlog.open(place) as reg, pytest.raises(DataDamaged):
+    with opened(place) as reg, pytest.raises(DataDamaged):
         reg.register("after")
 
 
 def test_verdict_on_a_byte_follows_what_was_durable(fast: Path) -> None:
     """Each byte of the active segment: damage before the durable end, a torn tail behind it."""
     place = fast / "store"
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         reg.register("b")
     segment = active_segment(place)
@@ -272,13 +269,13 @@ def test_verdict_on_a_byte_follows_what_was_durable(fast: Path) -> None:
     tail = b'{"v":1,"seq":4,"ts":"2026-11-24T07:26:36.000000Z","half'
     for index in range(len(durable)):
         segment.write_bytes(durable[:index] + bytes([durable[index] ^ 1]) + durable[index + 1 :])
-        with crewlog.open(place) as reg, pytest.raises(DataDamaged):
+        with opened(place) as reg, pytest.raises(DataDamaged):
             reg.workers()
     for length in range(1, len(tail)):
         segment.write_bytes(durable + tail[:length])
-        with crewlog.open(place) as reg:
+        with opened(place) as reg:
             assert [w.sid for w in reg.workers()] == ["a", "b"]
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         assert reg.register("c").rev == 5, "seq 4 tells of the cut"
     assert verify(place).ok
 
@@ -286,7 +283,7 @@ def test_verdict_on_a_byte_follows_what_was_durable(fast: Path) -> None:
 def test_line_with_a_right_crc_and_a_wrong_shape_is_damage_never_a_traceback(fast: Path) -> None:
     """Deep, long, doubled, huge, NUL, invalid UTF-8, wrong types: each under a valid checksum."""
     place = fast / "store"
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         reg.register("b")
     segment = active_segment(place)
@@ -320,14 +317,14 @@ def test_line_with_a_right_crc_and_a_wrong_shape_is_damage_never_a_traceback(fas
         after = codec.parse(rows[2].rstrip())
         assert after["seq"] == 3
         segment.write_bytes(rows[0] + forged + rows[2])
-        with crewlog.open(place) as reg, pytest.raises(CrewlogError):
+        with opened(place) as reg, pytest.raises(CrewlogError):
             reg.workers()
         assert found(place), part[:200]
 
 
 def test_compaction_tells_of_damage_that_it_was_about_to_archive(place: Path) -> None:
     """The snapshot covers it, so nobody reads it any more; but it must not be packed unsaid."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for number in range(3):
             reg.register(f"w{number}", meta={"n": number})
             if number < 2:
@@ -351,7 +348,7 @@ def test_compaction_tells_of_damage_that_it_was_about_to_archive(place: Path) ->
 
 def test_retention_does_not_drop_what_it_cannot_fold(place: Path) -> None:
     """A damaged archive stays for repair, or a backup: its loss would be silent otherwise."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for number in range(4):
             reg.register(f"w{number}")
             compact(reg, gc=False)

@@ -16,14 +16,18 @@ from pathlib import Path
 
 import pytest
 
-import crewlog
-from crewlog import cursor, layout, segments, structs
+import stores
 from crewlog.errors import CrewlogError, StorePoisoned
-from crewlog.recovery import Found
+from crewlog.local import cursors, heads, layout, segments
+from crewlog.model import chain
+from crewlog.model.chain import Scan
 from crewlog.registry import Registry
 from crewlog_compactor import compact, repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
 from procs import files, forked
+from stores import opened
+
+pytestmark = pytest.mark.long
 
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EINTR]
 CALLS_MAX = 400
@@ -42,13 +46,13 @@ class Operation:
 
 def one(place: Path) -> None:
     """A store with one worker."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("old")
 
 
 def several(place: Path) -> None:
     """A store with an archive, two snapshots and something to fold."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("old")
         for _ in range(3):
             reg.update("old", meta={"n": reg.last_seq})
@@ -74,12 +78,12 @@ def batch(reg: Registry) -> None:
             items.register(sid)
 
 
-def cursors(reg: Registry) -> None:
+def cursor(reg: Registry) -> None:
     """A cursor is made, moved, closed and removed."""
     at = files(reg).directory
     with reg.watch(cursor="c", after="oldest") as items:
         items.drain()
-    cursor.remove(at, "c")
+    cursors.remove(at, "c")
 
 
 def leased(reg: Registry) -> None:
@@ -99,7 +103,7 @@ OPERATIONS = {
     "rotation": Operation(one, register, small=True),
     "compaction": Operation(several, lambda reg: ignore(compact(reg, gc=False)), ()),
     "retention": Operation(several, lambda reg: ignore(compact(reg, gc=False, keep_history=0)), ()),
-    "cursors": Operation(one, cursors, ()),
+    "cursors": Operation(one, cursor, ()),
     "lease": Operation(one, leased),
     "adoption of a dead writer's tail": Operation(torn, register),
     "recovery after a reboot": Operation(torn, register, boot=3),
@@ -136,7 +140,7 @@ def test_fault_at_every_call_ends_as_promised(
     """Until no call is left to fail."""
     operation = OPERATIONS[name]
     if operation.small:
-        monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 1200)
+        stores.limit(segment_bytes=1200)
     base = fast / "base"
     operation.prepare(base)
     fired = 0
@@ -159,9 +163,9 @@ def _fail_once(place: Path, operation: Operation, fault: Counted) -> None:
     disk = FailingDisk()
     if place.exists():
         reg = registry_on(place, disk)
-        before = crewlog.open(place)
+        before = opened(place)
     else:
-        reg, before = crewlog.open(place), None
+        reg, before = opened(place), None
         disk.fault = fault
         try:
             reg = registry_on(place, disk)
@@ -181,7 +185,7 @@ def _fail_once(place: Path, operation: Operation, fault: Counted) -> None:
     acknowledged = {"old"} if before is not None else set()
     _held_against(place, operation, told, acknowledged)
     if disk_poisoned(place):
-        for registry in (reg, before, crewlog.open(place)):
+        for registry in (reg, before, opened(place)):
             if registry is not None:
                 with pytest.raises(StorePoisoned):
                     registry.register("later")
@@ -206,7 +210,7 @@ def _held_against(
     place: Path, operation: Operation, told: str | None, acknowledged: set[str]
 ) -> None:
     """Compare what the caller was told with what everybody can read."""
-    with crewlog.open(place) as fresh:
+    with opened(place) as fresh:
         there = {worker.sid for worker in fresh.workers()}
     assert acknowledged <= there, "acknowledged before, and lost"
     asked = set(operation.asks)
@@ -225,13 +229,13 @@ def _goes_on(place: Path, acknowledged: set[str], *, maybe: tuple[str, ...] = ()
 
     What was written and is `unknown` may come with the next sync, as a unit.
     """
-    with crewlog.open(place) as fresh:
+    with opened(place) as fresh:
         seen = {worker.sid for worker in fresh.workers()}
         fresh.register("after")
         before = {worker.sid for worker in fresh.workers()} - {"after"}
         assert before - seen in (set(), set(maybe))
         assert seen <= before
-    with another_boot(9), crewlog.open(place) as later:
+    with another_boot(9), opened(place) as later:
         later.register("later")
         there = {worker.sid for worker in later.workers()}
         assert there == before | {"after", "later"}
@@ -289,7 +293,7 @@ def test_kill_at_every_call_loses_nothing(
     """SIGKILL before call k, for every k: what was acknowledged is there, the next one goes on."""
     operation = OPERATIONS[name]
     if operation.small:
-        monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 1200)
+        stores.limit(segment_bytes=1200)
     base = fast / "base"
     operation.prepare(base)
     killed = 0
@@ -332,19 +336,17 @@ def test_negative_control_a_tail_glued_to_the_next_line_is_caught(
     fast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer that does not cut a dead one's half line makes one broken line of two."""
-    from crewlog import tail
+    from crewlog.local import recovery
 
     place = fast / "store"
     torn(place)
 
-    def glued(
-        _: object, source: segments.Source, state: structs.AppendState
-    ) -> tuple[object, Found]:
-        found = segments.scan(b"", offset=source.size(), seq=state.seq, prev=state.hash)
+    def glued(_: object, source: segments.Segment, state: heads.AppendState) -> tuple[object, Scan]:
+        found = chain.scan(b"", offset=source.size(), seq=state.seq, prev=state.hash)
         return state._replace(end=source.size()), found
 
-    monkeypatch.setattr(tail, "adopt", glued)
-    with crewlog.open(place) as reg, pytest.raises(CrewlogError):
+    monkeypatch.setattr(recovery, "adopt", glued)
+    with opened(place) as reg, pytest.raises(CrewlogError):
         reg.register("new")
         reg.workers()
     assert verify(place).findings != ()
@@ -354,7 +356,7 @@ def test_negative_control_an_unpoisoned_failure_is_caught(
     fast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store that goes on after a failed sync is what these tests are there to find."""
-    from crewlog.sync import Syncer
+    from crewlog.local.sync import Syncer
 
     place = fast / "store"
     one(place)
@@ -367,5 +369,5 @@ def test_negative_control_an_unpoisoned_failure_is_caught(
     assert caught.value.outcome == "unknown"
     disk.fault = lambda _: None
     assert not disk_poisoned(place)
-    with crewlog.open(place) as next_one:
+    with opened(place) as next_one:
         assert next_one.register("later").rev > 0, "acknowledged over a hole"

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
 from crewlog.errors import LockBusy
+from crewlog.local import layout
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
 from procs import forked, slay, until
+from stores import opened
+
+pytestmark = pytest.mark.long
 
 ACK = struct.Struct("<QQQ")  # writer, number, rev
 Write = Callable[[Registry, int, int, int], None]
@@ -100,14 +103,12 @@ def lost(place: Path, acknowledged: dict[tuple[int, int], int]) -> list[tuple[in
     ]
 
 
-def test_killed_writers_and_compactors_lose_nothing_acknowledged(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.limits(segment_bytes=32 * 1024)
+def test_killed_writers_and_compactors_lose_nothing_acknowledged(place: Path) -> None:
     """300 kills, segments of 32 KiB: everything acknowledged is there, and verify finds nothing."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 32 * 1024)
     acknowledged = storm(place, kills=300, seed=1)
     assert len(acknowledged) > 1000
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         began = time.monotonic()
         reg.register("after")  # whatever was left behind is mended here
         assert time.monotonic() - began < 3, "no lock is waited for until it is given up"
@@ -125,10 +126,10 @@ def test_storm_catches_an_acknowledgement_before_the_write(place: Path) -> None:
     pytest.fail("the storm did not notice that writers acknowledged too early")
 
 
+@pytest.mark.limits(segment_bytes=256 * 1024)
 @pytest.mark.soak
-def test_ten_thousand_kills_lose_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_kills_lose_nothing(place: Path) -> None:
     """The long form, by hand: pytest -m soak tests/crash/test_kill_storm.py."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 256 * 1024)
     acknowledged = storm(place, kills=10_000, seed=time.time_ns())
     assert lost(place, acknowledged) == []
     assert verify(place).ok

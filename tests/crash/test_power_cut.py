@@ -25,13 +25,13 @@ from pathlib import Path
 
 import pytest
 
-import crewlog
-from crewlog import layout
-from crewlog.disk import Disk
+import stores
 from crewlog.errors import CrewlogError
+from crewlog.local.disk import Disk
 from crewlog_compactor import compact, verify
 from faults import another_boot
 from procs import forked, state_of, until
+from stores import opened
 
 _SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), ext4 and XFS; 2: without flushing the log
 MEMORY = Path("/dev/shm")  # noqa: S108 (loop devices in memory)
@@ -64,7 +64,10 @@ def _why_not() -> str:
     return ""
 
 
-pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "can be done here")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "can be done here"),
+]
 
 
 def run(*words: str) -> str:
@@ -160,8 +163,8 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 def _write(place: Path, told: int, turn: int, number: int) -> None:
     """Change things for ever, and tell of each change once it is acknowledged."""
-    layout.SEGMENT_BYTES_MAX = 20_000  # type: ignore[misc]
-    with crewlog.open(place) as reg:
+    stores.limit(segment_bytes=20_000)
+    with opened(place) as reg:
         sid = f"w-{turn}-{number}"
         reg.register(sid)
         for change in range(1_000_000):
@@ -175,7 +178,7 @@ def _write(place: Path, told: int, turn: int, number: int) -> None:
 
 
 def _compact(place: Path) -> None:
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         while True:
             try:
                 compact(reg, gc=False)
@@ -184,7 +187,7 @@ def _compact(place: Path) -> None:
 
 
 def _watch(place: Path, told: int) -> None:
-    with crewlog.open(place) as reg, reg.watch(after="now", backend="poll") as items:
+    with opened(place) as reg, reg.watch(after="now", backend="poll") as items:
         for item in items:
             if item.kind == "change":
                 os.write(told, item.event.raw + b"\n")
@@ -207,7 +210,7 @@ def cuts(machine: Machine, count: int, *, seed: int, control: type[Disk] | None 
     dice, lost, changes = random.Random(seed), 0, 0
     for turn in range(count):
         with another_boot(turn + 1):
-            with crewlog.open(machine.place) as reg:
+            with opened(machine.place) as reg:
                 reg.register(f"boot-{turn}")
             (acks, told), (shown, seen) = os.pipe(), os.pipe()
             for fd in (acks, shown):
@@ -228,7 +231,7 @@ def cuts(machine: Machine, count: int, *, seed: int, control: type[Disk] | None 
             machine.cut(pids)
         acknowledged, lines = _all(acks).splitlines(), _all(shown).splitlines()
         changes += len(acknowledged)
-        with another_boot(turn + 2), crewlog.open(machine.place) as reg:
+        with another_boot(turn + 2), opened(machine.place) as reg:
             before = {event.raw for event in reg.history()}
             there = {
                 f"{event.sid} {event.data['meta']['n']}".encode()  # type: ignore[call-overload,index]

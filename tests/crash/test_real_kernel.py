@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
 from crewlog.errors import AppendUncertain, CrewlogError, LockBusy
+from crewlog.local import layout
 from crewlog_compactor import repair, verify
 from procs import Crew, forked, joined, state_of, until
+from stores import opened
+
+pytestmark = pytest.mark.long
 
 STRACE = pytest.mark.skipif(
     shutil.which("strace") is None, reason="strace is not installed (Debian: strace)"
@@ -51,7 +54,7 @@ def test_error_injected_into_a_system_call_ends_as_promised(
 ) -> None:
     """At the kernel's own border: three lines, the right exit code, the truth on the disk."""
     worker = crew.sleeper()
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("old", pid=worker.pid)
     codes = set()
     for when in (1, 2, 3, 99):
@@ -61,7 +64,7 @@ def test_error_injected_into_a_system_call_ends_as_promised(
         assert code in {0, 74, 75}, (call, error, when, code, err)
         if code:
             assert err.startswith("crewlog: "), err
-        with crewlog.open(place) as reg:
+        with opened(place) as reg:
             there = {w.sid for w in reg.workers()}
             assert "old" in there
             assert (f"n-{when}" in there) or code != 0, "acknowledged and not there"
@@ -69,7 +72,7 @@ def test_error_injected_into_a_system_call_ends_as_promised(
             assert call == "fdatasync"
             assert repair(place, yes=True).done
     assert 0 in codes, "the last one met no fault"
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("after")
     assert verify(place).ok
 
@@ -78,12 +81,12 @@ def test_error_injected_into_a_system_call_ends_as_promised(
 def test_failed_fdatasync_of_one_process_stops_every_other(place: Path, crew: Crew) -> None:
     """Opened before or after: nobody is acknowledged until the repair."""
     worker = crew.sleeper()
-    with crewlog.open(place) as before:
+    with opened(place) as before:
         before.register("old", pid=worker.pid)
         code, err = injected(place, "fdatasync", "EIO", 1, "register", "n", "--pid", worker.pid)
         assert code == 74
         assert "sync failed" in err
-        for reg in (before, crewlog.open(place)):
+        for reg in (before, opened(place)):
             with pytest.raises(CrewlogError) as caught:
                 reg.register("later")
             assert caught.value.code == "store_poisoned"
@@ -91,14 +94,14 @@ def test_failed_fdatasync_of_one_process_stops_every_other(place: Path, crew: Cr
         before.register("later")
 
 
+@pytest.mark.limits(sync_wait_s=0.3)
 def test_stopped_sync_leader_costs_only_those_who_wait_for_it(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGSTOP inside the sync: others hear "unknown" in time, and all goes on when it goes on."""
-    from crewlog.disk import Disk
+    from crewlog.local.disk import Disk
 
-    monkeypatch.setattr(layout, "SYNC_WAIT_MIN_S", 0.3)
-    with crewlog.open(place, lock_timeout_s=0.3) as reg:
+    with opened(place, lock_timeout_s=0.3) as reg:
         reg.register("old")
         real = Disk.sync
 
@@ -108,7 +111,7 @@ def test_stopped_sync_leader_costs_only_those_who_wait_for_it(
 
         def lead() -> None:
             monkeypatch.setattr(Disk, "sync", stop_first)
-            with crewlog.open(place) as mine:
+            with opened(place) as mine:
                 mine.register("leader")
 
         pid = forked(lead)
@@ -127,9 +130,9 @@ def test_stopped_sync_leader_costs_only_those_who_wait_for_it(
 
 def test_writer_stopped_under_the_lock_is_named(place: Path) -> None:
     """The others hear LockBusy with its pid; nothing of theirs is written."""
-    from crewlog.disk import Disk
+    from crewlog.local.disk import Disk
 
-    with crewlog.open(place, lock_timeout_s=0.2) as reg:
+    with opened(place, lock_timeout_s=0.2) as reg:
         reg.register("old")
         real = Disk.write
 
@@ -138,7 +141,7 @@ def test_writer_stopped_under_the_lock_is_named(place: Path) -> None:
             return real(self, fd, data)
 
         def write() -> None:
-            with pytest.MonkeyPatch.context() as patch, crewlog.open(place) as mine:
+            with pytest.MonkeyPatch.context() as patch, opened(place) as mine:
                 patch.setattr(Disk, "write", stop_first)
                 mine.register("stopped")
 
@@ -154,7 +157,7 @@ def test_writer_stopped_under_the_lock_is_named(place: Path) -> None:
 
 def test_children_forked_while_threads_write_go_on(place: Path) -> None:
     """Parent and children share one registry object; every change of each is there once."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("p")
         done = threading.Event()
         counts = {"parent": 0}
@@ -189,22 +192,22 @@ def test_children_forked_while_threads_write_go_on(place: Path) -> None:
     assert verify(place).ok
 
 
+@pytest.mark.limits(segment_bytes=4000)
 def test_reader_never_sees_the_state_go_backwards(place: Path) -> None:
     """Two compactors, a writer, and a reader that looks all the time: each rev only grows."""
     from crewlog_compactor import compact
 
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
     deadline = time.monotonic() + 2
 
     def write() -> None:
-        layout.SEGMENT_BYTES_MAX = 4000  # type: ignore[misc]
-        with crewlog.open(place) as mine:
+        with opened(place) as mine:
             while time.monotonic() < deadline:
                 mine.update("a", meta={"n": time.monotonic_ns()})
 
     def fold() -> None:
-        with crewlog.open(place) as mine:
+        with opened(place) as mine:
             while time.monotonic() < deadline:
                 try:
                     compact(mine, gc=False)
@@ -214,7 +217,7 @@ def test_reader_never_sees_the_state_go_backwards(place: Path) -> None:
     pids = [forked(write), forked(fold), forked(fold)]
     last, looks = 0, 0
     while time.monotonic() < deadline:
-        with crewlog.open(place) as fresh:
+        with opened(place) as fresh:
             worker = fresh.get("a")
             assert worker is not None
             assert worker.rev >= last
@@ -225,17 +228,17 @@ def test_reader_never_sees_the_state_go_backwards(place: Path) -> None:
     assert verify(place).ok
 
 
+@pytest.mark.limits(segment_bytes=4000)
 def test_verify_beside_live_writers_and_compactions_finds_nothing(place: Path) -> None:
     """Writers, rotations, compactions, retention and cursors at work: no false alarm."""
     from crewlog_compactor import compact
 
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
     deadline = time.monotonic() + 3
 
     def write(sid: str) -> None:
-        layout.SEGMENT_BYTES_MAX = 4000  # type: ignore[misc]
-        with crewlog.open(place) as mine:
+        with opened(place) as mine:
             mine.register(sid, lease=True)
             while time.monotonic() < deadline:
                 with mine.batch() as batch:
@@ -243,7 +246,7 @@ def test_verify_beside_live_writers_and_compactions_finds_nothing(place: Path) -
                     batch.update("a", meta={"n": time.monotonic_ns()})
 
     def fold() -> None:
-        with crewlog.open(place) as mine, mine.watch(cursor="c", after="now") as items:
+        with opened(place) as mine, mine.watch(cursor="c", after="now") as items:
             while time.monotonic() < deadline:
                 items.drain()
                 compact(mine, gc=False, keep_history=20_000)
@@ -298,7 +301,7 @@ def test_error_of_the_command_line_says_what_became_of_the_change(place: Path, c
     """A full disk at the border of the process: not written, and said so as JSON too."""
     import resource
 
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("old")
     size = (place / layout.LOG / layout.segment_name(1)).stat().st_size
 
@@ -313,5 +316,5 @@ def test_error_of_the_command_line_says_what_became_of_the_change(place: Path, c
     )  # fmt: skip
     assert done.returncode == 74
     assert json.loads(done.stderr)["error"]["code"] == "storage_full"
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         assert [w.sid for w in reg.workers()] == ["old"]

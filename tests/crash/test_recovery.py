@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
 from crewlog.errors import (
     CrewlogError,
     HistoryDiverged,
@@ -16,13 +15,15 @@ from crewlog.errors import (
     SegmentMissing,
     SnapshotCorrupt,
 )
+from crewlog.local import layout
 from crewlog_compactor import compact, verify
 from faults import FailingDisk, active_segment, another_boot, empty_redo, registry_on
 from procs import files, tree
+from stores import opened
 
 
 def filled(place: Path, count: int = 3) -> None:
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for number in range(count):
             reg.register(f"w-{number}")
 
@@ -183,9 +184,8 @@ def test_batch_that_is_not_whole_is_cut_as_one(place: Path) -> None:
 CALLS = ("create", "write", "overwrite", "sync", "sync_directory", "link", "unlink")
 
 
-def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.limits(segment_bytes=1500)
+def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(place: Path) -> None:
     """The process dies at call k of a rotation, for every k; the next one goes on."""
 
     class DiedError(BaseException):
@@ -197,7 +197,6 @@ def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(
         disk = FailingDisk()
         reg = registry_on(here, disk)
         reg.register("a")
-        monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 1500)
         left = k
 
         def die(call: str, disk: FailingDisk = disk) -> int | None:
@@ -217,11 +216,11 @@ def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(
             for number in range(3):
                 reg.update("a", meta={"number": number})
         except DiedError:
-            for lock in (files(reg).append_lock, *files(reg)._sync._locks):
+            for lock in (files(reg)._appender.lock, *files(reg)._appender.sync._locks):
                 lock.close()
         else:
             break
-        with crewlog.open(here) as other:
+        with opened(here) as other:
             other.update("a", state="ready")
             assert verify(here).findings == ()
             found = other.get("a")
@@ -315,14 +314,15 @@ def test_snapshot_of_another_history_is_refused(place: Path) -> None:
         reg.register("a")
         compact(reg, gc=False)
         reg.register("b")
-    snapshot = place / layout.SNAPSHOT
-    from crewlog import codec
+    from crewlog.model.snapshot import decode_snapshot, encode_snapshot
 
-    found = codec.decode_snapshot(snapshot.read_bytes())
+    snapshot = place / layout.SNAPSHOT
+
+    found = decode_snapshot(snapshot.read_bytes())
     import dataclasses
 
     other = dataclasses.replace(found, last_hash="0" * 64)
-    snapshot.write_bytes(codec.encode_snapshot(other))
+    snapshot.write_bytes(encode_snapshot(other))
     with crewlog.open(place) as reg, pytest.raises(HistoryDiverged):
         reg.workers()
     assert "history_diverged" in {f.code for f in verify(place).findings}
@@ -339,23 +339,21 @@ def test_store_without_identity_is_refused(place: Path) -> None:
             reg.register("next")
 
 
-def test_segment_missing_between_two_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.limits(segment_bytes=2000)
+def test_segment_missing_between_two_is_named(place: Path) -> None:
     """A gap in the log is never stepped over."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2000)
     filled(place, 8)
     names = sorted((place / layout.LOG).iterdir())
     assert len(names) >= 3
     names[1].unlink()
-    with crewlog.open(place) as reg, pytest.raises(SegmentMissing):
+    with opened(place) as reg, pytest.raises(SegmentMissing):
         reg.workers()
     assert "segment_missing" in {f.code for f in verify(place).findings}
 
 
-def test_damaged_byte_in_a_sealed_segment_is_found(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.limits(segment_bytes=2000)
+def test_damaged_byte_in_a_sealed_segment_is_found(place: Path) -> None:
     """Verify reads all of it, not only the end."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2000)
     filled(place, 8)
     first = min((place / layout.LOG).iterdir())
     data = bytearray(first.read_bytes())
@@ -364,7 +362,7 @@ def test_damaged_byte_in_a_sealed_segment_is_found(
     report = verify(place)
     assert not report.ok
     assert {f.path for f in report.findings} == {str(first)}
-    with crewlog.open(place) as reg, pytest.raises(LogCorrupt):
+    with opened(place) as reg, pytest.raises(LogCorrupt):
         list(reg.history())
 
 
@@ -384,7 +382,7 @@ def test_leftover_temporaries_never_block(place: Path) -> None:
 
 def test_substituted_line_is_never_folded_into_a_snapshot(place: Path) -> None:
     """Right by itself, of the right seq, but not the line that the next one was chained to."""
-    from crewlog import codec
+    from crewlog.model import codec
 
     with crewlog.open(place) as reg:
         reg.register("a")

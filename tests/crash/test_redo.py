@@ -6,35 +6,35 @@ from pathlib import Path
 
 import pytest
 
-import crewlog
-from crewlog import changes, codec, layout, redo, segments
-from crewlog.commit import Request
-from crewlog.disk import Disk
+import stores
 from crewlog.errors import DataDamaged, StorageFailed, StorageFull, StorePoisoned
+from crewlog.local import layout, redo
+from crewlog.local.disk import Disk
+from crewlog.model import chain, codec
+from crewlog.model.steps import decide_all, update_step
+from crewlog.queue import Request
 from crewlog_compactor import compact, repair, verify
 from faults import active_segment, another_boot, empty_redo, registry_on
 from procs import files, tree
 from recording import RecordingDisk
+from stores import opened
+
+pytestmark = pytest.mark.limits(redo_bytes=4096)
 
 SIDS = ["a", "b", "c", "d"]
 
 
 def filled(place: Path) -> bytes:
     """Register four workers, and return the segment; all but its header is synced in the redo."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for sid in SIDS:
             reg.register(sid)
     return active_segment(place).read_bytes()
 
 
 def sids(place: Path) -> list[str]:
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         return [worker.sid for worker in reg.workers()]
-
-
-@pytest.fixture(autouse=True)
-def _small_redo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "REDO_BYTES", 4096)
 
 
 def test_segment_that_lost_its_end_is_completed(place: Path) -> None:
@@ -47,7 +47,7 @@ def test_segment_that_lost_its_end_is_completed(place: Path) -> None:
         with another_boot(size):
             assert sids(place) == SIDS
             assert tree(place) == before, "reading changes nothing"
-            with crewlog.open(place) as reg, reg.watch(after="oldest") as items:
+            with opened(place) as reg, reg.watch(after="oldest") as items:
                 seen = [item.sid for item in items.drain() if item.kind == "change"]
                 assert seen == SIDS
                 reg.register("next")
@@ -57,7 +57,7 @@ def test_segment_that_lost_its_end_is_completed(place: Path) -> None:
             assert verify(place).findings == ()
         segment.write_bytes(data)
         (place / layout.APPEND_STATE).unlink()
-        with crewlog.open(place) as reg:
+        with opened(place) as reg:
             reg.register("again")
             reg.remove("again", reason="so that the redo begins anew")
         _begin_anew(place, data)
@@ -68,7 +68,7 @@ def _begin_anew(place: Path, data: bytes) -> None:
     head = len(data[: data.index(b"\n") + 1])
     active_segment(place).write_bytes(data)
     kept = data[head:]
-    (place / layout.REDO).write_bytes(kept + bytes(layout.REDO_BYTES - len(kept)))
+    (place / layout.REDO).write_bytes(kept + bytes(stores.limits().redo_bytes - len(kept)))
     (place / layout.APPEND_STATE).unlink()
     (place / layout.HEAD / layout.HEAD_DURABLE).unlink()
 
@@ -83,7 +83,7 @@ def test_hole_and_flipped_bytes_are_mended_after_a_power_cut(place: Path) -> Non
     segment.write_bytes(bytes(holed))
     with another_boot():
         assert sids(place) == SIDS
-        with crewlog.open(place) as reg:
+        with opened(place) as reg:
             reg.register("next")
         assert segment.read_bytes().startswith(data)
         kept = [p for p in (place / layout.QUARANTINE).iterdir() if p.suffix == ".bytes"]
@@ -98,7 +98,7 @@ def test_damage_of_this_boot_is_refused_and_repaired_without_a_loss(place: Path)
     holed = bytearray(data)
     holed[data.index(b'"sid":"b"') + 7] ^= 1
     segment.write_bytes(bytes(holed))
-    with crewlog.open(place) as reg, pytest.raises(DataDamaged):
+    with opened(place) as reg, pytest.raises(DataDamaged):
         reg.workers()
     assert not verify(place).ok
     done = repair(place, yes=True)
@@ -109,7 +109,7 @@ def test_damage_of_this_boot_is_refused_and_repaired_without_a_loss(place: Path)
 
 def test_page_that_the_kernel_dropped_is_noticed_before_the_redo_goes(place: Path) -> None:
     """The segment is read back when it is synced; what is lost there is still in the redo."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         for number in range(3):
             reg.update("a", meta={"n": number})
@@ -126,7 +126,7 @@ def test_page_that_the_kernel_dropped_is_noticed_before_the_redo_goes(place: Pat
             reg.update("a", meta={"n": 99})
         acknowledged = reg.last_seq
     assert repair(place, yes=True).losses == ()
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         assert [e.seq for e in reg.history()][: acknowledged - 1] == list(
             range(2, acknowledged + 1)
         )
@@ -157,7 +157,7 @@ def test_segment_is_synced_only_once_a_round(place: Path) -> None:
         for number in range(40):
             reg.update("a", meta={"n": number})
             sizes.append(active_segment(place).stat().st_size)
-        rounds = (sizes[-1] - sizes[0]) / layout.REDO_BYTES
+        rounds = (sizes[-1] - sizes[0]) / stores.limits().redo_bytes
         assert rounds - 1 <= disk.files.count(log) <= rounds + 1
         assert disk.files.count(mine) + disk.files.count(log) == len(disk.files) == 40
         disk.files.clear()
@@ -176,15 +176,15 @@ def test_without_a_redo_the_segment_is_synced_and_a_recovery_makes_one(place: Pa
         reg.update("a", meta={"n": 2})
         assert disk.files == [active_segment(place).stat().st_ino] * 2
     with another_boot():
-        with crewlog.open(place) as reg:
+        with opened(place) as reg:
             reg.update("a", meta={"n": 3})
-        assert (place / layout.REDO).stat().st_size == layout.REDO_BYTES
+        assert (place / layout.REDO).stat().st_size == stores.limits().redo_bytes
         assert verify(place).findings == ()
 
 
 def test_redo_in_another_place_is_left_alone(place: Path) -> None:
     """Removed or replaced under a writer that has it open: what is in place is used."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         data = (place / layout.REDO).read_bytes()
         (place / layout.REDO).unlink()
@@ -213,11 +213,11 @@ def test_redo_that_does_not_follow_completes_nothing(place: Path, tmp_path: Path
 
 def test_what_a_sealed_segment_has_is_all_there_is(place: Path) -> None:
     """Nothing follows a seal, whatever the redo holds."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         files(reg).rotate()
     first = (place / layout.LOG / layout.segment_name(1)).read_bytes()
-    sealed = segments.scan(first, offset=0, seq=0, prev=None)
+    sealed = chain.scan(first, offset=0, seq=0, prev=None)
     assert sealed.sealed
     part = codec.draft("worker.updated", "a", b"{}", {})
     more = codec.line(
@@ -231,7 +231,7 @@ def test_damage_that_the_redo_does_not_hold_is_refused(place: Path) -> None:
     data = filled(place)
     active_segment(place).write_bytes(data[:-100])
     empty_redo(place)
-    with another_boot(), crewlog.open(place) as reg, pytest.raises(DataDamaged):
+    with another_boot(), opened(place) as reg, pytest.raises(DataDamaged):
         reg.register("next")
 
 
@@ -295,7 +295,7 @@ def test_redo_that_was_made_anew_under_the_same_inode_is_not_gone_on_with(place:
     for _ in range(50):
         path.unlink()
         path.touch(mode=0o600)
-        path.write_bytes(bytes(layout.REDO_BYTES))
+        path.write_bytes(bytes(stores.limits().redo_bytes))
         if path.stat().st_ino == number:
             break
     disk = Syncs()
@@ -322,14 +322,14 @@ def test_cut_is_durable_before_anybody_hears_that_nothing_was_written(fast: Path
         for sid in ("y", "z"):
             reg.register(sid)
         disk.armed = True
-        log, author = files(reg), reg.session.author()
+        log, author = files(reg), reg.author()
         own, rider = (
-            Request(changes.together([changes.updated(author, sid, meta={"n": 1})]), {sid})
+            Request(decide_all([update_step(author, sid, {"meta": {"n": 1}})]), {sid})
             for sid in ("y", "z")
         )
         log.commits._leader = own
         log.commits._queue.append(rider)
-        log.commits.lead(log, own)
+        log.commits.lead(own)
         for request in (own, rider):
             assert isinstance(request.error, StorageFull)
             assert request.error.outcome == "not_written"
@@ -338,5 +338,5 @@ def test_cut_is_durable_before_anybody_hears_that_nothing_was_written(fast: Path
             target = fast / f"crashed-{number}"
             target.mkdir(mode=0o700)
             disk.materialise(state, target)
-            with another_boot(), crewlog.open(target / "store") as after:
+            with another_boot(), opened(target / "store") as after:
                 assert [w.meta for w in after.workers()] == [{}, {}], state

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import codec, directory, layout
+import stores
 from crewlog.errors import (
     CrewlogError,
     DataDamaged,
@@ -20,23 +20,28 @@ from crewlog.errors import (
     StorageFailed,
     StorePoisoned,
 )
-from crewlog.events import Reset
+from crewlog.local import directory, layout
+from crewlog.model import codec
+from crewlog.model.events import Reset
 from crewlog_compactor import Anchor, RepairReport, anchor, compact, repair, verify
 from faults import EIO, FailingDisk, active_segment, another_boot, empty_redo, only, registry_on
 from procs import files, forked, tree
+from stores import opened
+
+pytestmark = pytest.mark.long
 
 
-def grown(place: Path, monkeypatch: pytest.MonkeyPatch, *, compactions: int = 2) -> None:
+def grown(place: Path, *, compactions: int = 2) -> None:
     """Make a store of several segments in log/, and with compactions in archive/ too."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 2500)
-    with crewlog.open(place) as reg:
+    stores.limit(segment_bytes=2500)
+    with opened(place) as reg:
         for turn in range(compactions + 1):
             for number in range(6):
                 reg.register(f"w-{turn}-{number}")
             if turn < compactions:
                 compact(reg, gc=False)
         files(reg).rotate()  # so that the redo holds nothing that could mend a damage
-    monkeypatch.undo()
+    stores.unlimit()
 
 
 def lines(place: Path) -> dict[int, bytes]:
@@ -78,7 +83,7 @@ def sound(place: Path, before: dict[int, bytes], losses: tuple[tuple[int, int], 
     }
     found = verify(place)
     assert found.findings == (), found.findings
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         seq = reg.register("after").rev
         compact(reg, gc=False)
         reg.update("after", meta={"n": 1})
@@ -105,7 +110,7 @@ def test_sound_store_needs_no_repair_and_is_not_touched(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing to do, with or without yes."""
-    grown(place, monkeypatch)
+    grown(place)
     before = tree(place)
     assert not repair(place).needed
     assert not repair(place, yes=True).done
@@ -121,7 +126,7 @@ def test_poisoned_store_is_repaired_to_what_was_acknowledged(place: Path, reboot
     disk = FailingDisk()
     reg = registry_on(place, disk)
     reg.register("a")
-    other = crewlog.open(place)
+    other = opened(place)
     assert other.get("a") is not None
     disk.fault = only("sync", EIO)
     with pytest.raises(StorageFailed):
@@ -134,7 +139,7 @@ def test_poisoned_store_is_repaired_to_what_was_acknowledged(place: Path, reboot
     with another_boot(5) if rebooted else _same_boot():
         done = repair(place, yes=True)
         assert done.done
-        with crewlog.open(place) as fresh:
+        with opened(place) as fresh:
             held = [w.sid for w in fresh.workers()]
             assert held == (["a", "b"] if rebooted else ["a"]), "b was on the disk after all"
             fresh.register("c")
@@ -144,7 +149,7 @@ def test_poisoned_store_is_repaired_to_what_was_acknowledged(place: Path, reboot
         assert any(b'"sid":"b"' in path.read_bytes() for path in kept)
         if not rebooted:
             assert other.register("d").rev > 0, "who was open before goes on"
-    with crewlog.open(place) as again, pytest.raises(StorePoisoned):
+    with opened(place) as again, pytest.raises(StorePoisoned):
         reg.register("e")
     again.close()
 
@@ -166,14 +171,14 @@ def test_watcher_of_a_poisoned_store_never_sees_what_a_repair_takes_out(place: P
     disk = FailingDisk()
     reg = registry_on(place, disk)
     reg.register("a")
-    with crewlog.open(place) as reader, reader.watch(after="oldest") as items:
+    with opened(place) as reader, reader.watch(after="oldest") as items:
         seen = [item.event.sid for item in items.drain() if item.kind == "change"]
         disk.fault = only("sync", EIO)
         with pytest.raises(StorageFailed):
             reg.register("b")
         disk.fault = lambda _: None
         repair(place, yes=True)
-        with crewlog.open(place) as fresh:
+        with opened(place) as fresh:
             fresh.register("c")
         while seen[-1] != "c":
             item = items.next(timeout_s=10)
@@ -216,7 +221,7 @@ def test_mark_of_a_failed_sync_goes_last(place: Path, tmp_path: Path) -> None:
             b'"sid":"b"' in path.read_bytes() for path in (here / layout.LOG).iterdir()
         )
         if unacknowledged:
-            with crewlog.open(here) as fresh, pytest.raises(StorePoisoned):
+            with opened(here) as fresh, pytest.raises(StorePoisoned):
                 fresh.register("c")
         else:
             lifted += 1
@@ -233,7 +238,7 @@ def test_damage_needs_a_word_for_each_loss_and_keeps_all_else(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each line of a whole store in turn: exactly that one is lost, and only if it is agreed to."""
-    grown(place, monkeypatch)
+    grown(place)
     pristine = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     before = lines(place)
     count = 0
@@ -273,7 +278,7 @@ def _restore(place: Path, pristine: dict[Path, bytes]) -> None:
 
 def test_any_damage_is_repaired(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of bytes, cut ends, missing segments, several at once: what is left is all kept."""
-    grown(place, monkeypatch)
+    grown(place)
     pristine = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     before = lines(place)
     for seed in range(300):
@@ -302,7 +307,7 @@ def test_any_damage_is_repaired(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_state_after_a_gap_is_what_is_left(place: Path) -> None:
     """A lost registration leaves its worker unknown; the others are as they were."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for sid in ("a", "b"):
             reg.register(sid)
         reg.update("a", labels={"k": "v"})
@@ -310,29 +315,29 @@ def test_state_after_a_gap_is_what_is_left(place: Path) -> None:
     empty_redo(place)
     segment = active_segment(place)
     damage(segment, segment.read_bytes().index(b'"sid":"a"'))
-    with crewlog.open(place) as broken, pytest.raises(DataDamaged):
+    with opened(place) as broken, pytest.raises(DataDamaged):
         broken.workers()
     done = repaired(place)
     assert done.losses == ((2, 2),)
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         assert [(w.sid, w.state) for w in reg.workers()] == [("b", "ready")]
         assert reg.register("a").generation == 1
         compact(reg, gc=False)
-        with crewlog.open(place) as again:
+        with opened(place) as again:
             assert [w.sid for w in again.workers()] == ["b", "a"]
     assert verify(place).gaps == ((2, 2),)
 
 
 def test_watcher_hears_of_a_gap(place: Path) -> None:
     """A Reset that names what is lost; or an error, if asked for."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for sid in ("a", "b", "c"):
             reg.register(sid)
     empty_redo(place)
     segment = active_segment(place)
     damage(segment, segment.read_bytes().index(b'"sid":"b"'))
     repaired(place)
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         with reg.watch(after="oldest") as items:
             found = [items.next(timeout_s=5), items.next(timeout_s=5)]
             assert [item.kind for item in found if item is not None] == ["change", "reset"]
@@ -353,7 +358,7 @@ def test_watcher_hears_of_a_gap(place: Path) -> None:
 
 def test_filtered_reading_counts_a_gap_for_all_that_it_stands_for(place: Path) -> None:
     """Lines that nobody wants are passed over unparsed; a gap of three is not one of them."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for sid in ("a", "b", "c", "d", "e"):
             reg.register(sid)
     empty_redo(place)
@@ -362,7 +367,7 @@ def test_filtered_reading_counts_a_gap_for_all_that_it_stands_for(place: Path) -
         data = segment.read_bytes()
         segment.write_bytes(data.replace(b'"sid":"%b"' % name, b'"sid":"?"'))
     assert repaired(place).losses == ((3, 5),)
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         assert [(e.seq, e.sid) for e in reg.history(sid="e")] == [(6, "e")]
         reg.update("e", state="ready")
         assert [e.type for e in reg.history(sid="e")] == ["worker.registered", "worker.ready"]
@@ -370,7 +375,7 @@ def test_filtered_reading_counts_a_gap_for_all_that_it_stands_for(place: Path) -
 
 def test_lines_that_contradict_each_other_are_never_repaired(place: Path) -> None:
     """A substituted line with a right crc: nobody can know which is true."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         reg.update("a", labels={"k": "v"})
         reg.update("a", labels={"k": "w"})
@@ -392,7 +397,7 @@ def test_repair_that_fails_at_any_call_is_simply_run_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """EIO or a full disk at call k, for every k: typed, and the next run finishes."""
-    grown(place, monkeypatch)
+    grown(place)
     before = lines(place)
     for path in (
         sorted((place / layout.LOG).iterdir())[:1] + sorted((place / layout.ARCHIVE).iterdir())[:1]
@@ -435,7 +440,7 @@ def test_repair_that_fails_at_any_call_is_simply_run_again(
 
 def test_anchor_shows_what_no_store_can_show_of_itself(place: Path, tmp_path: Path) -> None:
     """A history that was rewritten by somebody who may write it, or cut at a line's end."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         first = anchor(reg)
         reg.register("b")
@@ -448,7 +453,7 @@ def test_anchor_shows_what_no_store_can_show_of_itself(place: Path, tmp_path: Pa
     later = Anchor(99, first.hash)
     assert [f.code for f in verify(place, anchor=later).findings] == ["anchor_ahead"]
     another = tmp_path / "another"
-    with crewlog.open(another) as reg:
+    with opened(another) as reg:
         reg.register("a")
         reg.register("c")
     assert not verify(another, anchor=second).ok
@@ -459,7 +464,7 @@ def test_anchor_shows_what_no_store_can_show_of_itself(place: Path, tmp_path: Pa
     shutil.rmtree(place / layout.HEAD)
     (place / layout.HEAD).mkdir(mode=0o700)
     (place / layout.APPEND_STATE).unlink()
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("d")  # the store knows nothing of what was cut off
     assert verify(place).ok
     assert not verify(place, anchor=second).ok, "the anchor does"
@@ -476,7 +481,7 @@ def test_what_is_no_anchor_is_refused(text: str) -> None:
 
 def test_retention_goes_on_behind_a_gap_and_tells_no_false_state(place: Path) -> None:
     """Who was registered in what a repair gave up lives on, and late watchers hear of it."""
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("a")
         compact(reg, gc=False)
         reg.register("b")
@@ -486,7 +491,7 @@ def test_retention_goes_on_behind_a_gap_and_tells_no_false_state(place: Path) ->
     archived = sorted(path for path in (place / layout.ARCHIVE).iterdir() if ".gz" in path.name)
     archived[1].unlink()
     repair(place, yes=True, accept_loss=repair(place).losses)
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         for number in range(3):
             reg.update("b", meta={"n": number})
             compact(reg, gc=False)

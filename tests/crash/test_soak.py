@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 import crewlog
-from crewlog import layout
 from crewlog.errors import LockBusy
 from crewlog_compactor import compact, verify
 from procs import forked, joined, slay
+from stores import opened
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "3600"))
 HISTORY_BYTES = 32 * 1024 * 1024
@@ -81,14 +81,12 @@ def _watch(place: Path, out: Path) -> None:
                 return
 
 
+@pytest.mark.limits(segment_bytes=256 * 1024)
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_soak_has_no_gaps_duplicates_or_ghosts_and_flat_memory(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_soak_has_no_gaps_duplicates_or_ghosts_and_flat_memory(place: Path) -> None:
     """Every watcher sees the same history, all that was acknowledged, and grows by nothing."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES_MAX", 256 * 1024)
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("first")
         reg.remove("first", reason="only to begin")
     outs = [place.parent / f"watcher-{n}" for n in range(4)]
@@ -110,14 +108,14 @@ def test_soak_has_no_gaps_duplicates_or_ghosts_and_flat_memory(
     for pid in running:
         slay(pid)
     joined(compactor)
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         reg.register("last")
     joined(*watchers)
     _judge(place, outs)
     assert kills > SECONDS / 2
-    with crewlog.open(place) as reg:
+    with opened(place) as reg:
         compact(reg, gc=False)
-        with crewlog.open(place) as fresh, reg.mirror() as now:
+        with opened(place) as fresh, reg.mirror() as now:
             assert now.state.workers == fresh.state().workers
     assert verify(place).findings == ()
 

@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog import layout
+from crewlog.local import layout
 from procs import Crew, kill
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("strace") is None, reason="strace is not installed (Debian: strace)"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("strace") is None, reason="strace is not installed (Debian: strace)"
+    ),
+]
 
 MAIN = "from crewlog_cli.main import main; main()"
 CALL = re.compile(r"^(?:\d+ +)?(\w+)\((.*)\) += (\d+)")
@@ -148,7 +151,7 @@ def test_every_command_acknowledges_after_its_syncs(
 @pytest.mark.parametrize("forgotten", ["sync", "sync_directory"])
 def test_trace_finds_a_forgotten_sync(place: Path, tmp_path: Path, forgotten: str) -> None:
     """Negative control: a disk that leaves one kind of sync out."""
-    code = f"from crewlog.disk import Disk\nDisk.{forgotten} = lambda self, fd: None\n{MAIN}"
+    code = f"from crewlog.local.disk import Disk\nDisk.{forgotten} = lambda self, fd: None\n{MAIN}"
     traced(place, tmp_path, "register", "a", "--pid", 1)
     trace = traced(place, tmp_path, "update", "a", "--state", "ready", code=code)
     trace.play("")

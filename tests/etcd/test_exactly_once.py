@@ -18,17 +18,19 @@ import pytest
 
 import crewlog
 from cluster import MISSING, Cluster
-from crewlog import changes, layout
-from crewlog.commit import Request
 from crewlog.errors import LockBusy, Unavailable, UnknownOutcome
-from crewlog.etcd import engine
+from crewlog.etcd import append
 from crewlog.etcd.client import Client
+from crewlog.model.steps import Wish, decide_all, register_step, release_step
+from crewlog.process import identity
+from crewlog.queue import Request
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
 from lossy import LossyProxy
 from procs import forked, joined, slay, until
+from stores import opened
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 
 class Ledger:
@@ -190,7 +192,7 @@ def test_control_a_writer_that_does_not_know_its_own_attempt_writes_twice(
     one_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test above finds the usual mistake: look, and send again."""
-    monkeypatch.setattr(engine.EtcdLog, "_is_mine", lambda *_: False)
+    monkeypatch.setattr(append.EtcdLog, "_is_mine", lambda *_: False)
     proxy = LossyProxy(one_server.servers[0].port)
     with crewlog.open(behind(one_server, tmp_path, proxy)) as reg:
         reg.register("a")
@@ -448,13 +450,13 @@ def test_cursor_is_not_moved_back_by_a_request_that_comes_late(
     proxy = LossyProxy(one_server.servers[0].port, seed=4)
     with crewlog.open(behind(one_server, tmp_path, proxy)) as reg:
         reg.register("a")
-        owned = reg.session.store().cursors.own("c", start=0)
+        owned = reg.store().cursors.own("c", start=0)
         proxy.share = 0.4
         for seq in range(1, 100):
             owned.advance(seq)
             if seq % 3 == 0:
                 time.sleep(0.05)  # what comes late has come
-                found = reg.session.store().cursors.read("c")
+                found = reg.store().cursors.read("c")
                 assert found is not None
                 assert found.seq == seq
         proxy.share = 0.0
@@ -469,21 +471,22 @@ def test_rider_is_not_refused_for_a_change_that_was_not_made(
     """Where the transaction fails, whoever was refused because of it hears of that failure."""
     with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
         reg.register("a")
-        log = reg.session.store()
-        assert isinstance(log, engine.EtcdLog)
+        log = reg.store()
+        assert isinstance(log, append.EtcdLog)
 
         def failing(*_: object) -> None:
             raise Unavailable("nowhere", why="it was cut off")
 
         monkeypatch.setattr(log.client, "commit", failing)
-        author = reg.session.author()
+        author = reg.author()
         steps = [
-            changes.registered(author, "dup", pid=None, sock="", version="", labels=None, meta=None,
-                               ready=False, owner=None)
+            register_step(
+                author, "dup", Wish(), who=identity.capture(os.getpid()), owner=None, sock_id=None
+            )
             for _ in range(2)
-        ] + [changes.released(author, "nobody", reason="r", expect=None)]  # fmt: skip
-        first = changes.released(author, "nobody", reason="r", expect=None)
-        group = [Request(changes.together([step]), {step.sid}) for step in (first, *steps)]
+        ] + [release_step(author, "nobody", reason="r", expect=None)]  # fmt: skip
+        first = release_step(author, "nobody", reason="r", expect=None)
+        group = [Request(decide_all([step]), {step.sid}) for step in (first, *steps)]
         with pytest.raises(Unavailable):
             log.write(group)
         assert [request.refused for request in group] == [True, False, False, False]
@@ -531,12 +534,12 @@ def test_threads_of_a_forked_child_never_meet_the_parents_connections(
             joined(*pids)
 
 
+@pytest.mark.limits(safety_look_s=60.0)
 def test_change_wakes_a_watcher_long_before_it_would_look(
-    one_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_server: Cluster, tmp_path: Path
 ) -> None:
     """The watch of etcd rings; the look a second is for when it does not."""
-    monkeypatch.setattr(layout, "SAFETY_LOOK_S", 60.0)
-    with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
+    with opened(one_server.url(f"test/{tmp_path.name}")) as reg:
         reg.register("a")
         with reg.watch(after="now") as items:
             items.next(1)

@@ -18,22 +18,21 @@ import pytest
 
 import crewlog
 from cluster import MISSING, Cluster
-from crewlog import endpoint, identity, layout
+from crewlog import host as host_clock
+from crewlog.process import identity
+from crewlog.process.evidence import Witness
 from crewlog.registry import Registry
-from crewlog.starting import turn
-from crewlog.witness import Witness
+from crewlog.workers.start import turn
 from crewlog_compactor import collect
 from procs import Crew, forked, joined, slay, until
+from stores import opened
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 TTL_S = 2
-
-
-@pytest.fixture(autouse=True)
-def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let leases and claims run out soon."""
-    monkeypatch.setattr(layout, "LEASE_TTL_S", TTL_S)
-    monkeypatch.setattr(layout, "CLAIM_TTL_S", TTL_S)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+    pytest.mark.limits(lease_ttl_s=TTL_S, claim_ttl_s=TTL_S),
+]
 
 
 @contextlib.contextmanager
@@ -46,7 +45,7 @@ def elsewhere(
     with monkeypatch.context() as patch:
         patch.setattr(identity, "scope", lambda: there)
         patch.setattr(identity, "boot_id", lambda: there.boot_id)
-        patch.setattr(crewlog.events, "now", lambda: datetime.now(UTC) + clock)
+        patch.setattr(host_clock, "now", lambda: datetime.now(UTC) + clock)
         yield
 
 
@@ -69,7 +68,7 @@ def test_lease_is_kept_for_as_long_as_the_worker_lives(
     url: str, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Far beyond its time; stopped or not; it ends with the process, at once."""
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         worker = reg.spawn("a", ["sleep", "300"], lease=True)
         os.kill(worker.pid, signal.SIGSTOP)
         with elsewhere(monkeypatch):
@@ -85,9 +84,10 @@ def test_lease_is_kept_for_as_long_as_the_worker_lives(
 
 _EXEC = """
 import os, sys, crewlog
-from crewlog import layout
-layout.LEASE_TTL_S = 2
-crewlog.open(sys.argv[1]).register("a", lease=True)
+from crewlog.model.limits import Limits
+from crewlog.place import locate
+from crewlog.registry import Registry
+Registry(locate(sys.argv[1]), limits=Limits(lease_ttl_s=2)).register("a", lease=True)
 os.execvp("sleep", ["sleep", "300"])
 """
 
@@ -97,7 +97,7 @@ def test_lease_of_a_process_that_registers_itself_ends_with_it(
 ) -> None:
     """Also when the registry is closed, and after an exec."""
     process = subprocess.Popen([sys.executable, "-c", _EXEC, url])
-    with crewlog.open(url) as reg, elsewhere(monkeypatch):
+    with opened(url) as reg, elsewhere(monkeypatch):
         until(lambda: reg.get("a") is not None)
         began = datetime.now(UTC)
         until(lambda: datetime.now(UTC) - began > timedelta(seconds=1.5 * TTL_S))
@@ -113,12 +113,12 @@ def test_worker_outlives_its_manager_and_keeps_its_lease(
     """The manager is killed with -9; the worker lives on, for every host."""
 
     def manage() -> None:
-        with crewlog.open(url) as mine:
+        with opened(url) as mine:
             mine.spawn("a", ["sleep", "300"], lease=True)
             signal.pause()
 
     manager = forked(manage)
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         until(lambda: reg.get("a") is not None and reg.liveness("a").alive)
         slay(manager)
         began = datetime.now(UTC)
@@ -133,7 +133,7 @@ def test_worker_outlives_its_manager_and_keeps_its_lease(
 def test_keeper_outlives_a_kill(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of its two processes is made anew by the other one; the lease never runs out."""
     before = set(keepers())
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         worker = reg.spawn("a", ["sleep", "300"], lease=True)
         for oldest in (True, False):
             until(lambda: len(set(keepers()) - before) == 2)
@@ -158,7 +158,7 @@ def test_keeper_that_is_killed_lets_the_lease_run_out_and_one_of_many_records_it
 ) -> None:
     """As when a host is gone: any collector on another host, exactly one event."""
     before = set(keepers())
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         worker = reg.spawn("a", ["sleep", "300"], lease=True)
         reg.register("kept", pid=crew.sleeper().pid)
         until(lambda: len(set(keepers()) - before) == 2)
@@ -172,7 +172,7 @@ def test_keeper_that_is_killed_lets_the_lease_run_out_and_one_of_many_records_it
             until(lambda: cause(reg, "a") == ("dead", "lease_released"))
 
             def work() -> None:
-                with crewlog.open(url) as mine:
+                with opened(url) as mine:
                     collect(mine)
 
             joined(*[forked(work) for _ in range(6)])
@@ -186,7 +186,7 @@ def test_keeper_that_is_killed_lets_the_lease_run_out_and_one_of_many_records_it
 def test_registration_that_fails_leaves_no_keeper(url: str, crew: Crew) -> None:
     """The lease is given back."""
     before = set(keepers())
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         reg.register("a", pid=crew.sleeper().pid)
         with pytest.raises(crewlog.WorkerExists):
             reg.register("a", lease=True)
@@ -195,7 +195,7 @@ def test_registration_that_fails_leaves_no_keeper(url: str, crew: Crew) -> None:
 
 def test_worker_that_does_not_beat_is_stalled_by_the_clusters_clock(url: str) -> None:
     """No clock of any host is asked."""
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         reg.register("a", heartbeat_s=1.0)
         assert reg.liveness("a").flags == frozenset()
         until(lambda: crewlog.Flag.STALLED in reg.liveness("a").flags)
@@ -208,7 +208,7 @@ def test_clock_of_another_host_is_irrelevant(
     url: str, days: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten years off: order is by seq, and nobody is judged by it."""
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         reg.register("a", lease=True)
         with elsewhere(monkeypatch, clock=timedelta(days=days)):
             reg.update("a", meta={"n": 1})
@@ -223,7 +223,7 @@ def test_pid_of_another_host_is_never_looked_at(
     url: str, crew: Crew, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No pidfd, no signal, no /proc, no socket: with every way to look made to fail."""
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         listener = socket.create_server(str(tmp_path / "sock"), family=socket.AF_UNIX)
         reg.register("leased", lease=True, sock=str(tmp_path / "sock"), ready=True)
         reg.register("bare", pid=crew.sleeper().pid)
@@ -235,7 +235,7 @@ def test_pid_of_another_host_is_never_looked_at(
             for name in ("open_pidfd", "read_stat", "killed", "look_portable"):
                 patch.setattr(identity, name, never)
             patch.setattr(Witness, "_look_here", never, raising=False)
-            patch.setattr(endpoint, "ask", never)
+            patch.setattr("crewlog.process.socket.ask", never)
             assert cause(reg, "leased") == ("alive", "lease")
             assert cause(reg, "bare") == ("unknown", "foreign_host")
             report = collect(reg)
@@ -254,29 +254,29 @@ def test_owner_of_a_cursor_and_of_a_turn_that_is_killed_gives_way(url: str) -> N
 
     def own() -> None:
         with (
-            crewlog.open(url) as mine,
-            turn(mine.session, "t"),
+            opened(url) as mine,
+            turn(mine._session, "t"),
             mine.watch(cursor="c", after=0) as items,
         ):
             items.next(1)
             signal.pause()
 
-    with crewlog.open(url) as reg:
+    with opened(url) as reg:
         reg.register("a")
         holder = forked(own)
-        until(lambda: reg.session.store().cursors.is_owned("c"))
+        until(lambda: reg.store().cursors.is_owned("c"))
         with pytest.raises(crewlog.CursorBusy, match=f"pid {holder}"):
             reg.watch(cursor="c")
         with (
             pytest.raises(crewlog.LockBusy, match=f"pid {holder}"),
-            turn(reg.session, "t", wait_s=0.1),
+            turn(reg._session, "t", wait_s=0.1),
         ):
             pass
         slay(holder)
-        until(lambda: not reg.session.store().cursors.is_owned("c"))
+        until(lambda: not reg.store().cursors.is_owned("c"))
         with reg.watch(cursor="c") as items:
             assert [i.seq for i in items.drain() if i.kind == "change"] == [2]
-        with turn(reg.session, "t", wait_s=3 * TTL_S):
+        with turn(reg._session, "t", wait_s=3 * TTL_S):
             pass
 
 
@@ -364,9 +364,10 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
 
 _SPAWN = """
 import sys, crewlog
-from crewlog import layout
-layout.LEASE_TTL_S = 2
-reg = crewlog.open(sys.argv[1])
+from crewlog.model.limits import Limits
+from crewlog.place import locate
+from crewlog.registry import Registry
+reg = Registry(locate(sys.argv[1]), limits=Limits(lease_ttl_s=2))
 worker = reg.spawn("web", ["sleep", "300"], lease=True, ready=True)
 print(worker.pid, flush=True)
 sys.stdin.read()

@@ -9,15 +9,15 @@ import pytest
 import crewlog
 from cluster import MISSING, Cluster
 from commands import Cli
-from crewlog import identity
 from crewlog.errors import HistoryDiverged, LockBusy, LogCorrupt, NotAStore, Unavailable
 from crewlog.etcd.client import Client
+from crewlog.process import identity
 from crewlog.registry import Registry
 from crewlog_compactor import KeepEvents, anchor, compact, migrate, repair, verify
-from crewlog_compactor.copying import Copy
+from crewlog_compactor.copy import Copy
 from procs import Crew, files, forked, joined, kill
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 
 def lived(reg: Registry, crew: Crew, *, keep: int | None = None) -> None:
@@ -41,7 +41,7 @@ def lived(reg: Registry, crew: Crew, *, keep: int | None = None) -> None:
 
 def told(reg: Registry) -> list[bytes]:
     """Return the lines of the history, as they are."""
-    return [raw for _, raw in reg.session.store().read(reg.session.store().first_seq() - 1)]
+    return [raw for _, raw in reg.store().read(reg.store().first_seq() - 1)]
 
 
 @pytest.mark.parametrize("keep", [None, 20])
@@ -58,11 +58,11 @@ def test_there_and_back_is_byte_for_byte_the_same(
         assert told(there) == lines
         assert there.state() == before
         assert there.totals() == reg.totals()
-        assert [(c.name, c.seq) for c in there.session.store().cursors.every()] == [
-            (c.name, c.seq) for c in reg.session.store().cursors.every()
+        assert [(c.name, c.seq) for c in there.store().cursors.every()] == [
+            (c.name, c.seq) for c in reg.store().cursors.every()
         ]
         assert verify(url, anchor=kept).ok
-        first = there.session.store().first_seq()
+        first = there.store().first_seq()
         for seq in range(first, there.last_seq + 1, 5):
             assert there.at(seq).workers == reg.at(seq).workers
         assert there.liveness("w11").alive, "the same host, the same process"
@@ -79,7 +79,7 @@ def test_there_and_back_is_byte_for_byte_the_same(
         again.register("newest")
         compact(again)
         assert verify(back).ok
-        assert again.session.store().id == reg.session.store().id
+        assert again.store().id == reg.store().id
     assert told(reg) != lines, "the source stays as it was"
 
 

@@ -21,7 +21,6 @@ import pytest
 import crewlog
 from cluster import MISSING, Cluster
 from commands import CREWLOG, Cli
-from crewlog import changes
 from crewlog.errors import (
     AuthFailed,
     HistoryRewound,
@@ -31,18 +30,19 @@ from crewlog.errors import (
     UnsafePermissions,
     Unsupported,
 )
-from crewlog.etcd import keys
+from crewlog.etcd import layout as keys
 from crewlog.etcd.address import EtcdAddress
+from crewlog.etcd.append import EtcdLog, is_sound, outdated
 from crewlog.etcd.client import Client
-from crewlog.etcd.engine import EtcdLog, is_sound, outdated
-from crewlog.etcd.reading import Part
-from crewlog.events import JsonObject, Reset
+from crewlog.etcd.state import Part
+from crewlog.model.events import JsonObject, Reset
+from crewlog.model.steps import loss_step
 from crewlog.place import locate
 from crewlog_compactor import KeepEvents, compact, repair, verify
-from crewlog_compactor import etcd_compact as job
+from crewlog_compactor.etcd import compact as job
 from procs import Crew, until
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 
 def ask(port: int, path: str, body: dict[str, object], token: str = "") -> dict[str, object]:
@@ -222,7 +222,7 @@ def test_token_that_expires_is_renewed_once(
     monkeypatch.setenv("CREWLOG_ETCD_PASSWORD", "geheim-ann")
     with crewlog.open(guarded.url("test/a")) as reg:
         reg.register("a")
-        client = reg.session.store().client  # type: ignore[attr-defined]
+        client = reg.store().client  # type: ignore[attr-defined]
         before = client._token
         port = guarded.servers[0].port
         until(lambda: not _accepted(port, before))  # it lives for a second
@@ -346,7 +346,7 @@ def test_base_that_was_not_written_whole_costs_a_watcher_only_the_history(
             reg.register(f"w{number}")
             compact(reg)
         assert compact(reg, keep_history=KeepEvents(2)).dropped is not None
-        log = reg.session.store()
+        log = reg.store()
         assert isinstance(log, EtcdLog)
         base = log.read_base()
         assert base is not None
@@ -396,7 +396,7 @@ def test_full_quota_refuses_changes_and_retention_still_works(tmp_path: Path) ->
             alarms = cast("list[dict[str, object]]", ask(port, "maintenance/alarm", {})["alarms"])
             ask(port, "maintenance/alarm", {**alarms[0], "action": "DEACTIVATE"})
             reg.update("w0", state="ready")
-            assert reg.session.store().first_seq() == report.dropped[1] + 1
+            assert reg.store().first_seq() == report.dropped[1] + 1
         assert verify(place).ok
 
 
@@ -429,7 +429,7 @@ def test_server_without_a_leader_is_left_for_the_next_one(
         place = f"etcd://127.0.0.1:{port},{one_server.url(tmp_path.name).removeprefix('etcd://')}"
         with crewlog.open(place) as reg:
             reg.register("a")
-            log = reg.session.store()
+            log = reg.store()
             assert isinstance(log, EtcdLog)
             for number, ask in enumerate((log.client.version, log.last_seq, reg.workers)):
                 log.client._next, began = 0, time.monotonic()
@@ -652,7 +652,7 @@ def test_verify_finds_what_was_changed_past_crewlog(
             reg.update("a", meta={"n": number})
         compact(reg)
         reg.update("a", meta={"n": 9})
-        reg.session.store().cursors.own("mailer", start=2).close()
+        reg.store().cursors.own("mailer", start=2).close()
     assert verify(place).ok
     port = one_server.servers[0].port
     if value is None:
@@ -779,7 +779,7 @@ def test_servers_of_two_clusters_in_one_address_are_refused(
             for _ in range(12):  # whichever is asked first
                 with crewlog.open(place) as reg:
                     reg.register(f"w{reg.last_seq}")
-                    list(reg.session.store().client.each("maintenance/status", {}))  # type: ignore[attr-defined]
+                    list(reg.store().client.each("maintenance/status", {}))  # type: ignore[attr-defined]
 
 
 def test_lost_worker_that_runs_here_is_not_taken_for_ended(url: str, crew: Crew) -> None:
@@ -787,10 +787,8 @@ def test_lost_worker_that_runs_here_is_not_taken_for_ended(url: str, crew: Crew)
     process = crew.sleeper()
     with crewlog.open(url) as reg:
         worker = reg.register("a", pid=process.pid)
-        step = changes.lost(
-            reg.session.author(), "a", cause="lease_released", evidence={}, expect=worker.rev
-        )
-        reg.session.change(step)
+        step = loss_step(reg.author(), "a", cause="lease_released", evidence={}, expect=worker.rev)
+        reg.change(step)
         with pytest.raises(crewlog.StopRefused, match="its process runs here"):
             reg.stop("a", reason="r")
         reg.register("a", pid=process.pid)
@@ -843,7 +841,7 @@ def test_part_is_sealed_once_whatever_comes_between(
     monkeypatch.setattr(job, "_measure", measured)
     with crewlog.open(url) as reg:
         assert compact(reg).folded_events == 0
-        assert [line["type"] for line, _ in reg.session.store().read(0)].count("_seal") == 1
+        assert [line["type"] for line, _ in reg.store().read(0)].count("_seal") == 1
     assert verify(url).ok
 
 
@@ -883,7 +881,7 @@ def test_state_before_the_history_that_is_half_written_is_passed_over(
         ask(port, "kv/put", {**half})
         assert len(reg.at(first).workers) > 0
         assert compact(reg, keep_history=KeepEvents(4)).dropped is not None
-        assert reg.at(reg.session.store().first_seq()).seq == reg.session.store().first_seq()
+        assert reg.at(reg.store().first_seq()).seq == reg.store().first_seq()
     assert verify(place).ok
 
 

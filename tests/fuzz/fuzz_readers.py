@@ -12,9 +12,11 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["crewlog", "crewlog_compactor"]):
-    from crewlog import codec, redo, segments, structs
-    from crewlog.codec import DocumentError, LineError
     from crewlog.errors import CrewlogError
+    from crewlog.local import heads, redo
+    from crewlog.model import chain, codec
+    from crewlog.model.codec import DocumentError, LineError
+    from crewlog.model.snapshot import decode_snapshot
     from crewlog_compactor import plan
 
 
@@ -26,21 +28,21 @@ def one(data: bytes) -> None:
             case b"l":
                 codec.parse(rest)
             case b"s":
-                codec.decode_snapshot(rest)
+                decode_snapshot(rest)
             case b"t":
-                segments.scan(rest, offset=0, seq=0, prev=None)
+                chain.scan(rest, offset=0, seq=0, prev=None)
             case b"r":
                 data, _, kept = rest.partition(b"\0\0")
                 whole = redo.completed(data, 1, kept)
-                good = segments.scan(data, offset=0, seq=0, prev=None).end
+                good = chain.scan(data, offset=0, seq=0, prev=None).end
                 assert whole[:good] == data[:good], "what held is gone"
             case b"p":
                 plan.decode(rest, where="fuzz")
             case _:
-                structs.decode_append_state(rest)
-                structs.decode_durable_head(rest)
-                structs.decode_beat(rest)
-                structs.decode_slots(rest)
+                heads.decode_append_state(rest)
+                heads.decode_durable_head(rest)
+                heads.decode_beat(rest)
+                heads.decode_slots(rest)
     except (LineError, DocumentError, CrewlogError):
         return
 

@@ -8,9 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import scripted
 
 import crewlog
+import scripted
 from commands import CREWLOG, Cli
 from crewlog_cli.main import COMMANDS
 from crewlog_compactor import compact, verify

@@ -15,6 +15,8 @@ import crewlog
 from crewlog.registry import Registry
 from procs import Crew, kill, until
 
+pytestmark = pytest.mark.long
+
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 BIN = Path(sys.executable).parent
 

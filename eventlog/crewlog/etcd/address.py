@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from crewlog import layout
 from crewlog.errors import AuthFailed, UnsafePermissions
+from crewlog.etcd import layout as keys
 
 USER: Final = "CREWLOG_ETCD_USER"
 PASSWORD: Final = "CREWLOG_ETCD_PASSWORD"  # noqa: S105 (the name of a variable)
@@ -118,7 +118,7 @@ def _password(file: str, where: str) -> str:
     try:
         with Path(file).open("rb") as opened:
             mode = os.fstat(opened.fileno()).st_mode
-            data = opened.read(layout.SMALL_FILE_BYTES_MAX)
+            data = opened.read(keys.READ_BYTES)
     except OSError as error:
         why = f"{PASSWORD_FILE}={file}: {error.strerror}"
         raise AuthFailed(where, why=why, remedy="Check the path and its mode") from error

@@ -10,11 +10,11 @@ import random
 import threading
 from typing import Final, cast
 
-from crewlog import layout, threads
+from crewlog import host
 from crewlog.errors import CrewlogError, RegistryClosed
-from crewlog.etcd import keys
+from crewlog.etcd import layout as keys
 from crewlog.etcd.client import Client, Refused
-from crewlog.events import JsonObject
+from crewlog.model.events import JsonObject
 
 _ID_BITS: Final = 62  # a lease's id is a positive int64; the lowest bit is for beats
 
@@ -70,16 +70,16 @@ def me() -> str:
 class Claim:
     """The claim of one key; `close` gives it up."""
 
-    def __init__(self, client: Client, key: bytes, *, holder: str) -> None:
+    def __init__(self, client: Client, key: bytes, *, holder: str, ttl_s: int) -> None:
         """Make a lease and keep it; nothing is claimed yet. `holder` tells others who has it."""
         self.key = key
         self.revision = 0  # since when we hold it
         self._client = client.twin()  # it outlives the store that it is for
         self._holder = holder.encode()
         self._id = new_id()
-        self._ttl_s, _ = grant(self._client, self._id, layout.CLAIM_TTL_S)
+        self._ttl_s, _ = grant(self._client, self._id, ttl_s)
         self._closing = threading.Event()
-        threads.start(self._keep, name="crewlog-claim")
+        host.start_thread(self._keep, name="crewlog-claim")
 
     def _keep(self) -> None:
         while not self._closing.wait(self._ttl_s / 3):

@@ -23,8 +23,6 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from crewlog import codec, layout
-from crewlog.codec import DocumentError
 from crewlog.errors import (
     AuthFailed,
     CrewlogError,
@@ -35,10 +33,19 @@ from crewlog.errors import (
     UnknownOutcome,
     Unsupported,
 )
-from crewlog.etcd import keys
+from crewlog.etcd import layout as keys
 from crewlog.etcd.address import EtcdAddress, secrets
-from crewlog.etcd.keys import KeyValue
-from crewlog.events import JsonObject
+from crewlog.etcd.layout import KeyValue
+from crewlog.model import codec
+from crewlog.model.codec import DocumentError
+from crewlog.model.events import JsonObject
+from crewlog.process import socket
+
+CONNECTIONS_MAX: Final = 8
+ANSWER_WAIT_S: Final = 2.0  # then the same is sent to the next server
+STREAM_WAIT_S: Final = 30.0  # without a word, a stream is begun anew
+BACKOFF_MIN_S: Final = 0.001
+BACKOFF_MAX_S: Final = 0.1
 
 # gRPC's status codes: what came too late, or from a server that is no leader and knows none.
 _PASSING: Final = frozenset({1, 2, 4, 13, 14})
@@ -174,13 +181,13 @@ class Client:
         """
         for _ in self._address.hosts[1:]:
             yield time.monotonic() < deadline
-        pause_s = layout.BACKOFF_MIN_S
+        pause_s = BACKOFF_MIN_S
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 yield False
             time.sleep(min(max(0.0, left_s), random.uniform(0, pause_s)))  # noqa: S311 (no secret)
-            pause_s = min(2 * pause_s, layout.BACKOFF_MAX_S)
+            pause_s = min(2 * pause_s, BACKOFF_MAX_S)
             yield True
 
     def send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
@@ -200,7 +207,7 @@ class Client:
     def _send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
         left_s = max(0.05, deadline - time.monotonic())
         host = self._host()
-        answer = self._request(host, f"v3/{path}", body, read_s=min(left_s, layout.ANSWER_WAIT_S))
+        answer = self._request(host, f"v3/{path}", body, read_s=min(left_s, ANSWER_WAIT_S))
         found = self._checked(host, answer.status, answer.data)
         self._require_one(host, keys.cluster(found))
         return found
@@ -268,7 +275,7 @@ class Client:
                 f"{scheme}://{host}/{path}",
                 body=None if body is None else codec.dump(body),
                 headers=headers,
-                timeout=urllib3.Timeout(connect=layout.CONNECT_WAIT_S, read=read_s),
+                timeout=urllib3.Timeout(connect=socket.CONNECT_WAIT_S, read=read_s),
                 preload_content=not stream,
             )
         except HTTPError as error:
@@ -303,9 +310,7 @@ class Client:
             except (OSError, ssl.SSLError) as error:
                 why = f"a certificate cannot be used: {error}"
                 raise AuthFailed(self.where, why=why) from error
-        return urllib3.PoolManager(
-            maxsize=layout.CONNECTIONS_MAX, retries=False, ssl_context=context
-        )
+        return urllib3.PoolManager(maxsize=CONNECTIONS_MAX, retries=False, ssl_context=context)
 
     def _logged_in(self, host: str, read_s: float) -> str:
         if not self._token:
@@ -331,7 +336,7 @@ class Client:
         """Begin a stream of what happens to a key from now on. *Raises* Unanswered, Refused."""
         body: JsonObject = {"create_request": {"key": keys.text(key)}}
         host = self._host()
-        answer = self._request(host, "v3/watch", body, read_s=layout.STREAM_WAIT_S, stream=True)
+        answer = self._request(host, "v3/watch", body, read_s=STREAM_WAIT_S, stream=True)
         if answer.status != _OK:
             self._token = ""
             self._checked(host, answer.status, answer.read())
@@ -344,7 +349,7 @@ class Client:
 
         def ask(deadline: float) -> str:
             host, left_s = self._host(), max(0.05, deadline - time.monotonic())
-            answer = self._request(host, _VERSION, None, read_s=min(left_s, layout.ANSWER_WAIT_S))
+            answer = self._request(host, _VERSION, None, read_s=min(left_s, ANSWER_WAIT_S))
             return str(self._checked(host, answer.status, answer.data).get("etcdserver", ""))
 
         return self._answered(ask)
@@ -373,7 +378,7 @@ class Stream:
         """Yield each message; ends with the stream, whatever ends it."""
         left = b""
         try:
-            for data in self._answer.stream(layout.SMALL_FILE_BYTES_MAX):
+            for data in self._answer.stream(keys.READ_BYTES):
                 *rows, left = (left + data).split(b"\n")
                 # some versions end a message with a newline, some begin the next with one
                 if left.endswith(b"}") and _is_whole(left):

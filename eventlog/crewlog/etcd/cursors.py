@@ -1,23 +1,25 @@
 """Keep the positions of named subscribers in a cluster: one key each, one owner at a time."""
 
-from crewlog import layout
 from crewlog.errors import CursorBusy, CursorCorrupt, RegistryClosed
-from crewlog.etcd import claims, keys
+from crewlog.etcd import claims
+from crewlog.etcd import layout as keys
 from crewlog.etcd.claims import Claim
 from crewlog.etcd.client import Client
-from crewlog.etcd.keys import Keys, KeyValue, Room
+from crewlog.etcd.layout import Keys, KeyValue, Room
+from crewlog.model.limits import Limits
 from crewlog.store import Standing
 
 
 class EtcdCursors:
     """The cursors of a store in a cluster; see store.Cursors."""
 
-    __slots__ = ("_client", "_keys")
+    __slots__ = ("_client", "_keys", "_limits")
 
-    def __init__(self, client: Client, names: Keys) -> None:
+    def __init__(self, client: Client, names: Keys, limits: Limits) -> None:
         """Read nothing yet."""
         self._client = client
         self._keys = names
+        self._limits = limits
 
     def read(self, name: str) -> Standing | None:
         """Read a cursor, whoever owns it. *Raises* CursorCorrupt."""
@@ -39,11 +41,18 @@ class EtcdCursors:
 
         An owner that was killed keeps it for CLAIM_TTL_S.
         """
-        claim = Claim(self._client, self._keys.named(Room.OWNER, name), holder=claims.me())
+        claim = Claim(
+            self._client,
+            self._keys.named(Room.OWNER, name),
+            holder=claims.me(),
+            ttl_s=self._limits.claim_ttl_s,
+        )
         try:
             holder = claim.take()
             if holder is not None:
-                raise CursorBusy(name, holder=f"{holder}, or did within {layout.CLAIM_TTL_S} s,")
+                raise CursorBusy(
+                    name, holder=f"{holder}, or did within {self._limits.claim_ttl_s} s,"
+                )
             known = self.read(name)
             seq = None if known is None else known.seq
             owned = EtcdCursor(claim, name, self._keys.named(Room.CURSOR, name), seq)

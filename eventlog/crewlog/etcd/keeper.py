@@ -20,14 +20,18 @@ import sys
 import time
 from typing import Final, cast
 
-from crewlog import codec, identity, layout
-from crewlog.codec import DocumentError
 from crewlog.errors import CrewlogError, ProcessNotFound, SpawnFailed
-from crewlog.etcd import claims
+from crewlog.etcd import claims, client
+from crewlog.etcd import layout as keys
 from crewlog.etcd.address import EtcdAddress, environment
 from crewlog.etcd.client import Client
-from crewlog.events import Identity, IdentityRecord, Worker, identity_of
-from crewlog.process import Process
+from crewlog.model import codec
+from crewlog.model.codec import DocumentError
+from crewlog.model.events import Identity, IdentityRecord, Worker, identity_of
+from crewlog.process import identity
+from crewlog.process.handle import Process
+
+KEEPER_WAIT_S: Final = 30.0
 
 _STDERR: Final = 2
 _SCRIPT: Final = """
@@ -66,7 +70,7 @@ class Keeper:
         stderr = self._process.stderr
         assert stderr is not None  # it was asked for
         try:
-            code = self._process.wait(layout.KEEPER_WAIT_S)
+            code = self._process.wait(KEEPER_WAIT_S)
             why = "" if code == 0 else stderr.read().decode(errors="replace").strip()[-500:]
         except subprocess.TimeoutExpired as error:
             self._process.kill()
@@ -112,7 +116,7 @@ class _Watch:
         try:
             claims.keep_or_make(self._client, self._lease, self._ttl_s, self._key)
         except CrewlogError:  # no server answers: again, for as long as the worker lives
-            time.sleep(layout.BACKOFF_MAX_S)
+            time.sleep(client.BACKOFF_MAX_S)
 
     def end(self) -> None:
         """End the lease. Where no server answers, it runs out."""
@@ -146,7 +150,7 @@ def _told(watch: _Watch, starter: Identity | None) -> Identity | None:
     words = b""
     while not words.endswith(b"\n"):
         if poll.poll(watch.pause_s * 1000):
-            read = os.read(0, layout.SMALL_FILE_BYTES_MAX)
+            read = os.read(0, keys.READ_BYTES)
             if not read:
                 return None
             words += read
@@ -199,4 +203,4 @@ def _go_on_in_a_child() -> int:
         _, status = os.waitpid(child, 0)
         if status == 0:
             os._exit(0)
-        time.sleep(layout.BACKOFF_MIN_S)
+        time.sleep(client.BACKOFF_MIN_S)

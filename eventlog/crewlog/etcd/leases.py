@@ -16,15 +16,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from crewlog import layout
 from crewlog.errors import LockBusy
-from crewlog.etcd import claims, keys
+from crewlog.etcd import claims
+from crewlog.etcd import layout as keys
 from crewlog.etcd.claims import Claim
 from crewlog.etcd.client import Client
 from crewlog.etcd.keeper import Keeper
-from crewlog.etcd.keys import Keys, Room
-from crewlog.events import JsonObject, Worker
-from crewlog.liveness import LeaseSeen
+from crewlog.etcd.layout import Keys, Room
+from crewlog.model.events import JsonObject, Worker
+from crewlog.model.limits import Limits
+from crewlog.process.liveness import LeaseSeen
+
+CLAIM_LOOK_S: Final = 0.05
 
 _MARK: Final = "~"  # in no sid
 _NAME: Final = re.compile(r".+~([0-9a-f]{8})([0-9a-f]{16})")
@@ -33,12 +36,13 @@ _NAME: Final = re.compile(r".+~([0-9a-f]{8})([0-9a-f]{16})")
 class EtcdLeases:
     """The leases of a store in a cluster; see store.Leases."""
 
-    __slots__ = ("_client", "_keys")
+    __slots__ = ("_client", "_keys", "_limits")
 
-    def __init__(self, client: Client, names: Keys) -> None:
+    def __init__(self, client: Client, names: Keys, limits: Limits) -> None:
         """Look at nothing yet."""
         self._client = client
         self._keys = names
+        self._limits = limits
 
     def make(self, sid: str, *, heartbeat_s: float | None) -> "EtcdLease":
         """Make a lease, with its first beat, and a process that keeps it.
@@ -46,7 +50,7 @@ class EtcdLeases:
         *Raises* SpawnFailed if that process does not start.
         """
         id_ = claims.new_id()
-        ttl_s, cluster = claims.grant(self._client, id_, layout.LEASE_TTL_S)
+        ttl_s, cluster = claims.grant(self._client, id_, self._limits.lease_ttl_s)
         name = f"{sid}{_MARK}{self._place(cluster)}{id_:016x}"
         key = self._keys.named(Room.LEASE, name)
         self._client.at_once(keys.put(key, b"", lease=id_))
@@ -100,19 +104,19 @@ class EtcdLeases:
         Who is killed while having it keeps it for CLAIM_TTL_S. *Raises* LockBusy.
         """
         key = self._keys.named(Room.TURN, sid)
-        claim = Claim(self._client, key, holder=claims.me())
+        claim = Claim(self._client, key, holder=claims.me(), ttl_s=self._limits.claim_ttl_s)
         deadline = time.monotonic() + wait_s
         try:
             while (holder := claim.take()) is not None:
                 if time.monotonic() >= deadline:
                     where = f"{self._client.where}: {key.decode()}"
                     raise LockBusy(where, waited_s=wait_s, holder=holder)
-                time.sleep(layout.CLAIM_LOOK_S)
+                time.sleep(CLAIM_LOOK_S)
             yield EtcdTurn()
         finally:
             claim.close()
 
-    def sweep(self, *, needed: Callable[[str], bool]) -> int:  # noqa: ARG002 (they end by themselves)
+    def sweep(self, *, needed: Callable[[str, str], bool]) -> int:  # noqa: ARG002 (they end by themselves)
         """Remove nothing: what nobody keeps runs out."""
         return 0
 

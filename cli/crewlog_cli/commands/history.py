@@ -1,0 +1,467 @@
+"""Ask the history: history, diff, stats, export."""
+
+import csv
+import itertools
+import json
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import click
+
+from crewlog import Verdict
+from crewlog.model import events, figures
+from crewlog.model.events import Event, Worker, WorkerState, diff_of, timestamp
+from crewlog.model.lives import Life
+from crewlog.registry import Registry
+from crewlog_cli import inputs, metrics, output, render, shell, text
+from crewlog_cli.shell import Shell, command
+
+
+@command(
+    "history",
+    examples="""crewlog history --sid web-1
+crewlog history --since yesterday --crashed
+crewlog history -n 20 -r""",
+)
+@click.option("--since", metavar="TIME", help="Only events from this time on.")
+@click.option("--until", metavar="TIME", help="Only events before this time.")
+@click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
+@inputs.with_types
+@inputs.with_crashed
+@click.option("--actor", help="Only by this name, user, program, via or pid.")
+@click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
+@click.option("-n", "count", type=click.IntRange(min=1), help="Only the last N of them.")
+@click.option("-r", "--reverse", is_flag=True, help="Newest first.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with the events to come.")
+def history(
+    sh: Shell,
+    *,
+    since: str | None,
+    until: str | None,
+    sid: str | None,
+    types: tuple[str, ...],
+    crashed: bool,
+    actor: str | None,
+    after: int | None,
+    count: int | None,
+    reverse: bool,
+    follow: bool,
+) -> None:
+    """Tell what happened, from the log and the archive; says on stderr which period it covers."""
+    if follow and (until is not None or reverse):
+        message = "--follow goes with neither --until nor --reverse"
+        raise click.UsageError(message)
+    first, last = inputs.moment(since, sh), inputs.moment(until, sh)
+    reg = sh.existing()
+    types = inputs.ends(types) if crashed else types
+    last_seq = reg.last_seq
+    newest_first = reverse or count is not None  # then the end of a long history is enough
+    found: Iterable[Event] = _by(
+        reg.history(
+            sid=sid,
+            types=types or None,
+            since=first,
+            until=last,
+            after=after,
+            newest_first=newest_first,
+        ),
+        actor,
+        crashed=crashed,
+    )
+    if follow:  # what comes later is followed, and must not be printed twice
+        found = (event for event in found if event.seq <= last_seq)
+    if count is not None:
+        found = itertools.islice(found, min(count, sys.maxsize))
+    if newest_first and not reverse:
+        found = list(found)[::-1]
+    if sh.json:
+        for event in found:
+            sh.stream(render.event_json(event))
+    else:
+        render.print_events(sh, found)
+    if sid is not None and reg.get(sid) is None and not any(reg.history(sid=sid)):
+        sh.note(f"no event of {sid!r} is kept")
+    _print_period(sh, reg)
+    if follow:
+        _follow(sh, reg, sid=sid, types=types, crashed=crashed, actor=actor, after=last_seq)
+
+
+def _by(found: Iterable[Event], actor: str | None, *, crashed: bool) -> Iterator[Event]:
+    keys = ("name", "user", "program", "via", "pid")
+    for event in found:
+        if crashed and not event.crashed:
+            continue
+        if actor is None or actor in {str(event.actor[k]) for k in keys if k in event.actor}:
+            yield event
+
+
+def _print_period(sh: Shell, reg: Registry) -> None:
+    """Say what the answer can cover at all, so that silence is not mistaken for peace."""
+    if sh.quiet:
+        return
+    for gap in reg.history(types=[events.GAP]):
+        sh.note(f"events {gap.data.get('first')} to {gap.seq} are lost; a repair gave them up")
+    oldest = next(reg.history(types=[events.SEGMENT]), None)
+    if oldest is not None:
+        began = text.exact(oldest.ts, utc=sh.utc)
+        kept = "everything" if oldest.seq == 1 else f"what is kept: from seq {oldest.seq} on,"
+        sh.note(f"history covers {kept} since {began}, up to seq {reg.last_seq}")
+
+
+def _follow(
+    sh: Shell,
+    reg: Registry,
+    *,
+    sid: str | None,
+    types: tuple[str, ...],
+    crashed: bool,
+    actor: str | None,
+    after: int,
+) -> None:
+    with reg.watch(after=after, sids=None if sid is None else [sid], types=types or None) as items:
+        for item in items:
+            if item.kind == "reset" and sh.json:
+                sh.stream(render.reset_json(item))
+            elif item.kind == "reset":
+                output.warn(render.reset_text(item))
+            if item.kind != "change" or not any(_by([item.event], actor, crashed=crashed)):
+                continue
+            if sh.json:
+                sh.stream(render.event_json(item.event))
+            else:
+                render.print_line(sh, item.event)
+
+
+@command(
+    "diff",
+    examples="""crewlog diff --from yesterday
+crewlog diff --from 2h --to 1h
+crewlog diff --from 1200 --to 1300 --json | jq .added""",
+)
+@click.option("--from", "begin", required=True, metavar="TIME|SEQ", help="The older state.")
+@click.option("--to", "end", metavar="TIME|SEQ", help="The newer state; the default is now.")
+def diff(sh: Shell, *, begin: str, end: str | None) -> None:
+    """Show which workers came, changed and went between two states; 1 if there is no difference."""
+    reg = sh.existing()
+    before = inputs.at(sh, reg, begin)
+    after = inputs.at(sh, reg, "now" if end is None else end)
+    if after.seq < before.seq:
+        message = f"--from is after --to (seq {before.seq} and {after.seq})"
+        raise click.UsageError(message)
+    found = diff_of(before.workers.revs(), after.workers.revs())
+    if sh.json:
+        sh.document(
+            {
+                "from": inputs.window(before),
+                "to": inputs.window(after),
+                "added": [render.worker_json(after.workers[sid], None) for sid in found.added],
+                "changed": [
+                    {
+                        "before": render.worker_json(before.workers[sid], None),
+                        "after": render.worker_json(after.workers[sid], None),
+                    }
+                    for sid in found.changed
+                ],
+                "removed": [render.worker_json(before.workers[sid], None) for sid in found.removed],
+            }
+        )
+    else:
+        rows = [["+", sid, _said(after.workers[sid])] for sid in found.added]
+        rows += [
+            ["~", sid, _changed(before.workers[sid], after.workers[sid])] for sid in found.changed
+        ]
+        rows += [["-", sid, _said(before.workers[sid])] for sid in found.removed]
+        sh.table(["", "sid", "what"], rows)
+    if not (found.added or found.changed or found.removed):
+        raise SystemExit(shell.EXIT_NO)
+
+
+def _facts(worker: Worker) -> dict[str, str]:
+    told = {
+        "state": worker.state.value,
+        "pid": str(worker.pid),
+        "generation": str(worker.generation),
+        "version": worker.version,
+        "sock": worker.sock,
+        "ended": render.end_text(worker),
+    }
+    told |= {f"labels.{key}": value for key, value in worker.labels.items()}
+    return told | {f"meta.{key}": repr(value) for key, value in worker.meta.items()}
+
+
+def _said(worker: Worker) -> str:
+    return f"{worker.state.value} pid={worker.pid}"
+
+
+def _changed(before: Worker, after: Worker) -> str:
+    old, new = _facts(before), _facts(after)
+    told = [
+        f"{name} {old.get(name) or '-'} → {new.get(name) or '-'}"
+        for name in {**old, **new}
+        if old.get(name, "") != new.get(name, "")
+    ]
+    return ", ".join(told) or f"rev {before.rev} → {after.rev}"
+
+
+# So many starts of one sid within so long are flapping.
+_FLAPS: Final = 3
+_FLAP_SPAN: Final = timedelta(minutes=10)
+_SHOWN: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """What the lives that began in a period tell."""
+
+    started: int
+    ended: int
+    crashed: int
+    lifetimes_s: Sequence[float]
+    causes: Counter[str]
+    restarts: Counter[str]
+    flapping: dict[str, int]
+
+    @property
+    def crash_ratio(self) -> float | None:
+        return round(self.crashed / self.ended, 4) if self.ended else None
+
+    def quantile(self, share: float) -> float | None:
+        if not self.lifetimes_s:
+            return None
+        if len(self.lifetimes_s) == 1:
+            return self.lifetimes_s[0]
+        cuts = statistics.quantiles(self.lifetimes_s, n=100, method="inclusive")
+        return round(cuts[round(share * 100) - 1], 6)
+
+
+def _ends(lives: Sequence[Life]) -> _Ends:
+    # who was released was handed over, not ended
+    ended = [life for life in lives if life.end not in {None, WorkerState.RELEASED}]
+    starts: dict[str, list[datetime]] = defaultdict(list)
+    for life in lives:
+        starts[life.sid].append(life.began_at)
+    return _Ends(
+        started=len(lives),
+        ended=len(ended),
+        crashed=sum(life.crashed for life in ended),
+        lifetimes_s=sorted(life.proven.total_seconds() for life in ended),
+        causes=Counter(life.reason() for life in lives if life.end is not None),
+        restarts=Counter({sid: len(times) - 1 for sid, times in starts.items() if len(times) > 1}),
+        flapping={sid: most for sid, times in starts.items() if (most := _most(times)) >= _FLAPS},
+    )
+
+
+def _most(times: Sequence[datetime]) -> int:
+    """Return how many of the times, at most, lie within one span."""
+    ordered, low, most = sorted(times), 0, 0
+    for high, when in enumerate(ordered):
+        while when - ordered[low] > _FLAP_SPAN:
+            low += 1
+        most = max(most, high - low + 1)
+    return most
+
+
+@command(
+    "stats",
+    examples="""crewlog stats
+crewlog stats --since 7d --json | jq .lives.crash_ratio
+crewlog stats --prometheus /var/lib/node_exporter/crewlog.prom""",
+)
+@click.option("--since", metavar="TIME", help="Only lives that began from this time on.")
+@click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
+def stats(sh: Shell, *, since: str | None, prometheus: str | None) -> None:
+    """Count workers by state and liveness, how long they live and how they end, and bytes.
+
+    The life of a lost worker counts to its last proof of life. Three starts of one sid within ten
+    minutes are flapping.
+    """
+    first = inputs.moment(since, sh)
+    reg = sh.existing()
+    if prometheus is not None:
+        metrics.write(reg, Path(prometheus))
+        if sh.json:
+            sh.document({"seq": reg.last_seq, "prometheus": prometheus})
+        return
+    with output.progress("reading") as told:
+        lives = reg.lives(progress=told)
+    found = _ends([life for life in lives if first is None or life.began_at >= first])
+    if sh.json:
+        sh.document(_document(reg, found))
+    else:
+        _print(sh, reg, found)
+
+
+def _document(reg: Registry, found: _Ends) -> dict[str, object]:
+    compacted = reg.compacted()
+    return {
+        "last_seq": reg.last_seq,
+        "snapshot_seq": 0 if compacted is None else compacted[0],
+        "compacted_at": None if compacted is None else timestamp(compacted[1]),
+        "workers": population(reg),
+        "liveness": _verdicts(reg),
+        "events": dict(sorted(reg.totals().items())),
+        "lives": {
+            "started": found.started,
+            "ended": found.ended,
+            "crashed": found.crashed,
+            "crash_ratio": found.crash_ratio,
+            "lifetime_p50_s": found.quantile(0.50),
+            "lifetime_p95_s": found.quantile(0.95),
+            "causes": dict(found.causes.most_common()),
+            "restarts": dict(found.restarts.most_common()),
+            "flapping": found.flapping,
+        },
+        "bytes": reg.sizes(),
+    }
+
+
+def population(reg: Registry) -> dict[str, int]:
+    """Count the listed workers by state; every state is named."""
+    found = Counter(worker.state for worker in reg.workers(all=True))
+    return {state.value: found[state] for state in WorkerState}
+
+
+def _verdicts(reg: Registry) -> dict[str, int]:
+    found = Counter(judged.verdict for judged in reg.judge(reg.workers()))
+    return {verdict.value: found[verdict] for verdict in Verdict}
+
+
+def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
+    compacted = reg.compacted()
+    when = "never" if compacted is None else text.exact(compacted[1], utc=sh.utc)
+    covered = 0 if compacted is None else compacted[0]
+    p50, p95 = found.quantile(0.50), found.quantile(0.95)
+    ratio = found.crash_ratio
+    rows = [
+        ["last seq", str(reg.last_seq)],
+        ["last compaction", f"{when} up to seq {covered}" if covered else when],
+        *([f"workers {name}", str(count)] for name, count in population(reg).items() if count),
+        *([f"liveness {name}", str(count)] for name, count in _verdicts(reg).items() if count),
+        ["started", str(found.started)],
+        ["ended", str(found.ended)],
+        ["crashed", "0" if not ratio else f"{found.crashed} ({ratio:.1%} of the ended)"],
+    ]
+    if p50 is not None and p95 is not None:
+        rows.append(["lifetime p50", figures.duration(timedelta(seconds=p50))])
+        rows.append(["lifetime p95", figures.duration(timedelta(seconds=p95))])
+    rows += [[f"ended by {what}", str(count)] for what, count in found.causes.most_common(_SHOWN)]
+    rows += [[f"restarts {sid}", str(n)] for sid, n in found.restarts.most_common(_SHOWN)]
+    rows += [
+        [f"flapping {sid}", f"{most} starts in {figures.duration(_FLAP_SPAN)}"]
+        for sid, most in list(found.flapping.items())[:_SHOWN]
+    ]
+    rows += [[f"events {name}", str(count)] for name, count in sorted(reg.totals().items())]
+    rows += [[f"bytes {name}", figures.size(count)] for name, count in reg.sizes().items()]
+    sh.table(["what", "value"], rows)
+    began = next((event.ts for event in reg.history(types=[events.SEGMENT])), datetime.now(UTC))
+    sh.note(f"lives since {text.exact(began, utc=sh.utc)}; events since the store began")
+
+
+_COLUMNS: Final = ("seq", "ts", "type", "sid", "user", "program", "host", "name", "data")
+# A spreadsheet takes a cell that begins so for a formula. Source: OWASP, "CSV Injection".
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+
+
+class _Rows:
+    """A file to csv.writer, a stream of rows to us."""
+
+    def write(self, row: str) -> None:
+        output.put(row.removesuffix("\r\n"))
+
+
+def _csv(found: Iterator[Event]) -> None:
+    writer = csv.writer(_Rows())
+    writer.writerow(_COLUMNS)
+    for event in found:
+        actor = event.actor
+        cells = [
+            str(event.seq),
+            timestamp(event.ts),
+            event.type,
+            event.sid,
+            *(str(actor.get(key) or "") for key in ("user", "program", "host", "name")),
+            json.dumps(event.data, separators=(",", ":")),
+        ]
+        writer.writerow([f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells])
+
+
+def _jsonl(found: Iterator[Event]) -> None:
+    for event in found:
+        output.put(json.dumps(render.event_json(event), separators=(",", ":")))
+
+
+def _cloudevents(store: str) -> Callable[[Iterator[Event]], None]:
+    """Write CloudEvents 1.0; `source` and `id` name an event for ever. Source: cloudevents.io."""
+
+    def write(found: Iterator[Event]) -> None:
+        for event in found:
+            output.put(
+                json.dumps(
+                    {
+                        "specversion": "1.0",
+                        "id": str(event.seq),
+                        "source": f"urn:crewlog:{store}",
+                        "type": f"dev.crewlog.{event.type}",
+                        "subject": event.sid,
+                        "time": timestamp(event.ts),
+                        "datacontenttype": "application/json",
+                        "sequence": f"{event.seq:020d}",
+                        "data": {"actor": event.actor, **event.data},
+                    },
+                    separators=(",", ":"),
+                )
+            )
+
+    return write
+
+
+@command(
+    "export",
+    examples="""crewlog export --format csv > history.csv
+crewlog export --format cloudevents --since yesterday | vector --config sink.toml
+crewlog export --after 120 | jq -c 'select(.type == "worker.lost")'""",
+)
+@click.option("--format", "form", type=click.Choice(["jsonl", "csv", "cloudevents"]),
+              default="jsonl", show_default=True, help="What to write.")  # fmt: skip
+@click.option("--since", metavar="TIME", help="Only events from this time on.")
+@click.option("--until", metavar="TIME", help="Only events before this time.")
+@click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
+@click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
+@inputs.with_types
+def export(
+    sh: Shell,
+    *,
+    form: str,
+    since: str | None,
+    until: str | None,
+    after: int | None,
+    sid: str | None,
+    types: tuple[str, ...],
+) -> None:
+    """Write the history to stdout, oldest first, one event a line; a seq names it for ever."""
+    if sh.json and form == "csv":
+        message = "--json goes with the formats jsonl and cloudevents"
+        raise click.UsageError(message)
+    first, last = inputs.moment(since, sh), inputs.moment(until, sh)
+    reg = sh.existing()
+    found = reg.history(sid=sid, types=types or None, since=first, until=last, after=after)
+    writers: dict[str, Callable[[Iterator[Event]], None]] = {
+        "jsonl": _jsonl,
+        "csv": _csv,
+        "cloudevents": _cloudevents(reg.id),
+    }
+    writers[form](found)
+
+
+COMMANDS: Final[dict[str, click.Command]] = {
+    "history": history,
+    "diff": diff,
+    "stats": stats,
+    "export": export,
+}

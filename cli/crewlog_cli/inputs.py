@@ -1,0 +1,255 @@
+"""Read what people type: times, spans, labels, types of event, past states, any text."""
+
+import re
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Final, ParamSpec, TypeVar
+
+import click
+
+from crewlog.model import events
+from crewlog.model.events import Past, State, timestamp
+from crewlog.registry import Registry
+from crewlog_cli import output, text
+from crewlog_cli.shell import Shell
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def tried(change: Callable[[], T]) -> T:
+    """Make a change; an argument that the library refuses is a usage error (2)."""
+    try:
+        return change()
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def safe(given: str) -> str:
+    """Make argv that is not UTF-8 fit for the log, without losing a byte."""
+    return given.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def moment(words: str | None, sh: Shell) -> datetime | None:
+    """Read a time given on the command line, None for none."""
+    return None if words is None else instant(words, sh)
+
+
+def instant(words: str, sh: Shell) -> datetime:
+    """Read a time given on the command line."""
+    try:
+        found, assumed = read_time(words, now=datetime.now(UTC))
+    except TimeError as error:
+        raise click.UsageError(str(error)) from error
+    if assumed:
+        sh.note(f"note: {assumed}")
+    return found
+
+
+def pairs(rows: Iterable[str]) -> dict[str, str]:
+    """Read labels given as KEY=VALUE."""
+    found: dict[str, str] = {}
+    for row in rows:
+        key, equals, value = row.partition("=")
+        if not key or not equals:
+            message = f"a label is KEY=VALUE, not {row!r}"
+            raise click.UsageError(message)
+        found[key] = value
+    return found
+
+
+def span_s(words: str) -> float:
+    """Read a duration given on the command line, in seconds."""
+    try:
+        return duration(words).total_seconds()
+    except TimeError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _complete_type(_ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    """Name the types of event that begin so, for a shell's completion."""
+    return [
+        kind for kind in (*events.WORKER_TYPES, *sorted(events.OWN_TYPES)) if kind.startswith(begun)
+    ]
+
+
+def _of_type(
+    _ctx: click.Context, _param: click.Parameter, types: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Warn of a type that this version does not know: a newer one may, or it is misspelt."""
+    for kind in types:
+        if kind not in events.OWN_TYPES and kind not in events.WORKER_TYPES:
+            output.warn(
+                f"no type of event is called {kind!r} here; known are "
+                + ", ".join(events.WORKER_TYPES)
+            )
+    return types
+
+
+def ends(types: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the types of event that may tell of a crash, of those that are asked for."""
+    if types and not set(types) <= set(events.ENDS):
+        message = f"--crashed looks at {' and '.join(events.ENDS)} only"
+        raise click.UsageError(message)
+    return types or events.ENDS
+
+
+def with_crashed(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the option that chooses the ends that nobody had asked for."""
+    option = click.option(
+        "--crashed", is_flag=True, help="Only ends that nobody had asked for: failed or lost."
+    )
+    return option(function)
+
+
+def with_types(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the option that chooses types of event."""
+    option = click.option(
+        "--type",
+        "types",
+        multiple=True,
+        callback=_of_type,
+        shell_complete=_complete_type,
+        help="Only this type of event, such as worker.lost; repeatable.",
+    )
+    return option(function)
+
+
+_UNITS: Final = {
+    "s": 1,
+    "sec": 1,
+    "second": 1,
+    "m": 60,
+    "min": 60,
+    "minute": 60,
+    "h": 3600,
+    "hour": 3600,
+    "d": 86_400,
+    "day": 86_400,
+    "w": 604_800,
+    "week": 604_800,
+}
+_LONGEST_S: Final = 1000 * 366 * 86_400
+_COMPACT: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhdw])+")
+_PART: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_AGO: Final = re.compile(r"(\d+)\s*([a-z]+?)s?\s+ago")
+_EXAMPLES: Final = (
+    "a time is: now, today, yesterday, @1764000000, 2026-11-24, 2026-11-24T07:26:36+01:00, "
+    "15m, 1h30m, '2 hours ago'"
+)
+
+
+class TimeError(ValueError):
+    """The text is no time; the message says what would be."""
+
+
+def duration(text: str) -> timedelta:
+    """Read 90s, 15m, 2h, 3d, 1w or 1h30m."""
+    if text == "0":
+        return timedelta(0)
+    if _COMPACT.fullmatch(text) is None:
+        message = f"{text!r} is no duration; a duration is: 90s, 15m, 2h, 3d, 1w, 1h30m"
+        raise TimeError(message)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    if seconds > _LONGEST_S:
+        message = f"{text!r} is longer than a thousand years"
+        raise TimeError(message)
+    return timedelta(seconds=seconds)
+
+
+def read_time(text: str, *, now: datetime, zone: tzinfo | None = None) -> tuple[datetime, str]:
+    """Read a point in time; the second value says what was assumed, "" if nothing.
+
+    `now` is aware; `zone` None is the machine's own. A local time that a clock change skips is
+    refused; of one that it repeats, the earlier is taken, and said.
+    """
+    word = text.strip()
+    local = now.astimezone(zone)
+    midnight = local.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
+    try:
+        if word == "now":
+            return now.astimezone(UTC), ""
+        if word == "today":
+            return _at(midnight, zone, 0), ""  # where the clock skips it: the day's first moment
+        if word == "yesterday":
+            return _at(midnight - timedelta(days=1), zone, 0), ""
+        if word.startswith("@"):
+            return datetime.fromtimestamp(float(word[1:]), UTC), ""
+        if _COMPACT.fullmatch(word):
+            return now.astimezone(UTC) - duration(word), ""
+        ago = _AGO.fullmatch(word)
+        if ago is not None and ago[2] in _UNITS:
+            return now.astimezone(UTC) - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]]), ""
+        if word[:4].isdigit() and "-" in word:
+            return _zoned(datetime.fromisoformat(word), zone)
+    except (ValueError, OverflowError, OSError) as error:
+        if isinstance(error, TimeError):
+            raise
+        message = f"{text!r} is no time ({error}); {_EXAMPLES}"
+        raise TimeError(message) from error
+    message = f"{text!r} is no time; {_EXAMPLES}"
+    raise TimeError(message)
+
+
+def _zoned(when: datetime, zone: tzinfo | None) -> tuple[datetime, str]:
+    """Give a time without an offset the local one, minding the changes of the clock."""
+    if when.tzinfo is not None:
+        return when.astimezone(UTC), ""
+    earlier, later = (_at(when, zone, fold) for fold in (0, 1))
+    if earlier == later:
+        return earlier, ""
+    if earlier.astimezone(zone).replace(tzinfo=None) != when:
+        message = f"{when.isoformat()} does not exist here: the clock was put forward over it"
+        raise TimeError(message)
+    return earlier, f"{when.isoformat()} came twice here; the earlier one was taken"
+
+
+def _at(when: datetime, zone: tzinfo | None, fold: int) -> datetime:
+    folded = when.replace(fold=fold)
+    return (folded if zone is None else folded.replace(tzinfo=zone)).astimezone(UTC)
+
+
+_EPOCHS: Final = 1_000_000_000  # so large a seq is a time that lacks its @
+
+
+def at(sh: Shell, reg: Registry, words: str) -> Past:
+    """Return the state at a time or seq given on the command line; say what it is the state of."""
+    if words.isascii() and words.isdigit():
+        seq = int(words)
+        found = reg.at(seq)
+        if seq > found.seq:
+            hint = f"; for a time write @{words}" if seq >= _EPOCHS else ""
+            sh.note(f"seq {seq} is not reached yet{hint}")
+    else:
+        found = reg.at(instant(words, sh))
+    _tell(sh, found)
+    return found
+
+
+def moment_of(seen: State) -> datetime | None:
+    """Return up to when a past state held, None where it holds still, or is the present one."""
+    return seen.until if isinstance(seen, Past) else None
+
+
+def _tell(sh: Shell, found: Past) -> None:
+    unknown = "a time that is no longer kept" if found.seq else "the beginning"
+    since = unknown if found.since is None else text.exact(found.since, utc=sh.utc)
+    until = "now" if found.until is None else text.exact(found.until, utc=sh.utc)
+    sh.note(f"as it was after seq {found.seq}, from {since} until {until}")
+    if found.disputed is not None:
+        first, last = found.disputed
+        output.warn(
+            f"crewlog: the clock stepped back there: events {first} to {last} claim times "
+            "on both sides; ask by seq to be exact"
+        )
+
+
+def window(found: Past) -> dict[str, object]:
+    """Return what a past state is the state of, as JSON shows it."""
+    return {
+        "seq": found.seq,
+        "since": None if found.since is None else timestamp(found.since),
+        "until": None if found.until is None else timestamp(found.until),
+        "disputed": found.disputed,
+    }

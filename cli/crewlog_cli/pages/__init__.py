@@ -1,0 +1,1 @@
+"""The page that `timeline --html` writes: one file with its style and script inside."""

@@ -1,0 +1,163 @@
+"""Say what workers and events are, as JSON and in the rows of tables."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from crewlog import Liveness
+from crewlog.errors import WorkerNotFound
+from crewlog.model.events import Event, Reset, Worker, timestamp
+from crewlog.registry import Registry
+from crewlog_cli.shell import Shell
+
+
+def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
+    """Return a worker as the CLI's JSON shows it."""
+    ended = worker.exit
+    return {
+        "sid": worker.sid,
+        "pid": worker.pid,
+        "sock": worker.sock,
+        "version": worker.version,
+        "created_at": timestamp(worker.created_at),
+        "state": worker.state.value,
+        "liveness": None if found is None else found.verdict.value,
+        "cause": None if found is None else found.cause,
+        "flags": [] if found is None else sorted(flag.value for flag in found.flags),
+        "labels": dict(worker.labels),
+        "meta": dict(worker.meta),
+        "rev": worker.rev,
+        "updated_at": timestamp(worker.updated_at),
+        "generation": worker.generation,
+        "registered_seq": worker.registered_seq,
+        "identity": None if worker.identity is None else worker.identity.as_json(),
+        "owner": None if worker.owner is None else worker.owner.as_json(),
+        "lease": worker.lease,
+        "heartbeat_s": worker.heartbeat_s,
+        "exit": None
+        if ended is None
+        else {
+            "code": ended.code,
+            "signal": ended.signal,
+            "source": ended.source,
+            "expected": ended.expected,
+            "cause": ended.cause,
+        },
+    }
+
+
+def event_json(event: Event) -> dict[str, object]:
+    """Return an event as the CLI's JSON shows it."""
+    return {
+        "seq": event.seq,
+        "ts": timestamp(event.ts),
+        "type": event.type,
+        "sid": event.sid,
+        "actor": event.actor,
+        "data": event.data,
+    }
+
+
+def event_row(shell: Shell, event: Event) -> list[str]:
+    """Return an event as a table shows it."""
+    return [
+        str(event.seq),
+        shell.when(event.ts),
+        event.type,
+        event.sid,
+        data_text(event),
+        actor_text(event),
+    ]
+
+
+def actor_text(event: Event) -> str:
+    """Name who did it: a given name, else user and program; and its process, for there are many."""
+    actor = event.actor
+    name, user, program = actor.get("name"), actor.get("user"), actor.get("program")
+    who = name if isinstance(name, str) else f"{user}@{program}"
+    return f"{who}[{actor.get('pid')}]" if user is not None else "crewlog"
+
+
+_TELLING: Final = ("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock")
+
+
+def data_text(event: Event) -> str:
+    """Say the telling part of an event's data in a few words."""
+    told = []
+    for key in _TELLING:
+        value = event.data.get(key)
+        if value is None or value in ("", {}):
+            continue
+        if isinstance(value, dict):
+            told += [f"-{k}" if v is None else f"{k}={v}" for k, v in value.items()]
+        else:
+            told.append(f"{key}={value}")
+    return " ".join(told)
+
+
+def reset_json(item: Reset) -> dict[str, object]:
+    """Return what a watcher did not get, as the CLI's JSON shows it."""
+    return {"kind": "reset", "seq": item.seq, "reason": item.reason, "lost": item.lost}
+
+
+def reset_text(item: Reset) -> str:
+    """Say what a Reset means."""
+    if item.lost is None:
+        return (
+            f"-- this store was never that far: another one is in place, or the position is wrong; "
+            f"on from its seq {item.seq} --"
+        )
+    return f"-- events {item.lost[0]} to {item.lost[1]} are gone; on from seq {item.seq} --"
+
+
+def known(reg: Registry, sid: str) -> Worker:
+    """Return a worker. *Raises* WorkerNotFound, which names the nearest sids."""
+    worker = reg.get(sid)
+    if worker is None:
+        raise _not_found(reg, sid)
+    return worker
+
+
+def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
+    """Return the error of an unknown sid, with the nearest names as the hint."""
+    from difflib import get_close_matches  # noqa: PLC0415 (start-up)
+
+    error = WorkerNotFound(sid)
+    near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
+    lead = f"Did you mean {', '.join(near)}? Else see" if near else "See"
+    history = f"`crewlog history --sid {sid}`"
+    error.remedy = f"{lead} `crewlog ls --all`; what is no longer listed may be in {history}"
+    return error
+
+
+def liveness_text(found: Liveness) -> str:
+    """Say a verdict, with its flags, and its cause where it does not go without saying."""
+    if found.alive:
+        return ", ".join((found.verdict.value, *sorted(flag.value for flag in found.flags)))
+    if found.cause == "recorded":
+        return found.verdict.value
+    return f"{found.verdict.value} ({found.cause})"
+
+
+def end_text(worker: Worker) -> str:
+    """Say how a worker ended, in a few words."""
+    ended = worker.exit
+    if ended is None:
+        return ""
+    how = [
+        f"code {ended.code}" if ended.code is not None else "",
+        f"signal {ended.signal}" if ended.signal is not None else "",
+        ended.cause or "",
+        "expected" if ended.expected else "",
+    ]
+    return f"{', '.join(part for part in how if part) or 'no status'} (source: {ended.source})"
+
+
+def print_events(sh: Shell, found: Iterable[Event]) -> None:
+    """Print events as a table."""
+    rows = [event_row(sh, event) for event in found]
+    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "data", "by"], rows)
+
+
+def print_line(sh: Shell, event: Event) -> None:
+    """Print one event as a line of a stream, flushed."""
+    sh.line("  ".join(part for part in event_row(sh, event) if part), flush=True)

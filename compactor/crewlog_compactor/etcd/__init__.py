@@ -1,0 +1,1 @@
+"""Compaction, checks and copies of a store in an etcd cluster."""

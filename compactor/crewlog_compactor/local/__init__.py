@@ -1,0 +1,1 @@
+"""Compaction, retention, checks and repair of a store in a directory."""

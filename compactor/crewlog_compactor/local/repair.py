@@ -1,0 +1,384 @@
+"""Repair: make a store usable again after a failed sync or damage, and lose nothing unsaid.
+
+Nothing is done without `yes`, nothing acknowledged is given up without `accept_loss` naming it,
+nothing is renumbered, and whatever is replaced lies in quarantine, durable, before it goes.
+
+Each damaged segment is rewritten into a new file: its good lines as they are, and for what is lost
+between them one `_gap` line that stands for these seqs and keeps the hash that the next line must
+name, so that the chain still proves all that is left. The last segment is sealed by its rewriting,
+so that no process that has the old file open writes there again. The commit point of each segment
+is its rename made durable; a repair that is killed is simply run again. The mark of a failed sync
+goes last, and a `_repaired` line tells what was done.
+
+A torn tail that was never acknowledged is no case for a repair: the next writer cuts it.
+Lock order as in log.py: compact, append, sync, all held while files change.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from crewlog import host
+from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
+from crewlog.local import (
+    archive,
+    directory,
+    disk,
+    heads,
+    layout,
+    recovery,
+    redo,
+    snapshot,
+)
+from crewlog.local.directory import Directory
+from crewlog.local.heads import DurableHead, States
+from crewlog.local.log import Log
+from crewlog.local.segments import Segments, archive_file, sweep
+from crewlog.model import chain, codec, events
+from crewlog.model.codec import LineError
+from crewlog.model.events import JsonObject, Line
+from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
+from crewlog.place import Place
+from crewlog.process import identity
+from crewlog_compactor.reports import Range, RepairReport
+
+_QUARANTINE_MAX = 10_000
+
+
+def repair(place: Place, *, yes: bool, accept_loss: list[Range]) -> RepairReport:
+    """Say what a repair would do, and with `yes` do it; see `crewlog_compactor.repair`."""
+    log = Log(directory.open_existing(place.path))
+    try:
+        if not yes:
+            return _report(_survey(log.segments), done=False)
+        with log.take_compact_lock():
+            return _repair(log, accept_loss)
+    finally:
+        log.close()
+
+
+def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
+    """Survey again and carry out, with everybody kept out. Held: compact."""
+    with log.alone() as states, disk.failures("cannot repair", where=str(log.directory.path)):
+        found = _survey(log.segments)
+        for loss in found.losses:
+            if not any(first <= loss[0] and loss[1] <= last for first, last in accepted):
+                raise LossRefused(str(log.directory.path), losses=found.losses)
+        if not found.needed:
+            return _report(found, done=False)
+        kept = [_rewrite(log.directory, part) for part in found.parts if part.changed]
+        _tell_states(states, found)
+        if found.poisoned:
+            kept += _lift_mark(log.directory)
+    told: JsonObject = {
+        "losses": [list(loss) for loss in found.losses],
+        "poisoned": found.poisoned,
+        "rewritten": [part.name for part in found.parts if part.changed],
+        "quarantined": list(kept),
+    }
+    log.note(events.REPAIRED, told)
+    return _report(found, done=True, quarantined=tuple(kept), seq=log.last_seq())
+
+
+# -- looking --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Part:
+    """One segment as it should be; `first` names it."""
+
+    first: int
+    archived: str | None  # its name in archive/; None: it is in log/
+    original: bytes | None  # None: there was no such file
+    lines: list[bytes] = field(default_factory=list)
+    changed: bool = False
+    sealed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.archived or layout.segment_name(self.first)
+
+    def beside(self, first: int) -> "_Part":
+        """Return a part that was not there, where this one lies."""
+        return _Part(first, layout.archive_name(first) if self.archived else None, None)
+
+    @property
+    def folder(self) -> str:
+        return layout.ARCHIVE if self.archived else layout.LOG
+
+
+@dataclass(slots=True)
+class _Survey:
+    """The log as far as it can be followed: parts, losses, and where it ends."""
+
+    store: str
+    poisoned: bool
+    head: DurableHead | None
+    hashes: dict[int, str]  # what snapshots know of lines that may be lost
+    parts: list[_Part] = field(default_factory=list)
+    losses: list[Range] = field(default_factory=list)
+    dropped: tuple[int, str] = (0, "")  # retention let go of all up to here, with its hash
+    seq: int = 0
+    hash: str = ""
+
+    @property
+    def needed(self) -> bool:
+        return self.poisoned or any(part.changed for part in self.parts)
+
+    def lose(self, part: _Part, last: int, next_prev: str | None, *, end: bool = False) -> None:
+        """Let a gap stand for the events from here to `last`; at the `end`, for the seal too."""
+        first = self.seq + 1
+        self.losses.append((first, last))
+        next_prev = next_prev or self.hashes.get(last)
+        told: JsonObject = {"store": self.store, "first": first, "last": last}
+        if end:
+            told["sealed"] = part.sealed = True
+        if next_prev is not None:
+            told["next_prev"] = next_prev
+        raw, _ = chain.own_line(
+            events.GAP,
+            told,
+            seq=last,
+            ts=events.timestamp(host.now()),
+            synced=0,
+            prev=bytes.fromhex(self.hash),
+        )
+        part.lines.append(raw)
+        part.changed = True
+        self.seq, self.hash = last, next_prev or codec.digest(raw[:-1]).hex()
+
+    def lose_rest(self, part: _Part, last: int, next_prev: str | None) -> None:
+        """Let gaps stand for everything up to `last`, in segments that end where snapshots do."""
+        for boundary in sorted({*self.hashes, last}):
+            if self.seq < boundary <= last:
+                if part.sealed:
+                    self.parts.append(part)
+                    part = part.beside(self.seq + 1)
+                self.lose(part, boundary, next_prev if boundary == last else None, end=True)
+        self.parts.append(part)
+
+    def keep(self, part: _Part, line: Line, raw: bytes) -> None:
+        """Take a good line over as it is."""
+        part.lines.append(raw + b"\n")
+        part.sealed = line["type"] == events.SEAL
+        self.seq, self.hash = line["seq"], chain.hash_after(line, raw).hex()
+        if line["type"] == events.DROPPED and isinstance(line["data"].get("last"), int):
+            told = line["data"]
+            self.dropped = max(self.dropped, (int(str(told["last"])), str(told["head"])))
+
+
+def _survey(segments: Segments) -> _Survey:
+    """Follow the whole log; nothing is changed."""
+    at = segments.directory
+    states = States(at)
+    try:
+        head = states.head()
+    finally:
+        states.close()
+    noted = disk.exists(layout.POISON, at=at.root)
+    poisoned = noted or (head is not None and head.poisoned)
+    snapshots = list(_snapshots(at))
+    known = max((last_seq for last_seq, _ in snapshots), default=0)
+    known = max(known, 0 if head is None else head.seq)
+    begin = at.digest.hex()
+    found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
+    redo.complete(segments)
+    firsts = segments.all()
+    for index, first in enumerate(firsts):
+        last = index == len(firsts) - 1
+        data = _bytes(segments, first)
+        part = _Part(first, None if _in_log(at, first) else archive_file(at, first), data)
+        if last and data is not None:
+            boot = identity.boot_bytes()
+            data = recovery.acknowledged(first, data, head, boot=boot, snapshot_seq=known)
+        if first > found.seq + 1:
+            _missing(found, part, _prev_of(data or b""))
+        _follow(found, part, data or b"")
+        if first in segments.completed and head is not None and head.boot == identity.boot_bytes():
+            part.changed = True  # no recovery of this boot will put back what the redo holds
+        _close(found, part, known + 1 if last else firsts[index + 1], segments)
+    _end(found)
+    return found
+
+
+def _snapshots(at: Directory) -> Iterator[tuple[int, str]]:
+    for name in (layout.SNAPSHOT_PREV, layout.SNAPSHOT):
+        try:
+            found = snapshot.read(at, name)
+        except SnapshotCorrupt:  # the other one and the log are the truth then
+            continue
+        if found is not None:
+            yield found.last_seq, found.last_hash
+
+
+def _in_log(at: Directory, first: int) -> bool:
+    return disk.exists(layout.segment_name(first), at=at[layout.LOG])
+
+
+def _bytes(segments: Segments, first: int) -> bytes | None:
+    """Read a segment; of an archive that cannot be unpacked, nothing."""
+    try:
+        with segments.open(first) as source:
+            return source.whole()
+    except ArchiveDamaged:
+        return None
+
+
+def _prev_of(data: bytes) -> str | None:
+    """Return the hash that the first good line of a segment names, if that is its first line."""
+    try:
+        return codec.parse(data[: data.find(b"\n")])["prev"]
+    except LineError:
+        return None
+
+
+def _missing(found: _Survey, following: _Part, next_prev: str | None) -> None:
+    """Put a segment of one gap where segments are missing, unless retention dropped them."""
+    if not found.parts and following.first > 1:
+        found.seq, found.hash = following.first - 1, next_prev or "0" * 64
+        return  # decided once the lines that tell of a retention were read
+    found.lose_rest(following.beside(found.seq + 1), following.first - 1, next_prev)
+
+
+def _follow(found: _Survey, part: _Part, data: bytes) -> None:
+    """Take over the good lines of one segment; what is lost between them becomes a gap."""
+    for raw in data.split(b"\n"):
+        if not raw:
+            continue
+        try:
+            line = codec.parse(raw)
+        except LineError:
+            part.changed = True
+            continue
+        begins = line["data"].get("first") if line["type"] == events.GAP else line["seq"]
+        if not isinstance(begins, int) or begins <= found.seq:
+            part.changed = True  # a line that stands twice
+            continue
+        if begins > found.seq + 1:
+            found.lose(part, begins - 1, line["prev"])
+        elif line["prev"] != found.hash:
+            raise HistoryDiverged(part.name, seq=line["seq"] - 1)
+        found.keep(part, line, raw)
+    part.changed |= data != b"".join(part.lines)
+
+
+def _close(found: _Survey, part: _Part, following: int, segments: Segments) -> None:
+    """Bring a segment to its end: the next one's first seq says how far it went."""
+    if found.seq + 1 >= following or part.sealed:
+        found.parts.append(part)  # where a whole segment is missing behind it, the next one tells
+        return
+    there = segments.all()
+    found.lose_rest(
+        part,
+        following - 1,
+        _prev_of(_bytes(segments, following) or b"") if following in there else None,
+    )
+
+
+def _end(found: _Survey) -> None:
+    """Seal the end, if it is rewritten, and see to the beginning."""
+    if not found.parts:
+        return
+    begin = found.parts[0].first
+    if begin > 1 and found.dropped[0] < begin - 1:
+        _beginning(found, begin)
+    last = found.parts[-1]
+    if not last.changed and not found.poisoned:
+        return
+    last.changed = True
+    if not last.sealed:
+        raw, _ = chain.own_line(
+            events.SEAL,
+            {"first": last.first},
+            seq=found.seq + 1,
+            ts=events.timestamp(host.now()),
+            synced=0,
+            prev=bytes.fromhex(found.hash),
+        )
+        last.lines.append(raw)
+        found.seq, found.hash = found.seq + 1, codec.digest(raw[:-1]).hex()
+
+
+def _beginning(found: _Survey, begin: int) -> None:
+    """Put gaps for a beginning that is lost without a word."""
+    last, hash_ = found.dropped
+    before = _Survey(found.store, found.poisoned, None, found.hashes, seq=last, hash=hash_)
+    part = found.parts[0].beside(last + 1)
+    before.lose_rest(part, begin - 1, _prev_of(b"".join(found.parts[0].lines[:1])))
+    found.parts[:0] = before.parts
+    found.losses[:0] = before.losses
+
+
+# -- changing -------------------------------------------------------------------------------
+
+
+def _rewrite(at: Directory, part: _Part) -> str:
+    """Put a segment's good lines in its place; durable. Returns what keeps the old ones."""
+    via, folder = at.disk, at[part.folder]
+    aside = ""
+    if part.original is not None:
+        where = at.where(part.folder, part.name)
+        limit = SNAPSHOT_BYTES_MAX
+        held = disk.read_all(part.name, at=folder, where=where, limit=limit)
+        aside = _quarantine(at, f"{part.name}.before-repair", held)
+    data = b"".join(part.lines)
+    temporary = f"{layout.TEMPORARY_PREFIX}repair-{os.getpid()}"
+    sweep(at, folder)
+    if part.archived:
+        data = archive.pack(data, archive.packing_of(part.archived))
+    disk.write_new(via, temporary, data, at=folder)
+    via.rename(temporary, part.name, at=folder)
+    via.sync_directory(folder)
+    return aside
+
+
+def _quarantine(at: Directory, stem: str, data: bytes) -> str:
+    """Keep bytes, durable, before what held them goes; return the file's name."""
+    folder = at[layout.QUARANTINE]
+    taken = set(disk.names(folder))
+    name = next(n for n in _numbered(stem) if n not in taken)
+    disk.write_new(at.disk, name, data, at=folder)
+    at.disk.sync_directory(folder)
+    return name
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield from (f"{stem}.{number}" for number in range(_QUARANTINE_MAX))
+
+
+def _tell_states(states: States, found: _Survey) -> None:
+    """Let the states tell of the rewritten end, if it was rewritten."""
+    last = found.parts[-1]
+    if not last.changed:
+        return
+    end, digest = sum(map(len, last.lines)), bytes.fromhex(found.hash)
+    boot = identity.boot_bytes()
+    state = heads.written(boot, last.first, end, found.seq, digest, sealed=True)
+    states.renew()
+    states.put_append_state(state)
+    states.put_head(heads.durable(state, base=end, after=found.head))
+
+
+def _lift_mark(at: Directory) -> list[str]:
+    """Take the mark of a failed sync away, last of all; it is kept in quarantine."""
+    if not disk.exists(layout.POISON, at=at.root):
+        return []
+    where = at.where(layout.POISON)
+    note = disk.read_all(layout.POISON, at=at.root, where=where, limit=layout.SMALL_FILE_BYTES_MAX)
+    kept = _quarantine(at, layout.POISON, note)
+    at.disk.unlink(layout.POISON, at=at.root)
+    at.disk.sync_directory(at.root)
+    return [kept]
+
+
+def _report(
+    found: _Survey, *, done: bool, quarantined: tuple[str, ...] = (), seq: int = 0
+) -> RepairReport:
+    return RepairReport(
+        done=done,
+        poisoned=found.poisoned,
+        losses=tuple(found.losses),
+        rewritten=tuple(part.name for part in found.parts if part.changed),
+        quarantined=tuple(name for name in quarantined if name),
+        seq=seq,
+    )

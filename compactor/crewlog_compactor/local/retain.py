@@ -1,0 +1,139 @@
+"""Drop the oldest history by policy, and say so in the log; by default everything is kept.
+
+Only archived segments that the previous snapshot covers are ever dropped; retention.py says which.
+What goes is folded into archive/base.json first, and stays where damage forbids that, so that the
+state at any time that is still kept can be told; then `_archive_dropped` is made durable, so that
+verify can tell policy from loss; then the files go.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+
+from crewlog.errors import SnapshotCorrupt
+from crewlog.local import layout, snapshot
+from crewlog.local.directory import Directory
+from crewlog.local.heads import Position
+from crewlog.local.log import Log
+from crewlog.local.reader import first_line, walk
+from crewlog.local.segments import Segments, archive_of, start_of
+from crewlog.local.snapshot import refold
+from crewlog.model import events
+from crewlog.model.events import JsonObject
+from crewlog.model.sieve import Sieve, type_needle
+from crewlog.model.snapshot import Snapshot
+from crewlog_compactor import retention
+from crewlog_compactor.local.archive import require_intact
+from crewlog_compactor.retention import Keep, Part
+
+
+def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
+    """Drop what the policy no longer keeps; return the range of seqs that went, None for none.
+
+    Held: locks/compact.
+    """
+    _finish(log)
+    going = due(log, keep, last_seq=log.last_seq(), coming={})
+    if not going:
+        return None
+    first, last = going[0].first, going[-1].last
+    told: JsonObject = {"first": first, "last": last, "head": _hash_after(log, last)}
+    base = base_at(log.segments, last)
+    if base is not None:
+        told["base"] = snapshot.put_base(log.directory, base)
+    log.note(events.DROPPED, told)
+    _drop(log, [part.first for part in going])
+    return first, last
+
+
+def due(
+    log: Log, keep: Keep, *, last_seq: int, coming: Mapping[int, Callable[[], int]]
+) -> list[Part]:
+    """Return the parts that the policy lets go when the log has come to `last_seq`.
+
+    `coming` are segments that will be archived first: by first seq, what tells the bytes of each.
+    """
+    if keep is None:
+        return []
+    kept = _archive(log.segments, keep, coming)
+    return retention.going(
+        kept,
+        keep,
+        last_seq=last_seq,
+        cursors=log.cursors.every(),
+        hold_bytes=log.limits.cursor_hold_bytes,
+    )
+
+
+def _archive(segments: Segments, keep: Keep, coming: Mapping[int, Callable[[], int]]) -> list[Part]:
+    firsts = sorted({*segments.in_archive(), *coming})
+    if not firsts:
+        return []
+    left = next(first for first in segments.in_log() if first > firsts[-1])
+    following = [*firsts[1:], left]
+    found = []
+    young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
+    for first, after in zip(firsts, following, strict=True):
+        size = coming[first]() if first in coming else _bytes(segments.directory, first)
+        newest = "" if young else _newest(segments, first)
+        if isinstance(keep, timedelta) and newest >= retention.oldest_ts(keep):
+            young = True
+        found.append(Part(first, after - 1, size, newest))
+    return found
+
+
+def _bytes(directory: Directory, first: int) -> int:
+    name = archive_of(directory, first)
+    return (directory.path / layout.ARCHIVE / name).stat().st_size
+
+
+def _newest(segments: Segments, first: int) -> str:
+    with segments.open(first) as source:
+        steps = walk(source, start_of(first))
+        return max((step.line["ts"] for step in steps if step.line is not None), default="")
+
+
+def base_at(segments: Segments, last: int) -> Snapshot | None:
+    """Return the state after what goes up to `last`: one that is kept, or folded from one before.
+
+    Whatever goes is whole: of what is damaged nobody would hear any more. None where nobody can
+    know the state: an older version dropped what leads to it, or a repair gave up events in
+    between, and said so. *Raises* DataDamaged.
+    """
+    firsts = segments.in_archive()
+    for first in firsts:
+        if first <= last:
+            require_intact(segments, first)
+    oldest = firsts[0]
+    states = [s for s in snapshot.every(segments.directory) if oldest - 1 <= s.last_seq <= last]
+    start = max(states, key=lambda state: state.last_seq, default=None)
+    if start is None or start.last_seq == last:
+        return start
+    return retention.folded(lambda seen: refold(segments, start, Position(0, 0, last), seen=seen))
+
+
+def _finish(log: Log) -> None:
+    """Let go of what a retention that was killed had announced; the state after it is in place."""
+    directory, firsts = log.directory, log.segments.in_archive()
+    with suppress(SnapshotCorrupt):
+        base = snapshot.read_base(directory)
+        if base is None or not firsts or firsts[0] > base.last_seq:
+            return
+        told = log.backwards(sieve=Sieve([type_needle(events.DROPPED)]))
+        newest = next((line for line, _ in told if line["type"] == events.DROPPED), None)
+        if newest is not None and newest["data"].get("last") == base.last_seq:
+            _drop(log, [first for first in firsts if first <= base.last_seq])
+
+
+def _drop(log: Log, firsts: Iterable[int]) -> None:
+    """Remove archives one by one, so that a power cut leaves no hole behind an older one."""
+    via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
+    for first in firsts:
+        via.unlink(archive_of(log.directory, first), at=shelf)
+        via.sync_directory(shelf)
+
+
+def _hash_after(log: Log, last: int) -> str:
+    """Return the hash of the last line that goes, as the line after it tells."""
+    line = first_line(log.segments, last + 1)
+    return "" if line is None else line["prev"]

@@ -1,0 +1,347 @@
+"""Check a whole store once: every line, the chain, the files, the snapshots against the history.
+
+Snapshots are read before the head and the head before the log, and only what the head covers is
+judged, so live writers and a running compaction cause no finding. A finding never stops the
+reading.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from crewlog.errors import (
+    ArchiveDamaged,
+    NotAStore,
+    SegmentMissing,
+    SnapshotCorrupt,
+)
+from crewlog.local import directory, layout, recovery, redo, snapshot
+from crewlog.local.directory import Directory
+from crewlog.local.heads import AppendState, DurableHead, States
+from crewlog.local.segments import Segments
+from crewlog.model import chain, codec, events
+from crewlog.model.codec import LineError
+from crewlog.model.events import Line
+from crewlog.model.sieve import type_needle
+from crewlog.model.snapshot import Snapshot
+from crewlog.place import Place
+from crewlog.process import identity
+from crewlog_compactor.anchor import Anchor
+from crewlog_compactor.local.strays import strays
+from crewlog_compactor.reports import Finding, VerifyReport
+from crewlog_compactor.walk import VERIFY_TRIES, History
+
+
+def verify(
+    place: Place, *, anchor: Anchor | None, progress: Callable[[int, int], None] | None
+) -> VerifyReport:
+    """Check a whole store in a directory; see `crewlog_compactor.verify`.
+
+    Safe beside live writers and a running compaction; where a retention takes what is being read,
+    the reading begins again.
+    """
+    path = place.path
+    try:
+        opened = directory.open_existing(path)
+    except NotAStore as error:
+        if not (path / layout.STORE).exists():  # what is not there at all is no finding about it
+            raise
+        finding = Finding(code=error.code, path=str(path), message=str(error))
+        return VerifyReport(events=0, last_seq=0, findings=(finding,))
+    for _ in range(VERIFY_TRIES):
+        begun = _beginning(opened)
+        try:
+            report = _check(opened, anchor=anchor, progress=progress)
+        except SegmentMissing:  # a retention took it while we read; else it would be a finding
+            if _beginning(opened) == begun:
+                raise
+        else:
+            if report.ok or _beginning(opened) == begun:
+                return report
+    return _check(opened, anchor=anchor, progress=progress)
+
+
+def _beginning(opened: Directory) -> tuple[int, str]:
+    """Say where the kept history begins: what was found is void where a retention moved that."""
+    oldest = Segments(opened).all()[:1]
+    with contextlib.suppress(SnapshotCorrupt):
+        base = snapshot.read_base(opened)
+        return sum(oldest), "" if base is None else base.sha256
+    return sum(oldest), "damaged"
+
+
+def _check(
+    opened: Directory,
+    *,
+    anchor: Anchor | None,
+    progress: Callable[[int, int], None] | None,
+) -> VerifyReport:
+    """Read everything and return what was found."""
+    found = _Verification(
+        where=opened.where,
+        log_name=layout.LOG,
+        anchor=anchor,
+        directory=opened,
+        segments=Segments(opened),
+        progress=progress,
+    )
+    return found.run()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Verification(History):
+    """One verification of a directory."""
+
+    directory: Directory
+    segments: Segments
+    progress: Callable[[int, int], None] | None = None
+    base: Snapshot | None = None
+
+    def run(self) -> VerifyReport:
+        """Read everything and return what was found."""
+        snapshots = list(self._snapshots())
+        head, written = self._states()
+        self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
+        base = self._archive_base()
+        self.bases = {found.last_seq: found for _, found in snapshots}
+        if base is not None:
+            self.bases[base.last_seq] = base
+        self.hash = self.directory.digest.hex()
+        if head is None or head.boot != identity.boot_bytes():
+            redo.complete(self.segments)
+        firsts = self.segments.all()
+        if not firsts:
+            self.report("log_regressed", layout.LOG, "there is no segment at all")
+        end = self._walk_all(firsts, head)
+        for name, found in snapshots:
+            self.compare(name, found)
+        self._newest()
+        self._base()
+        if head is not None and written is not None:
+            self._hold_together(head, written)
+        self.hold_anchor()
+        strays(self.directory, self.report)
+        if head is not None and end < head.seq:
+            self.report(
+                "log_regressed",
+                f"{layout.HEAD}/{layout.HEAD_DURABLE}",
+                f"seq {head.seq} was durable, the log ends at {end}",
+                seq=head.seq,
+            )
+        return VerifyReport(
+            events=self.events,
+            last_seq=end,
+            findings=tuple(self.findings),
+            gaps=tuple(self.gaps),
+        )
+
+    # -- snapshots and states ---------------------------------------------------------------
+
+    def _snapshots(self) -> Iterator[tuple[str, Snapshot]]:
+        """Yield the good snapshots, the older first: a compaction may replace them meanwhile."""
+        for name in (layout.SNAPSHOT_PREV, layout.SNAPSHOT):
+            try:
+                found = snapshot.read(self.directory, name)
+            except SnapshotCorrupt as error:
+                self.report(error.code, name, error.why)
+                continue
+            if found is not None:
+                yield name, found
+
+    def _archive_base(self) -> Snapshot | None:
+        """Read the state that the archive begins with."""
+        try:
+            self.base = snapshot.read_base(self.directory)
+        except SnapshotCorrupt as error:
+            self.report(error.code, f"{layout.ARCHIVE}/{layout.BASE}", error.why)
+        return self.base
+
+    def _base(self) -> None:
+        """Hold the state that the archive begins with against what its retention told of it."""
+        last, told = self.base_told
+        if told is None or any(f.path.endswith(layout.BASE) for f in self.findings):
+            return
+        base = self.base
+        if base is None or base.last_seq < last or (base.last_seq == last and base.sha256 != told):
+            why = "it is missing" if base is None else "it is not the one that the log tells of"
+            self.report("snapshot_differs", f"{layout.ARCHIVE}/{layout.BASE}", why, seq=last)
+
+    def _read_states(self) -> tuple[DurableHead | None, AppendState | None]:
+        states = States(self.directory)
+        try:
+            return states.head(), states.append_state()
+        finally:
+            states.close()
+
+    def _states(self) -> tuple[DurableHead | None, AppendState | None]:
+        head, written = self._read_states()
+        name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
+        if head is None:
+            self.report("state_unreadable", name, "it is missing or damaged")
+        elif head.poisoned:
+            self.report("store_poisoned", name, f"a sync failed: {os.strerror(head.errno)}")
+        if written is None:
+            self.report("state_unreadable", layout.APPEND_STATE, "it is missing or damaged")
+        return head, written
+
+    def _hold_together(self, head: DurableHead, written: AppendState) -> None:
+        """Hold the two states against each other and the log; of another boot they may be old."""
+        boot = identity.boot_bytes()
+        if head.boot != boot or written.boot != boot:
+            return
+        self._redo(head, written)
+        why = None
+        if written.seq < head.seq:  # read after the head, and never behind it
+            why = f"seq {head.seq} is durable, and only {written.seq} written"
+        elif written.seq == head.seq == self.seq and not self.hole:
+            end = (written.segment, written.end, written.hash.hex())
+            if end != (head.segment, head.end, self.hash):
+                why = "it tells of another end of the log"
+        if why is not None:
+            self.report("state_differs", layout.APPEND_STATE, why, seq=written.seq)
+
+    def _redo(self, head: DurableHead, written: AppendState) -> None:
+        """Hold the redo against the end of the segment that it alone keeps durable."""
+        kept = redo.read(self.directory)
+        why = None if kept else "it is missing or empty"
+        if head.segment == written.segment and head.base < written.kept:
+            _, data = self._bytes(head.segment)
+            end = min(written.kept, head.end)
+            if kept[: end - written.base] != data[written.base : end]:
+                why = "it does not hold what was committed since its segment was synced"
+        if why is not None and self._read_states() == (head, written):  # nobody went on meanwhile
+            self.report("redo_differs", layout.REDO, why)
+
+    # -- the log ----------------------------------------------------------------------------
+
+    def _walk_all(self, firsts: list[int], head: DurableHead | None) -> int:
+        """Check every segment up to the durable end; return the last good seq."""
+        last = len(firsts) - 1
+        if head is not None and head.segment in firsts:
+            last = firsts.index(head.segment)
+        self._begin(firsts)
+        for index, first in enumerate(firsts[: last + 1]):
+            if first != self.seq + 1:
+                self._missing(first)
+            active = index == last
+            try:
+                name, data = self._bytes(first)
+            except ArchiveDamaged as error:
+                self._unreadable(error, following=firsts[index + 1])
+                continue
+            if active:
+                data = self._durable_part(name, first, data, head)
+            self._walk(name, first, data, active=active)
+            if self.progress is not None:
+                self.progress(index + 1, last + 1)
+        return self.seq
+
+    def _bytes(self, first: int) -> tuple[str, bytes]:
+        """Read a segment wherever it lies; return its name in the store, too."""
+        with self.segments.open(first) as source:
+            data = source.whole()
+        folder = layout.ARCHIVE if source.archived else layout.LOG
+        return f"{folder}/{source.name}", data
+
+    def _unreadable(self, error: ArchiveDamaged, *, following: int) -> None:
+        """Report an archive that cannot be unpacked, and go on behind it."""
+        self.report(error.code, f"{layout.ARCHIVE}/{error.segment}", error.reason, seq=error.seq)
+        self.seq, self.hash, self.hole = following - 1, "", True
+
+    def _begin(self, firsts: list[int]) -> None:
+        """Take the beginning that retention dropped for policy, if a line of the log says so."""
+        first = firsts[0] if firsts else 1
+        if first == 1:
+            return
+        for found in reversed(firsts):
+            try:
+                _, data = self._bytes(found)
+            except ArchiveDamaged:  # reported when its turn comes
+                continue
+            for raw in reversed(data.split(b"\n")):
+                if type_needle(events.DROPPED) in raw:
+                    with contextlib.suppress(LineError):
+                        if self.is_told(codec.parse(raw)["data"], first):
+                            return
+
+    def _missing(self, first: int) -> None:
+        if first > self.seq + 1:
+            self.report(
+                "segment_missing",
+                f"{layout.LOG}/{layout.segment_name(self.seq + 1)}",
+                f"events {self.seq + 1} to {first - 1} are in no segment",
+                seq=self.seq + 1,
+            )
+        else:
+            self.report(
+                "segment_foreign",
+                f"{layout.LOG}/{layout.segment_name(first)}",
+                f"it begins at seq {first}, but the log went on to {self.seq}",
+                seq=first,
+            )
+        self.seq = first - 1
+        self.hash = ""
+        self.hole = True
+
+    def _durable_part(self, name: str, first: int, data: bytes, head: DurableHead | None) -> bytes:
+        """Return what of the last segment is durable; a tail that recovery will cut is none."""
+        boot = identity.boot_bytes()
+        ours = head is not None and head.boot == boot and head.segment == first
+        if head is not None and ours and len(data) < head.end:
+            self.report(
+                "log_regressed",
+                name,
+                f"it has {len(data)} bytes, {head.end} were durable",
+                offset=len(data),
+            )
+        return recovery.acknowledged(first, data, head, boot=boot, snapshot_seq=0)
+
+    def _walk(self, name: str, first: int, data: bytes, *, active: bool) -> None:
+        """Check one segment line by line; after a bad line, go on at the next newline."""
+        offset, ended = 0, False
+        batch = (0, 0)
+        while offset < len(data):
+            newline = data.find(b"\n", offset)
+            raw = data[offset : newline if newline >= 0 else len(data)]
+            try:
+                line = codec.parse(raw)
+                if newline < 0:
+                    raise LineError("half a line")
+            except LineError as error:
+                self.bad_line(name, offset, str(error))
+            else:
+                batch = self.good_line(name, offset, line, raw, batch)
+                ended = chain.is_end(line)
+                if offset == 0:
+                    self._header(name, first, line)
+            offset += len(raw) + 1
+        if not active and not ended:
+            self.report(
+                "log_corrupt",
+                name,
+                "the segment ends without a seal",
+                offset=len(data),
+                seq=self.seq,
+            )
+
+    def _header(self, name: str, first: int, line: Line) -> None:
+        data = line["data"]
+        if line["type"] == events.GAP:
+            return
+        if line["type"] != events.SEGMENT:
+            self.report("log_corrupt", name, "it does not begin with a header", offset=0, seq=first)
+        elif data.get("store") != self.directory.store:
+            self.report("segment_foreign", name, f"it is of store {data.get('store')}", offset=0)
+
+    def _newest(self) -> None:
+        """Hold registry.json, read again, against the snapshots that the log tells of."""
+        with contextlib.suppress(SnapshotCorrupt):  # reported before
+            now = snapshot.read(self.directory, layout.SNAPSHOT)
+            covered = 0 if now is None else now.last_seq
+            if covered < self.snapshot_told:
+                self.report(
+                    "snapshot_regressed",
+                    layout.SNAPSHOT,
+                    f"it covers seq {covered}, the log tells of one up to {self.snapshot_told}",
+                )

@@ -1,0 +1,1 @@
+"""The same registry for asyncio: nothing here blocks the loop."""

@@ -1,0 +1,221 @@
+"""Answer for the past: what happened, and what the state was at a seq or a time.
+
+Order is seq, never a clock. A time is looked up among the parts of the history, then line by line;
+where the clock stepped back near it, events of both sides of the step claim the same time, and the
+answer names them.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, Unpack
+
+from crewlog.errors import CompactedError
+from crewlog.host import no_fork
+from crewlog.model import arguments, events
+from crewlog.model.events import Event, Line, Past, event_of, past_of
+from crewlog.model.sieve import Sieve
+from crewlog.model.snapshot import Snapshot
+from crewlog.session import Session
+from crewlog.store import Store, oldest_state, retried
+from crewlog.watch import feed
+from crewlog.watch.feed import Filter
+
+if TYPE_CHECKING:
+    from crewlog.model.lives import Life
+
+
+class HistoryOptions(TypedDict, total=False):
+    """What `history` takes."""
+
+    sid: str | None
+    types: Collection[str] | None
+    since: datetime | None
+    until: datetime | None
+    after: int | None
+    newest_first: bool
+
+
+DEFAULTS: Final[HistoryOptions] = {
+    "sid": None,
+    "types": None,
+    "since": None,
+    "until": None,
+    "after": None,
+    "newest_first": False,
+}
+
+
+def history(session: Session, **options: Unpack[HistoryOptions]) -> Iterator[Event]:
+    """Yield the events that match; see `Registry.history`."""
+    arguments.check_options(options, HistoryOptions.__annotations__, of="history")
+    sid, after = options.get("sid"), options.get("after")
+    newest_first = options.get("newest_first", False)
+    wanted = feed.filter_of(None if sid is None else [sid], options.get("types"))
+    first, last = (
+        _moment(options.get("since"), name="since"),
+        _moment(options.get("until"), name="until"),
+    )
+    if after is not None and (type(after) is not int or after < 0):
+        message = f"after must be a seq, not {after!r}"
+        raise ValueError(message)
+    store = session.find()
+    if store is None:
+        return iter(())
+    if newest_first and after is not None and after + 1 < (oldest := store.first_seq()):
+        raise CompactedError(requested=after + 1, oldest=oldest)  # as the other way round
+    return _matching(store, wanted, first, last, after=after, newest_first=newest_first)
+
+
+def at(session: Session, when: datetime | int) -> Past:
+    """Return the state as it was at a seq or a time; see `Registry.at`."""
+    if isinstance(when, bool) or not isinstance(when, int | datetime):
+        message = f"a state is asked for by seq or by an aware time, not {when!r}"
+        raise TypeError(message)
+    stamp = _moment(when, name="when") if isinstance(when, datetime) else ""
+    seq = when if isinstance(when, int) else 0
+    if seq < 0:
+        message = f"there is no seq {seq}"
+        raise ValueError(message)
+    store = session.find()
+    if store is None:
+        return past_of(0, {}, since=None, until=None, disputed=None)
+    return retried(
+        lambda: _at(store, _before(store, stamp) if stamp else _Place(seq, None)), CompactedError
+    )
+
+
+def lives(session: Session, progress: Callable[[int, int], None] | None) -> "list[Life]":
+    """Return every worker's life that the kept history tells of; see `Registry.lives`."""
+    store = session.find()
+    if store is None:
+        return []
+    return retried(lambda: _lives(store, progress), CompactedError)
+
+
+def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[Life]":
+    with no_fork():
+        from crewlog.model.lives import Lives  # noqa: PLC0415 (start-up; few ask)
+
+    last, found, first, told = store.last_seq(), Lives(()), 0, 0
+    for line, _ in store.read(store.first_seq() - 1):
+        if not first:
+            first = line["seq"]
+            kept = oldest_state(store, first)
+            found = Lives(() if kept is None else kept.records().values())
+            told = 0 if kept is None else kept.last_seq
+        if line["seq"] > told:
+            found.add(line)
+        if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
+            progress(line["seq"] - first, last - first + 1)
+    return found.found
+
+
+def _from_oldest(store: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:
+    """Read all that is kept; begin again where retention takes the oldest before it is read."""
+
+    def begun() -> Iterator[tuple[Line, bytes]]:  # with its first line at hand
+        lines = store.read(store.first_seq() - 1, sieve=sieve)
+        return itertools.chain(list(itertools.islice(lines, 1)), lines)
+
+    return retried(begun, CompactedError)
+
+
+_PROGRESS_LINES: Final = 10_000
+
+
+class _Place(NamedTuple):
+    """The seq after which the state is asked for, and seqs before it that claim a later time."""
+
+    seq: int
+    disputed: tuple[int, int] | None
+
+
+def _before(store: Store, ts: str) -> _Place:
+    """Return the last seq up to a time: the last part that begins by then, line by line."""
+    firsts = store.firsts()
+    fitting = bisect_right(firsts, ts, key=store.begins)
+    if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
+        last = firsts[0] - 1
+        raise CompactedError(requested=last, oldest=firsts[0])
+    if not fitting:
+        return _Place(0, None)
+    found, later = firsts[fitting - 1] - 1, 0
+    disputed: tuple[int, int] | None = None
+    for line, _ in store.read(found):
+        if line["ts"] > ts:
+            later = later or line["seq"]
+        else:
+            found = line["seq"]
+            if later:
+                disputed = (later, found)
+        if line["type"] == events.SEAL:
+            break
+    return _Place(found, disputed)
+
+
+def _at(store: Store, place: _Place) -> Past:
+    seq = min(place.seq, store.last_seq())
+    start = _nearest(store, seq)
+    times: dict[str, str] = {}
+    if start.last_seq < seq:
+        start = store.fold_to(start, seq, seen=lambda line: times.update(at=line["ts"]))
+    following = next((line["ts"] for line, _ in store.read(start.last_seq)), None)
+    since = times.get("at") or _time_of(store, start.last_seq)
+    return past_of(
+        start.last_seq,
+        start.records(),
+        since=since,
+        until=following,
+        disputed=place.disputed,
+    )
+
+
+def _time_of(store: Store, seq: int) -> str | None:
+    """Return the time of one line, None if it is not kept."""
+    if seq < store.first_seq():
+        return None
+    return next((line["ts"] for line, _ in store.read(seq - 1)), None)
+
+
+def _nearest(store: Store, seq: int) -> Snapshot:
+    """Return the nearest older state that the history leads on from."""
+    oldest = store.first_seq()
+    states = [found for found in store.snapshots() if found.last_seq + 1 >= oldest]
+    fitting = [found for found in states if found.last_seq <= seq]
+    if not fitting:
+        first = min((found.last_seq for found in states), default=oldest)
+        raise CompactedError(requested=seq, oldest=first + 1)
+    return max(fitting, key=lambda found: found.last_seq)
+
+
+def _matching(
+    store: Store, wanted: Filter, first: str, last: str, *, after: int | None, newest_first: bool
+) -> Iterator[Event]:
+    """Yield the events that are wanted, from one time on and before another."""
+    sieve = wanted.sieve(first)
+    if newest_first:
+        found = store.backwards(sieve=sieve)
+    else:
+        found = _from_oldest(store, sieve) if after is None else store.read(after, sieve=sieve)
+    for line, raw in found:
+        if newest_first and after is not None and line["seq"] <= after:
+            return
+        # times may step back: whatever is out of range, the next one may match again
+        in_time = line["ts"] >= first and (not last or line["ts"] < last)
+        if in_time and wanted.wants(line):
+            yield event_of(line, raw)
+
+
+def _moment(when: object, *, name: str) -> str:
+    """Write a time as the log does, "" for none."""
+    if when is None:
+        return ""
+    if not isinstance(when, datetime):
+        message = f"{name} must be a datetime, not {type(when).__name__}"
+        raise TypeError(message)
+    if when.tzinfo is None:
+        message = f"{name} must be an aware time: give it a time zone"
+        raise ValueError(message)
+    return events.timestamp(when)

@@ -1,0 +1,500 @@
+"""Append events: the two-phase commit, rotation and recovery of a directory.
+
+Format
+    A store's history is a chain of checked lines (codec.py) in segments under log/. The last
+    segment is active, every other one ends with a seal. append.state tells how far lines are
+    *written*, head/durable how far they are *durable*; both are caches of what the segments say.
+
+Valid if and only if
+    A line counts once head/durable, written in this boot, covers it. After a reboot a line counts
+    if it lies in the valid prefix of the last segment, as the redo completes it (redo.py) and
+    recovery.decide judges it.
+
+Writer
+    One thread of a process writes for all that wait (commit.py).
+    Phase one, under locks/append: read both states (recover first if they are not of this boot);
+    adopt or cut what a dead writer left beyond the written end; look at what others wrote; let
+    the callers decide; write all lines with one write(2); copy them into the redo; write
+    append.state; unlock.
+    Phase two (sync.py), no append lock: until head/durable covers my last line, wait for the sync
+    leader or become it. The leader reads append.state, syncs the redo (or, where that does not hold
+    all of it, the segment), publishes head/durable. **The commit point is the write of
+    head/durable.**
+
+Reader
+    reading.py: reads head/durable, then the segments up to it. Takes no lock, changes nothing.
+
+Lock order
+    compact, append, sync. In a process: writer, append lock, mutex, turn, sync lock. A sync
+    leader never takes the append lock; nobody holds a lock while a caller's probe runs.
+
+Crash argument
+    kill -9 before the write: nothing happened. During or after it, before append.state: bytes
+    beyond the written end; nobody was told, and readers never see beyond head/durable; the next
+    writer adopts whole lines and batches and quarantines the rest. After append.state: the next
+    leader syncs the lines; their caller never heard. Before the publication: synced or not, not
+    acknowledged. The kernel frees a dead holder's locks. Power cut: a line was acknowledged only
+    after a sync of its copy in the redo, which is not overwritten before the segment was synced
+    and read back, or of the segment, whose name was durable before its first line; `synced` in
+    later lines and head/durable bear witness to that, so recovery can tell a torn tail (never
+    acknowledged, cut) from damage (acknowledged, refused). A failed sync is never repeated: it
+    poisons the store for every process before anyone can append after it.
+"""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+from crewlog import host
+from crewlog.errors import (
+    CrewlogError,
+    LockBusy,
+    LogCorrupt,
+    LogRegressed,
+    RegistryClosed,
+    StoreMissing,
+    from_oserror,
+)
+from crewlog.local import disk, heads, layout, recovery
+from crewlog.local.directory import incomplete
+from crewlog.local.disk import Stamp
+from crewlog.local.heads import AppendState, DurableHead, States
+from crewlog.local.lock import Lock
+from crewlog.local.redo import Redo
+from crewlog.local.segments import Segment, Segments, put, sweep
+from crewlog.local.sync import Syncer
+from crewlog.local.view import LocalTip, View
+from crewlog.model import chain, codec, events, steps
+from crewlog.model.chain import Scan
+from crewlog.model.codec import Draft
+from crewlog.model.events import JsonObject, Line
+from crewlog.model.steps import Appended
+from crewlog.process import identity
+from crewlog.queue import Request
+
+_logger = logging.getLogger("crewlog.log")
+_CATCH_UP_IDLE_S: Final = 0.05
+T = TypeVar("T")
+
+
+def size_of(drafts: Sequence[Draft]) -> int:
+    """Return how many bytes the lines will take at most. *Raises* ValueError for too much."""
+    size = sum(len(part.body) for part in drafts) + codec.LINE_OVERHEAD_BYTES * len(drafts)
+    if len(drafts) > steps.BATCH_EVENTS_MAX or size > steps.BATCH_BYTES_MAX:
+        message = (
+            f"a batch holds at most {steps.BATCH_EVENTS_MAX} events "
+            f"and {steps.BATCH_BYTES_MAX} bytes"
+        )
+        raise ValueError(message)
+    return size
+
+
+class Unit(NamedTuple):
+    """Lines that are all written or none, who asked for them, and the state after them."""
+
+    request: Request
+    raws: list[bytes]
+    lines: list[Line]
+    after: AppendState
+
+
+def compose(request: Request, drafts: Sequence[Draft], state: AppendState, *, synced: int) -> Unit:
+    """Make one unit of lines that follow `state`."""
+    raws: list[bytes] = []
+    lines: list[Line] = []
+    boot, segment, redo, base, kept, end, seq, prev, _ = state
+    ts, count = events.timestamp(host.now()), len(drafts)
+    for index, part in enumerate(drafts):
+        seq += 1
+        place = (index, count) if count > 1 else None
+        raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=place)
+        prev = codec.digest(raw[:-1])
+        end += len(raw)
+        raws.append(raw)
+        lines.append(codec.as_parsed(part, seq=seq, ts=ts))
+    after = AppendState(boot, segment, redo, base, kept, end, seq, prev, sealed=False)
+    return Unit(request, raws, lines, after)
+
+
+class Appender:
+    """Phase one of one process, and what it needs of phase two; threads queue on its mutexes."""
+
+    def __init__(self, segments: Segments, states: States, view: View, *, wait_s: float) -> None:
+        """Use an open store; nothing is opened yet."""
+        self.directory = directory = segments.directory
+        self.segments = segments
+        self.closed = False
+        self.wait_s = wait_s
+        self.limits = directory.limits
+        self.lock = Lock(
+            layout.LOCK_APPEND,
+            at=directory[layout.LOCKS],
+            where=directory.lock_path(layout.LOCK_APPEND),
+        )
+        self.writer = threading.RLock()  # one thread at a time writes; taken before the mutex
+        self.mutex = threading.RLock()  # guards the view, and all that a writer has open
+        self._boot = identity.boot_bytes()
+        self._heads = states
+        self._view = view
+        self.sync = Syncer(segments, states, boot=self._boot, wait_s=wait_s)
+        self.make_durable = self.sync.make_durable  # phase two
+        # All below is guarded by the mutex.
+        self._active: Segment | None = None
+        self._redo = Redo(directory)
+        self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
+        self._names = Stamp(directory[layout.LOG])
+        self._names_durable = False
+        self._prepared_at = 0.0
+
+    def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
+        """Do phase one for a group; see commit.Phases."""
+        about = group[0].about if len(group) == 1 else set().union(*[r.about for r in group])
+        self._prepare(about)
+
+        def work() -> tuple[int, int, int]:
+            state, head = self._ready()
+            try:
+                taken, seq = self._write(group, state, head)
+            except BaseException:
+                self._view.forget_written()  # it holds lines that may never be
+                raise
+            return taken, seq, head.generation
+
+        return self._run(work)
+
+    def note(self, kind: str, data: JsonObject) -> None:
+        """Append one of the store's own lines; durable on return."""
+        state = self._run(lambda: self._put_own(kind, data, *self._ready()))
+        self.sync.make_durable(state.seq)
+
+    def rotate(self) -> None:
+        """Seal the active segment and begin the next one; durable on return."""
+        self._run(lambda: self._begin_next(self._seal(*self._ready())))
+
+    def _prepare(self, about: Collection[str]) -> None:
+        """Read, before the lock is taken, what would take long under it."""
+        knows = self._view.knows(about)
+        now = time.monotonic()
+        if knows and now - self._prepared_at < _CATCH_UP_IDLE_S:
+            return
+        self._prepared_at = now
+        with disk.failures("cannot read the registry", where=self._where):
+            state = self._heads.append_state()
+        if state is None or state.boot != self._boot:
+            return  # recovery comes first
+        if not knows:
+            self._heads.renew()
+            with disk.failures("cannot read the registry", where=self._where):
+                head = self._heads.head()
+            if head is not None and head.boot == self._boot:
+                with disk.failures("cannot read the log", where=self._where), self.mutex:
+                    self._view.durable(head.position)
+            return
+        if self._view.lag(state.seq) > self.limits.catch_up_lines:
+            with disk.failures("cannot read the log", where=self._where), self.mutex:
+                self._view.catch_up(state.position)
+
+    def _ready(self) -> tuple[AppendState, DurableHead]:
+        """Bring log and states into the order that an append starts from. Held: append."""
+        if self.closed:
+            raise RegistryClosed(self._where)
+        self._mind_places()
+        state, head = self._heads.append_state(), self._heads.head()
+        self.sync.require_sound(head)
+        if state is None or head is None or state.boot != self._boot or head.boot != self._boot:
+            state, head = self._recover(head)
+        if not self._names_durable:  # who created the store may have died before it synced them
+            self.sync.certain_directory(self.directory.root)
+            self._names_durable = True
+        active = self._open_active(state.segment)
+        size = disk.size_of(active.fd)
+        if size < state.end:
+            raise LogRegressed(
+                self.directory.where(layout.LOG, active.name),
+                why=f"it has {size} bytes, {state.end} were written",
+            )
+        if size > state.end:
+            state = self._adopt(active, state, head)
+        if state.sealed:
+            state = self._begin_next(state)
+            head = self._heads.head() or head
+        if self._view.written_seq != state.seq:
+            self._view.catch_up(state.position, self._active)
+        return state, head
+
+    def _mind_places(self) -> None:
+        """Let go of files that are no longer in place, where a name in the store has changed."""
+        moved, head_moved = self._root.moved(), self._head.moved()
+        if moved or head_moved:
+            self._heads.renew()
+            self.sync.look_for_mark()
+            self._redo.reopen()
+            self._root.settle()
+            self._head.settle()
+
+    def _require_one_name(self, active: Segment) -> None:
+        """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
+        where = self.directory.where(layout.LOG, active.name)
+        sweep(self.directory, self.directory[layout.LOG])
+        if os.fstat(active.fd).st_nlink == 0:
+            raise StoreMissing(where, why="the active segment was removed")
+        disk.require_one_name(active.fd, where=where)
+
+    def _open_active(self, segment: int) -> Segment:
+        if self._active is None or self._active.first != segment:
+            self._close_active()
+            self._active = self.segments.open_to_append(segment)
+        if self._names.moved():
+            self._require_one_name(self._active)
+            self._names.settle()
+        return self._active
+
+    def _adopt(self, active: Segment, state: AppendState, head: DurableHead) -> AppendState:
+        state, found = recovery.adopt(self.directory, active, state)
+        self._heads.put_append_state(state)
+        if found.reason is not None and not state.sealed:
+            state = self._write_recovered(state, head, found)
+        return state
+
+    def _write(
+        self, group: Sequence[Request], state: AppendState, head: DurableHead
+    ) -> tuple[int, int]:
+        """Decide one after the other, write all at once; return how many, and the last seq."""
+        base = state  # what is on disk; the lines beyond it are in `data`
+        written = LocalTip(self._view, state=base, head=head)
+        data: list[bytes] = []
+        unit: Unit | None = None  # the last one composed, not yet accounted for
+        for index, request in enumerate(group):
+            if unit is not None:
+                self._account(unit, written)
+                unit = None
+            try:
+                drafts = request.decide(written)
+                size = size_of(drafts)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is that request's own)
+                request.refuse(error)
+                continue
+            full = state.end + size > self.limits.segment_bytes
+            if data and (full or state.end + size - base.end > self.limits.group_bytes):
+                self._put(b"".join(data), base, state, head)
+                return index, state.seq
+            if full and state.seq > state.segment:
+                base = state = self._begin_next(self._seal(state, head))
+                head = self._heads.head() or head
+                written = LocalTip(self._view, state=base, head=head)
+            request.composed = True
+            if not drafts:
+                request.result = Appended((), {}, state.seq)
+                continue
+            synced = head.end if head.segment == state.segment else 0
+            unit = compose(request, drafts, state, synced=synced)
+            state = unit.after
+            data += unit.raws
+        if data:
+            self._put(b"".join(data), base, state, head)
+        if unit is not None:  # the last of all only now: its bytes are on their way meanwhile
+            self._account(unit, written)
+        return len(group), state.seq
+
+    def _account(self, unit: Unit, written: LocalTip) -> None:
+        """Take over what a unit changes, and tell who asked for it."""
+        after = unit.after
+        self._view.advance(unit.lines, after.position)
+        written.seq = after.seq
+        records = {line["sid"]: written.get(line["sid"]) for line in unit.lines}
+        unit.request.result = Appended([raw[:-1] for raw in unit.raws], records, after.seq)
+
+    def _put(
+        self, data: bytes, state: AppendState, after: AppendState, head: DurableHead
+    ) -> AppendState:
+        """Write bytes and state, or cut the log back to where it was.
+
+        An interrupt (Ctrl-C) is no reason to cut: once append.state is out, a sync leader may have
+        made the lines durable. What it leaves, the next writer adopts.
+        """
+        active = self._active
+        if active is None or active.first != state.segment:
+            active = self._open_active(state.segment)
+        via = self.directory.disk
+        try:
+            if via.write(active.fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            after = self._redo.keep(data, after, head=head, source=active)
+            self._heads.put_append_state(after)
+        except OSError as error:
+            try:
+                via.cut(active.fd, state.end)
+                via.sync(active.fd)  # else a power cut may bring back what was "not written"
+                self._redo.take_back(state)
+                self._heads.put_append_state(state)
+            except OSError as second:
+                raise self.sync.poison_alone(second.errno or errno.EIO) from error
+            raise from_oserror(error, "cannot append", where=active.name) from error
+        return after
+
+    def _put_own(
+        self, kind: str, data: JsonObject, state: AppendState, head: DurableHead
+    ) -> AppendState:
+        """Append one of the store's own lines."""
+        raw, line = chain.own_line(
+            kind,
+            data,
+            seq=state.seq + 1,
+            ts=events.timestamp(host.now()),
+            synced=head.end if head.segment == state.segment else 0,
+            prev=state.hash,
+        )
+        after = state._replace(
+            end=state.end + len(raw),
+            seq=line["seq"],
+            hash=codec.digest(raw[:-1]),
+            sealed=kind == events.SEAL,
+        )
+        self._view.catch_up(state.position)
+        after = self._put(raw, state, after, head)
+        self._view.advance([line], after.position)
+        return after
+
+    def _seal(self, state: AppendState, head: DurableHead) -> AppendState:
+        """Write the seal and make it durable: only then may a successor exist."""
+        sealed = self._put_own(events.SEAL, {"first": state.segment}, state, head)
+        self.sync.make_durable(sealed.seq)
+        return sealed
+
+    def _begin_next(self, sealed: AppendState) -> AppendState:
+        """Put the successor of a sealed segment in place, or find the one that is there.
+
+        An interrupted rotation is finished here by whoever holds the append lock next: each step
+        follows from what the one before it left.
+        """
+        self.sync.make_durable(sealed.seq)
+        first = sealed.seq + 1
+        if first not in self.segments.in_log():
+            raw, _ = chain.own_line(
+                events.SEGMENT,
+                recovery.header_data(self.directory, identity.boot_id(), sealed),
+                seq=first,
+                ts=events.timestamp(host.now()),
+                synced=0,
+                prev=sealed.hash,
+            )
+            put(self.directory, first, raw)
+        self.sync.certain_directory(self.directory[layout.LOG])
+        active = self._open_active(first)
+        self._require_one_name(active)
+        data = active.whole()
+        found = chain.scan(data, offset=0, seq=sealed.seq, prev=sealed.hash)
+        if found.reason is not None or found.end == 0:
+            raise LogCorrupt(
+                active.name,
+                offset=found.end,
+                seq=found.seq + 1,
+                reason=found.reason or "it is empty",
+                proof="it follows a durable seal",
+            )
+        begun = heads.written(sealed.boot, first, found.end, found.seq, found.hash)
+        self._heads.put_append_state(begun)
+        self._view.catch_up(begun.position)
+        self.sync.make_durable(begun.seq)
+        return begun
+
+    def _recover(self, head: DurableHead | None) -> tuple[AppendState, DurableHead]:
+        """Rebuild both states from the segments. Held: append."""
+        with self.sync.nobody_leads():
+            head = self._heads.head() or head  # a leader may have published meanwhile
+            self._view.load()
+            state, fresh, cut = recovery.rebuild(
+                self.segments,
+                head,
+                boot=self._boot,
+                snapshot_seq=self._view.snapshot_seq,
+                sync=lambda fd: self.sync.certain(self.directory.disk.sync, fd),
+            )
+            self._heads.put_append_state(state)
+            self._heads.put_head(fresh)
+        if cut is not None:
+            _logger.warning("cut %d unacknowledged bytes off the log", cut.size - cut.end)
+            if not state.sealed:
+                state = self._write_recovered(state, fresh, cut)
+        return state, fresh
+
+    def _write_recovered(self, state: AppendState, head: DurableHead, cut: Scan) -> AppendState:
+        data = recovery.recovered_data(state.segment, cut)
+        return self._put_own(events.RECOVERED, data, state, head)
+
+    def _run(self, work: Callable[[], T]) -> T:
+        """Do the work under the writer mutex, locks/append and the state mutex, in this order.
+
+        The mutex comes last, so readers of this process never wait for another process's lock. An
+        interrupt (Ctrl-C) may come wherever a function of Python begins or a call has returned, and
+        must leave nothing taken: so all of it is given back by calls of C alone, each in a
+        `finally` of its own. *Raises* LockBusy after `wait_s`; what the work raises, typed.
+        """
+        if host.is_mine(self.writer):
+            raise LockBusy(self.lock.where, waited_s=0, holder=host.INTERRUPTED)
+        began = time.monotonic()
+        try:
+            if not self.writer.acquire(timeout=self.wait_s):
+                raise LockBusy(self.lock.where, waited_s=self.wait_s, holder="another thread")
+            try:
+                self.lock.acquire(wait_s=max(0.0, began + self.wait_s - time.monotonic()))
+                with self.mutex:
+                    return work()
+            finally:
+                self.lock.release()
+        except OSError as error:
+            raise self._typed(error) from error
+        finally:
+            try:  # noqa: SIM105 (suppress is a call of Python)
+                self.writer.release()
+            except RuntimeError:  # it was never ours
+                pass
+
+    def _typed(self, error: OSError) -> CrewlogError:
+        root, where = self.directory.root, str(self.directory.path)
+        if isinstance(error, FileNotFoundError):
+            return incomplete(error, root=root, where=where)
+        return from_oserror(error, "cannot write to the registry", where=where)
+
+    # -- life -------------------------------------------------------------------------------
+
+    def require_sound(self) -> None:
+        """Raise StorePoisoned where a sync failed once: nothing more can be written."""
+        self.sync.look_for_mark()
+        self.sync.require_sound(self._heads.head())
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: the state may be half moved; locks mind themselves."""
+        self.writer, self.mutex = threading.RLock(), threading.RLock()
+        self.sync.after_fork()
+        self._close_files()
+        directory = self.directory
+        self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
+
+    @property
+    def _where(self) -> str:
+        return str(self.directory.path)
+
+    def is_inside(self) -> bool:
+        """Return whether this very thread is in the middle of a change."""
+        return any(map(host.is_mine, (self.writer, self.mutex, self.sync.turn)))
+
+    def close(self) -> None:
+        """Close every file and lock. Held: the writer mutex and the mutex."""
+        self.closed = True
+        self._close_files()
+        self.lock.close()
+        self.sync.close()
+
+    def _close_files(self) -> None:
+        self._close_active()
+        self._redo.close()
+
+    def _close_active(self) -> None:
+        if self._active is not None:
+            self._active.close()
+            self._active = None

@@ -1,0 +1,346 @@
+"""Read and write the two small files that tell how far the log goes: append.state, head/durable.
+
+Each is one fixed-size struct that ends with the CRC-32 of what stands before it, written in place
+with one pwrite and never synced: they are caches and evidence. A reader may meet a write half done,
+which the CRC shows; it looks again. What stays unreadable is rebuilt from the segments by the next
+writer. Cursors and a worker's beat are encoded in the same way.
+"""
+
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from crewlog.errors import RegistryClosed
+from crewlog.local import disk, layout
+from crewlog.local.directory import Directory
+
+T = TypeVar("T")
+TORN_READ_TRIES: Final = 50
+_NONE: Final = -1
+
+
+class Position(NamedTuple):
+    """A place between two lines: everything up to `seq` was read.
+
+    `segment` is the segment by its first seq, `offset` (bytes) that after the last line read there.
+    """
+
+    segment: int
+    offset: int
+    seq: int
+
+
+class AppendState(NamedTuple):
+    """How far lines are written: position, boot and head hash after the last line.
+
+    The redo, the file with the inode `redo`, holds the segment's bytes from `base` to `kept`.
+    """
+
+    boot: bytes
+    segment: int
+    redo: int
+    base: int
+    kept: int
+    end: int
+    seq: int
+    hash: bytes
+    sealed: bool
+
+    @property
+    def position(self) -> Position:
+        """Return the position up to which lines are written."""
+        return Position(self.segment, self.end, self.seq)
+
+
+def written(
+    boot: bytes, segment: int, end: int, seq: int, hash_: bytes, *, sealed: bool = False
+) -> AppendState:
+    """Return a state of which the redo holds nothing yet."""
+    return AppendState(boot, segment, 0, 0, 0, end, seq, hash_, sealed)
+
+
+class DurableHead(NamedTuple):
+    """How far lines are durable. `generation` counts syncs; `errno` is set once poisoned.
+
+    The segment itself is synced up to `base`; what follows, up to `end`, is durable in the redo.
+    """
+
+    generation: int
+    boot: bytes
+    segment: int
+    base: int
+    end: int
+    seq: int
+    poisoned: bool
+    errno: int
+
+    @property
+    def position(self) -> Position:
+        """Return the position up to which events are durable."""
+        return Position(self.segment, self.end, self.seq)
+
+
+def durable(state: AppendState, *, base: int, after: DurableHead | None) -> DurableHead:
+    """Return the head that tells of a state which is durable; `after` is the one before, if any."""
+    generation = 0 if after is None else after.generation + 1
+    return DurableHead(
+        generation, state.boot, state.segment, base, state.end, state.seq, poisoned=False, errno=0
+    )
+
+
+# A magic word, the fields in order, and the CRC-32 of what stands before it.
+_APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3x")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQ8x?3xi")  # 8 bytes are reserved
+_SLOT: Final = struct.Struct("<8sQQ4x")
+_BEAT: Final = struct.Struct("<8s16sQ")
+_CRC: Final = struct.Struct("<I")
+_APPEND_MAGIC: Final = b"crewlogA"
+_HEAD_MAGIC: Final = b"crewlogD"
+_SLOT_MAGIC: Final = b"crewlogC"
+_BEAT_MAGIC: Final = b"crewlogB"
+APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
+DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
+SLOT_BYTES: Final = _SLOT.size + _CRC.size
+BEAT_BYTES: Final = _BEAT.size + _CRC.size
+
+
+def encode_append_state(state: AppendState) -> bytes:
+    """Write append.state: one fixed-size struct and its CRC-32."""
+    return _pack(_APPEND_STATE, _APPEND_MAGIC, state)
+
+
+def decode_append_state(data: bytes) -> AppendState | None:
+    """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
+    fields = _unpack(data, _APPEND_STATE, _APPEND_MAGIC)
+    return None if fields is None else AppendState._make(fields)
+
+
+def encode_durable_head(head: DurableHead) -> bytes:
+    """Write head/durable: one fixed-size struct and its CRC-32."""
+    return _pack(_DURABLE_HEAD, _HEAD_MAGIC, head)
+
+
+def decode_durable_head(data: bytes) -> DurableHead | None:
+    """Read head/durable; None means absent, torn or damaged."""
+    fields = _unpack(data, _DURABLE_HEAD, _HEAD_MAGIC)
+    return None if fields is None else DurableHead._make(fields)
+
+
+class Slot(NamedTuple):
+    """One of the two positions of a cursor; that of the higher generation counts."""
+
+    generation: int
+    seq: int
+
+
+def encode_slot(slot: Slot) -> bytes:
+    """Write a slot: one fixed-size struct and its CRC-32."""
+    return _pack(_SLOT, _SLOT_MAGIC, slot)
+
+
+def decode_slots(data: bytes) -> Slot | None:
+    """Read a cursor's file; return the newest whole slot, None if there is none."""
+    slots = (data[:SLOT_BYTES], data[SLOT_BYTES : 2 * SLOT_BYTES])
+    fields = [_unpack(slot, _SLOT, _SLOT_MAGIC) for slot in slots]
+    return max((Slot._make(found) for found in fields if found is not None), default=None)
+
+
+class Beat(NamedTuple):
+    """The last beat of a worker: when, by the monotonic clock of that boot."""
+
+    boot: bytes
+    at_ns: int
+
+
+def encode_beat(beat: Beat) -> bytes:
+    """Write a lease file's content: one fixed-size struct and its CRC-32."""
+    return _pack(_BEAT, _BEAT_MAGIC, beat)
+
+
+def decode_beat(data: bytes) -> Beat | None:
+    """Read a lease file; None means no beat yet, torn or damaged."""
+    fields = _unpack(data, _BEAT, _BEAT_MAGIC)
+    return None if fields is None else Beat._make(fields)
+
+
+def _pack(shape: struct.Struct, magic: bytes, fields: Iterable[object]) -> bytes:
+    body = shape.pack(magic, *fields)
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _unpack(data: bytes, shape: struct.Struct, magic: bytes) -> tuple[object, ...] | None:
+    """Return the fields, None if the bytes are not what was written."""
+    body, crc = data[: shape.size], data[shape.size :]
+    if crc != _CRC.pack(zlib.crc32(body)) or not body.startswith(magic):
+        return None
+    return shape.unpack(body)[1:]
+
+
+# -- the files -----------------------------------------------------------------------------
+
+
+class StateFile(Generic[T]):
+    """One state file, opened on first use, for reading until something is to be written.
+
+    What was read or written last is kept decoded: as long as the bytes are the same, so is it.
+    """
+
+    __slots__ = (
+        "_at",
+        "_closed",
+        "_decode",
+        "_directory",
+        "_fd",
+        "_guard",
+        "_kept",
+        "_name",
+        "_size",
+        "_where",
+        "_writable",
+    )
+
+    def __init__(
+        self,
+        directory: Directory,
+        name: str,
+        *,
+        inside: str,
+        size: int,
+        decode: Callable[[bytes], T | None],
+    ) -> None:
+        """Name the file, in the directory `inside` of the store ("" for the store itself)."""
+        self._decode = decode
+        self._kept: tuple[bytes, T] | None = None
+        self._directory = directory
+        self._name = name
+        self._at = directory[inside]
+        self._where = directory.where(inside, name)
+        self._size = size
+        self._fd = _NONE
+        self._writable = False
+        self._closed = False
+        self._guard = threading.Lock()  # so that nobody uses a number that was closed
+
+    def load(self) -> T | None:
+        """Read it; None if it is absent or stays unreadable."""
+        for _ in range(TORN_READ_TRIES):
+            with self._guard:
+                try:
+                    fd = self._fd if self._fd != _NONE else self._open(change=False)
+                    data = os.pread(fd, self._size, 0)
+                except FileNotFoundError:
+                    return None
+            kept = self._kept  # one look: another thread may put a newer one in its place
+            if kept is not None and kept[0] == data:
+                return kept[1]
+            found = self._decode(data)
+            if found is not None:
+                self._kept = data, found
+                return found
+            time.sleep(0)  # a writer on another core is in the middle of its pwrite
+        return None
+
+    def store(self, data: bytes, value: T) -> None:
+        """Write it, creating the file durably if it is absent. Held by the caller: its lock."""
+        self._kept = data, value
+        with self._guard:
+            try:
+                fd = self._open(change=True)
+            except FileNotFoundError:
+                disk.write_new(self._directory.disk, self._name, data, at=self._at)
+                self._directory.disk.sync_directory(self._at)
+                return
+            self._directory.disk.overwrite(fd, data)
+
+    def _open(self, *, change: bool) -> int:
+        if self._closed:
+            raise RegistryClosed(str(self._directory.path))
+        if self._fd == _NONE or (change and not self._writable):
+            fd = disk.open_file(self._name, at=self._at, where=self._where, change=change)
+            try:
+                disk.require_one_name(fd, where=self._where)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._drop()
+            self._fd, self._writable = fd, change
+        return self._fd
+
+    def renew(self) -> None:
+        """Let go of a file that was removed or replaced; the next use opens the one in place."""
+        with self._guard:
+            if self._fd != _NONE and os.fstat(self._fd).st_nlink == 0:
+                self._drop()
+
+    def _drop(self) -> None:
+        fd, self._fd = self._fd, _NONE  # first: a child forked between must not use it
+        if fd != _NONE:
+            os.close(fd)
+
+    def after_fork(self) -> None:
+        """Renew the guard in a forked child: another thread of the parent may have held it."""
+        self._guard = threading.Lock()
+
+    def close(self) -> None:
+        """Close it for good."""
+        with self._guard:
+            self._closed = True
+            self._drop()
+
+
+class States:
+    """Both state files of a store."""
+
+    __slots__ = ("_append", "_head")
+
+    def __init__(self, directory: Directory) -> None:
+        """Prepare both; nothing is opened yet."""
+        self._append = StateFile(
+            directory,
+            layout.APPEND_STATE,
+            inside="",
+            size=APPEND_STATE_BYTES,
+            decode=decode_append_state,
+        )
+        self._head = StateFile(
+            directory,
+            layout.HEAD_DURABLE,
+            inside=layout.HEAD,
+            size=DURABLE_HEAD_BYTES,
+            decode=decode_durable_head,
+        )
+
+    def append_state(self) -> AppendState | None:
+        """Read append.state."""
+        return self._append.load()
+
+    def head(self) -> DurableHead | None:
+        """Read head/durable."""
+        return self._head.load()
+
+    def put_append_state(self, state: AppendState) -> None:
+        """Write append.state. Held: locks/append."""
+        self._append.store(encode_append_state(state), state)
+
+    def put_head(self, head: DurableHead) -> None:
+        """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
+        self._head.store(encode_durable_head(head), head)
+
+    def renew(self) -> None:
+        """Let go of files that are no longer in place."""
+        self._append.renew()
+        self._head.renew()
+
+    def after_fork(self) -> None:
+        """Go on in a forked child."""
+        self._append.after_fork()
+        self._head.after_fork()
+
+    def close(self) -> None:
+        """Close both for good."""
+        self._append.close()
+        self._head.close()

@@ -1,0 +1,217 @@
+"""Keep leases: a file that a worker holds locked for as long as it lives, with its last beat.
+
+The lock is a flock, so the kernel gives it back with the last descriptor, however the worker
+ends. It proves life and death where a pid proves nothing: in another pid namespace. A lease is
+held by the worker itself, from inside, or inherited from who started it; its name is unique, so
+it never speaks for an earlier or later worker of the same sid. Nothing here is synced: locks and
+beats end with the boot.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Final
+
+from crewlog.errors import LockBusy, StorageFailed, StoreMissing
+from crewlog.local import disk, heads, layout
+from crewlog.local.directory import Directory
+from crewlog.local.heads import Beat
+from crewlog.local.lock import Lock, take
+from crewlog.model.events import Worker
+from crewlog.process import identity
+from crewlog.process.liveness import LeaseSeen
+
+LEASE_TRIES: Final = 8
+
+_MARK = "~"  # in no sid
+# Held until this process ends, whatever becomes of the registry that took them.
+_kept: "list[Lease]" = []
+
+
+class Lease:
+    """A lease that this process holds, or hands to the process that it starts."""
+
+    def __init__(self, directory: Directory, sid: str) -> None:
+        """Create a lease for a worker that is about to be registered, and lock it."""
+        for _ in range(LEASE_TRIES):
+            self.name = f"{sid}{_MARK}{os.urandom(4).hex()}"
+            lock = _create(directory, self.name)
+            if lock is not None:
+                self._directory = directory
+                self._lock = lock
+                return
+        where = directory.where(layout.LEASES)
+        message = "cannot make a lease"
+        raise StorageFailed(message, where=where, why="it is swept again and again", remedy="Retry")
+
+    @property
+    def fd(self) -> int:
+        """Return the descriptor whose last copy holds the lease."""
+        return self._lock.share()
+
+    def inherited(self) -> Sequence[int]:
+        """Return the descriptors by which a program that is started holds it."""
+        return (self.fd,)
+
+    def keep(self, _worker: Worker) -> None:
+        """Hold it until this process ends, also when it becomes another program."""
+        os.set_inheritable(self.fd, True)  # noqa: FBT003 (its only argument)
+        _kept.append(self)
+
+    def hand_over(self, _worker: Worker) -> None:
+        """Close our copy: from here on the process that inherited one holds the lease."""
+        self._lock.abandon()
+
+    def drop(self) -> None:
+        """Give the lease back, and remove its file: the worker was not registered, or has ended."""
+        via, at = self._directory.disk, self._directory[layout.LEASES]
+        with contextlib.suppress(OSError):  # a sweep removes what stays: nobody holds or needs it
+            via.unlink(self.name, at=at)
+        self._lock.close()
+
+
+@contextmanager
+def turn(directory: Directory, sid: str, *, wait_s: float) -> Iterator[Lock]:
+    """Hold the turn to start a worker of one sid; a waiting process of ours may inherit it.
+
+    It ends with the last descriptor: when its holder was killed, once the process that waited to
+    become the program has ended too. *Raises* LockBusy after `wait_s` seconds.
+    """
+    at, name = directory[layout.LEASES], f"{sid}{_MARK}turn"
+    where = directory.where(layout.LEASES, name)
+    deadline = time.monotonic() + wait_s
+    lock = Lock(name, at=at, where=where)
+    with disk.failures("cannot take the turn to start", where=where):
+        for _ in range(LEASE_TRIES):
+            with contextlib.suppress(FileExistsError):
+                os.close(directory.disk.create(name, at=at))
+            try:
+                lock.acquire(wait_s=max(0.0, deadline - time.monotonic()))
+                break
+            except (FileNotFoundError, StoreMissing):  # swept meanwhile
+                lock.close()
+    try:
+        yield lock
+    finally:
+        lock.close()
+
+
+def _create(directory: Directory, name: str) -> Lock | None:
+    """Create and lock a lease; None if a sweep came between the two."""
+    via, at = directory.disk, directory[layout.LEASES]
+    where = directory.where(layout.LEASES, name)
+    try:
+        with disk.failures("cannot make a lease", where=where):
+            os.close(via.create(name, at=at))
+            return take(name, at=at, where=where)
+    except (FileNotFoundError, StoreMissing, LockBusy):
+        return None
+
+
+def beat(directory: Directory, name: str) -> bool:
+    """Write down that the worker is well, now; False if there is no such lease."""
+    at, where = directory[layout.LEASES], directory.where(layout.LEASES, name)
+    with disk.failures("cannot beat", where=where):
+        try:
+            fd = disk.open_file(name, at=at, where=where, change=True)
+        except FileNotFoundError:
+            return False
+        try:
+            disk.require_one_name(fd, where=where)
+            now = Beat(identity.boot_bytes(), time.monotonic_ns())
+            directory.disk.overwrite(fd, heads.encode_beat(now))
+        finally:
+            os.close(fd)
+    return True
+
+
+def look(directory: Directory, name: str) -> LeaseSeen:
+    """Say who holds a lease, and how old its last beat is in seconds, None if that is not known.
+
+    The look takes the lock shared, for a moment, so that two who look never see each other.
+    """
+    at, where = directory[layout.LEASES], directory.where(layout.LEASES, name)
+    with disk.failures("cannot look at the lease", where=where):
+        try:
+            fd = disk.open_file(name, at=at, where=where)
+        except FileNotFoundError:
+            return LeaseSeen("absent")
+        try:
+            age_s = _age_s(fd)
+        finally:
+            os.close(fd)
+    lock = Lock(name, at=at, where=where)
+    try:
+        return LeaseSeen("free" if lock.try_acquire(shared=True) else "held", age_s)
+    except (FileNotFoundError, StoreMissing):  # swept since
+        return LeaseSeen("absent")
+    finally:
+        lock.close()
+
+
+def _age_s(fd: int) -> float | None:
+    for _ in range(heads.TORN_READ_TRIES):
+        last = heads.decode_beat(disk.read_at(fd, 0, heads.BEAT_BYTES))
+        if last is not None:
+            if last.boot != identity.boot_bytes():
+                return None
+            return max(0, time.monotonic_ns() - last.at_ns) / 1e9
+        if os.fstat(fd).st_size == 0:
+            return None
+    return None
+
+
+def sweep(directory: Directory, *, needed: Callable[[str, str], bool]) -> int:
+    """Remove the leases that nobody holds and no living worker needs; return how many."""
+    at, swept = directory[layout.LEASES], 0
+    for name in disk.names(at):
+        try:
+            lock = take(name, at=at, where=directory.where(layout.LEASES, name))
+        except (LockBusy, FileNotFoundError, StoreMissing):  # held, or gone already
+            continue
+        try:  # asked under the lock: a worker that is being registered holds it
+            if not needed(name.partition(_MARK)[0], name):
+                directory.disk.unlink(name, at=at)
+                swept += 1
+        finally:
+            lock.close()
+    return swept
+
+
+class Leases:
+    """The leases of a directory; see store.Leases."""
+
+    __slots__ = ("_directory",)
+
+    def __init__(self, directory: Directory) -> None:
+        """Look at nothing yet."""
+        self._directory = directory
+
+    def make(self, sid: str, *, heartbeat_s: float | None) -> Lease:  # noqa: ARG002 (who looks compares)
+        """Make a lease, with its first beat."""
+        made = Lease(self._directory, sid)
+        try:
+            beat(self._directory, made.name)
+        except BaseException:
+            made.drop()
+            raise
+        return made
+
+    def look(self, names: Collection[str]) -> Callable[[str], LeaseSeen]:  # noqa: ARG002 (one by one)
+        """Return what looks at a lease."""
+        return partial(look, self._directory)
+
+    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:  # noqa: ARG002 (as above)
+        """Note that the worker is well."""
+        return beat(self._directory, name)
+
+    def turn(self, sid: str, *, wait_s: float) -> AbstractContextManager[Lock]:
+        """Hold the turn to start a worker of one sid."""
+        return turn(self._directory, sid, wait_s=wait_s)
+
+    def sweep(self, *, needed: Callable[[str, str], bool]) -> int:
+        """Remove what nobody holds or needs."""
+        return sweep(self._directory, needed=needed)

@@ -1,0 +1,157 @@
+"""Listen to a directory: inotify or watchdog on head/, where every publication writes.
+
+A wake only means: look again. This is the only module that uses watchdog and inotify_simple.
+"""
+
+import errno
+import os
+import select
+from collections.abc import Hashable
+from pathlib import Path
+
+from crewlog import host
+from crewlog.host import no_fork
+from crewlog.local import layout
+from crewlog.store import Backend, Rings, Source
+
+
+class WatchdogSource:
+    """watchdog: one schedule, for modified files only, that rings and does nothing else.
+
+    A handler that raised would kill watchdog's thread, one that opened the file would call
+    itself, two schedules with different filters on one directory leave the first one deaf.
+    *Raises* OSError where the system's limits are reached.
+    """
+
+    name = "watchdog"
+
+    def __init__(self, directory: Path, rings: Rings) -> None:
+        """Watch `directory`; changes from here on are not missed."""
+        with no_fork():
+            from watchdog.events import (  # noqa: PLC0415 (reading does not need watchdog)
+                FileModifiedEvent,
+                FileSystemEvent,
+                FileSystemEventHandler,
+            )
+            from watchdog.observers import Observer  # noqa: PLC0415 (as above)
+
+        class Handler(FileSystemEventHandler):
+            def on_any_event(self, _: FileSystemEvent) -> None:
+                rings()
+
+        self._observer = Observer()
+        self._observer.schedule(
+            Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
+        )
+        try:
+            self._observer.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error)) from error
+
+    def healthy(self) -> bool:
+        """Say whether its threads run."""
+        return self._observer.is_alive() and all(e.is_alive() for e in self._observer.emitters)
+
+    def close(self) -> None:
+        """Stop its threads."""
+        self._observer.stop()
+        self._observer.join()
+
+
+class InotifySource:
+    """inotify directly: one thread that waits in the kernel and rings.
+
+    *Raises* OSError where the system's limits are reached, ImportError without inotify_simple.
+    """
+
+    name = "inotify"
+
+    def __init__(self, directory: Path, rings: Rings) -> None:
+        """Watch `directory`; changes from here on are not missed."""
+        with no_fork():
+            from inotify_simple import INotify, flags  # noqa: PLC0415 (an extra)
+
+        self._inotify = INotify(nonblocking=True)
+        try:
+            self._inotify.add_watch(str(directory), flags.MODIFY)
+        except BaseException:
+            self._inotify.close()
+            raise
+        self._rings = rings
+        # rung, not closed: a forked child would hold a pipe open, and the thread wait for ever
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._thread = host.start_thread(self._run, name="crewlog-inotify")
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _run(self) -> None:
+        poll = select.poll()
+        fd = self._inotify.fileno()
+        poll.register(fd, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        while True:
+            ready = [number for number, _ in poll.poll()]
+            if self._stop in ready:
+                return
+            try:  # what happened does not matter, that it did
+                os.read(fd, layout.SMALL_FILE_BYTES_MAX)
+            except BlockingIOError:  # read already
+                continue
+            self._rings()
+
+    def healthy(self) -> bool:
+        """Say whether its thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stop its thread."""
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        os.close(self._stop)
+        self._inotify.close()
+
+
+class HeadChannel:
+    """The changes of a directory store: head/ of it, where every publication writes."""
+
+    __slots__ = ("_directory", "_local")
+
+    def __init__(self, directory: Path, *, local: bool) -> None:
+        """Listen to nothing yet; `local`: not on a network file system."""
+        self._directory = directory
+        self._local = local
+
+    @property
+    def where(self) -> str:
+        """Return the directory."""
+        return str(self._directory)
+
+    def identity(self) -> Hashable:
+        """Return the device and inode of the directory, None where it is gone."""
+        try:
+            found = os.stat(self._directory)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def unheard(self) -> str:
+        """Return why it must be polled."""
+        return "" if self._local else "this is a network file system"
+
+    def source(self, backend: Backend, rings: Rings) -> Source:
+        """Listen by the best that there is. *Raises* OSError at inotify's limits."""
+        try:
+            if backend in {"auto", "inotify"}:
+                try:
+                    return InotifySource(self._directory, rings)
+                except ImportError:  # not Linux, or the extra is not installed
+                    if backend == "inotify":
+                        raise
+            return WatchdogSource(self._directory, rings)
+        except OSError as error:  # EMFILE or ENOSPC
+            raise OSError(error.errno, f"{error.strerror} (see fs.inotify in sysctl)") from error

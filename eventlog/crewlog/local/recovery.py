@@ -1,0 +1,287 @@
+"""Mend the end of the log so that appending can go on: adopt, quarantine, cut, rebuild.
+
+Held by the caller of what changes something: locks/append. Two occasions:
+
+- `adopt`: a writer of this boot died between its write and its append.state. Whole lines are
+  taken over (their caller never heard: outcome unknown), the rest was never acknowledged.
+- `rebuild`: another boot, or a state file bad or missing. decide judges the last segment
+  by all the evidence there is; only an unacknowledged tail is ever cut, and kept in quarantine.
+"""
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from crewlog import host
+from crewlog.errors import LogCorrupt, LogRegressed, SegmentMissing
+from crewlog.local import disk, heads, layout, redo
+from crewlog.local.directory import Directory
+from crewlog.local.heads import AppendState, DurableHead
+from crewlog.local.segments import Segment, Segments, sweep
+from crewlog.model import chain, codec, events
+from crewlog.model.chain import Scan
+from crewlog.model.events import JsonObject
+
+# -- the decision --------------------------------------------------------------------------
+
+
+class Action(StrEnum):
+    """What to do with the last segment."""
+
+    USE = "use"
+    CUT = "cut"
+    CORRUPT = "corrupt"
+    REGRESSED = "regressed"
+
+
+class Known(NamedTuple):
+    """What is known to have been durable; 0 where nothing is.
+
+    `head_*` come from head/durable of any boot: it is written after the sync that it tells of,
+    so it can be old but never claims too much. `snapshot_seq` is the newest snapshot's last seq.
+    """
+
+    head_segment: int = 0
+    head_end: int = 0
+    head_seq: int = 0
+    snapshot_seq: int = 0
+
+
+class Decision(NamedTuple):
+    """An action and the proof that it rests on."""
+
+    action: Action
+    proof: str
+
+
+_HEADER_DURABLE: Final = "a segment's header is durable before the segment gets its name"
+
+
+def decide(segment: int, found: Scan, known: Known) -> Decision:
+    """Return the verdict of protocol.md's table for the last segment."""
+    if known.head_segment > segment:
+        return Decision(Action.REGRESSED, f"head/durable names segment {known.head_segment}")
+    proof = _proof(segment, found, known)
+    if found.end == 0:
+        return Decision(Action.CORRUPT, _HEADER_DURABLE)
+    if found.reason is None:
+        if proof is not None:
+            return Decision(Action.REGRESSED, proof)
+        return Decision(Action.USE, "every line holds")
+    if found.sealed:
+        return Decision(Action.CORRUPT, "nothing is written after a seal")
+    if proof is not None:
+        return Decision(Action.CORRUPT, proof)
+    return Decision(Action.CUT, "nothing beyond this point was acknowledged")
+
+
+def _proof(segment: int, found: Scan, known: Known) -> str | None:
+    """Name what proves that more than the valid prefix was durable, None if nothing does."""
+    if found.synced > found.end:
+        return f"a line bears witness that {found.synced} bytes were durable"
+    if known.head_segment == segment and known.head_end > found.end:
+        return f"head/durable says that {known.head_end} bytes were durable"
+    if known.head_seq > found.seq:
+        return f"head/durable says that seq {known.head_seq} was durable"
+    if known.snapshot_seq > found.seq:
+        return f"the snapshot covers seq {known.snapshot_seq}"
+    return None
+
+
+# -- the end of the log --------------------------------------------------------------------
+
+
+def adopt(directory: Directory, source: Segment, state: AppendState) -> tuple[AppendState, Scan]:
+    """Take whole lines beyond the written end into the state; cut what is left."""
+    data = source.read(state.end, source.size() - state.end)
+    at, sealed = state.end, state.sealed  # nothing that comes behind a seal undoes it
+    found = chain.scan(data, offset=at, seq=state.seq, prev=state.hash, sealed=sealed)
+    if found.reason is not None:
+        quarantine(directory, source, found, data[found.end - state.end :])
+        directory.disk.cut(source.fd, found.end)
+    after = state._replace(end=found.end, seq=found.seq, hash=found.hash, sealed=found.sealed)
+    return after, found
+
+
+def known(head: DurableHead | None, *, snapshot_seq: int) -> Known:
+    """Return what a head and the snapshots say to have been durable."""
+    if head is None:
+        return Known(snapshot_seq=snapshot_seq)
+    return Known(
+        head_segment=head.segment, head_end=head.end, head_seq=head.seq, snapshot_seq=snapshot_seq
+    )
+
+
+def judge(
+    segments: Segments, head: DurableHead | None, *, snapshot_seq: int
+) -> tuple[int, Scan, Action]:
+    """Scan the last segment, as the redo completes it, and decide about its tail.
+
+    This changes nothing; the segment is read as completed from here on.
+    Returns the segment by its first seq, what was found, and what to do. *Raises* LogCorrupt,
+    LogRegressed or SegmentMissing where acknowledged data are damaged or gone.
+    """
+    directory, firsts = segments.directory, segments.in_log()
+    if not firsts:
+        raise LogRegressed(directory.where(layout.LOG), why="it holds no segment at all")
+    last = firsts[-1]
+    redo.complete(segments)
+    with segments.open(last) as source:
+        data = source.whole()
+    found = chain.scan(data, offset=0, seq=last - 1, prev=None)
+    decision = decide(last, found, known(head, snapshot_seq=snapshot_seq))
+    if decision.action is Action.CORRUPT:
+        raise LogCorrupt(
+            source.name,
+            offset=found.end,
+            seq=found.seq + 1,
+            reason=found.reason or "the file ends early",
+            proof=decision.proof,
+        )
+    if decision.action is Action.REGRESSED:
+        raise LogRegressed(directory.where(layout.LOG, source.name), why=decision.proof)
+    _check_header(segments, source, data[: data.find(b"\n")], snapshot_seq=snapshot_seq)
+    return last, found, decision.action
+
+
+def _check_header(segments: Segments, source: Segment, raw: bytes, *, snapshot_seq: int) -> None:
+    """Hold the header against the store and against the segment that it names before itself."""
+    line, directory = codec.parse(raw), segments.directory
+    name = source.name
+    previous = line["data"].get("previous")
+    if line["type"] != events.SEGMENT or line["data"].get("store") != directory.store:
+        raise LogCorrupt(
+            name,
+            offset=0,
+            seq=source.first,
+            reason="not a header of this store",
+            proof=f"the store is {directory.store}",
+        )
+    if not isinstance(previous, dict):
+        return
+    first, last, size = previous.get("first"), previous.get("last"), previous.get("size")
+    if not isinstance(first, int) or not isinstance(last, int) or last <= snapshot_seq:
+        return
+    try:
+        before = segments.open(first)
+    except SegmentMissing as error:
+        raise SegmentMissing(directory.where(layout.LOG), first=first, last=last) from error
+    with before:
+        found = before.size()
+        rewritten = found != size and events.GAP.encode() in before.read(0, found)
+    if found != size and not rewritten:  # a repair told there what it gave up
+        raise LogCorrupt(
+            before.name,
+            offset=min(found, int(size) if isinstance(size, int) else 0),
+            seq=last,
+            reason=f"it has {found} bytes",
+            proof=f"its successor was told {size}",
+        )
+
+
+def rebuild(
+    segments: Segments,
+    head: DurableHead | None,
+    *,
+    boot: bytes,
+    snapshot_seq: int,
+    sync: Callable[[int], None],
+) -> tuple[AppendState, DurableHead, Scan | None]:
+    """Recover: make the valid prefix of the last segment durable, and derive both states from it.
+
+    The third value tells what was cut, if anything. Idempotent: interrupted anywhere, the next
+    call finds the same prefix. Held besides: both sync locks, so that no leader publishes.
+    """
+    directory = segments.directory
+    sweep(directory, directory[layout.LOG])
+    last, found, action = judge(segments, head, snapshot_seq=snapshot_seq)
+    with segments.open_to_append(last) as source:
+        disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
+        completed = segments.completed.get(last)
+        if completed is not None:
+            _put_back(directory, source, completed[: found.end])
+        elif action is Action.CUT:
+            quarantine(directory, source, found, source.read(found.end, found.size - found.end))
+            directory.disk.cut(source.fd, found.end)
+        sync(source.fd)
+    segments.completed.clear()
+    redo.make(directory)
+    state = recovered(boot, last, found)
+    fresh = heads.durable(state, base=found.end, after=head)
+    return state, fresh, found if action is Action.CUT else None
+
+
+def recovered(boot: bytes, segment: int, found: Scan) -> AppendState:
+    """Return the state once the valid prefix of the last segment is all there is."""
+    return heads.written(boot, segment, found.end, found.seq, found.hash, sealed=found.sealed)
+
+
+def acknowledged(
+    first: int, data: bytes, head: DurableHead | None, *, boot: bytes, snapshot_seq: int
+) -> bytes:
+    """Return what of the last segment was acknowledged, or may have been.
+
+    In this boot head/durable tells; after a reboot what lies on disk is judged as by a recovery.
+    """
+    if head is not None and head.boot == boot and head.segment == first:
+        return data[: head.end]
+    found = chain.scan(data, offset=0, seq=first - 1, prev=None)
+    decision = decide(first, found, known(head, snapshot_seq=snapshot_seq))
+    return data[: found.end] if decision.action is Action.CUT else data
+
+
+def _put_back(directory: Directory, source: Segment, data: bytes) -> None:
+    """Put what the redo held where it belongs; killed on the way, the redo still holds it."""
+    there = source.whole()
+    found = chain.scan(there, offset=0, seq=source.first - 1, prev=None)
+    if found.size > found.end:
+        quarantine(directory, source, found, there[found.end :])
+    directory.disk.cut(source.fd, found.end)
+    disk.write_all(directory.disk, source.fd, data[found.end :])
+
+
+def quarantine(directory: Directory, source: Segment, found: Scan, data: bytes) -> None:
+    """Keep bytes that are about to be cut, durable before the cut, with a note beside them."""
+    at = directory[layout.QUARANTINE]
+    taken = set(disk.names(at))
+    stem = f"{source.first:020d}-{found.end}"
+    number = next(n for n in range(len(taken) + 1) if f"{stem}.{n}.bytes" not in taken)
+    note = {
+        "segment": source.name,
+        "offset": found.end,
+        "bytes": len(data),
+        "reason": found.reason,
+        "at": events.timestamp(host.now()),
+    }
+    disk.write_new(directory.disk, f"{stem}.{number}.bytes", data, at=at)
+    note_name = f"{stem}.{number}.json"
+    if note_name not in taken:
+        disk.write_new(directory.disk, note_name, codec.dump(note) + b"\n", at=at)
+    directory.disk.sync_directory(at)
+
+
+def recovered_data(source_first: int, found: Scan) -> JsonObject:
+    """Return what the `_recovered` line says about a cut."""
+    return {
+        "segment": source_first,
+        "offset": found.end,
+        "bytes": found.size - found.end,
+        "reason": found.reason,
+    }
+
+
+def header_data(directory: Directory, boot: str, previous: AppendState | None) -> JsonObject:
+    """Return what a segment's header says: whose it is and what stood before it."""
+    return {
+        "store": directory.store,
+        "format": codec.FORMAT,
+        "boot": boot,
+        "previous": None
+        if previous is None
+        else {
+            "first": previous.segment,
+            "last": previous.seq,
+            "size": previous.end,
+            "hash": previous.hash.hex(),
+        },
+    }

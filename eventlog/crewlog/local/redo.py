@@ -1,0 +1,175 @@
+"""Keep what was committed since the last sync of its segment a second time, in place: the redo.
+
+An append makes a file longer, and a sync of a longer file has to write its size as well; a sync of
+bytes that are overwritten in place has not. So a writer copies its lines into `redo`, a file that
+never grows, and the sync leader syncs that. Once it is full, or a writer could not use it, the
+leader syncs the segment itself, and the next writer begins again at its start.
+
+The redo is nothing but a copy: whole lines, byte for byte as in the segment, from `base` up to
+`kept` of append.state, and behind them whatever is left of an earlier round. No header says what it
+holds: a line of it counts if its seq and `prev` make it the next line of the segment. So a torn
+copy, an old round and a redo of another store complete nothing.
+
+After a power cut a segment is read as its file and what the redo knows to follow its last whole
+line; the next writer puts these bytes where they belong. Killing a process needs none of this:
+written bytes outlive it.
+"""
+
+import contextlib
+import logging
+import os
+from typing import Final
+
+from crewlog.local import disk, layout
+from crewlog.local.directory import Directory
+from crewlog.local.heads import AppendState, DurableHead
+from crewlog.local.segments import Segment, Segments
+from crewlog.model import chain
+
+_logger = logging.getLogger("crewlog.redo")
+_NONE: Final = -1
+
+
+class Redo:
+    """The redo of one store as one writer, or one sync leader, has it open."""
+
+    __slots__ = ("_copied", "_directory", "_fd", "_inode", "_sound")
+
+    def __init__(self, directory: Directory) -> None:
+        """Open nothing yet."""
+        self._directory = directory
+        self._fd = _NONE
+        self._inode = 0
+        self._sound = False  # it holds what append.state says, as far as it was looked at
+        self._copied = (0, 0, 0)  # segment, base and end of what was copied last, or tried to
+
+    def reopen(self) -> None:
+        """Open the file that is in place now; without one, nothing is open.
+
+        *Raises* UnsafePermissions.
+        """
+        self.close()
+        where, root = self._directory.where(layout.REDO), self._directory.root
+        try:
+            self._fd = disk.open_file(layout.REDO, at=root, where=where, change=True)
+        except FileNotFoundError:  # an older store: the segment is synced instead
+            return
+        disk.require_one_name(self._fd, where=where)
+        self._inode = os.fstat(self._fd).st_ino
+
+    def keep(
+        self, data: bytes, state: AppendState, *, head: DurableHead, source: Segment
+    ) -> AppendState:
+        """Copy lines that were just written, the end of `state`; return what the redo then holds.
+
+        Held: append. Where they do not fit or cannot be written (a copying file system has no
+        room), the redo holds what it held.
+        """
+        start, base = state.end - len(data), state.base
+        if self._fd == _NONE:
+            return state
+        if state.kept != start or not self._goes_on(state, source):
+            if head.segment != state.segment or head.base < state.kept:
+                return state  # what it holds is needed until the segment was synced
+            base = head.base
+            data = source.read(base, start - base) + data
+        if state.end - base > self._directory.limits.redo_bytes:
+            return state
+        via, at = self._directory.disk, state.end - len(data) - base
+        self._copied = (state.segment, base, state.end)
+        try:
+            via.overwrite(self._fd, data, at)
+        except OSError as error:
+            _logger.warning("the redo cannot be used: %s", error)
+            return state
+        self._sound = True
+        if head.end == start:  # nobody else is about to write to the same page
+            with contextlib.suppress(OSError):  # a hint
+                via.start(self._fd, at, len(data))
+        boot, segment, _, _, _, end, seq, hash_, sealed = state
+        return AppendState(boot, segment, self._inode, base, end, end, seq, hash_, sealed)
+
+    def _goes_on(self, state: AppendState, source: Segment) -> bool:
+        """Say whether the file is the one that holds what comes before: an inode is used again."""
+        if state.redo != self._inode:
+            return False
+        if not self._sound:
+            size = state.kept - state.base
+            self._sound = disk.read_at(self._fd, 0, size) == source.read(state.base, size)
+        return self._sound
+
+    def take_back(self, state: AppendState) -> None:
+        """Remove the copy of lines behind `state` that were cut off the log; durable on return."""
+        segment, base, end = self._copied
+        if segment == state.segment and end > state.end:
+            via = self._directory.disk
+            via.overwrite(self._fd, bytes(end - state.end), state.end - base)
+            via.sync(self._fd)
+            self._copied = (0, 0, 0)
+
+    def holding(self, state: AppendState) -> int:
+        """Return the descriptor whose sync makes all of `state` durable; -1: the segment's own.
+
+        Held: the sync lock in turn.
+        """
+        if state.kept != state.end or state.sealed:
+            return _NONE
+        if self._inode != state.redo:
+            self.reopen()
+        return self._fd if self._inode == state.redo else _NONE
+
+    def close(self) -> None:
+        """Close the file; the next use opens the one that is in place."""
+        fd, self._fd = self._fd, _NONE  # first: a child forked between must not close it again
+        self._inode, self._sound = 0, False
+        if fd != _NONE:
+            os.close(fd)
+
+
+def read(directory: Directory) -> bytes:
+    """Return all that is in the redo; nothing where there is none."""
+    where, limit = directory.where(layout.REDO), directory.limits.redo_bytes
+    with disk.failures("cannot read the redo", where=where):
+        try:
+            return disk.read_all(layout.REDO, at=directory.root, where=where, limit=limit)
+        except FileNotFoundError:
+            return b""
+
+
+def make(directory: Directory) -> None:
+    """Create an empty redo, durable on return, if there is none.
+
+    Held: locks/append, and both sync locks once the store is in use. It is written in full, so
+    that no later write has to find room for it.
+    """
+    if not disk.exists(layout.REDO, at=directory.root):
+        disk.write_new(
+            directory.disk, layout.REDO, bytes(directory.limits.redo_bytes), at=directory.root
+        )
+        directory.disk.sync_directory(directory.root)
+
+
+def completed(data: bytes, first: int, kept: bytes) -> bytes:
+    """Return a segment's bytes with what the redo `kept` knows to follow their valid prefix."""
+    found = chain.scan(data, offset=0, seq=first - 1, prev=None)
+    if found.end == 0 or found.sealed:
+        return data
+    next_line = b'{"v":1,"seq":%d,' % (found.seq + 1)
+    at = 0 if kept.startswith(next_line) else kept.find(b"\n" + next_line) + 1
+    if not kept.startswith(next_line, at):
+        return data
+    more = chain.scan(kept[at:], offset=found.end, seq=found.seq, prev=found.hash)
+    return data[: found.end] + kept[at : at + more.end - found.end] + data[more.end :]
+
+
+def complete(segments: Segments) -> None:
+    """Let the last segment be read as the redo completes it, until a writer has recovered it."""
+    segments.completed.clear()
+    firsts = segments.in_log()
+    if not firsts:
+        return
+    with segments.open(firsts[-1]) as source:
+        data = source.whole()
+    whole = completed(data, firsts[-1], read(segments.directory))
+    if whole != data:
+        segments.completed[firsts[-1]] = whole

@@ -1,0 +1,218 @@
+"""Find and open segments, wherever they are; put a new segment in place.
+
+Segments move from log/ to archive/ when a compaction
+no longer needs them; a reader follows them there.
+"""
+
+import os
+from typing import Final
+
+from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
+from crewlog.host import Closing
+from crewlog.local import archive, disk, layout
+from crewlog.local.archive import PackingError
+from crewlog.local.directory import Directory
+from crewlog.local.heads import Position
+from crewlog.model.arguments import Packing
+from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
+
+_OPEN_TRIES: Final = 8
+
+
+class Segment(Closing):
+    """The bytes of one segment: of log/, or in memory of archive/, or as the redo completes it."""
+
+    __slots__ = ("_data", "_fd", "archived", "first", "name")
+
+    def __init__(
+        self,
+        first: int,
+        name: str,
+        *,
+        fd: int = -1,
+        data: bytes | None = None,
+        archived: bool = False,
+    ) -> None:
+        """Wrap an open descriptor or bytes in memory; `archived`: it came from archive/."""
+        self.first = first
+        self.name = name
+        self.archived = archived
+        self._fd = fd
+        self._data = data
+
+    @property
+    def fd(self) -> int:
+        """Return the descriptor, -1 for one that is in memory."""
+        return self._fd
+
+    def size(self) -> int:
+        """Return how many bytes it has at this moment."""
+        return disk.size_of(self._fd) if self._data is None else len(self._data)
+
+    def is_copy(self) -> bool:
+        """Say whether it is a segment of log/ in memory: as the redo completes it."""
+        return self._data is not None and not self.archived
+
+    def is_gone(self) -> bool:
+        """Say whether another file may bear its name: it was archived, repaired or recovered."""
+        if self._data is None:
+            return os.fstat(self._fd).st_nlink == 0
+        return self.is_copy()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read up to `size` bytes at `offset`."""
+        if self._data is None:
+            return disk.read_at(self._fd, offset, size)
+        return self._data[offset : offset + size]
+
+    def whole(self) -> bytes:
+        """Read all that it has at this moment."""
+        return self.read(0, self.size())
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        fd, self._fd = self._fd, -1  # first: a child forked between must not close it again
+        if fd >= 0:
+            os.close(fd)
+
+
+class Segments:
+    """The segments of a store as one reader or one writer finds them, wherever they lie.
+
+    `completed` holds the last segment as the redo completes it, by first seq, from the moment on at
+    which its owner judged the end of the log after a power cut until a writer has recovered it.
+    """
+
+    __slots__ = ("completed", "directory")
+
+    def __init__(self, directory: Directory) -> None:
+        """Look into an open store; nothing is read yet."""
+        self.directory = directory
+        self.completed: dict[int, bytes] = {}
+
+    def in_log(self) -> list[int]:
+        """List the segments in log/ by first seq; the last one is active."""
+        names = disk.names(self.directory[layout.LOG])
+        firsts = (layout.first_seq_of(name) for name in names)
+        return [first for first in firsts if first is not None]
+
+    def in_archive(self) -> list[int]:
+        """List the archived segments by first seq."""
+        names = disk.names(self.directory[layout.ARCHIVE])
+        firsts = (layout.first_seq_of(name) for name in names)
+        return sorted({first for first in firsts if first is not None})
+
+    def all(self) -> list[int]:
+        """List every segment, archived or not, by first seq."""
+        # log/ last: a segment that moves meanwhile is then seen at least once
+        before = set(self.in_archive())
+        return sorted(before | set(self.in_log()) | set(self.in_archive()))
+
+    def find(self, after: int) -> Position:
+        """Return the start of the segment that holds the line after seq `after`.
+
+        *Raises* SegmentMissing if none does because it is gone.
+        """
+        firsts = self.all()
+        fitting = [first for first in firsts if first <= after + 1]
+        if not fitting:
+            raise SegmentMissing(
+                self.directory.where(layout.LOG),
+                first=after + 1,
+                last=firsts[0] - 1 if firsts else after + 1,
+            )
+        return start_of(fitting[-1])
+
+    def open(self, first: int) -> Segment:
+        """Open a segment wherever it is now.
+
+        *Raises* SegmentMissing if it is nowhere, ArchiveDamaged if its archive cannot be read.
+        """
+        directory, name = self.directory, layout.segment_name(first)
+        completed = self.completed.get(first)
+        if completed is not None:
+            return Segment(first, name, data=completed)
+        for _ in range(_OPEN_TRIES):
+            where = directory.where(layout.LOG, name)
+            with disk.failures("cannot read the log", where=where):
+                try:
+                    fd = disk.open_file(name, at=directory[layout.LOG], where=where)
+                except FileNotFoundError:
+                    pass  # archived meanwhile, or missing
+                else:
+                    return Segment(first, name, fd=fd)
+                try:
+                    packed_name, data = _unpacked(directory, first)
+                    return Segment(first, packed_name, data=data, archived=True)
+                except FileNotFoundError:
+                    continue  # a reader may meet the moment between two directory reads
+        later = [other for other in self.all() if other > first]
+        last = later[0] - 1 if later else first
+        raise SegmentMissing(directory.where(layout.LOG), first=first, last=last)
+
+    def open_to_append(self, first: int) -> Segment:
+        """Open a segment for appending. Held: locks/append or a sync lock.
+
+        *Raises* LogRegressed if it is gone.
+        """
+        name, at = layout.segment_name(first), self.directory[layout.LOG]
+        where = self.directory.where(layout.LOG, name)
+        try:
+            fd = disk.open_file(name, at=at, where=where, change=True, append=True)
+        except FileNotFoundError as error:
+            raise LogRegressed(where, why="the state files name this segment") from error
+        return Segment(first, name, fd=fd)
+
+
+def archive_file(directory: Directory, first: int) -> str | None:
+    """Name the file in archive/ that holds a segment, however it is packed; None: there is none."""
+    for packing_ in layout.ARCHIVE_SUFFIXES:
+        name = layout.archive_name(first, packing_)
+        if disk.exists(name, at=directory[layout.ARCHIVE]):
+            return name
+    return None
+
+
+def archive_of(directory: Directory, first: int, wanted: Packing = "gzip") -> str:
+    """Name the archive of a segment: the one that is there, else one that is packed as wanted."""
+    return archive_file(directory, first) or layout.archive_name(first, wanted)
+
+
+def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:
+    name = archive_of(directory, first)
+    where = directory.where(layout.ARCHIVE, name)
+    packed = disk.read_all(
+        name, at=directory[layout.ARCHIVE], where=where, limit=SNAPSHOT_BYTES_MAX
+    )
+    try:
+        return name, archive.unpack(packed, name=name, where=where)
+    except PackingError as error:
+        raise ArchiveDamaged(name, offset=0, seq=first, reason=str(error)) from error
+
+
+def start_of(first: int) -> Position:
+    """Return the position before a segment's header line."""
+    return Position(first, 0, first - 1)
+
+
+def put(directory: Directory, first: int, header: bytes) -> None:
+    """Put a new segment in place: durable with its header before it gets its name.
+
+    The name is not durable before the caller has synced log/. Harmless to repeat after an
+    interruption. Held by the caller: locks/append.
+    """
+    via, at = directory.disk, directory[layout.LOG]
+    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
+    sweep(directory, at)
+    disk.write_new(via, temporary, header, at=at)
+    try:
+        via.link(temporary, layout.segment_name(first), at=at, new_at=at)
+    finally:
+        via.unlink(temporary, at=at)
+
+
+def sweep(directory: Directory, at: int) -> None:
+    """Remove temporary files; the lock that the caller holds proves that no writer has one open."""
+    for name in disk.names(at):
+        if layout.is_temporary(name):
+            directory.disk.unlink(name, at=at)

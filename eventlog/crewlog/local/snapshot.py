@@ -1,0 +1,208 @@
+"""Read, check and atomically replace registry.json.
+
+The snapshot is replaced in this order, so that registry.json exists at every moment and two
+generations can always be rebuilt: temporary file, fsync, read back and check; the current one
+gets the second name registry.prev.json; the temporary takes its place; fsync of the directory.
+That last fsync is the commit point of a compaction.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from crewlog import host
+from crewlog.errors import LogCorrupt, LogRegressed, SnapshotCorrupt
+from crewlog.local import disk, layout
+from crewlog.local.directory import Directory
+from crewlog.local.heads import Position
+from crewlog.local.reader import Reader, corrupt
+from crewlog.local.segments import Segments
+from crewlog.model import events
+from crewlog.model.codec import DocumentError
+from crewlog.model.events import Line
+from crewlog.model.fold import FoldError
+from crewlog.model.snapshot import (
+    SNAPSHOT_BYTES_MAX,
+    Snapshot,
+    decode_snapshot,
+    empty_snapshot,
+    encode_snapshot,
+    refold_lines,
+)
+
+
+class Loaded(NamedTuple):
+    """The newest good snapshot (None: there is none), and what was wrong with newer ones."""
+
+    snapshot: Snapshot | None
+    complaints: tuple[SnapshotCorrupt, ...]
+
+
+def read(directory: Directory, name: str, *, inside: str = "") -> Snapshot | None:
+    """Read one snapshot, in a directory of the store; None if it is absent.
+
+    *Raises* SnapshotCorrupt if it is damaged or another store's; FormatTooNew.
+    """
+    where = directory.where(inside, name)
+    at = directory[inside]
+    with disk.failures("cannot read the snapshot", where=where):
+        try:
+            data = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
+        except FileNotFoundError:
+            return None
+    try:
+        found = decode_snapshot(data)
+    except DocumentError as error:
+        raise SnapshotCorrupt(where, why=str(error)) from error
+    if found.store != directory.store:
+        raise SnapshotCorrupt(where, why=f"it belongs to store {found.store}")
+    return found
+
+
+def load(directory: Directory) -> Loaded:
+    """Return the newest good snapshot: the current one, else the one before it.
+
+    A damaged or missing current snapshot is a complaint, never "empty": what it held is in the
+    one before it and in the segments that no compaction has let go of.
+    """
+    complaints: list[SnapshotCorrupt] = []
+    for name in (layout.SNAPSHOT, layout.SNAPSHOT_PREV):
+        try:
+            found = read(directory, name)
+        except SnapshotCorrupt as error:
+            complaints.append(error)
+            continue
+        if found is not None:
+            if name == layout.SNAPSHOT_PREV and not complaints:
+                missing = directory.where(layout.SNAPSHOT)
+                complaints.append(SnapshotCorrupt(missing, why="it is missing"))
+            return Loaded(found, tuple(complaints))
+    return Loaded(None, tuple(complaints))
+
+
+def newest(directory: Directory) -> Snapshot:
+    """Return the newest good snapshot; before the first one, the empty state."""
+    return load(directory).snapshot or empty(directory)
+
+
+def empty(directory: Directory) -> Snapshot:
+    """Return the state before the first event."""
+    return empty_snapshot(directory.store, directory.digest)
+
+
+def read_base(directory: Directory) -> Snapshot | None:
+    """Return the state before the oldest archived segment; None if no retention left one.
+
+    *Raises* SnapshotCorrupt.
+    """
+    return read(directory, layout.BASE, inside=layout.ARCHIVE)
+
+
+def put_base(directory: Directory, snapshot: Snapshot) -> str:
+    """Keep the state that the archive begins with; durable on return. Held: locks/compact.
+
+    Returns its sha256.
+    """
+    via, shelf = directory.disk, directory[layout.ARCHIVE]
+    temporary = f"{layout.TEMPORARY_PREFIX}base-{os.getpid()}"
+    written = _written(directory, snapshot, temporary, inside=layout.ARCHIVE)
+    via.rename(temporary, layout.BASE, at=shelf)
+    via.sync_directory(shelf)
+    return written.sha256
+
+
+def every(directory: Directory) -> Iterator[Snapshot]:
+    """Yield every older state that is kept, the empty one too; damaged ones are passed over."""
+    yield empty(directory)
+    places = ((layout.BASE, layout.ARCHIVE), (layout.SNAPSHOT_PREV, ""), (layout.SNAPSHOT, ""))
+    for name, inside in places:
+        with contextlib.suppress(SnapshotCorrupt):
+            found = read(directory, name, inside=inside)
+            if found is not None:
+                yield found
+
+
+def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
+    """Make `snapshot` the current one; durable and checked on return. Held: locks/compact.
+
+    *Raises* LogRegressed if it is older than the current one, SnapshotCorrupt if it does not read
+    back as written.
+    """
+    via, root = directory.disk, directory.root
+    temporary = f"{layout.TEMPORARY_PREFIX}snapshot-{os.getpid()}"
+    current = load(directory)
+    if current.snapshot is not None and current.snapshot.last_seq > snapshot.last_seq:
+        raise LogRegressed(
+            directory.where(layout.LOG),
+            why=f"it ends at seq {snapshot.last_seq}, the snapshot at {current.snapshot.last_seq}",
+        )
+    written = _written(directory, snapshot, temporary)
+    if current.complaints:
+        _set_aside(directory, written.sha256)
+    elif current.snapshot is not None:
+        _keep_previous(directory)
+    via.rename(temporary, layout.SNAPSHOT, at=root)
+    via.sync_directory(root)
+    return written
+
+
+def _written(
+    directory: Directory, snapshot: Snapshot, temporary: str, *, inside: str = ""
+) -> Snapshot:
+    """Write a snapshot to a temporary file, durably, and return it as it reads back."""
+    disk.write_new(directory.disk, temporary, encode_snapshot(snapshot), at=directory[inside])
+    found = read(directory, temporary, inside=inside)
+    if found is None or found.last_hash != snapshot.last_hash:
+        where = directory.where(inside, temporary)
+        raise SnapshotCorrupt(where, why="it does not read back as written")
+    return found
+
+
+def _keep_previous(directory: Directory) -> None:
+    """Give the current snapshot its second name, by way of a temporary one: link never replaces."""
+    via, root = directory.disk, directory.root
+    temporary = f"{layout.TEMPORARY_PREFIX}previous-{os.getpid()}"
+    via.link(layout.SNAPSHOT, temporary, at=root, new_at=root)
+    via.rename(temporary, layout.SNAPSHOT_PREV, at=root)
+
+
+def _set_aside(directory: Directory, mark: str) -> None:
+    """Keep a damaged snapshot in quarantine, under a name that its replacement gives it."""
+    via, aside = directory.disk, directory[layout.QUARANTINE]
+    name = f"{layout.SNAPSHOT}.before-{mark[:16]}"
+    with contextlib.suppress(FileNotFoundError, FileExistsError):  # missing, or set aside before
+        via.link(layout.SNAPSHOT, name, at=directory.root, new_at=aside)
+    via.sync_directory(aside)
+
+
+def refold(
+    segments: Segments,
+    start: Snapshot,
+    stop: Position,
+    *,
+    seen: Callable[[Line], None] | None = None,
+) -> Snapshot:
+    """Return the state at `stop`, which is durable, from that of `start`, which is not after it.
+
+    `seen` is told of each line in between. *Raises* HistoryDiverged, LogCorrupt, ArchiveDamaged,
+    SegmentMissing.
+    """
+    reader = Reader(segments, segments.find(start.last_seq))
+
+    def wrong(line: Line, raw: bytes, error: FoldError) -> LogCorrupt:
+        return corrupt(reader.position, line, raw, error)
+
+    try:
+        lines = reader.read(stop)
+        return refold_lines(
+            lines,
+            start,
+            stop.seq,
+            where=segments.directory.where(layout.LOG),
+            wrong=wrong,
+            written_at=events.timestamp(host.now()),
+            seen=seen,
+        )
+    finally:
+        reader.close()

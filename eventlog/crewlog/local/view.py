@@ -1,0 +1,234 @@
+"""Keep the state as this process has read it, twice: for its readers and for its writers.
+
+Readers are shown the fold of everything durable, brought up to date when they look. A writer
+decides on top of every line that is *written*, durable or not, but asks about few workers: for the
+workers it has asked about, `recent` is kept right by looking at the sid of each line that others
+write, without parsing the rest. So a process that only writes never folds what all the others do.
+
+Not safe for threads by itself; the log's mutex guards it. Whatever interrupts a step (a signal
+handler that raises, out of memory), everything is dropped and begun anew from the snapshot: a
+state that has missed a line must never be decided upon.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Final
+
+from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
+from crewlog.local import layout, snapshot
+from crewlog.local.heads import AppendState, DurableHead, Position
+from crewlog.local.reader import Reader, corrupt, first_line, raw_between
+from crewlog.local.segments import Segment, Segments, start_of
+from crewlog.model import codec, fold
+from crewlog.model.events import Line, Record
+from crewlog.model.fold import Fold, FoldError
+from crewlog.model.sieve import Sieve, sid_needle
+from crewlog.model.snapshot import fold_of
+
+_logger = logging.getLogger("crewlog.current")
+# The fixed beginning of every line, up to the sid.
+_SID: Final = re.compile(
+    rb'^\{"v":1,"seq":\d+,"ts":"[^"]*","type":"worker\.[^"]*","sid":"([^"]+)".*$', re.MULTILINE
+)
+# Of so few workers each is looked for by itself.
+_NEEDLES_MAX: Final = 8
+
+
+class View:
+    """The durable fold and the recent records of a store; loaded on first use."""
+
+    def __init__(self, segments: Segments) -> None:
+        """Read nothing yet."""
+        self._segments = segments
+        self._directory = segments.directory
+        self._loaded: tuple[Fold, Reader] | None = None
+        self.recent: dict[str, Record | None] = {}  # of the workers that writers asked about
+        self._written: Position | None = None  # `recent` is right up to here
+        self.snapshot_seq = 0
+
+    # -- for readers ------------------------------------------------------------------------
+
+    def load(self) -> Fold:
+        """Return the durable fold as far as it was read; at first the newest good snapshot's."""
+        return self._load()[0]
+
+    def durable(self, head: Position) -> Fold:
+        """Return the fold of everything up to `head`, which the caller knows to be durable."""
+        try:
+            return self._fold_to(head)
+        except SegmentMissing:  # retention took what we had not read; the snapshot covers it
+            return self._fold_to(head)
+
+    def _fold_to(self, head: Position) -> Fold:
+        state, reader = self._load()
+        if reader.position.seq < head.seq:
+            try:
+                for line, raw in reader.read(head):
+                    self._apply(state, line, raw, reader)
+            except BaseException:
+                self.forget()
+                raise
+        return state
+
+    def _apply(self, state: Fold, line: Line, raw: bytes, reader: Reader) -> None:
+        try:
+            state.apply(line)
+        except FoldError as error:
+            raise corrupt(reader.position, line, raw, error) from error
+
+    def _load(self) -> tuple[Fold, Reader]:
+        if self._loaded is None:
+            found = snapshot.load(self._directory)
+            for complaint in found.complaints:
+                _logger.warning("%s", str(complaint))  # not what its traceback holds
+            base = fold.empty()
+            kept = found.snapshot
+            if kept is not None:
+                base = fold_of(kept)
+                self._check_joint(kept.last_seq, kept.last_hash)
+            self.snapshot_seq = base.seq
+            self._loaded = base, Reader(self._segments, start_of(base.seq + 1))
+        return self._loaded
+
+    def _check_joint(self, seq: int, hash_: str) -> None:
+        """Hold the snapshot against the line that follows it."""
+        first = first_line(self._segments, seq + 1)
+        if first is None:
+            raise LogCorrupt(
+                layout.segment_name(seq + 1),
+                offset=0,
+                seq=seq + 1,
+                reason="it is empty",
+                proof="a segment's header is durable before the segment gets its name",
+            )
+        if first["prev"] != hash_:
+            raise HistoryDiverged(self._directory.where(layout.SNAPSHOT), seq=seq)
+
+    # -- for writers ------------------------------------------------------------------------
+
+    def knows(self, sids: Collection[str]) -> bool:
+        """Say whether a decision about these workers needs no look at the durable fold."""
+        return set(sids) <= self.recent.keys()
+
+    @property
+    def written_seq(self) -> int:
+        """Return the seq up to which `recent` is right, -1 where it was forgotten."""
+        return -1 if self._written is None else self._written.seq
+
+    def lag(self, seq: int) -> int:
+        """Return how many lines were written since `recent` was last brought up to date."""
+        return 0 if self._written is None or not self.recent else seq - self._written.seq
+
+    def catch_up(self, end: Position, active: Segment | None = None) -> None:
+        """Bring the recent records up to `end`, which the caller knows to be written.
+
+        `active` is the segment of `end`, where the caller has it open.
+        """
+        if (
+            len(self.recent) >= self._directory.limits.recent_workers
+        ):  # never while a group is being decided
+            self.recent = {}
+        written = self._written
+        if written is not None and self.recent and end.seq > written.seq:
+            try:
+                if active is not None and written.segment == end.segment:
+                    data = active.read(written.offset, end.offset - written.offset)
+                    self._look_through(data)
+                else:
+                    for data in raw_between(self._segments, written, end):
+                        self._look_through(data)
+            except SegmentMissing:  # retention took what we had not read: ask the state again
+                self.recent = {}
+            except BaseException:
+                self.forget()
+                raise
+        self._written = end
+
+    def _look_through(self, data: bytes) -> None:
+        """Take over what lines say about recent workers, without parsing the others."""
+        found: Iterable[tuple[bytes, bytes]]
+        if len(self.recent) > _NEEDLES_MAX:
+            found = ((match[1], match[0]) for match in _SID.finditer(data))
+        else:
+            found = self._held(data)
+        for name, raw in found:
+            sid = name.decode()
+            if sid in self.recent:
+                self.recent[sid] = fold.after(codec.parse(raw), self.recent[sid])
+
+    def _held(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the lines about the few recent workers, in order."""
+        needles = [sid_needle(sid) for sid in self.recent]
+        if any(needle in data for needle in needles):
+            for at, end in Sieve(needles).lines(data):
+                match = _SID.match(data, at, end)
+                if match is not None:
+                    yield match[1], match[0]
+
+    def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
+        """Return a worker's record as of `end`; `head` is durable and not beyond it."""
+        record = self.durable(head).get(sid)
+        reader = Reader(self._segments, self._load()[1].position)
+        try:
+            for line, raw in reader.read(end):
+                if line["sid"] == sid:
+                    try:
+                        record = fold.after(line, record)
+                    except FoldError as error:
+                        raise corrupt(reader.position, line, raw, error) from error
+        finally:
+            reader.close()
+        return record
+
+    def advance(self, lines: Sequence[Line], end: Position) -> None:
+        """Take over lines that this process wrote itself."""
+        recent = self.recent
+        try:
+            for line in lines:
+                sid = line["sid"]
+                if sid in recent:
+                    recent[sid] = fold.after(line, recent[sid])
+            self._written = end
+        except BaseException:
+            self.forget()
+            raise
+
+    def forget_written(self) -> None:
+        """Drop what writers know; the next one asks the log."""
+        self.recent = {}
+        self._written = None
+
+    # -- both -------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Drop everything; the next use begins from the snapshot."""
+        loaded, self._loaded = self._loaded, None
+        self.recent = {}
+        self._written = None
+        if loaded is not None:
+            loaded[1].close()
+
+
+class LocalTip:
+    """The state that a writer decides upon: see model.steps.Tip."""
+
+    __slots__ = ("_head", "_state", "_view", "seq")
+
+    def __init__(self, view: View, *, state: AppendState, head: DurableHead) -> None:
+        """Look at everything up to `state`, of which `head` is durable.
+
+        Lines up to `seq` that are not on disk yet are in what `view` was advanced by.
+        """
+        self._view = view
+        self._state = state
+        self._head = head
+        self.seq = state.seq
+
+    def get(self, sid: str) -> Record | None:
+        """Return the record of that sid as of the last line written."""
+        recent = self._view.recent
+        if sid not in recent:
+            ends = self._head.position, self._state.position
+            recent[sid] = self._view.record(sid, head=ends[0], end=ends[1])
+        return recent[sid]

@@ -1,0 +1,151 @@
+"""Check what callers give, and return it; what cannot be used is a ValueError or a TypeError."""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Final, Literal, TypeAlias
+
+from crewlog.model import codec
+from crewlog.model.events import JsonValue
+
+# How archives are compressed: gzip is in every Python, zstd an extra.
+Packing: TypeAlias = Literal["gzip", "zstd"]
+PACKINGS: Final[tuple[Packing, ...]] = ("gzip", "zstd")
+
+LABELS_MAX: Final = 64
+TEXT_CHARS_MAX: Final = 4096
+SOCK_CHARS_MAX: Final = 4096
+PID_MAX: Final = 2**31 - 1
+HEARTBEAT_MIN_S: Final = 0.1
+HEARTBEAT_MAX_S: Final = 7 * 86_400.0
+SID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
+
+
+def check_sid(sid: object, *, what: str = "sid") -> str:
+    """Return `sid` if it can name a worker, or what else is named like one."""
+    if type(sid) is str and SID.fullmatch(sid) is not None:
+        return sid
+    text = check_text(sid, name=what)
+    if SID.fullmatch(text) is None:
+        message = (
+            f"{text!r} is no {what}: 1 to 128 letters, digits or ._:@+- , "
+            "the first a letter or digit"
+        )
+        raise ValueError(message)
+    return text
+
+
+def check_options(options: Mapping[str, object], known: Collection[str], *, of: str) -> None:
+    """Raise TypeError for an option that there is not, as Python does for an argument."""
+    for name in options:
+        if name not in known:
+            message = f"{of}() got an unexpected keyword argument {name!r}"
+            raise TypeError(message)
+
+
+def check_text(value: object, *, name: str, limit: int = TEXT_CHARS_MAX) -> str:
+    """Return a text that JSON carries unchanged, of at most `limit` characters."""
+    if not isinstance(value, str):
+        message = f"{name} must be a string, not {type(value).__name__}"
+        raise TypeError(message)
+    codec.check_json(value, name=name)
+    if len(value) > limit:
+        message = f"{name} has {len(value)} characters; at most {limit} are kept"
+        raise ValueError(message)
+    return str(value)
+
+
+def check_reason(reason: object) -> str:
+    """Return a reason that says something."""
+    text = check_text(reason, name="reason")
+    if not text.strip():
+        message = "reason must say why"
+        raise ValueError(message)
+    return text
+
+
+def check_mapping(value: object, *, name: str) -> dict[str, JsonValue]:
+    """Return a mapping that JSON carries unchanged, None as an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        message = f"{name} must be a mapping, not {type(value).__name__}"
+        raise TypeError(message)
+    codec.check_json(value, name=name)
+    return dict(value)
+
+
+def _is_plain(label: tuple[object, object]) -> bool:
+    """Say whether a label is what nearly all are, and needs no closer look."""
+    key, text = label
+    return type(key) is type(text) is str and key.isascii() and text.isascii()
+
+
+def check_labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
+    """Return labels; with `removing` None may stand for a label that goes."""
+    if type(value) is dict and len(value) <= LABELS_MAX and all(map(_is_plain, value.items())):
+        return value.copy()
+    labels = check_mapping(value, name="labels")
+    if len(labels) > LABELS_MAX:
+        message = f"{len(labels)} labels; at most {LABELS_MAX} are kept"
+        raise ValueError(message)
+    for key, text in labels.items():
+        if not (isinstance(text, str) or (text is None and removing)):
+            message = f"label {key!r} must be a string, not {type(text).__name__}"
+            raise TypeError(message)
+    return labels
+
+
+def check_sock(value: object) -> str:
+    """Return the path or address of a socket, "" for none."""
+    text = check_text(value, name="sock", limit=SOCK_CHARS_MAX)
+    if "\0" in text:
+        message = "sock holds a NUL"
+        raise ValueError(message)
+    return text
+
+
+def check_expect(expect: object) -> int | None:
+    """Return a revision to compare with, None for none."""
+    if expect is None or (type(expect) is int and expect >= 0):
+        return expect
+    message = f"expect must be the rev that was read, not {expect!r}"
+    raise TypeError(message)
+
+
+def check_small(value: object, *, name: str, low: int) -> int | None:
+    """Return an integer from `low` up to the largest pid, None for none."""
+    if value is None:
+        return None
+    if type(value) is not int:
+        message = f"{name} must be an integer, not {type(value).__name__}"
+        raise TypeError(message)
+    if not low <= value <= PID_MAX:
+        message = f"{name} {value} is out of range"
+        raise ValueError(message)
+    return value
+
+
+def check_heartbeat(heartbeat_s: float | None) -> float | None:
+    """Return how long a worker may be silent, in seconds, None for as long as it likes."""
+    if heartbeat_s is None:
+        return None
+    found = check_wait(heartbeat_s)
+    if not HEARTBEAT_MIN_S <= found <= HEARTBEAT_MAX_S:
+        message = (
+            f"heartbeat_s is {HEARTBEAT_MIN_S:g} to {HEARTBEAT_MAX_S:g} seconds, "
+            f"not {heartbeat_s:g}"
+        )
+        raise ValueError(message)
+    return found
+
+
+def check_wait(wait_s: float) -> float:
+    """Return a wait in seconds that can be waited."""
+    if not isinstance(wait_s, int | float) or isinstance(wait_s, bool):
+        message = f"a wait must be a number of seconds, not {type(wait_s).__name__}"
+        raise TypeError(message)
+    if not math.isfinite(wait_s) or wait_s < 0:
+        message = f"{wait_s} s cannot be waited"
+        raise ValueError(message)
+    return float(wait_s)

@@ -1,0 +1,497 @@
+"""Define the facts: lines, records, identities, workers, events and what a watcher yields.
+
+JSON shapes are `TypedDict`s, because the log, the snapshot and the fold work on plain JSON
+objects; what users hold are frozen dataclasses built from them.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
+
+JsonValue: TypeAlias = (
+    "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+)
+JsonObject: TypeAlias = dict[str, JsonValue]
+
+REGISTERED = "worker.registered"
+READY = "worker.ready"
+UPDATED = "worker.updated"
+DRAINING = "worker.draining"
+STOP_REQUESTED = "worker.stop_requested"
+EXITED = "worker.exited"
+LOST = "worker.lost"
+RELEASED = "worker.released"
+PRUNED = "worker.pruned"
+WORKER_TYPES = (
+    REGISTERED,
+    READY,
+    UPDATED,
+    DRAINING,
+    STOP_REQUESTED,
+    EXITED,
+    LOST,
+    RELEASED,
+    PRUNED,
+)
+
+ENDS = (EXITED, LOST)
+# What brings a worker to a final state.
+ENDING = frozenset({*ENDS, RELEASED})
+
+# The store's own types; a reader skips an unknown `_x…` and refuses any other unknown `_…`.
+SEGMENT = "_segment"
+SEAL = "_seal"
+SNAPSHOT = "_snapshot"
+RECOVERED = "_recovered"
+GAP = "_gap"  # stands for the lost events data.first to data.last, the latter being its own seq
+REPAIRED = "_repaired"
+DROPPED = "_archive_dropped"
+OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, GAP, REPAIRED, DROPPED})
+
+
+def is_failure(data: JsonObject) -> bool:
+    """Say of an exit whether it was bad, by its code or a signal, and nobody had asked for it."""
+    bad = data.get("signal") is not None or data.get("code") not in {None, 0}
+    return bad and data.get("expected") is not True
+
+
+def is_own(kind: str) -> bool:
+    """Say whether a type of event is the store's own bookkeeping, not about a worker."""
+    return kind.startswith("_")
+
+
+class WorkerState(StrEnum):
+    """State of a worker; the last four are final."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    FAILED = "failed"
+    LOST = "lost"
+    RELEASED = "released"
+
+
+FINAL = frozenset({WorkerState.EXITED, WorkerState.FAILED, WorkerState.LOST, WorkerState.RELEASED})
+LIVING = frozenset(WorkerState) - FINAL
+
+
+class IdentityRecord(TypedDict):
+    """Identity of a process as JSON; see `Identity`."""
+
+    pid: int
+    pidfd_id: int | None
+    start_ticks: int | None
+    boot_id: str
+    pid_ns: str | None
+    host_id: str
+    uid: int | None
+
+
+class ExitRecord(TypedDict):
+    """How a worker ended, as JSON; see `Exit`."""
+
+    code: int | None
+    signal: int | None
+    source: str
+    expected: bool
+    cause: str | None
+
+
+class Record(TypedDict):
+    """One worker in the state and in the snapshot; the first five fields are the old format's."""
+
+    sid: str
+    pid: int
+    sock: str
+    version: str
+    created_at: str
+    state: str
+    labels: dict[str, str]
+    meta: JsonObject
+    rev: int
+    updated_at: str
+    registered_seq: int
+    generation: int
+    identity: IdentityRecord | None
+    owner: IdentityRecord | None
+    exit: ExitRecord | None
+    lease: str | None
+    heartbeat_s: float | None
+    sock_id: str | None
+
+
+class Line(TypedDict):
+    """One line of the log, parsed."""
+
+    v: int
+    seq: int
+    ts: str
+    type: str
+    sid: str
+    actor: JsonObject
+    data: JsonObject
+    b: NotRequired[list[int]]
+    synced: int
+    prev: str
+    crc: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Tell one process from every other that ever bore its pid.
+
+    `pidfd_id` is the inode of a pidfd (unique for the life of a boot on Linux ≥ 6.9),
+    `start_ticks` the start time in clock ticks since boot, `boot_id` the scope of both, `pid_ns`
+    the scope of the pid, `host_id` a keyed hash of the machine id.
+    """
+
+    pid: int
+    pidfd_id: int | None
+    start_ticks: int | None
+    boot_id: str
+    pid_ns: str | None
+    host_id: str
+    uid: int | None
+
+    def __str__(self) -> str:
+        """Write the text form `pid:pidfd_id`, which kill(1) of util-linux reads too."""
+        return f"{self.pid}:{self.pidfd_id}" if self.pidfd_id is not None else str(self.pid)
+
+    def as_json(self) -> JsonObject:
+        """Return it as JSON."""
+        return {
+            "pid": self.pid,
+            "pidfd_id": self.pidfd_id,
+            "start_ticks": self.start_ticks,
+            "boot_id": self.boot_id,
+            "pid_ns": self.pid_ns,
+            "host_id": self.host_id,
+            "uid": self.uid,
+        }
+
+
+# Where an exit status was read: by a pidfd held beyond the end, or off the zombie.
+StatusSource: TypeAlias = Literal["pidfd", "zombie"]
+
+
+class Status(NamedTuple):
+    """How a process ended: with a code or by a signal, and where that was read."""
+
+    code: int | None
+    signal: int | None
+    source: StatusSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """How a worker ended: at most one of `code` and `signal`; `source` says who saw it.
+
+    `source` is wait (its parent), pidfd (held when it ended), zombie (read before it was reaped),
+    self or import, or collect and owner where only the end is known; `cause` is the liveness cause
+    of a loss or the reason of a release.
+    """
+
+    code: int | None
+    signal: int | None
+    source: str
+    expected: bool
+    cause: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC.
+
+    `registered_seq` tells it from every other worker of its sid; `generation` counts those, but for
+    pruned ones.
+    `lease` names what it holds while it lives, a file in leases/ or a key; it is stalled where
+    `heartbeat_s` passed without a beat. `sock_id` (device:inode:mtime in ns) is the socket that was
+    at `sock` when that was recorded.
+    """
+
+    sid: str
+    pid: int
+    sock: str
+    version: str
+    created_at: datetime
+    state: WorkerState
+    labels: Mapping[str, str]
+    meta: Mapping[str, JsonValue]
+    rev: int
+    identity: Identity | None
+    owner: Identity | None
+    exit: Exit | None
+    updated_at: datetime
+    generation: int
+    registered_seq: int
+    lease: str | None = None
+    heartbeat_s: float | None = None
+    sock_id: str | None = None
+
+    @property
+    def final(self) -> bool:
+        """Say whether the worker has ended as far as the registry knows."""
+        return self.state in FINAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One event of the log; `raw` is its line as it stands on disk, without the newline."""
+
+    seq: int
+    ts: datetime
+    type: str
+    sid: str
+    actor: JsonObject
+    data: JsonObject
+    raw: bytes = field(repr=False)
+
+    @property
+    def crashed(self) -> bool:
+        """Say whether it tells of an end that nobody had asked for: failed or lost."""
+        return self.type == LOST or (self.type == EXITED and is_failure(self.data))
+
+
+class Workers(Mapping[str, Worker]):
+    """Workers by sid, each built when it is asked for."""
+
+    __slots__ = ("_records",)
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        """Keep records that are never changed."""
+        self._records = records
+
+    def __getitem__(self, sid: str) -> Worker:
+        """Return the worker of that sid, KeyError if there is none."""
+        return worker_of(self._records[sid])
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the sids, in order of registration."""
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        """Count the workers."""
+        return len(self._records)
+
+    def revs(self) -> dict[str, int]:
+        """Return each worker's rev, without building the workers."""
+        return {sid: record["rev"] for sid, record in self._records.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """The state at one seq: every worker that is not pruned, in order of registration."""
+
+    seq: int
+    workers: Workers
+
+    def get(self, sid: str) -> Worker | None:
+        """Return the worker of that sid, None if there is none."""
+        return self.workers.get(sid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past(State):
+    """The state as it was from `since`, the time of the event `seq`, until the next one.
+
+    `until` is None where there is none yet, `since` where the event is not kept. `disputed` is a
+    range of seqs (first, last) where the clock stepped back: these events claim times on both sides
+    of the time that was asked for.
+    """
+
+    since: datetime | None
+    until: datetime | None
+    disputed: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """How a state differs from the one that a watcher had last, by sid."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A watcher's item: one durable event."""
+
+    kind: Literal["change"] = "change"
+    event: Event
+
+    @property
+    def seq(self) -> int:
+        """Return the event's seq, the position after this item."""
+        return self.event.seq
+
+    @property
+    def type(self) -> str:
+        """Return the event's type."""
+        return self.event.type
+
+    @property
+    def sid(self) -> str:
+        """Return the sid of the worker that the event is about."""
+        return self.event.sid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synced:
+    """A watcher's item: everything up to `seq` was delivered; `state` where it began with one."""
+
+    kind: Literal["synced"] = "synced"
+    seq: int
+    state: State | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset:
+    """A watcher's item: events were not delivered and will not be; go on from `state`.
+
+    Their reason: `compacted` by retention, `lost` to damage that a repair gave up, or `replaced` by
+    another store. `lost` is their exact range (first, last), None where another store took the
+    place of this one. `diff` compares with what the watcher had, None where it had not begun with a
+    state.
+    """
+
+    kind: Literal["reset"] = "reset"
+    seq: int
+    reason: Literal["compacted", "lost", "replaced"]
+    lost: tuple[int, int] | None
+    state: State
+    diff: Diff | None
+
+
+Item: TypeAlias = Change | Synced | Reset
+
+
+@functools.lru_cache(maxsize=1024)  # a worker's times are asked for again and again
+def utc(text: str) -> datetime:
+    """Parse a time as the log writes it, RFC 3339 with `Z`; a ValueError names what is not one."""
+    when = datetime.fromisoformat(text)
+    if when.tzinfo is UTC:
+        return when
+    if when.utcoffset() != timedelta(0):
+        message = f"not a UTC time: {text!r}"
+        raise ValueError(message)
+    return when.astimezone(UTC)
+
+
+def timestamp(when: datetime) -> str:
+    """Write an aware time as the log does: UTC, microseconds, `Z`."""
+    if when.tzinfo is not UTC:
+        when = when.astimezone(UTC)
+    return when.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+
+
+def identity_of(record: IdentityRecord | None) -> Identity | None:
+    """Build the identity from its JSON."""
+    return None if record is None else Identity(**record)
+
+
+def worker_of(record: Record) -> Worker:
+    """Build the frozen worker from its record; later changes of the record do not reach it."""
+    ended = record["exit"]
+    meta = record["meta"]
+    return Worker(
+        sid=record["sid"],
+        pid=record["pid"],
+        sock=record["sock"],
+        version=record["version"],
+        created_at=utc(record["created_at"]),
+        state=WorkerState(record["state"]),
+        labels=dict(record["labels"]),
+        meta=copy.deepcopy(meta) if meta else {},
+        rev=record["rev"],
+        identity=identity_of(record["identity"]),
+        owner=identity_of(record["owner"]),
+        exit=None if ended is None else Exit(**ended),
+        updated_at=utc(record["updated_at"]),
+        generation=record["generation"],
+        registered_seq=record["registered_seq"],
+        lease=record["lease"],
+        heartbeat_s=record["heartbeat_s"],
+        sock_id=record["sock_id"],
+    )
+
+
+def event_of(line: Line, raw: bytes) -> Event:
+    """Build the frozen event from a parsed line and its bytes."""
+    return Event(
+        seq=line["seq"],
+        ts=utc(line["ts"]),
+        type=line["type"],
+        sid=line["sid"],
+        actor=line["actor"],
+        data=line["data"],
+        raw=raw,
+    )
+
+
+_LAST_TYPES = {
+    WorkerState.STARTING: REGISTERED,
+    WorkerState.READY: READY,
+    WorkerState.DRAINING: DRAINING,
+    WorkerState.STOPPING: STOP_REQUESTED,
+    WorkerState.EXITED: EXITED,
+    WorkerState.FAILED: EXITED,
+    WorkerState.LOST: LOST,
+    WorkerState.RELEASED: RELEASED,
+}
+
+
+def remembered(worker: Worker) -> Event:
+    """Tell of a worker's last event by what it left; its line, and who wrote it, is not kept."""
+    ended = worker.exit
+    told: JsonObject = {}
+    if ended is not None:
+        told = {"code": ended.code, "signal": ended.signal, "source": ended.source}
+        told["expected"] = ended.expected
+    return Event(
+        seq=worker.rev,
+        ts=worker.updated_at,
+        type=_LAST_TYPES[worker.state],
+        sid=worker.sid,
+        actor={},
+        data=told,
+        raw=b"",
+    )
+
+
+def state_of(seq: int, records: Mapping[str, Record]) -> State:
+    """Build the frozen state from records that are never changed."""
+    return State(seq=seq, workers=Workers(records))
+
+
+def past_of(
+    seq: int,
+    records: Mapping[str, Record],
+    *,
+    since: str | None,
+    until: str | None,
+    disputed: tuple[int, int] | None,
+) -> Past:
+    """Build the frozen state of a time in the past."""
+    return Past(
+        seq=seq,
+        workers=Workers(records),
+        since=None if since is None else utc(since),
+        until=None if until is None else utc(until),
+        disputed=disputed,
+    )
+
+
+def diff_of(before: Mapping[str, int], after: Mapping[str, int]) -> Diff:
+    """Compare two states by the revs of their workers."""
+    return Diff(
+        added=tuple(sid for sid in after if sid not in before),
+        changed=tuple(sid for sid in after if sid in before and before[sid] != after[sid]),
+        removed=tuple(sid for sid in before if sid not in after),
+    )

@@ -1,0 +1,36 @@
+"""Figures of a worker, and how people read figures: spans of time, sizes."""
+
+from datetime import timedelta
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """What a process has used: processor seconds since its start, resident bytes now."""
+
+    cpu_s: float
+    rss_bytes: int
+
+
+def duration(span: timedelta) -> str:
+    """Write a duration in its two largest units."""
+    seconds = max(0, int(span.total_seconds()))
+    days, rest = divmod(seconds, 86_400)
+    hours, rest = divmod(rest, 3_600)
+    minutes, seconds = divmod(rest, 60)
+    if days:
+        return f"{days}d{hours}h" if hours else f"{days}d"
+    if hours:
+        return f"{hours}h{minutes}m" if minutes else f"{hours}h"
+    if minutes:
+        return f"{minutes}m{seconds}s" if seconds else f"{minutes}m"
+    return f"{seconds}s"
+
+
+def size(count: int) -> str:
+    """Write a number of bytes."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:  # noqa: PLR2004
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"

@@ -1,0 +1,293 @@
+"""Fold events into the state: a table of transitions, no I/O, no clock, no randomness.
+
+`refuse` decides, before anything is written, whether an event may follow; `Fold.apply` carries
+it out. Records are replaced, never changed in place, so a reader may keep one across folds.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, cast
+
+from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
+from crewlog.model import events
+from crewlog.model.events import (
+    FINAL,
+    LIVING,
+    ExitRecord,
+    IdentityRecord,
+    JsonObject,
+    JsonValue,
+    Line,
+    Record,
+    WorkerState,
+)
+
+# event -> the states it may meet; None stands for "no such worker"
+_ALLOWED: Final[Mapping[str, frozenset[str | None]]] = {
+    events.REGISTERED: FINAL | {None},
+    events.READY: frozenset({WorkerState.STARTING}),
+    events.UPDATED: LIVING,
+    events.DRAINING: frozenset({WorkerState.STARTING, WorkerState.READY}),
+    events.STOP_REQUESTED: LIVING,
+    events.EXITED: LIVING | {WorkerState.LOST},
+    events.LOST: LIVING,
+    events.RELEASED: LIVING,
+    events.PRUNED: FINAL,
+}
+_NEXT: Final = {
+    events.READY: WorkerState.READY,
+    events.DRAINING: WorkerState.DRAINING,
+    events.STOP_REQUESTED: WorkerState.STOPPING,
+    events.LOST: WorkerState.LOST,
+    events.RELEASED: WorkerState.RELEASED,
+}
+# A worker that ends in one of these states was asked to.
+_EXPECTING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
+
+
+class FoldError(ValueError):
+    """A whole line that no correct writer can have written; the message is the reason."""
+
+
+def refuse(event_type: str, sid: str, record: Record | None) -> None:
+    """Raise what the rules say against this event in the worker's present state.
+
+    Raises WorkerExists, WorkerNotFound or InvalidTransition.
+    """
+    state = None if record is None else record["state"]
+    if state in _ALLOWED[event_type]:
+        return
+    if record is None:
+        raise WorkerNotFound(sid)
+    if event_type == events.REGISTERED:
+        raise WorkerExists(sid, pid=record["pid"], rev=record["rev"], state=record["state"])
+    raise InvalidTransition(sid, event=event_type, state=record["state"])
+
+
+def is_repeat(event_type: str, record: Record | None, data: JsonObject) -> bool:
+    """Say whether the event would change nothing, so that it need not be written."""
+    if record is None:
+        return False
+    match event_type:
+        case events.READY | events.DRAINING | events.STOP_REQUESTED:
+            if "signal" in data:  # a signal follows, and must not go out unrecorded
+                return False
+            return record["state"] == _NEXT[event_type] and not _differs(record, data)
+        case events.UPDATED:
+            return record["state"] in LIVING and not _differs(record, data)
+        case events.LOST | events.RELEASED:
+            return record["state"] == _NEXT[event_type]
+        case events.EXITED:
+            ended = record["exit"]
+            return (
+                record["state"] in {WorkerState.EXITED, WorkerState.FAILED}
+                and ended is not None
+                and ended["code"] == data.get("code")
+                and ended["signal"] == data.get("signal")
+            )
+        case _:
+            return False
+
+
+def _differs(record: Record, patch: JsonObject) -> bool:
+    for key, value in patch.items():
+        match key:
+            case "sock" | "version" | "sock_id":
+                if value != record[key]:
+                    return True
+            case "labels" | "meta":
+                old = record[key]
+                if not isinstance(value, dict):
+                    return True
+                if any(old.get(name) != inner for name, inner in value.items()):
+                    return True
+            case _:  # a reason changes nothing
+                continue
+    return False
+
+
+def expects_end(record: Record) -> bool:
+    """Say whether the end of this worker, now, would be an orderly one."""
+    return record["state"] in _EXPECTING
+
+
+def exit_state(data: JsonObject) -> WorkerState:
+    """Name the final state of an exit: failed where it was unexpected and is known to be bad."""
+    return WorkerState.FAILED if events.is_failure(data) else WorkerState.EXITED
+
+
+def _merge(old: Mapping[str, JsonValue], patch: JsonValue) -> dict[str, JsonValue]:
+    """Merge as RFC 7396 does, one level deep: null removes a key, anything else replaces it."""
+    if not isinstance(patch, dict):
+        message = "a patch is not an object"
+        raise FoldError(message)
+    merged = {**old, **patch}
+    if None in patch.values():
+        return {key: value for key, value in merged.items() if value is not None}
+    return merged
+
+
+def _patched(record: Record, patch: JsonObject) -> Record:
+    fresh = record.copy()
+    for key, value in patch.items():
+        match key:
+            case "labels":
+                fresh["labels"] = cast("dict[str, str]", _merge(record["labels"], value))
+            case "meta":
+                fresh["meta"] = _merge(record["meta"], value)
+            case "sock":
+                fresh["sock"] = cast("str", value)
+                if "sock_id" not in patch:
+                    fresh["sock_id"] = None
+            case "version":
+                fresh["version"] = cast("str", value)
+            case "sock_id":
+                fresh["sock_id"] = cast("str | None", value)
+            case _:  # a reason is for the history
+                continue
+    return fresh
+
+
+def _registered(old: Record | None, line: Line) -> Record:
+    data = line["data"]
+    pid = data["pid"]
+    if type(pid) is not int or pid < 1:
+        message = f"pid {pid!r} is not a process id"
+        raise FoldError(message)
+    return {
+        "sid": line["sid"],
+        "pid": pid,
+        "sock": cast("str", data["sock"]),
+        "version": cast("str", data["version"]),
+        "created_at": cast("str", data.get("created_at", line["ts"])),
+        "state": WorkerState(cast("str", data["state"])).value,
+        "labels": cast("dict[str, str]", data["labels"]),
+        "meta": cast("JsonObject", data["meta"]),
+        "rev": line["seq"],
+        "updated_at": line["ts"],
+        "registered_seq": line["seq"],
+        "generation": 1 if old is None else old["generation"] + 1,
+        "identity": cast("IdentityRecord | None", data["identity"]),
+        "owner": cast("IdentityRecord | None", data["owner"]),
+        "exit": None,
+        "lease": cast("str | None", data.get("lease")),
+        "heartbeat_s": cast("float | None", data.get("heartbeat_s")),
+        "sock_id": cast("str | None", data.get("sock_id")),
+    }
+
+
+def _moved(old: Record, line: Line) -> Record:
+    """Carry out every event that keeps the worker in the state or moves it on."""
+    kind, data = line["type"], line["data"]
+    fresh = _patched(old, data) if kind in {events.UPDATED, events.READY} else old.copy()
+    fresh["rev"] = line["seq"]
+    fresh["updated_at"] = line["ts"]
+    if kind in _NEXT:
+        fresh["state"] = _NEXT[kind].value
+    if kind == events.EXITED:
+        fresh["state"] = exit_state(data).value
+        fresh["exit"] = _exit(data, cast("str", data.get("source", "self")))
+    elif kind == events.LOST:
+        fresh["exit"] = _exit(data, "collect")
+    elif kind == events.RELEASED:
+        fresh["exit"] = _exit(data, "owner")
+    return fresh
+
+
+def _exit(data: JsonObject, source: str) -> ExitRecord:
+    cause = data.get("cause", data.get("reason"))
+    return {
+        "code": cast("int | None", data.get("code")),
+        "signal": cast("int | None", data.get("signal")),
+        "source": source,
+        "expected": data.get("expected") is True,
+        "cause": None if cause is None else str(cause),
+    }
+
+
+@dataclass(slots=True)
+class Fold:
+    """The state after every event up to `seq`; `apply` moves it on by one line.
+
+    `totals` counts worker events by type since the store began. Behind a gap, up to the note of
+    its repair, it is `lenient`: what the lost events would have explained is taken as it comes.
+    """
+
+    seq: int
+    records: dict[str, Record]
+    totals: dict[str, int]
+    lenient: bool = False
+
+    def get(self, sid: str) -> Record | None:
+        """Return the record of that sid."""
+        return self.records.get(sid)
+
+    def apply(self, line: Line) -> None:
+        """Fold one line.
+
+        Raises FoldError for a line that no correct writer can have written; the fold is then
+        as before.
+        """
+        kind = line["type"]
+        if kind in _ALLOWED:
+            sid = line["sid"]
+            record = after(line, self.records.get(sid), lenient=self.lenient)
+            if record is None:
+                self.records.pop(sid, None)
+            else:
+                if kind == events.REGISTERED:
+                    self.records.pop(sid, None)  # so that the order is that of registration
+                self.records[sid] = record
+            self.totals[kind] = self.totals.get(kind, 0) + 1
+        elif kind in {events.GAP, events.REPAIRED}:
+            self.lenient = kind == events.GAP
+        self.seq = line["seq"]
+
+    def sessions(self) -> Iterator[Record]:
+        """Yield the workers that are not final, in order of registration."""
+        return (r for r in self.records.values() if r["state"] in LIVING)
+
+    def ended(self) -> Iterator[Record]:
+        """Yield the workers that are final and not yet pruned."""
+        return (r for r in self.records.values() if r["state"] in FINAL)
+
+    def copy(self) -> "Fold":
+        """Return a fold that moves on by itself; the records are shared, being never changed."""
+        return Fold(self.seq, self.records.copy(), self.totals.copy(), self.lenient)
+
+
+def after(line: Line, old: Record | None, *, lenient: bool = False) -> Record | None:
+    """Return the worker's record after this line, None once it is pruned.
+
+    Types this version does not know leave the record as it is. Raises FoldError; `lenient`: an
+    event of a worker whose registration was lost tells nothing, any other is taken as it comes.
+    """
+    kind = line["type"]
+    if kind not in _ALLOWED:
+        return old
+    state = None if old is None else old["state"]
+    if state not in _ALLOWED[kind] and not lenient:
+        message = f"{kind} cannot follow state {state!r} of worker {line['sid']!r}"
+        raise FoldError(message)
+    try:
+        if kind == events.REGISTERED:
+            return _registered(old, line)
+        if kind == events.PRUNED or old is None:
+            return None
+        return _moved(old, line)
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"{kind} of worker {line['sid']!r} has the wrong shape: {error}"
+        raise FoldError(message) from error
+
+
+def empty() -> Fold:
+    """Return the state before the first event."""
+    return Fold(0, {}, {})
+
+
+def restored(
+    seq: int, sessions: Iterable[Record], ended: Iterable[Record], totals: Mapping[str, int]
+) -> Fold:
+    """Rebuild the fold of a snapshot, in order of registration."""
+    records = sorted((*sessions, *ended), key=lambda record: record["registered_seq"])
+    return Fold(seq, {record["sid"]: record for record in records}, dict(totals))

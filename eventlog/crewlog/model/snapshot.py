@@ -1,0 +1,211 @@
+"""Turn the state at one seq into registry.json and back, and fold lines onto an older one. Pure."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar, cast
+
+from crewlog.errors import FormatTooNew, HistoryDiverged, LogCorrupt
+from crewlog.model import chain, fold
+from crewlog.model.codec import FORMAT, DocumentError, dump, load_object
+from crewlog.model.events import JsonObject, Line, Record
+from crewlog.model.fold import Fold, FoldError
+
+SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The fold of every event up to `last_seq`; `sha256` covers its bytes ("" before encoding)."""
+
+    store: str
+    last_seq: int
+    last_hash: str
+    written_at: str
+    sessions: Sequence[Record]
+    ended: Sequence[Record]
+    totals: Mapping[str, int]
+    sha256: str = ""
+
+    def records(self) -> dict[str, Record]:
+        """Return every worker's record by sid, in order of registration."""
+        every = sorted((*self.sessions, *self.ended), key=lambda record: record["registered_seq"])
+        return {record["sid"]: record for record in every}
+
+
+def empty_snapshot(store: str, identity: bytes) -> Snapshot:
+    """Return the state before the first event; `identity` is the digest of store.json."""
+    return Snapshot(
+        store=store,
+        last_seq=0,
+        last_hash=identity.hex(),
+        written_at="",
+        sessions=(),
+        ended=(),
+        totals={},
+    )
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """Write registry.json: one JSON object, one worker a line, its own SHA-256 last.
+
+    The hash covers every byte before ``,"sha256"``.
+    """
+    head = dump(
+        {
+            "format": FORMAT,
+            "store": snapshot.store,
+            "last_seq": snapshot.last_seq,
+            "last_hash": snapshot.last_hash,
+            "written_at": snapshot.written_at,
+            "totals": dict(sorted(snapshot.totals.items())),
+        }
+    )
+    checked = b'%b,"sessions":[\n%b\n],"ended":[\n%b\n]' % (
+        head[:-1],
+        _rows(snapshot.sessions),
+        _rows(snapshot.ended),
+    )
+    return b'%b,"sha256":"%b"}\n' % (checked, hashlib.sha256(checked).hexdigest().encode())
+
+
+def _rows(records: Iterable[Record]) -> bytes:
+    return b",\n".join(dump(record) for record in records)
+
+
+def decode_snapshot(data: bytes) -> Snapshot:
+    """Check and parse a snapshot.
+
+    Raises DocumentError with the reason, or FormatTooNew for a format this version does not know.
+    """
+    checked, key, tail = data.rpartition(b',"sha256":"')
+    if not key or len(tail) != 64 + 3 or tail[64:] != b'"}\n':
+        raise DocumentError("it does not end with its sha256")
+    sha256 = hashlib.sha256(checked).hexdigest()
+    if tail[:64] != sha256.encode():
+        raise DocumentError("its sha256 differs")
+    found = load_object(data)
+    if found.get("format") != FORMAT:
+        raise FormatTooNew("registry.json", why=f"it has format {found.get('format')!r}")
+    return Snapshot(
+        store=_field(found, "store", str),
+        last_seq=_field(found, "last_seq", int),
+        last_hash=_field(found, "last_hash", str),
+        written_at=_field(found, "written_at", str),
+        sessions=_records(found, "sessions"),
+        ended=_records(found, "ended"),
+        totals=cast("dict[str, int]", _field(found, "totals", dict)),
+        sha256=sha256,
+    )
+
+
+def _field(found: JsonObject, name: str, kind: type[T]) -> T:
+    value = found.get(name)
+    if not isinstance(value, kind):
+        raise DocumentError(f"field {name!r} is missing or has the wrong shape")
+    return value
+
+
+_RECORD_SHAPE: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "sid": str,
+    "pid": int,
+    "sock": str,
+    "version": str,
+    "created_at": str,
+    "state": str,
+    "labels": dict,
+    "meta": dict,
+    "rev": int,
+    "updated_at": str,
+    "registered_seq": int,
+    "generation": int,
+    "identity": (dict, type(None)),
+    "owner": (dict, type(None)),
+    "exit": (dict, type(None)),
+}
+
+
+# Younger than the first snapshots: absent in those.
+_RECORD_OPTIONAL: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "lease": str,
+    "heartbeat_s": (int, float),
+    "sock_id": str,
+}
+
+
+def _records(found: JsonObject, name: str) -> list[Record]:
+    rows: list[object] = _field(found, name, list)
+    return [_record(row, f"an entry of {name!r}") for row in rows]
+
+
+def _record(row: object, what: str) -> Record:
+    if not isinstance(row, dict):
+        raise DocumentError(f"{what} is not an object")
+    for key, kind in _RECORD_SHAPE.items():
+        if not isinstance(row.get(key), kind):
+            raise DocumentError(f"{what} has no proper {key!r}")
+    for key, kind in _RECORD_OPTIONAL.items():
+        if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
+            raise DocumentError(f"{what} has no proper {key!r}")
+    return cast("Record", row)
+
+
+def decode_record(data: bytes) -> Record:
+    """Check and parse one worker's record, as `dump` wrote it. *Raises* DocumentError."""
+    return _record(load_object(data), "it")
+
+
+# -- folding ----------------------------------------------------------------------------------
+
+
+def fold_of(snapshot: Snapshot) -> Fold:
+    """Begin a fold where a snapshot was taken."""
+    return fold.restored(snapshot.last_seq, snapshot.sessions, snapshot.ended, snapshot.totals)
+
+
+def snapshot_of(state: Fold, *, store: str, last_hash: str, written_at: str) -> Snapshot:
+    """Copy a state out of a fold; `last_hash` is the hex digest of the last line it has seen."""
+    return Snapshot(
+        store=store,
+        last_seq=state.seq,
+        last_hash=last_hash,
+        written_at=written_at,
+        sessions=list(state.sessions()),
+        ended=list(state.ended()),
+        totals=state.totals.copy(),
+    )
+
+
+def refold_lines(
+    lines: Iterator[tuple[Line, bytes]],
+    start: Snapshot,
+    stop: int,
+    *,
+    where: str,
+    wrong: Callable[[Line, bytes, FoldError], LogCorrupt],
+    written_at: str,
+    seen: Callable[[Line], None] | None = None,
+) -> Snapshot:
+    """Return the state at seq `stop`, from lines that may begin before that of `start`.
+
+    `wrong` makes the error of a whole line that no correct writer can have written. *Raises* it,
+    and HistoryDiverged.
+    """
+    state, prev = fold_of(start), start.last_hash
+
+    def diverged(seq: int) -> HistoryDiverged:
+        return HistoryDiverged(where, seq=seq)
+
+    for line, raw in lines:
+        if line["seq"] <= start.last_seq:
+            continue
+        if line["seq"] > stop:  # a gap stands for more than was asked for
+            break
+        prev = chain.follow(state, line, raw, prev, diverged=diverged, wrong=wrong)
+        if seen is not None:
+            seen(line)
+        if state.seq == stop:
+            break
+    return snapshot_of(state, store=start.store, last_hash=prev, written_at=written_at)

@@ -1,0 +1,1 @@
+"""Processes of this machine: who one is, whether it lives, how one is started and signalled."""

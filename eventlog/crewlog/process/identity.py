@@ -1,0 +1,444 @@
+"""Say which process this is, and read what the kernel tells of one.
+
+On Linux a pidfd is opened first, everything else is read, and the pidfd is polled last, so
+whatever was read belongs to the process that the pidfd names. psutil answers on other systems
+only: under hidepid it calls a living process of another user dead. This is the only module that
+uses psutil.
+"""
+
+import errno
+import fcntl
+import hashlib
+import hmac
+import os
+import select
+import signal
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from crewlog import host
+from crewlog.errors import ProcessNotFound
+from crewlog.host import no_fork
+from crewlog.model import arguments
+from crewlog.model.events import Identity, Status, StatusSource
+from crewlog.model.figures import Usage
+from crewlog.process.liveness import Killed, Opened
+
+LINUX: Final = sys.platform == "linux"
+_HOST_KEY: Final = b"crewlog host 1"
+# The inodes of the first namespaces. Source: include/uapi/linux/nsfs.h
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
+_FIRST_USER_NAMESPACE: Final = 0xEFFFFFFD
+# _IOWR(0xFF, 11, struct pidfd_info), 64 bytes; bit 3 of `mask` asks for and announces exit_code,
+# the last field, a wait status. Source: include/uapi/linux/pidfd.h, Linux ≥ 6.15
+_PIDFD_GET_INFO: Final = 0xC040FF0B
+_PIDFD_INFO_EXIT: Final = 1 << 3
+_PIDFD_INFO: Final = struct.Struct("=Q52xi")
+
+_PF_EXITING: Final = 0x4
+_POLL_MAX_S: Final = 86_400.0
+
+
+class Stat(NamedTuple):
+    """What /proc/PID/stat says: state letter, parent, threads, start in ticks, wait status.
+
+    `exiting` is set from the moment on at which the thread has begun to end.
+    """
+
+    state: str
+    parent: int
+    exiting: bool
+    threads: int
+    start_ticks: int
+    wait_status: int
+
+
+class Scope(NamedTuple):
+    """Where pids mean what they mean here: boot, host and pid namespace."""
+
+    boot_id: str
+    host_id: str
+    pid_ns: str | None
+
+
+# -- this process and its scope -------------------------------------------------------------
+
+
+@cache
+def boot_id() -> str:
+    """Return the kernel's id of this boot.
+
+    Source: Linux, Documentation/admin-guide/sysctl/kernel.rst (random/boot_id); macOS,
+    kern.bootsessionuuid.
+    """
+    if LINUX:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    import subprocess  # noqa: PLC0415 (never needed on Linux)
+
+    command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
+    return (
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().lower()
+    )
+
+
+def boot_bytes() -> bytes:
+    """Return the boot id as 16 bytes, as the state files carry it."""
+    return bytes.fromhex(boot_id().replace("-", ""))
+
+
+@cache
+def _host_id() -> str:
+    """Hash the machine id with a key of our own: it must not be published as it is."""
+    for name in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            machine = Path(name).read_bytes().strip()
+        except OSError:  # absent in many containers: then this host cannot be told from others
+            continue
+        if machine:
+            return hmac.new(_HOST_KEY, machine, hashlib.sha256).hexdigest()[:32]
+    return ""
+
+
+def _pid_namespace() -> str | None:
+    """Name our pid namespace by its inode and the start of its pid 1: inodes are recycled."""
+    try:
+        inode = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux, or no /proc
+        return None
+    first = read_stat(1)
+    return f"{inode}:{'' if first is None else first.start_ticks}"
+
+
+@cache
+def scope() -> Scope:
+    """Return the scope of this process.
+
+    Only a fork can change it: what unshare(2) makes is for children.
+    """
+    return Scope(boot_id(), _host_id(), _pid_namespace())
+
+
+host.call_in_child(scope.cache_clear, rank=host.SCOPE)
+
+
+def booted_at() -> datetime:
+    """Return when this boot began, by the wall clock of now."""
+    if not LINUX:
+        import psutil  # noqa: PLC0415 (never needed on Linux)
+
+        return datetime.fromtimestamp(psutil.boot_time(), UTC)
+    return datetime.now(UTC) - timedelta(seconds=time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def started_at(identity: Identity) -> datetime | None:
+    """Return when a process of this boot began, by the wall clock of now; None if unknown."""
+    if identity.start_ticks is None:
+        return None
+    if not LINUX:
+        return datetime.fromtimestamp(identity.start_ticks / 100, UTC)
+    return booted_at() + timedelta(seconds=identity.start_ticks / os.sysconf("SC_CLK_TCK"))
+
+
+# -- reading one process --------------------------------------------------------------------
+
+
+def read_stat(pid: int) -> Stat | None:
+    """Read /proc/PID/stat; None where it is not to be had.
+
+    The name may hold spaces and parentheses, so fields are counted after the last ")".
+    Source: proc_pid_stat(5), fields 3, 4, 9, 20, 22 and 52; PF_EXITING of linux/sched.h.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except OSError:  # gone, hidden, or no /proc: the caller has other witnesses
+        return None
+    fields = text[text.rfind(b")") + 2 :].split()
+    if len(fields) < 50:  # noqa: PLR2004 (field 52 is the 50th after the name)
+        return None
+    return Stat(
+        state=fields[0].decode(),
+        parent=int(fields[1]),
+        exiting=bool(int(fields[6]) & _PF_EXITING),
+        threads=int(fields[17]),
+        start_ticks=int(fields[19]),
+        wait_status=int(fields[49]),
+    )
+
+
+def is_exiting(pid: int) -> bool:
+    """Say whether a process is on its way out, though not ended yet; where /proc tells."""
+    stat = read_stat(pid)
+    return stat is not None and stat.exiting and stat.threads <= 1
+
+
+def open_pidfd(pid: int) -> tuple[Opened, int]:
+    """Open a pidfd; the second value is the descriptor or -1. Source: pidfd_open(2)."""
+    if not hasattr(os, "pidfd_open"):
+        return "unsupported", -1
+    try:
+        return "yes", os.pidfd_open(pid)
+    except OSError as error:
+        match error.errno:
+            case errno.ESRCH:
+                return "no_such_process", -1
+            case errno.ENOENT | errno.EINVAL:  # the pid of a thread, not of a process
+                return "thread", -1
+            case _:  # ENOSYS, EMFILE, EPERM: the start time must do
+                return "unsupported", -1
+
+
+@contextmanager
+def opened_pidfd(pid: int) -> Iterator[tuple[Opened, int]]:
+    """Open a pidfd for a block of code; see open_pidfd."""
+    opened, fd = open_pidfd(pid)
+    try:
+        yield opened, fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def ended(fd: int, *, wait_s: float = 0.0) -> bool:
+    """Say whether the process has ended: a pidfd is readable once all its threads have."""
+    poll, deadline = select.poll(), time.monotonic() + wait_s
+    poll.register(fd, select.POLLIN)
+    while not poll.poll(min(wait_s, _POLL_MAX_S) * 1000):  # its limit is an int of milliseconds
+        wait_s = deadline - time.monotonic()
+        if wait_s <= 0:
+            return False
+    return True
+
+
+def exit_status(pid: int, fd: int) -> Status | None:
+    """Return how the process that has ended on this pidfd did so; None if nobody tells.
+
+    The kernel keeps a reaped process's status for whoever held its pidfd; before it is reaped, a
+    zombie's stat tells, to its user and to root. -1 stands for a pidfd that is not to be had.
+    """
+    found = kept_status(fd)
+    if found is not None:
+        return found
+    stat = read_stat(pid)
+    may_read = stat is not None and stat.state == "Z" and _may_read_status(_uid_of(pid))
+    if stat is None or not may_read or _is_reaped(fd):  # the pid may be another's by now
+        return kept_status(fd)
+    return _status(stat.wait_status, "zombie")
+
+
+def _is_reaped(fd: int) -> bool:
+    """Say whether the process of a pidfd has ended and is gone; a zombie is there."""
+    try:
+        if fd >= 0:
+            signal.pidfd_send_signal(fd, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
+
+
+def kept_status(fd: int) -> Status | None:
+    """Return how the process of this pidfd ended, once it is reaped; from Linux 6.15 on."""
+    if fd < 0:
+        return None
+    info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))
+    try:
+        fcntl.ioctl(fd, _PIDFD_GET_INFO, info)
+    except OSError:  # not reaped yet, or an older kernel (ENOTTY, EINVAL, ESRCH)
+        return None
+    mask, wait_status = _PIDFD_INFO.unpack(info)
+    return _status(wait_status, "pidfd") if mask & _PIDFD_INFO_EXIT else None
+
+
+def _status(wait_status: int, source: StatusSource) -> Status:
+    code = os.waitstatus_to_exitcode(wait_status)
+    return Status(code, None, source) if code >= 0 else Status(None, -code, source)
+
+
+def _may_read_status(uid: int | None) -> bool:
+    """Field 52 reads 0 unless ptrace access is granted: then only to its user and to root."""
+    return os.geteuid() in {0, uid}
+
+
+@cache
+def pidfds_have_inodes() -> bool:
+    """Since pidfs each process has an inode of its own; before, all anonymous files shared one.
+
+    Compared with an eventfd rather than with another process, because pid 1 of a container may be
+    the only process in it.
+    """
+    with opened_pidfd(os.getpid()) as (_, fd):
+        if fd < 0:
+            return False
+        other = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            mine, shared = os.fstat(fd), os.fstat(other)
+        finally:
+            os.close(other)
+    return (mine.st_dev, mine.st_ino) != (shared.st_dev, shared.st_ino)
+
+
+def ancestors() -> set[int]:
+    """Return the pids that this process descends from, itself included."""
+    found: set[int] = set()
+    pid = os.getpid()
+    while pid > 0 and pid not in found:
+        found.add(pid)
+        stat = read_stat(pid)
+        pid = 0 if stat is None else stat.parent
+    return found | {os.getppid()}
+
+
+def sees_every_process() -> bool:
+    """Say whether /proc shows us every process there is: root, in the first namespaces."""
+    try:
+        first = (
+            os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+            and os.stat("/proc/self/ns/user").st_ino == _FIRST_USER_NAMESPACE
+            and os.readlink("/proc/self") == str(os.getpid())
+        )
+    except OSError:  # no /proc, or another namespace's
+        return False
+    return first and os.geteuid() == 0
+
+
+def _uid_of(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:  # hidden from us, or no /proc: then no signal will be sent on its strength
+        return None
+
+
+def check_pid(pid: object) -> int:
+    """Return `pid` if it can name a process, else raise TypeError or ValueError."""
+    if type(pid) is not int:
+        message = f"pid must be an integer, not {type(pid).__name__}"
+        raise TypeError(message)
+    if not 1 <= pid <= arguments.PID_MAX:
+        message = f"pid {pid} cannot name a process: a pid is 1 to {arguments.PID_MAX}"
+        raise ValueError(message)
+    return pid
+
+
+def capture(pid: int | None = None) -> Identity:
+    """Take the identity of a living process, by default of this one.
+
+    *Raises* ProcessNotFound if it has ended, or if the pid is a thread's.
+    """
+    number = os.getpid() if pid is None else check_pid(pid)
+    if not LINUX:
+        return _capture_portable(number)
+    here = scope()
+    with opened_pidfd(number) as (opened, fd):
+        if opened in {"no_such_process", "thread"}:
+            raise ProcessNotFound(number)
+        stat = read_stat(number)
+        if fd < 0 and stat is None:
+            _require_exists(number)
+        inode = os.fstat(fd).st_ino if fd >= 0 and pidfds_have_inodes() else None
+        identity = Identity(
+            pid=number,
+            pidfd_id=inode,
+            start_ticks=None if stat is None else stat.start_ticks,
+            boot_id=here.boot_id,
+            pid_ns=here.pid_ns,
+            host_id=here.host_id,
+            uid=_uid_of(number),
+        )
+        if fd >= 0 and ended(fd):  # last, so that all of the above belongs to it
+            raise ProcessNotFound(number)
+    return identity
+
+
+def _require_exists(pid: int) -> None:
+    if killed(pid) == "no_such_process":
+        raise ProcessNotFound(pid)
+
+
+def killed(pid: int) -> Killed:
+    """Ask kill(2) whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "no_such_process"
+    except PermissionError:  # it exists and is another user's
+        return "exists"
+    return "exists"
+
+
+# -- other systems --------------------------------------------------------------------------
+
+
+def _capture_portable(pid: int) -> Identity:
+    import psutil  # noqa: PLC0415 (never needed on Linux)
+
+    try:
+        process = psutil.Process(pid)
+        started, uid = process.create_time(), process.uids().effective
+    except psutil.NoSuchProcess as error:
+        raise ProcessNotFound(pid) from error
+    except psutil.AccessDenied:
+        started, uid = None, None
+    here = scope()
+    return Identity(
+        pid=pid,
+        pidfd_id=None,
+        start_ticks=None if started is None else round(started * 100),
+        boot_id=here.boot_id,
+        pid_ns=here.pid_ns,
+        host_id=here.host_id,
+        uid=uid,
+    )
+
+
+class Portable(NamedTuple):
+    """What psutil tells of a process; `denied` where it may not look."""
+
+    exists: bool = True
+    denied: bool = False
+    start_ticks: int | None = None
+    ended: bool | None = None
+
+
+def look_portable(pid: int) -> Portable:
+    """Ask psutil about one process."""
+    import psutil  # noqa: PLC0415 (never needed on Linux)
+
+    try:
+        process = psutil.Process(pid)
+        return Portable(
+            start_ticks=round(process.create_time() * 100),
+            ended=process.status() == psutil.STATUS_ZOMBIE,
+        )
+    except psutil.NoSuchProcess:
+        return Portable(exists=False)
+    except psutil.AccessDenied:
+        return Portable(denied=True)
+
+
+def usage(who: Identity) -> Usage | None:
+    """Return what a process of this boot and pid namespace uses; None if it cannot be told.
+
+    The process is named again after the look, so that no stranger's figures are taken for its own.
+    """
+    with no_fork():
+        import psutil  # noqa: PLC0415 (only who asks for figures pays for the import)
+
+    here = scope()
+    if (who.boot_id, who.pid_ns, who.host_id) != (here.boot_id, here.pid_ns, here.host_id):
+        return None
+    try:
+        process = psutil.Process(who.pid)
+        with process.oneshot():
+            times, memory = process.cpu_times(), process.memory_info()
+        if capture(who.pid).start_ticks != who.start_ticks:
+            return None
+    except (psutil.Error, ProcessNotFound):
+        return None
+    return Usage(cpu_s=times.user + times.system, rss_bytes=memory.rss)

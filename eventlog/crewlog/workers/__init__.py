@@ -1,0 +1,1 @@
+"""Workers that are registered, started, judged and stopped, on top of a session."""

@@ -1,0 +1,190 @@
+"""Judge whether workers live, hear their beats, and put their ends on record."""
+
+import os
+import time
+from collections.abc import Callable, Collection
+from typing import Final
+
+from crewlog.errors import (
+    CrewlogError,
+    InvalidTransition,
+    LeaseMissing,
+    LockBusy,
+    ProcessNotFound,
+    StaleRevision,
+    Unavailable,
+    UnknownOutcome,
+)
+from crewlog.model.events import Status, Worker
+from crewlog.model.steps import Author, ExitOptions, Step, burial_step, exit_step
+from crewlog.process import identity, liveness, socket
+from crewlog.process.evidence import witness
+from crewlog.process.handle import Process
+from crewlog.process.liveness import Evidence, Liveness
+from crewlog.session import Session
+
+# A sid whose dead holder is replaced, or whose record changes, under us again and again.
+CHANGE_TRIES: Final = 16
+END_WAIT_S: Final = 600.0  # so long the end of a child is tried to be recorded, wherever
+
+_NOTHING: Final = Evidence()
+# What may be over soon, whoever waits: a lock that is held, servers that do not answer.
+PASSING: Final = (LockBusy, Unavailable, UnknownOutcome)
+
+
+def liveness_of(session: Session, sid: str) -> Liveness:
+    """Judge whether one worker lives, and ask its socket; see `Registry.liveness`."""
+    worker = session.known(sid)
+    found = judge(session, [worker])[0]
+    if not found.alive or not worker.sock or not _is_of_this_boot(worker):
+        return found
+    seen = found.evidence._replace(sock=socket.ask(worker.sock))
+    return liveness.judge(worker.identity, seen, final=False)
+
+
+def judge(session: Session, workers: Collection[Worker]) -> list[Liveness]:
+    """Judge many workers, now, in their order; no lock is held and nothing is written."""
+    names = [w.lease for w in workers if w.lease is not None and not w.final]
+    living = names or any(not worker.final for worker in workers)
+    store = session.require() if living else None
+    look = witness(
+        local_file_system=store is None or store.one_host,
+        leases=store.leases.look(names) if store is not None and names else None,
+    ).look
+    return [
+        liveness.judge(
+            worker.identity,
+            _NOTHING
+            if worker.final
+            else look(
+                worker.identity,
+                last_event_at=worker.updated_at,
+                owner=worker.owner,
+                lease=worker.lease,
+                heartbeat_s=worker.heartbeat_s,
+            ),
+            final=worker.final,
+        )
+        for worker in workers
+    ]
+
+
+def burial(session: Session, sid: str) -> list[Step]:
+    """Return the step that records the death of a sid's holder; none if it is not proven."""
+    worker = session.get(sid)
+    if worker is None or worker.final:
+        return []
+    found = judge(session, [worker])[0]
+    return [death(session.author(), worker, found)] if found.dead else []
+
+
+def beat(session: Session, sid: str) -> None:
+    """Say that a worker is well, now; see `Registry.beat`."""
+    worker = session.known(sid)
+    name, heartbeat_s = worker.lease, worker.heartbeat_s
+    if name is None or not session.require().leases.beat(name, heartbeat_s=heartbeat_s):
+        raise LeaseMissing(sid)
+
+
+# -- ends -------------------------------------------------------------------------------
+
+
+def same(session: Session, worker: Worker) -> Worker:
+    """Return the worker as it is now. *Raises* StaleRevision if the sid is another's by now."""
+    now = session.get(worker.sid)
+    if now is None or now.registered_seq != worker.registered_seq:
+        actual = None if now is None else now.rev
+        raise StaleRevision(worker.sid, expected=worker.rev, actual=actual)
+    return now
+
+
+def record_end(
+    append: Callable[[list[Step]], object],
+    step: Step,
+    *,
+    pause_s: float,
+    passing: tuple[type[CrewlogError], ...] = PASSING,
+    late: Callable[[CrewlogError], None] | None = None,
+) -> bool:
+    """Write a step about the end of a worker of ours; False if the sid is another's by now.
+
+    A worker that is recorded as ended already, in another way than lost, stays as it is. After
+    an error that is `passing` it is tried again for END_WAIT_S, for nobody else knows as surely how
+    it ended; `late` is told once.
+    """
+    deadline = time.monotonic() + END_WAIT_S
+    while True:
+        try:
+            append([step])
+        except StaleRevision:
+            return False
+        except InvalidTransition:
+            return True
+        except passing as error:
+            if time.monotonic() > deadline:
+                raise
+            if late is not None:
+                late(error)
+                late = None
+        else:
+            return True
+        # The error is gone, and what it kept open. Many that ended at once must not meet again.
+        time.sleep(pause_s * (0.5 + os.urandom(1)[0] / 256))
+
+
+def runs_here(worker: Worker) -> bool:
+    """Say whether the very process of a worker runs in this namespace, whatever is recorded."""
+    seen = witness().look(worker.identity, last_event_at=worker.updated_at)
+    found = liveness.judge(worker.identity, seen, final=False)
+    return found.alive and found.cause in {"identity", "start_time"}
+
+
+def _is_of_this_boot(worker: Worker) -> bool:
+    """Say whether a worker's pid and paths may be looked at: on another host they are others'."""
+    return worker.identity is not None and worker.identity.boot_id == identity.scope().boot_id
+
+
+def is_exiting(worker: Worker) -> bool:
+    """Say whether a living worker's process is on its way out: it may have let go of locks already.
+
+    The kernel closes what a process has open before it counts as ended.
+    """
+    who, here = worker.identity, identity.scope()
+    ours = who is not None and (who.boot_id, who.pid_ns) == (here.boot_id, here.pid_ns)
+    return ours and identity.is_exiting(worker.pid)  # elsewhere, that pid is another's
+
+
+def hold(worker: Worker) -> Process | None:
+    """Hold a worker's process; None if it has ended, or is of another host."""
+    if worker.identity is None or not _is_of_this_boot(worker):
+        return None
+    try:
+        return Process(worker.identity)
+    except ProcessNotFound:
+        return None
+
+
+def exit_of(author: Author, worker: Worker, code: int) -> Step:
+    """Return the step that records what wait(2) said: an exit code, or minus a signal."""
+    how: ExitOptions = {"code": code} if code >= 0 else {"signal": -code}
+    return exit_step(author, worker.sid, {**how, "source": "wait"}, of=worker.registered_seq)
+
+
+def death(author: Author, worker: Worker, found: Liveness, *, status: Status | None = None) -> Step:
+    """Return the step that records a proven death, if the sid is still that worker's."""
+    return burial_step(
+        author,
+        worker.sid,
+        cause=found.cause,
+        evidence=found.evidence.seen(),
+        status=status or status_in(found),
+        of=worker.registered_seq,
+    )
+
+
+def status_in(found: Liveness) -> Status | None:
+    """Return how the process ended, if the evidence tells."""
+    seen = found.evidence
+    if seen.exit_source is None:
+        return None
+    return Status(seen.exit_code, seen.exit_signal, seen.exit_source)

@@ -1,0 +1,247 @@
+"""End workers: ask, wait, kill, wait, and learn how they ended.
+
+The process is held by its pidfd and its identity checked; the request is durable; only then the
+signal goes out, through that same pidfd. The entry stays until the end is proven.
+"""
+
+import os
+import signal as signals
+import time
+from contextlib import ExitStack
+from typing import Final, Literal, TypeAlias
+
+from crewlog.errors import (
+    CompactedError,
+    IdentityMismatch,
+    InvalidTransition,
+    StaleRevision,
+    StopRefused,
+    WaitTimeout,
+)
+from crewlog.model import arguments, events
+from crewlog.model.events import Event, Status, Worker, WorkerState
+from crewlog.model.sieve import Sieve, sid_needle
+from crewlog.model.steps import stop_step
+from crewlog.process import handle, identity
+from crewlog.process.handle import Process
+from crewlog.process.liveness import Liveness
+from crewlog.session import Session
+from crewlog.store import Store, retried
+from crewlog.workers.judge import CHANGE_TRIES, death, hold, judge, runs_here, same, status_in
+
+GRACE_S: Final = 10.0
+
+_THERE: Final = "Stop it from there"
+
+
+def stop(
+    session: Session,
+    sid: str,
+    *,
+    grace_s: float = GRACE_S,
+    reason: str,
+    signal: int = signals.SIGTERM,
+) -> Event:
+    """End a worker and record how it ended; see `Registry.stop`."""
+    grace_s, reason = arguments.check_wait(grace_s), arguments.check_reason(reason)
+    number = signals.Signals(signal)
+    worker = session.known(sid)
+    held = hold_to_stop(session, worker)
+    if not isinstance(held, Process):
+        return _ended(session, worker, held)
+    with held:
+        if _ask(session, worker, number, grace_s=grace_s, reason=reason):
+            wait_s = session.limits.kill_wait_s
+            status = _end(worker, held, number, grace_s=grace_s, wait_s=wait_s)
+        elif held.wait(0):
+            status = held.status()
+        else:  # handed off meanwhile
+            return session.last_event(same(session, worker))
+        return _ended(session, worker, status, proven=True)
+
+
+Outlook: TypeAlias = Literal["signal", "record its end", "nothing"]
+
+
+def foresee_stop(session: Session, worker: Worker) -> Outlook:
+    """Return what `stop` would do with a worker. *Raises* StopRefused, IdentityMismatch."""
+    held = hold_to_stop(session, worker)
+    if isinstance(held, Process):
+        held.close()
+        return "signal"
+    return "nothing" if worker.final else "record its end"
+
+
+def hold_to_stop(session: Session, worker: Worker) -> Process | Status | None:
+    """Hold the process of a worker that may be stopped, as `_hold_living` does.
+
+    *Raises* StopRefused, IdentityMismatch.
+    """
+    held = _hold_living(session, worker)
+    if isinstance(held, Process):
+        try:
+            _require_stoppable(worker)
+        except BaseException:
+            held.close()
+            raise
+    return held
+
+
+def _hold_living(session: Session, worker: Worker) -> Process | Status | None:
+    """Hold the worker's process; if it has ended, tell how: None where nobody does."""
+    if worker.state is WorkerState.LOST and runs_here(worker):
+        raise _refused(
+            worker,
+            "it is recorded as lost, and its process runs here",
+            f"Register it again, then stop it: crewlog register {worker.sid} --pid {worker.pid}",
+        )
+    if worker.final:
+        return None
+    with ExitStack() as undo:
+        held = hold(worker)  # before the look: how it ends, the kernel keeps for who holds it
+        if held is not None:
+            undo.enter_context(held)
+        found = judge(session, [worker])[0]
+        if found.dead:
+            status = status_in(found)
+            return held.status() if status is None and held is not None else status
+        _require_here(worker, found)
+        undo.pop_all()
+    return held
+
+
+def _require_here(worker: Worker, found: Liveness) -> None:
+    """Refuse a worker that is not proven to live in this pid namespace."""
+    if found.cause in {"foreign_pid_namespace", "foreign_host"}:
+        raise _refused(worker, "it is of another host or pid namespace", _THERE)
+    if worker.identity is None or not found.alive:
+        raise IdentityMismatch(worker.sid, pid=worker.pid, cause=found.cause)
+    if found.cause in {"lease", "found_in_namespace"}:
+        raise _refused(worker, "it lives on another host or in another pid namespace", _THERE)
+
+
+def _ask(session: Session, worker: Worker, number: int, *, grace_s: float, reason: str) -> bool:
+    """Make the request durable; False if the worker's end is on record already."""
+    step = stop_step(
+        session.author(),
+        worker.sid,
+        signal=number,
+        grace_s=grace_s,
+        reason=reason,
+        of=worker.registered_seq,
+    )
+    try:
+        session.append([step])
+    except InvalidTransition:
+        return False
+    return True
+
+
+def _end(
+    worker: Worker, held: Process, number: int, *, grace_s: float, wait_s: float
+) -> Status | None:
+    """Signal, wait, kill, wait `wait_s` seconds; return how it ended, if anybody can tell."""
+    try:
+        held.send(number)
+        if not held.wait(grace_s):
+            held.send(signals.SIGKILL)
+            if not held.wait(wait_s):
+                what = f"the end of worker {worker.sid!r} (pid {worker.pid}) by SIGKILL"
+                raise WaitTimeout(what, waited_s=wait_s)
+    except PermissionError as error:
+        raise _refused(worker, "we may not signal it", "Stop it as its user") from error
+    return held.status()
+
+
+def _ended(
+    session: Session, worker: Worker, status: Status | None, *, proven: bool = False
+) -> Event:
+    """Record the proven end of a worker, unless it is recorded as well as we could."""
+    wait_s = handle.REAP_WAIT_S if status is None else 0.0
+    tries = CHANGE_TRIES
+    try:
+        while True:
+            now, found = _told_by_owner(session, worker, wait_s)
+            if now.final and (status is None or now.state != WorkerState.LOST):
+                return session.last_event(now)
+            if found.alive or not (found.dead or proven or status is not None):
+                raise IdentityMismatch(now.sid, pid=now.pid, cause=found.cause)
+            try:
+                return session.change(death(session.author(), now, found, status=status))
+            except InvalidTransition:  # somebody else was faster: the next look shows it
+                tries -= 1
+                if not tries:
+                    raise
+    except StaleRevision:  # the sid is another worker's by now
+        end = retried(lambda: _end_on_record(session.require(), worker), CompactedError)
+        if end is None:
+            raise
+        return end
+
+
+def _end_on_record(store: Store, worker: Worker) -> Event | None:
+    """Return the end of a worker from the history; None if it is no longer kept."""
+    first = max(worker.rev, store.first_seq())  # when its rev was read it lived, or had just ended
+    end: Event | None = None
+    for line, raw in store.read(first - 1, sieve=Sieve(needles=[sid_needle(worker.sid)])):
+        if line["sid"] != worker.sid or line["seq"] == worker.registered_seq:
+            continue
+        if line["type"] == events.REGISTERED:
+            break
+        if line["type"] in events.ENDING:
+            end = events.event_of(line, raw)
+    return end
+
+
+def _told_by_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Worker, Liveness]:
+    """Return the worker, and a look at it, once its owner, maybe its parent, had time to tell.
+
+    It may be the last look that shows how it ended: its parent can reap it at any moment.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        now = same(session, worker)
+        found = judge(session, [now])[0]
+        told = now.final or now.owner is None or found.evidence.owner_dead
+        if told or status_in(found) is not None or time.monotonic() >= deadline:
+            return now, found
+        time.sleep(handle.REAP_LOOK_S)
+
+
+def observe(session: Session, sid: str, *, timeout_s: float | None = None) -> Event:
+    """Wait for the end of a worker and record it; see `Registry.observe`."""
+    limit_s = None if timeout_s is None else arguments.check_wait(timeout_s)
+    worker = session.known(sid)
+    held = _hold_living(session, worker)
+    if not isinstance(held, Process):
+        return _ended(session, worker, held)
+    with held:
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        while not held.wait(_step_s(deadline, session.limits.safety_look_s)):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(f"the end of worker {sid!r}", waited_s=limit_s or 0.0)
+        return _ended(session, worker, held.status(), proven=True)
+
+
+def _step_s(deadline: float | None, look_s: float) -> float:
+    left_s = look_s if deadline is None else deadline - time.monotonic()
+    return min(look_s, max(0.0, left_s))
+
+
+def _refused(worker: Worker, why: str, remedy: str) -> StopRefused:
+    return StopRefused(worker.sid, pid=worker.pid, why=why, remedy=remedy)
+
+
+def _require_stoppable(worker: Worker) -> None:
+    """Refuse what would end us or hit a stranger; its identity is proven already."""
+    who = worker.identity
+    assert who is not None  # held
+    if who.pid == os.getpid():
+        raise _refused(worker, "it is this process", "Let it end by itself, or ask another process")
+    if who.pid == 1:
+        raise _refused(worker, "it is pid 1", "Stop the machine or the container instead")
+    if who.pid in identity.ancestors():
+        raise _refused(worker, "this process descends from it", "Ask another process")
+    me = os.geteuid()
+    if me not in {who.uid, 0}:
+        raise _refused(worker, f"it belongs to uid {who.uid}, we are {me}", "Stop it as its user")
