@@ -15,7 +15,7 @@ from unittest import mock
 import crewlog
 from commands import Cli
 from crewlog import host
-from crewlog.local import layout
+from crewlog.local import disk, layout
 from crewlog.model.events import Identity
 from crewlog.model.steps import Author
 from crewlog.process import identity
@@ -46,6 +46,7 @@ def _fixed(stack: ExitStack) -> None:
         (identity, "boot_id", lambda: BOOT),
         (identity, "boot_bytes", lambda: boot),
         (identity, "scope", lambda: Scope(BOOT, "ab" * 16, "4026531836:1")),
+        (disk, "place_of", lambda _: 0),
         (identity, "capture", _who),
         (uuid, "uuid4", lambda: uuid.UUID(int=42)),
         (os, "urandom", lambda size: next(random)[:size]),

@@ -35,6 +35,7 @@ class VerifyReport:
     last_seq: int
     findings: tuple[Finding, ...]
     gaps: tuple[tuple[int, int], ...] = ()  # lost events (first, last) that a repair gave up
+    notes: tuple[str, ...] = ()  # what the next change mends by itself: no finding
 
     @property
     def ok(self) -> bool:

@@ -7,7 +7,7 @@ answer names them.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, Unpack
 
@@ -135,13 +135,13 @@ class _Place(NamedTuple):
 def _before(store: Store, ts: str) -> _Place:
     """Return the last seq up to a time: the last part that begins by then, line by line."""
     firsts = store.firsts()
-    fitting = bisect_right(firsts, ts, key=store.begins)
+    fitting, later = _begun_by(store, firsts, ts)
     if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
         last = firsts[0] - 1
         raise CompactedError(requested=last, oldest=firsts[0])
     if not fitting:
         return _Place(0, None)
-    found, later = firsts[fitting - 1] - 1, 0
+    found = firsts[fitting - 1] - 1
     disputed: tuple[int, int] | None = None
     for line, _ in store.read(found):
         if line["ts"] > ts:
@@ -153,6 +153,24 @@ def _before(store: Store, ts: str) -> _Place:
         if line["type"] == events.SEAL:
             break
     return _Place(found, disputed)
+
+
+# A clock that was ahead for more parts of a history than so many is not noticed.
+_UNSORTED_MAX: Final = 64
+
+
+def _begun_by(store: Store, firsts: Sequence[int], ts: str) -> tuple[int, int]:
+    """Return how many parts begin by a time, up to the last one that does, and an exception.
+
+    Times are nearly sorted: a clock that was ahead leaves parts that begin late before others that
+    begin early. A bisection only says where to look. The exception is the first seq of a part that
+    begins later and stands before, 0 for none.
+    """
+    fitting = bisect_right(firsts, ts, key=store.begins)
+    for number in range(min(len(firsts), fitting + _UNSORTED_MAX) - 1, fitting, -1):
+        if store.begins(firsts[number]) <= ts:
+            return number + 1, firsts[fitting]
+    return fitting, 0
 
 
 def _at(store: Store, place: _Place) -> Past:

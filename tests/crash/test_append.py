@@ -10,7 +10,7 @@ import crewlog
 from crewlog.errors import (
     AppendUncertain,
     CrewlogError,
-    LogRegressed,
+    DataDamaged,
     StorageFailed,
     StorageFull,
     StoreMissing,
@@ -19,7 +19,7 @@ from crewlog.errors import (
 )
 from crewlog.local import layout
 from crewlog_compactor import verify
-from faults import EIO, ENOSPC, FailingDisk, active_segment, only, registry_on
+from faults import EIO, ENOSPC, FailingDisk, active_segment, empty_redo, only, registry_on
 from procs import files
 
 
@@ -133,13 +133,29 @@ def test_refusal_stays_a_refusal_where_a_sync_fails(place: Path) -> None:
     assert caught.value.outcome == "not_written"
 
 
-def test_cut_that_fails_poisons_before_anyone_can_append(place: Path) -> None:
-    """A half line that cannot be taken back must stop everyone."""
+def test_half_line_that_cannot_be_cut_is_known_to_nobody(place: Path) -> None:
+    """The outcome is unknown, and the next writer cuts it: nothing is poisoned."""
     disk = FailingDisk()
     reg = registry_on(place, disk)
     reg.register("a")
     disk.short = True
     disk.fault = only("cut", EIO)
+    with pytest.raises(StorageFailed) as caught:
+        reg.register("b")
+    assert caught.value.outcome == "unknown"
+    with crewlog.open(place) as other:
+        other.register("c")
+        assert [w.sid for w in other.workers()] == ["a", "c"]
+    assert verify(place).ok
+
+
+def test_sync_of_a_cut_that_fails_poisons_before_anyone_can_append(place: Path) -> None:
+    """What was refused may come back after a power cut: that must stop everyone."""
+    disk = FailingDisk()
+    reg = registry_on(place, disk)
+    reg.register("a")
+    disk.short = True
+    disk.fault = only("sync", EIO)
     with pytest.raises(StorePoisoned):
         reg.register("b")
     with pytest.raises(StorePoisoned):
@@ -190,9 +206,10 @@ def test_log_shorter_than_written_is_refused(place: Path) -> None:
     reg.register("b")
     segment = active_segment(place)
     os.truncate(segment, segment.stat().st_size - 10)
-    with pytest.raises(LogRegressed):
+    empty_redo(place)  # which would complete it
+    with pytest.raises(DataDamaged):
         reg.register("c")
-    with pytest.raises(LogRegressed):
+    with pytest.raises(DataDamaged):
         crewlog.open(place).register("c")
     assert not verify(place).ok
 

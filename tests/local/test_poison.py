@@ -23,7 +23,7 @@ def test_poison_is_not_undone_by_a_leader(place: Path) -> None:
     reg.register("a")
     leading = files(reg)._appender.sync._locks[1]
     disk.short = True
-    disk.fault = only("cut", EIO)
+    disk.fault = only("sync", EIO)
     refused: list[CrewlogError] = []
 
     def append() -> None:

@@ -112,7 +112,7 @@ def test_draft_over_the_limit_is_refused() -> None:
 def test_states_damaged_anywhere_are_unreadable() -> None:
     """A torn state file is never taken for a whole one."""
     state = heads.AppendState(b"b" * 16, 1, 7, 0, 2, 2, 3, b"h" * 32, sealed=True)
-    head = heads.DurableHead(9, b"b" * 16, 1, 2, 2, 3, poisoned=True, errno=5)
+    head = heads.DurableHead(9, b"b" * 16, 1, 2, 2, 3, place=4, poisoned=True, errno=5)
     assert heads.decode_append_state(heads.encode_append_state(state)) == state
     assert heads.decode_durable_head(heads.encode_durable_head(head)) == head
     slots = heads.encode_slot(Slot(4, 7)), heads.encode_slot(Slot(3, 9))

@@ -355,6 +355,7 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
                     for finding in report.findings
                 ],
                 "gaps": report.gaps,
+                "notes": report.notes,
             }
         )
     else:
@@ -363,6 +364,8 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
             sh.line(f"{found.code}  {found.path}{at}: {found.message}")
         for first, last in report.gaps:
             sh.note(f"events {first} to {last} are lost; a repair gave them up")
+        for note in report.notes:
+            sh.note(note)
         sh.note(
             f"{report.events} events up to seq {report.last_seq}; findings: {len(report.findings)}"
         )

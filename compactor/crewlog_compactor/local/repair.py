@@ -66,7 +66,10 @@ def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
                 raise LossRefused(str(log.directory.path), losses=found.losses)
         if not found.needed:
             return _report(found, done=False)
-        kept = [_rewrite(log.directory, part) for part in found.parts if part.changed]
+        kept = [_set_aside(log.directory, name) for name in found.foreign]
+        if any(part.changed for part in found.parts):
+            kept.append(_set_redo_aside(log.directory))
+        kept += [_rewrite(log.directory, part) for part in found.parts if part.changed]
         _tell_states(states, found)
         if found.poisoned:
             kept += _lift_mark(log.directory)
@@ -117,13 +120,14 @@ class _Survey:
     hashes: dict[int, str]  # what snapshots know of lines that may be lost
     parts: list[_Part] = field(default_factory=list)
     losses: list[Range] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # files under a segment's name that are none
     dropped: tuple[int, str] = (0, "")  # retention let go of all up to here, with its hash
     seq: int = 0
     hash: str = ""
 
     @property
     def needed(self) -> bool:
-        return self.poisoned or any(part.changed for part in self.parts)
+        return self.poisoned or bool(self.foreign) or any(part.changed for part in self.parts)
 
     def lose(self, part: _Part, last: int, next_prev: str | None, *, end: bool = False) -> None:
         """Let a gap stand for the events from here to `last`; at the `end`, for the seal too."""
@@ -184,6 +188,9 @@ def _survey(segments: Segments) -> _Survey:
     found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
     redo.complete(segments)
     firsts = segments.all()
+    while firsts and _is_foreign(segments, firsts[-1], known):
+        found.foreign.append(layout.segment_name(firsts.pop()))
+    kept = redo.read(at)
     for index, first in enumerate(firsts):
         last = index == len(firsts) - 1
         data = _bytes(segments, first)
@@ -191,6 +198,7 @@ def _survey(segments: Segments) -> _Survey:
         if last and data is not None:
             boot = identity.boot_bytes()
             data = recovery.acknowledged(first, data, head, boot=boot, snapshot_seq=known)
+            data += _behind_a_gap(data, kept, first, known)
         if first > found.seq + 1:
             _missing(found, part, _prev_of(data or b""))
         _follow(found, part, data or b"")
@@ -199,6 +207,28 @@ def _survey(segments: Segments) -> _Survey:
         _close(found, part, known + 1 if last else firsts[index + 1], segments)
     _end(found)
     return found
+
+
+def _is_foreign(segments: Segments, first: int, known: int) -> bool:
+    """Say whether a file under a segment's name was never one: behind all that is known."""
+    return first > known and _in_log(segments.directory, first) and not segments.is_ours(first)
+
+
+def _behind_a_gap(data: bytes, kept: bytes, first: int, known: int) -> bytes:
+    """Return the acknowledged lines that the redo holds and a cut segment lacks, behind a gap."""
+    seq = chain.scan(data, offset=0, seq=first - 1, prev=None).seq
+    lines: dict[int, bytes] = {}
+    for raw in kept.split(b"\n"):
+        try:
+            number = codec.parse(raw)["seq"]
+        except LineError:
+            continue
+        if seq + 1 < number <= known:
+            lines[number] = raw + b"\n"
+    more, due = b"", known
+    while due in lines:  # back from the last one: what is older may be of another round
+        more, due = lines[due] + more, due - 1
+    return more
 
 
 def _snapshots(at: Directory) -> Iterator[tuple[int, str]]:
@@ -329,6 +359,26 @@ def _rewrite(at: Directory, part: _Part) -> str:
     disk.write_new(via, temporary, data, at=folder)
     via.rename(temporary, part.name, at=folder)
     via.sync_directory(folder)
+    return aside
+
+
+def _set_aside(at: Directory, name: str) -> str:
+    """Take a file that is no segment out of log/; it is kept in quarantine."""
+    folder, where = at[layout.LOG], at.where(layout.LOG, name)
+    held = disk.read_all(name, at=folder, where=where, limit=SNAPSHOT_BYTES_MAX)
+    aside = _quarantine(at, name, held)
+    at.disk.unlink(name, at=folder)
+    at.disk.sync_directory(folder)
+    return aside
+
+
+def _set_redo_aside(at: Directory) -> str:
+    """Keep what the redo holds, then zero it, durably: else it would complete what is rewritten."""
+    held = redo.read(at)
+    if not held.strip(b"\0"):
+        return ""
+    aside = _quarantine(at, layout.REDO, held)
+    redo.empty(at)
     return aside
 
 

@@ -8,7 +8,7 @@ reading.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crewlog.errors import (
     ArchiveDamaged,
@@ -16,7 +16,7 @@ from crewlog.errors import (
     SegmentMissing,
     SnapshotCorrupt,
 )
-from crewlog.local import directory, layout, recovery, redo, snapshot
+from crewlog.local import ages, directory, layout, recovery, redo, snapshot
 from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead, States
 from crewlog.local.segments import Segments
@@ -97,6 +97,8 @@ class _Verification(History):
     segments: Segments
     progress: Callable[[int, int], None] | None = None
     base: Snapshot | None = None
+    pending: bool = False  # the next change recovers: what counts is judged as after a reboot
+    notes: list[str] = field(default_factory=list)
 
     def run(self) -> VerifyReport:
         """Read everything and return what was found."""
@@ -108,7 +110,7 @@ class _Verification(History):
         if base is not None:
             self.bases[base.last_seq] = base
         self.hash = self.directory.digest.hex()
-        if head is None or head.boot != identity.boot_bytes():
+        if self.pending:
             redo.complete(self.segments)
         firsts = self.segments.all()
         if not firsts:
@@ -118,8 +120,10 @@ class _Verification(History):
             self.compare(name, found)
         self._newest()
         self._base()
-        if head is not None and written is not None:
+        self._unreached(firsts, head)
+        if head is not None and written is not None and not self.pending:
             self._hold_together(head, written)
+        self._pending(end, head)
         self.hold_anchor()
         strays(self.directory, self.report)
         if head is not None and end < head.seq:
@@ -134,7 +138,26 @@ class _Verification(History):
             last_seq=end,
             findings=tuple(self.findings),
             gaps=tuple(self.gaps),
+            notes=tuple(self.notes),
         )
+
+    def _pending(self, end: int, head: DurableHead | None) -> None:
+        """Tell of lines that count, and that the next change makes durable in their place."""
+        if self.pending and self.segments.completed and (head is None or end >= head.seq):
+            self.notes.append("recovery pending: the next change completes the log from the redo")
+        elif self.pending and head is not None and head.boot == identity.boot_bytes():
+            self.notes.append("recovery pending: head/durable is another file, or of another age")
+
+    def _unreached(self, firsts: list[int], head: DurableHead | None) -> None:
+        """Report segments behind the end that the chain does not lead to."""
+        if head is None or self.pending:
+            return
+        for first in firsts:
+            if first <= head.segment:
+                continue
+            if not self.segments.is_ours(first):  # else a rotation is under way
+                name = f"{layout.LOG}/{layout.segment_name(first)}"
+                self.report("segment_foreign", name, "it is no part of the log", seq=first)
 
     # -- snapshots and states ---------------------------------------------------------------
 
@@ -178,12 +201,25 @@ class _Verification(History):
         head, written = self._read_states()
         name = f"{layout.HEAD}/{layout.HEAD_DURABLE}"
         if head is None:
-            self.report("state_unreadable", name, "it is missing or damaged")
+            self.notes.append(f"{self.where(name)}: missing or damaged, rebuilt at the next change")
         elif head.poisoned:
             self.report("store_poisoned", name, f"a sync failed: {os.strerror(head.errno)}")
         if written is None:
-            self.report("state_unreadable", layout.APPEND_STATE, "it is missing or damaged")
+            name = self.where(layout.APPEND_STATE)
+            self.notes.append(f"{name}: missing or damaged, rebuilt at the next change")
+        self.pending = not self._counts(head)
         return head, written
+
+    def _counts(self, head: DurableHead | None) -> bool:
+        """Say whether a head tells of this log, as a reader does."""
+        if head is None or head.boot != identity.boot_bytes():
+            return False
+        states = States(self.directory)
+        try:
+            states.head()
+            return not states.is_elsewhere(head) and not ages.proof(self.segments, states)
+        finally:
+            states.close()
 
     def _hold_together(self, head: DurableHead, written: AppendState) -> None:
         """Hold the two states against each other and the log; of another boot they may be old."""
@@ -286,7 +322,7 @@ class _Verification(History):
 
     def _durable_part(self, name: str, first: int, data: bytes, head: DurableHead | None) -> bytes:
         """Return what of the last segment is durable; a tail that recovery will cut is none."""
-        boot = identity.boot_bytes()
+        boot = b"" if self.pending else identity.boot_bytes()
         ours = head is not None and head.boot == boot and head.segment == first
         if head is not None and ours and len(data) < head.end:
             self.report(

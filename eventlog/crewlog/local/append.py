@@ -52,14 +52,16 @@ from typing import Final, NamedTuple, TypeVar
 from crewlog import host
 from crewlog.errors import (
     CrewlogError,
+    HistoryRewound,
     LockBusy,
     LogCorrupt,
-    LogRegressed,
     RegistryClosed,
+    SegmentMissing,
+    StorageFailed,
     StoreMissing,
     from_oserror,
 )
-from crewlog.local import disk, heads, layout, recovery
+from crewlog.local import ages, disk, heads, layout, recovery, redo
 from crewlog.local.directory import incomplete
 from crewlog.local.disk import Stamp
 from crewlog.local.heads import AppendState, DurableHead, States
@@ -143,10 +145,13 @@ class Appender:
         self.sync = Syncer(segments, states, boot=self._boot, wait_s=wait_s)
         self.make_durable = self.sync.make_durable  # phase two
         # All below is guarded by the mutex.
+        self._left: AppendState | None = None  # how far the log was when we last wrote or looked
         self._active: Segment | None = None
         self._redo = Redo(directory)
         self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
         self._names = Stamp(directory[layout.LOG])
+        self._listed = -1  # as of this stamp, every file in log/ is one of the log
+        self._replaced = False  # the active segment is another file than the one we wrote to
         self._names_durable = False
         self._prepared_at = 0.0
 
@@ -190,7 +195,9 @@ class Appender:
             self._heads.renew()
             with disk.failures("cannot read the registry", where=self._where):
                 head = self._heads.head()
-            if head is not None and head.boot == self._boot:
+                if self._left is None and ages.proof(self.segments, self._heads):
+                    return  # recovery comes first
+            if head is not None and head.boot == self._boot and not self._heads.is_elsewhere(head):
                 with disk.failures("cannot read the log", where=self._where), self.mutex:
                     self._view.durable(head.position)
             return
@@ -205,7 +212,8 @@ class Appender:
         self._mind_places()
         state, head = self._heads.append_state(), self._heads.head()
         self.sync.require_sound(head)
-        if state is None or head is None or state.boot != self._boot or head.boot != self._boot:
+        known = state is not None and not self._replaced and self._goes_on(state)
+        if state is None or head is None or not self._counts(state, head, known=known):
             state, head = self._recover(head)
         if not self._names_durable:  # who created the store may have died before it synced them
             self.sync.certain_directory(self.directory.root)
@@ -213,21 +221,85 @@ class Appender:
         active = self._open_active(state.segment)
         size = disk.size_of(active.fd)
         if size < state.end:
-            raise LogRegressed(
-                self.directory.where(layout.LOG, active.name),
-                why=f"it has {size} bytes, {state.end} were written",
-            )
-        if size > state.end:
+            state, head = self._recover(head)
+        elif size > state.end:
             state = self._adopt(active, state, head)
+        if self._listed != self._names.settled:
+            self._require_no_strangers(state)
+        if not known:
+            state, head = self._meet(state, head)
         if state.sealed:
             state = self._begin_next(state)
             head = self._heads.head() or head
         if self._view.written_seq != state.seq:
             self._view.catch_up(state.position, self._active)
+        self._left = state
         return state, head
+
+    def _goes_on(self, state: AppendState) -> bool:
+        """Say whether a state is the one that this process left, moved forward along the chain."""
+        left = self._left
+        if left is None or state.seq <= left.seq:
+            return left is not None and (state.seq, state.hash) == (left.seq, left.hash)
+        active = self._active
+        if active is not None and active.first == left.segment == state.segment:
+            data = active.read(left.end, min(state.end - left.end, codec.LINE_BYTES_CEILING))
+        else:
+            try:
+                with self.segments.open(left.segment) as source:
+                    data = source.read(left.end, codec.LINE_BYTES_CEILING)
+            except SegmentMissing:  # retention took what we had not read
+                return False
+        return left.hash.hex().encode() in data[: data.find(b"\n") + 1]
+
+    def _counts(self, state: AppendState, head: DurableHead, *, known: bool) -> bool:
+        """Say whether the states tell of this log: of this boot, this file, one age."""
+        if state.boot != self._boot or head.boot != self._boot or self._heads.is_elsewhere(head):
+            return False
+        return known or ages.proof_for_writer(self.segments, state, head) is None
+
+    def _meet(self, state: AppendState, head: DurableHead) -> tuple[AppendState, DurableHead]:
+        """Go on from states that this process has not left so: what it knew is read anew.
+
+        What the redo knows to follow the last whole line is put back first. *Raises* HistoryRewound
+        where this process has seen more than there is: a backup was restored under it.
+        """
+        kept = redo.read(self.directory)
+        if not state.sealed and redo.line_after(kept, state.seq, state.hash):
+            state, head = self._recover(head)
+        if self._left is not None:
+            if state.seq < self._left.seq:
+                raise HistoryRewound(self._where, seen=self._left.seq, found=state.seq)
+            self._view.forget()
+        self._left, self._replaced = state, False
+        return state, head
+
+    def _require_no_strangers(self, state: AppendState) -> None:
+        """Refuse before anything is acknowledged: a reader would take such a file for the log.
+
+        *Raises* LogCorrupt for a file behind the last segment that is none of this log.
+        """
+        for first in self.segments.in_log():
+            if first > state.segment and not self.segments.is_ours(first):
+                raise LogCorrupt(
+                    layout.segment_name(first),
+                    offset=0,
+                    seq=first,
+                    reason="it has no header of this store",
+                    proof="no line of the log leads to it",
+                )
+        self._listed = self._names.settled
 
     def _mind_places(self) -> None:
         """Let go of files that are no longer in place, where a name in the store has changed."""
+        if self._names.moved():
+            active = self._active
+            if active is not None and os.fstat(active.fd).st_nlink == 0:
+                self._close_active()  # another file took its place, as a tool that copies does
+                self._replaced = True
+            elif active is not None:
+                self._require_one_name(active)
+            self._names.settle()
         moved, head_moved = self._root.moved(), self._head.moved()
         if moved or head_moved:
             self._heads.renew()
@@ -248,9 +320,7 @@ class Appender:
         if self._active is None or self._active.first != segment:
             self._close_active()
             self._active = self.segments.open_to_append(segment)
-        if self._names.moved():
             self._require_one_name(self._active)
-            self._names.settle()
         return self._active
 
     def _adopt(self, active: Segment, state: AppendState, head: DurableHead) -> AppendState:
@@ -326,15 +396,35 @@ class Appender:
             after = self._redo.keep(data, after, head=head, source=active)
             self._heads.put_append_state(after)
         except OSError as error:
-            try:
-                via.cut(active.fd, state.end)
-                via.sync(active.fd)  # else a power cut may bring back what was "not written"
-                self._redo.take_back(state)
-                self._heads.put_append_state(state)
-            except OSError as second:
-                raise self.sync.poison_alone(second.errno or errno.EIO) from error
+            self._take_back(active, state)
             raise from_oserror(error, "cannot append", where=active.name) from error
+        self._left = after
         return after
+
+    def _take_back(self, active: Segment, state: AppendState) -> None:
+        """Cut the log back to `state`; durable, so that no power cut brings back what was refused.
+
+        The copy in the redo goes first: as long as it is there, the lines may come back. A state
+        file that cannot be put back (no room) is a cache: the next writer rebuilds it. *Raises*
+        StorePoisoned where a sync fails, StorageFailed where a line may come back; both "unknown".
+        """
+        via = self.directory.disk
+        try:
+            self._redo.take_back(state)
+            via.cut(active.fd, state.end)
+            self.sync.certain_alone(active.fd)
+        except OSError as error:
+            raise StorageFailed(
+                "a change that failed may come back",
+                where=self.directory.where(layout.LOG, active.name),
+                why=error.strerror or str(error),
+                remedy="Make room, then read the registry before trying again",
+                outcome="unknown",
+            ) from error
+        try:
+            self._heads.put_append_state(state)
+        except OSError as error:
+            _logger.warning("append.state will be rebuilt: %s", error)
 
     def _put_own(
         self, kind: str, data: JsonObject, state: AppendState, head: DurableHead
@@ -472,6 +562,7 @@ class Appender:
         self.writer, self.mutex = threading.RLock(), threading.RLock()
         self.sync.after_fork()
         self._close_files()
+        self._left = None
         directory = self.directory
         self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
 

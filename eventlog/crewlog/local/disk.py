@@ -16,6 +16,7 @@ the loss once, marks the pages clean, and the next call succeeds although the da
 """
 
 import errno
+import hashlib
 import os
 import stat
 import sys
@@ -251,10 +252,11 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
 class Stamp:
     """Notice that a name in a directory was created, replaced or removed.
 
-    By the directory's mtime, so that the files in it need not be looked at one by one. (Nor should
-    they be: on Linux ≥ 6.13 the first write after an fstat of a file gives it a finer time, and so
-    its next sync an inode to write.) A time that was too young, when it was looked at, to be told
-    from the next change's is never settled for. One thread at a time.
+    By the directory's ctime, which no tool that restores times can set back, so that the files in
+    it need not be looked at one by one. (Nor should they be: on Linux ≥ 6.13 the first write after
+    an fstat of a file gives it a finer time, and so its next sync an inode to write.) A time that
+    was too young, when it was looked at, to be told from the next change's is never settled for.
+    One thread at a time.
     """
 
     __slots__ = ("_fd", "_found", "_looked_at", "_settled")
@@ -265,10 +267,15 @@ class Stamp:
         self._found = self._settled = -1
         self._looked_at = 0
 
+    @property
+    def settled(self) -> int:
+        """Return the time of the directory as last seen, -1 before the first look."""
+        return self._settled
+
     def moved(self) -> bool:
         """Say whether anything may have changed since `settle`; look, and then settle."""
         self._looked_at = time.time_ns()
-        self._found = os.fstat(self._fd).st_mtime_ns
+        self._found = os.fstat(self._fd).st_ctime_ns
         return self._found != self._settled
 
     def settle(self) -> None:
@@ -279,6 +286,13 @@ class Stamp:
             self._settled = self._found
 
 
+def place_of(fd: int) -> int:
+    """Return a digest of an open file's device and inode: 64 bits, never 0."""
+    found = os.fstat(fd)
+    names = b"%d %d" % (found.st_dev, found.st_ino)
+    return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), "little") or 1
+
+
 def size_of(fd: int) -> int:
     """Return a file's size without an fstat (see Stamp); its offset is not to be relied on."""
     return os.lseek(fd, 0, os.SEEK_END)
@@ -287,6 +301,19 @@ def size_of(fd: int) -> int:
 def exists(name: str, *, at: int) -> bool:
     """Say whether a name is there, whatever it names."""
     return os.access(name, os.F_OK, dir_fd=at, follow_symlinks=False)
+
+
+def read_from_device(fd: int, offset: int, size: int) -> bytes:
+    """Read bytes that were synced from the device itself, not from the page cache.
+
+    Source: posix_fadvise(2): clean pages of the range are dropped, so the next read fetches them. A
+    page that the kernel failed to write, and dropped since or marked clean, shows as it is on disk.
+    """
+    if sys.platform == "linux":
+        page = 4096  # whole pages only are dropped
+        begin = offset - offset % page
+        os.posix_fadvise(fd, begin, size + offset - begin + page, os.POSIX_FADV_DONTNEED)
+    return read_at(fd, offset, size)
 
 
 def read_at(fd: int, offset: int, size: int) -> bytes:

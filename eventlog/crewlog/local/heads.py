@@ -67,6 +67,8 @@ class DurableHead(NamedTuple):
     """How far lines are durable. `generation` counts syncs; `errno` is set once poisoned.
 
     The segment itself is synced up to `base`; what follows, up to `end`, is durable in the redo.
+    `place` tells which file it was written to (0: not known): a copy, a file that was put back and
+    a snapshot of the device are others.
     """
 
     generation: int
@@ -75,6 +77,7 @@ class DurableHead(NamedTuple):
     base: int
     end: int
     seq: int
+    place: int
     poisoned: bool
     errno: int
 
@@ -88,13 +91,21 @@ def durable(state: AppendState, *, base: int, after: DurableHead | None) -> Dura
     """Return the head that tells of a state which is durable; `after` is the one before, if any."""
     generation = 0 if after is None else after.generation + 1
     return DurableHead(
-        generation, state.boot, state.segment, base, state.end, state.seq, poisoned=False, errno=0
+        generation,
+        state.boot,
+        state.segment,
+        base,
+        state.end,
+        state.seq,
+        place=0,
+        poisoned=False,
+        errno=0,
     )
 
 
 # A magic word, the fields in order, and the CRC-32 of what stands before it.
 _APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3x")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQ8x?3xi")  # 8 bytes are reserved
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
 _SLOT: Final = struct.Struct("<8sQQ4x")
 _BEAT: Final = struct.Struct("<8s16sQ")
 _CRC: Final = struct.Struct("<I")
@@ -201,6 +212,7 @@ class StateFile(Generic[T]):
         "_size",
         "_where",
         "_writable",
+        "place",
     )
 
     def __init__(
@@ -221,6 +233,7 @@ class StateFile(Generic[T]):
         self._where = directory.where(inside, name)
         self._size = size
         self._fd = _NONE
+        self.place = 0  # which file is open: a digest of its device and inode
         self._writable = False
         self._closed = False
         self._guard = threading.Lock()  # so that nobody uses a number that was closed
@@ -267,7 +280,7 @@ class StateFile(Generic[T]):
                 os.close(fd)
                 raise
             self._drop()
-            self._fd, self._writable = fd, change
+            self._fd, self._writable, self.place = fd, change, disk.place_of(fd)
         return self._fd
 
     def renew(self) -> None:
@@ -328,7 +341,12 @@ class States:
 
     def put_head(self, head: DurableHead) -> None:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
+        head = head._replace(place=self._head.place)
         self._head.store(encode_durable_head(head), head)
+
+    def is_elsewhere(self, head: DurableHead) -> bool:
+        """Say whether a head was written to another file than the one it was read from."""
+        return head.place not in {0, self._head.place}
 
     def renew(self) -> None:
         """Let go of files that are no longer in place."""

@@ -9,10 +9,11 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from typing import TypeGuard
 
 from crewlog import host
 from crewlog.errors import CompactedError, SegmentMissing, StoreMissing, from_oserror
-from crewlog.local import disk, heads, layout, recovery, snapshot
+from crewlog.local import ages, disk, heads, layout, recovery, snapshot
 from crewlog.local.append import Appender
 from crewlog.local.cursors import Cursors
 from crewlog.local.directory import Directory, incomplete
@@ -45,6 +46,10 @@ class Log:
         self.recovery_pending = False
         self.wait_s = wait_s
         self._boot = identity.boot_bytes()
+        # Of readers: the generation of the last head that counted, and one that does not, for the
+        # files beside it are of another age. A race of two threads only makes one look again.
+        self._looked_at = -1
+        self._aged: DurableHead | None = None
         self._heads = States(directory)
         self._view = View(self.segments)
         self._appender = Appender(self.segments, self._heads, self._view, wait_s=wait_s)
@@ -102,15 +107,16 @@ class Log:
     def head(self) -> DurableHead:
         """Return how far events are durable.
 
-        After a reboot, and before the first write, that is the valid prefix of the last segment;
+        After a reboot, or where the files are of different ages (ages.py), and before the first
+        write, that is the valid prefix of the last segment, completed by the redo;
         `recovery_pending` is then set and nothing is changed.
         """
         try:
             head = self._heads.head()
-            if head is None or head.boot != self._boot:
-                judged = self._judged(head)
+            while not self._counts(head):
+                judged, before = self._judged(head), head
                 head = self._heads.head()  # a writer may have recovered, and gone on, meanwhile
-                if head is None or head.boot != self._boot:
+                if head == before or head is None or head.boot != self._boot:
                     self.recovery_pending = True
                     return judged
         except OSError as error:
@@ -118,6 +124,19 @@ class Log:
         self.recovery_pending = False
         self.segments.completed.clear()
         return head
+
+    def _counts(self, head: DurableHead | None) -> TypeGuard[DurableHead]:
+        """Say whether a head tells of this log: of this boot, this file and the age of the rest.
+
+        The last is looked at once, and again where a head goes backwards: a writer that goes on has
+        looked itself.
+        """
+        if head is None or head.boot != self._boot or self._heads.is_elsewhere(head):
+            return False
+        if not 0 <= self._looked_at <= head.generation or head == self._aged:
+            self._aged = head if ages.proof(self.segments, self._heads) else None
+        self._looked_at = head.generation
+        return self._aged is None
 
     def renew(self) -> None:
         """Let go of state files that were removed or replaced under a long-lived reader."""

@@ -11,7 +11,7 @@ from crewlog.local import layout
 from crewlog.local.directory import Directory
 from crewlog.local.disk import Stamp
 from crewlog.local.heads import Position
-from crewlog.local.segments import Segment, Segments, start_of
+from crewlog.local.segments import HEADER_BYTES, Segment, Segments, start_of
 from crewlog.model import codec
 from crewlog.model.chain import follows, is_end
 from crewlog.model.codec import LineError
@@ -19,7 +19,6 @@ from crewlog.model.events import Line
 from crewlog.model.fold import FoldError
 from crewlog.model.sieve import Sieve
 
-HEADER_BYTES: Final = 1024  # a segment's first line names the store within these
 READ_BYTES: Final = 256 * 1024
 SIEVE_BYTES: Final = 1024 * 1024
 

@@ -24,7 +24,8 @@ from crewlog.local import disk, layout
 from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead
 from crewlog.local.segments import Segment, Segments
-from crewlog.model import chain
+from crewlog.model import chain, codec
+from crewlog.model.codec import LineError
 
 _logger = logging.getLogger("crewlog.redo")
 _NONE: Final = -1
@@ -147,6 +148,31 @@ def make(directory: Directory) -> None:
             directory.disk, layout.REDO, bytes(directory.limits.redo_bytes), at=directory.root
         )
         directory.disk.sync_directory(directory.root)
+
+
+def empty(directory: Directory) -> None:
+    """Zero it; durable on return. Held: locks/append, both sync locks."""
+    via, where = directory.disk, directory.where(layout.REDO)
+    fd = disk.open_file(layout.REDO, at=directory.root, where=where, change=True)
+    try:
+        via.overwrite(fd, bytes(disk.size_of(fd)))
+        via.sync(fd)
+    finally:
+        os.close(fd)
+
+
+def line_after(kept: bytes, seq: int, hash_: bytes) -> bytes:
+    """Return the line of the redo that follows line `seq` with that hash; b"" where none does."""
+    begin = b'{"v":1,"seq":%d,' % (seq + 1)
+    at = 0 if kept.startswith(begin) else kept.find(b"\n" + begin) + 1
+    end = kept.find(b"\n", at)
+    if end < 0 or not kept.startswith(begin, at):
+        return b""
+    raw = kept[at:end]
+    try:
+        return raw if codec.parse(raw)["prev"] == hash_.hex() else b""
+    except LineError:
+        return b""
 
 
 def completed(data: bytes, first: int, kept: bytes) -> bytes:

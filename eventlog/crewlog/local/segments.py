@@ -13,10 +13,13 @@ from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
+from crewlog.model import codec
 from crewlog.model.arguments import Packing
+from crewlog.model.codec import LineError
 from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
 
 _OPEN_TRIES: Final = 8
+HEADER_BYTES: Final = 1024  # a segment's first line ends within these
 
 
 class Segment(Closing):
@@ -149,6 +152,19 @@ class Segments:
         later = [other for other in self.all() if other > first]
         last = later[0] - 1 if later else first
         raise SegmentMissing(directory.where(layout.LOG), first=first, last=last)
+
+    def is_ours(self, first: int) -> bool:
+        """Say whether a file under a segment's name begins with that header of this store.
+
+        It does from the moment that it has its name: any other was put there by somebody else.
+        """
+        with self.open(first) as source:
+            data = source.read(0, HEADER_BYTES)
+        try:
+            line = codec.parse(data[: data.find(b"\n")])
+        except LineError:
+            return False
+        return line["seq"] == first and line["data"].get("store") == self.directory.store
 
     def open_to_append(self, first: int) -> Segment:
         """Open a segment for appending. Held: locks/append or a sync lock.

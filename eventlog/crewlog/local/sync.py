@@ -176,10 +176,11 @@ class Syncer:
         return base
 
     def _open_segment(self, first: int) -> Segment:
-        if self._segment is None or self._segment.first != first:
+        held = self._segment
+        if held is None or held.first != first or held.is_gone():
             self._close_segment()
-            self._segment = self._segments.open_to_append(first)
-        return self._segment
+            held = self._segment = self._segments.open_to_append(first)
+        return held
 
     def _read_back(self, state: AppendState, source: Segment) -> None:
         """Read what only the redo held so far from the segment, before the redo begins anew.
@@ -188,7 +189,7 @@ class Syncer:
         asks now, and dropped it.
         """
         size = state.kept - state.base
-        data = source.read(state.base, size)
+        data = disk.read_from_device(source.fd, state.base, size)
         if data != redo.read(self._directory)[:size] and not chain.is_whole(data):
             self.poison(errno.EIO)
             raise StorageFailed(
@@ -219,11 +220,15 @@ class Syncer:
         with self.nobody_leads():
             self.certain(self._directory.disk.sync_directory, fd)
 
-    def poison_alone(self, number: int) -> StorePoisoned:
-        """Poison while nobody leads; return the error for a line that may stay. Held: append."""
-        with self.nobody_leads():
-            self.poison(number)
-        return self.poisoned(number, outcome="unknown")
+    def certain_alone(self, fd: int) -> None:
+        """Sync; if that fails, poison while nobody leads, and raise StorePoisoned. Held: append."""
+        try:
+            self._directory.disk.sync(fd)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            with self.nobody_leads():
+                self.poison(number)
+            raise self.poisoned(number, outcome="unknown") from error
 
     def poison(self, number: int) -> None:
         """Tell every process, of this boot and later ones, that nothing may be acknowledged.
