@@ -26,6 +26,9 @@ def compact(
     written. *Raises* LockBusy at once where another compaction runs, StoreMissing, DataDamaged,
     Unsupported.
     """
+    if not isinstance(reg, Registry):
+        message = f"compact takes a registry: compact(crewlog.open({reg!r}))"
+        raise TypeError(message)
     check_keep(keep_history)
     packed, store = require(packing), reg.store()
     return maintenance(store.kind).compact(

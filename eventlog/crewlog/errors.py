@@ -3,7 +3,8 @@
 `outcome` is the promise about the change that was asked for:
 
 - ``"not_written"``: nothing of it is in the log, and nothing ever will be;
-- ``"unknown"``: it may or may not become durable; read the registry before trying again.
+- ``"unknown"``: it may or may not become durable; read the registry before trying again;
+- ``"written"``: it is in the log; what failed came after it.
 
 A return value means durable. Errors of reading carry ``"not_written"`` too.
 
@@ -17,7 +18,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Final, Literal, TypeAlias
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-Outcome: TypeAlias = Literal["not_written", "unknown"]
+Outcome: TypeAlias = Literal["not_written", "unknown", "written"]
 
 
 @dataclass(eq=False, repr=False)
@@ -203,6 +204,7 @@ class SpawnFailed(CrewlogError):
     program: str
     _: KW_ONLY
     why: str
+    outcome: Outcome = "not_written"
 
 
 @dataclass(eq=False, repr=False)
@@ -296,6 +298,7 @@ class WaitTimeout(CrewlogError):
     awaited: str
     _: KW_ONLY
     waited_s: float
+    outcome: Outcome = "not_written"
 
 
 @dataclass(eq=False, repr=False)

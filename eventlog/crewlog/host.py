@@ -44,6 +44,19 @@ class Renewed(Protocol):
         ...
 
 
+def locale_is_coerced() -> bool:
+    """Say whether Python itself put LC_CTYPE into our environment: no program is to inherit that.
+
+    Source: PEP 538, and proc_pid_environ(5), which keeps what we were started with.
+    """
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            given = file.read()
+    except OSError:  # not Linux
+        return False
+    return "LC_CTYPE" in os.environ and b"\0LC_CTYPE=" not in b"\0" + given
+
+
 # -- forks ----------------------------------------------------------------------------------
 
 # Held by a thread that must not be forked meanwhile.

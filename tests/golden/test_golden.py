@@ -1,5 +1,6 @@
 """Show that files, help pages and JSON are the same as those of version 0.1, byte for byte."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -103,7 +104,10 @@ with crewlog.open(sys.argv[2]) as reg:
     for n in range(200):
         reg.update("old", labels={"n": str(n)})
         if n == 100:
-            compact(reg, gc=False)
+            try:
+                compact(reg, gc=False)
+            except crewlog.LockBusy:  # the other version compacts at this moment
+                pass
     print(reg.get("new") is not None, flush=True)
 """
 
@@ -123,7 +127,8 @@ def test_both_versions_write_to_one_store_at_once(place: Path, tmp_path: Path) -
         for n in range(200):
             reg.update("new", labels={"n": str(n)})
             if n == 50:
-                compact(reg, gc=False)
+                with contextlib.suppress(crewlog.LockBusy):  # the other one compacts
+                    compact(reg, gc=False)
         assert other.stdout.read() == "True\n"
         counts = {sid: sum(e.sid == sid for e in reg.history()) for sid in ("old", "new")}
         assert counts == {"old": 201, "new": 201}

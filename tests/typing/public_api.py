@@ -119,5 +119,5 @@ def errors() -> None:
     except crewlog.LockBusy as error:
         assert_type(error.holder, str)
     except crewlog.CrewlogError as error:
-        assert_type(error.outcome, Literal["not_written", "unknown"])
+        assert_type(error.outcome, Literal["not_written", "unknown", "written"])
         assert_type(error.code, str)

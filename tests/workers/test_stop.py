@@ -248,7 +248,7 @@ def test_request_is_durable_before_the_signal(
 
     def send(self: Process, number: int) -> bool:
         with crewlog.open(place) as other:
-            seen.extend(types(other, "a"))
+            seen.extend(types(other, "a") if number else ())  # 0 only asks whether it may
         return real(self, number)
 
     monkeypatch.setattr(Process, "send", send)

@@ -80,6 +80,10 @@ def _require_separated(sh: Shell) -> None:
 
 def _replace(argv: Sequence[str]) -> int:
     """Become the program, or return the exit code of env(1): 127 not found, 126 not runnable."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; the program must not
+        signal.signal(number, signal.SIG_DFL)
+    if host.locale_is_coerced():
+        os.environ.pop("LC_CTYPE", None)
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 (to become the program is the point)
     except (FileNotFoundError, NotADirectoryError):
@@ -154,7 +158,7 @@ def _prepare() -> None:
 
 def _hold_signals() -> None:
     """Take signals one by one from here on: one of now must reach the worker, or find none."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_heard(), signal.SIGCHLD))
 
 
 def _tell_end(sh: Shell, child: Child, code: int) -> None:
@@ -189,6 +193,7 @@ def _wait(sh: Shell, child: Child) -> int | None:
             end = child.ended()
             if end is not None:
                 return end.code
+            _reap_orphans(child)
             continue
         if number in _ENDING:
             try:
@@ -199,8 +204,25 @@ def _wait(sh: Shell, child: Child) -> int | None:
             child.send(number)
 
 
+def _heard() -> tuple[int, ...]:
+    """Return the signals to pass on: not those that whoever started us had us ignore (nohup)."""
+    return tuple(n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN)
+
+
+def _reap_orphans(child: Child) -> None:
+    """Reap what the kernel gave to us as the first process of a container, but not our child."""
+    while os.getpid() == 1:
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is None or found.si_pid == child.worker.pid:
+                return
+            os.waitpid(found.si_pid, os.WNOHANG)
+        except ChildProcessError:
+            return
+
+
 def _next_signal() -> tuple[int, bool]:
-    wanted = (*_FORWARDED, signal.SIGCHLD)
+    wanted = (*_heard(), signal.SIGCHLD)
     if not hasattr(signal, "sigwaitinfo"):
         return signal.sigwait(wanted), False
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from crewlog.errors import CrewlogError
-from crewlog.local import cursors, disk, layout
+from crewlog.local import cursors, disk, layout, leases
 from crewlog.local.directory import Directory
 
 _KNOWN: Final = frozenset(
@@ -40,6 +40,8 @@ def _look(
     elif folder in {layout.LOG, layout.ARCHIVE} and not _is_segment(name) and relative != _BASE:
         if not temporary:
             report("stray_file", relative, "this is no segment")
+    elif folder == layout.LEASES and not leases.is_lease(name):
+        report("stray_file", relative, "this is no lease")
     elif not folder and name in layout.DIRECTORIES:
         return
     else:

@@ -390,6 +390,7 @@ class Appender:
         if active is None or active.first != state.segment:
             active = self._open_active(state.segment)
         via = self.directory.disk
+        disk.require_length(max(after.end, self.limits.redo_bytes), where=self._where)
         try:
             if via.write(active.fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

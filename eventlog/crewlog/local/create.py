@@ -114,7 +114,7 @@ def _created(path: Path, via: Disk, fill: Fill, *, wait_s: float, limits: Limits
 
 def _create(blank: Blank, fill: Fill, *, wait_s: float) -> None:
     path, opened, via = blank.path, blank.opened, blank.via
-    real = path.resolve()
+    real = disk.resolved(path)
     _make_directories(real, via)
     try:
         root = opened.fds[""] = disk.open_directory(str(real), where=str(path))

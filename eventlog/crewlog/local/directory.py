@@ -87,7 +87,7 @@ def open_existing(path: Path, *, via: Disk | None = None, limits: Limits = DEFAU
     *Raises* StoreMissing if there is none; NotAStore, FormatTooNew, UnsafePermissions or
     Unsupported if it must not be used.
     """
-    real = path.resolve()
+    real = disk.resolved(path)
     with disk.failures("cannot open the registry", where=str(path)):
         try:
             root = disk.open_directory(str(real), where=str(path))

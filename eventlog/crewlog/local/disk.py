@@ -18,6 +18,7 @@ the loss once, marks the pages clean, and the next call succeeds although the da
 import errno
 import hashlib
 import os
+import resource
 import stat
 import sys
 import time
@@ -26,7 +27,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from crewlog.errors import CrewlogError, StorageFailed, UnsafePermissions, from_oserror
+from crewlog.errors import (
+    CrewlogError,
+    StorageFailed,
+    StorageFull,
+    UnsafePermissions,
+    from_oserror,
+)
 from crewlog.local import layout
 
 DIRECTORY_MODE: Final = 0o700
@@ -183,12 +190,20 @@ def require_one_name(fd: int, *, where: str) -> None:
         raise _unsafe(where, "it has a second name (hard link)", "Remove the other name")
 
 
+def resolved(path: Path) -> Path:
+    """Return a path without links. *Raises* UnsafePermissions where links lead in a circle."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError) as error:  # RuntimeError before Python 3.13
+        raise _unsafe(str(path), "its links lead in a circle", "Check --dir") from error
+
+
 def check_ancestors(path: Path) -> None:
     """Refuse a place that others could replace: a parent they may write, without sticky bit."""
     for parent in path.parents:
         found = os.stat(parent)
         shared = found.st_mode & stat.S_IWOTH or (
-            found.st_mode & stat.S_IWGRP and found.st_gid not in {0, os.getegid()}
+            found.st_mode & stat.S_IWGRP and found.st_gid not in {0, os.getegid(), *os.getgroups()}
         )
         if shared and not found.st_mode & stat.S_ISVTX:
             raise _unsafe(str(parent), "others may rename what is in it", f"Run: chmod +t {parent}")
@@ -286,6 +301,16 @@ class Stamp:
             self._settled = self._found
 
 
+def require_length(size: int, *, where: str) -> None:
+    """Refuse before anything is written what this process's own limit would cut off half way.
+
+    *Raises* StorageFull. Source: setrlimit(2), RLIMIT_FSIZE; `ulimit -f`.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and size > limit:
+        raise StorageFull(where, why=f"this process may write files of {limit} bytes (ulimit -f)")
+
+
 def place_of(fd: int) -> int:
     """Return a digest of an open file's device and inode: 64 bits, never 0."""
     found = os.fstat(fd)
@@ -370,13 +395,18 @@ def is_network_file_system(fd: int) -> bool:
     for row in table.splitlines():
         left, _, right = row.partition(" - ")
         if left.split()[2] == wanted:
-            kind = right.split()[0]
-            return kind in _NETWORK or kind.startswith("fuse.s")
+            return right.split()[0] not in _LOCAL
     return False
 
 
-_NETWORK: Final = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "ocfs2"}
+# Known to be of one machine. Whatever else there is, or will be, may be shared: virtiofs, cluster
+# file systems, and nearly everything behind FUSE.
+_LOCAL: Final = frozenset(
+    {
+        *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2"),
+        *("reiserfs", "tmpfs", "ramfs", "rootfs", "overlay", "aufs", "ntfs3", "exfat", "vfat"),
+        *("ufs", "udf", "erofs", "squashfs", "iso9660", "fuseblk"),
+    }
 )
 
 

@@ -9,6 +9,7 @@ beats end with the boot.
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,13 +21,15 @@ from crewlog.local import disk, heads, layout
 from crewlog.local.directory import Directory
 from crewlog.local.heads import Beat
 from crewlog.local.lock import Lock, take
+from crewlog.model import arguments
 from crewlog.model.events import Worker
 from crewlog.process import identity
 from crewlog.process.liveness import LeaseSeen
 
 LEASE_TRIES: Final = 8
 
-_MARK = "~"  # in no sid
+_MARK: Final = "~"  # in no sid
+_TOKEN: Final = re.compile(r"[0-9a-f]{8,16}|turn")
 # Held until this process ends, whatever becomes of the registry that took them.
 _kept: "list[Lease]" = []
 
@@ -168,6 +171,8 @@ def sweep(directory: Directory, *, needed: Callable[[str, str], bool]) -> int:
     """Remove the leases that nobody holds and no living worker needs; return how many."""
     at, swept = directory[layout.LEASES], 0
     for name in disk.names(at):
+        if not is_lease(name):
+            continue
         try:
             lock = take(name, at=at, where=directory.where(layout.LEASES, name))
         except (LockBusy, FileNotFoundError, StoreMissing):  # held, or gone already
@@ -179,6 +184,12 @@ def sweep(directory: Directory, *, needed: Callable[[str, str], bool]) -> int:
         finally:
             lock.close()
     return swept
+
+
+def is_lease(name: str) -> bool:
+    """Say whether a name is one that leases have: what is not ours stays where it is."""
+    sid, mark, token = name.partition(_MARK)
+    return bool(mark and arguments.SID.fullmatch(sid) and _TOKEN.fullmatch(token))
 
 
 class Leases:

@@ -66,7 +66,7 @@ class Lock(Closing):
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         for _ in range(_REPLACED_TRIES):
             if self._fd == _CLOSED:
-                self._open()
+                self._open(change=not shared)
             try:
                 fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:  # EWOULDBLOCK: held by another
@@ -76,8 +76,8 @@ class Lock(Closing):
             self.close()  # the file was replaced: lock the one that others will lock
         raise StoreMissing(self.where, why="its lock file is replaced again and again")
 
-    def _open(self) -> None:
-        self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=True)
+    def _open(self, *, change: bool) -> None:
+        self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
         self._inode = os.fstat(self._fd).st_ino
         self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)
 

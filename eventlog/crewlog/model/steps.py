@@ -401,9 +401,36 @@ def _plain(
         if fold.is_repeat(kind, record, part.data):
             return None
         fold.refuse(kind, sid, record)
+        if record is not None and kind == events.UPDATED:
+            _refuse_growth(record, part.data)
         return part
 
     return Step(sid, step)
+
+
+META_BYTES_MAX: Final = 64 * 1024
+
+
+def _refuse_growth(record: Record, data: JsonObject) -> None:
+    """Refuse labels or meta that grow beyond what one worker may have; what is there may stay.
+
+    *Raises* ValueError.
+    """
+    labels, meta = data.get("labels"), data.get("meta")
+    if isinstance(labels, dict):
+        kept, now = len(record["labels"]), len(_merged(record["labels"], labels))
+        if now > max(kept, arguments.LABELS_MAX):
+            message = f"{now} labels; at most {arguments.LABELS_MAX} are kept for one worker"
+            raise ValueError(message)
+    if isinstance(meta, dict):
+        size = len(codec.dump(_merged(record["meta"], meta)))
+        if size > max(META_BYTES_MAX, len(codec.dump({**record["meta"]}))):
+            message = f"{size} bytes of meta; at most {META_BYTES_MAX} are kept for one worker"
+            raise ValueError(message)
+
+
+def _merged(kept: Mapping[str, JsonValue], patch: JsonObject) -> JsonObject:
+    return {key: value for key, value in {**kept, **patch}.items() if value is not None}
 
 
 def _check(record: Record | None, sid: str, expect: int | None, of: int | None) -> None:

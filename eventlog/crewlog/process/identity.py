@@ -101,7 +101,7 @@ def _host_id() -> str:
             machine = Path(name).read_bytes().strip()
         except OSError:  # absent in many containers: then this host cannot be told from others
             continue
-        if machine:
+        if machine not in {b"", b"uninitialized"}:  # an image that was not booted yet has none
             return hmac.new(_HOST_KEY, machine, hashlib.sha256).hexdigest()[:32]
     return ""
 

@@ -51,6 +51,7 @@ for name in ("SIGPIPE", "SIGXFSZ"):
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 if not locale:
     os.environ.pop("LC_CTYPE", None)
+os.write(told, b"+")
 try:
     os.execvp(sys.argv[5], sys.argv[5:])
 except OSError as error:
@@ -72,6 +73,10 @@ def _let_go_in_child() -> None:
 
 
 host.call_in_child(_let_go_in_child, rank=host.DESCRIPTORS)
+
+
+# Why a program may not begin although it is there.
+BROKEN: Final = "the Python that starts it ended by itself (sys.executable, LD_LIBRARY_PATH?)"
 
 
 class End(NamedTuple):
@@ -104,7 +109,8 @@ class Launch:
         self._go = self._told = self._pidfd = -1
         self.argv = check_argv(argv)
         variables = os.environ if env is None else env
-        locale = "1" if "LC_CTYPE" in variables else "0"
+        given = "LC_CTYPE" in variables and not (env is None and host.locale_is_coerced())
+        locale = "1" if given else "0"
         passed: list[int] = []  # what the child is to have, and we are not
         with no_fork():
             child = _child_class()
@@ -152,15 +158,27 @@ class Launch:
         try:
             with contextlib.suppress(BrokenPipeError):  # killed meanwhile: told by how it ended
                 os.write(self._go, b".")
-            poll = select.poll()
-            poll.register(self._told, select.POLLIN)
-            reason = os.read(self._told, 64) if poll.poll(LAUNCH_WAIT_S * 1000) else b""
+            said = self._said()
         finally:
             self._close()  # interrupted before the word, it ends without having begun
-        if reason:
+        if not said.startswith(b"+"):  # what waits did not come as far as the program
+            raise SpawnFailed(self.argv[0], why=BROKEN)
+        if reason := said[1:]:
             number = int(reason)
             why = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
             raise SpawnFailed(self.argv[0], why=why)
+
+    def _said(self) -> bytes:
+        """Read what the waiting process says: "+", then nothing more, or why it could not go on."""
+        said, deadline = b"", time.monotonic() + LAUNCH_WAIT_S
+        poll = select.poll()
+        poll.register(self._told, select.POLLIN)
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            more = os.read(self._told, 64)
+            if not more:
+                return said
+            said += more
+        return said or b"+"  # it hangs: on a slow file system, say, and is listed
 
     def __del__(self) -> None:
         """Let a waiting process end that was forgotten, by an interrupt at the wrong moment."""

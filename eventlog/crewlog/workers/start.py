@@ -20,6 +20,7 @@ from crewlog.errors import (
     AppendUncertain,
     CrewlogError,
     InvalidTransition,
+    ProcessNotFound,
     SpawnFailed,
     StaleRevision,
     StorageFailed,
@@ -109,6 +110,9 @@ def entered(
         started = launched(() if held is None else held.inherited())
         try:
             worker = enter(session, sid, started.pid, wish, held=held)
+        except ProcessNotFound as error:  # it has ended before it had to wait
+            started.give_up()
+            raise SpawnFailed(started.argv[0], why=launch.BROKEN) from error
         except BaseException:
             started.give_up()
             raise
@@ -120,8 +124,9 @@ def entered(
 def _begun(session: Session, worker: Worker, started: Launch) -> Worker:
     try:
         started.go()
-    except SpawnFailed:
+    except SpawnFailed as error:
         _record_end(session, worker, started, session.append)
+        error.outcome = "written"  # it was registered, and its end is on record
         raise
     tell = functools.partial(_tell_end, session.twin(), worker, started)
     try:

@@ -80,7 +80,7 @@ def hold_to_stop(session: Session, worker: Worker) -> Process | Status | None:
     held = _hold_living(session, worker)
     if isinstance(held, Process):
         try:
-            _require_stoppable(worker)
+            _require_stoppable(worker, held)
         except BaseException:
             held.close()
             raise
@@ -147,7 +147,7 @@ def _end(
             held.send(signals.SIGKILL)
             if not held.wait(wait_s):
                 what = f"the end of worker {worker.sid!r} (pid {worker.pid}) by SIGKILL"
-                raise WaitTimeout(what, waited_s=wait_s)
+                raise WaitTimeout(what, waited_s=wait_s, outcome="written")
     except PermissionError as error:
         raise _refused(worker, "we may not signal it", "Stop it as its user") from error
     return held.status()
@@ -232,7 +232,7 @@ def _refused(worker: Worker, why: str, remedy: str) -> StopRefused:
     return StopRefused(worker.sid, pid=worker.pid, why=why, remedy=remedy)
 
 
-def _require_stoppable(worker: Worker) -> None:
+def _require_stoppable(worker: Worker, held: Process) -> None:
     """Refuse what would end us or hit a stranger; its identity is proven already."""
     who = worker.identity
     assert who is not None  # held
@@ -242,6 +242,10 @@ def _require_stoppable(worker: Worker) -> None:
         raise _refused(worker, "it is pid 1", "Stop the machine or the container instead")
     if who.pid in identity.ancestors():
         raise _refused(worker, "this process descends from it", "Ask another process")
-    me = os.geteuid()
-    if me not in {who.uid, 0}:
-        raise _refused(worker, f"it belongs to uid {who.uid}, we are {me}", "Stop it as its user")
+    try:
+        held.send(0)  # the kernel knows who may
+    except PermissionError:
+        me = os.geteuid()
+        known = f"it belongs to uid {who.uid}, we are {me}"
+        why = known if who.uid != me else f"it runs as another user by now, we are uid {me}"
+        raise _refused(worker, why, "Stop it as its user") from None
