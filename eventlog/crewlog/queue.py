@@ -120,19 +120,23 @@ class Commits:
         self._mutex = threading.Lock()
         self._queue: deque[Request] = deque()
         self._leader: Request | None = None  # who writes, or is about to
+        self._inside: set[int] = set()  # threads in `append`; a handler that interrupts one is too
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: who waited is in the parent."""
         self._mutex = threading.Lock()
         self._queue = deque()
         self._leader = None
+        self._inside = set()
 
     def append(self, decide: Decide, about: Collection[str]) -> Appended:
         """Append, or ride along with others who do; durable on return."""
         request: Request | None = None
-        if host.is_inside(Commits.append.__code__, self):
+        thread = threading.get_ident()
+        if thread in self._inside:
             raise LockBusy(self._where, waited_s=0, holder=host.INTERRUPTED)
         try:
+            self._inside.add(thread)
             waiting = None
             with self._mutex:
                 if self._leader is None:
@@ -150,6 +154,8 @@ class Commits:
             if request is not None:
                 self.leave(request)
             raise
+        finally:
+            self._inside.discard(thread)
         return request.outcome()
 
     def _await(self, request: _Waiting) -> None:

@@ -62,7 +62,7 @@ from crewlog.errors import (
     from_oserror,
 )
 from crewlog.local import ages, disk, heads, layout, recovery, redo
-from crewlog.local.directory import incomplete
+from crewlog.local.directory import Directory, incomplete
 from crewlog.local.disk import Stamp
 from crewlog.local.heads import AppendState, DurableHead, States
 from crewlog.local.lock import Lock
@@ -85,6 +85,8 @@ T = TypeVar("T")
 
 def size_of(drafts: Sequence[Draft]) -> int:
     """Return how many bytes the lines will take at most. *Raises* ValueError for too much."""
+    if len(drafts) == 1:  # a draft is shorter than a line may be, and that than a batch
+        return len(drafts[0].body) + codec.LINE_OVERHEAD_BYTES
     size = sum(len(part.body) for part in drafts) + codec.LINE_OVERHEAD_BYTES * len(drafts)
     if len(drafts) > steps.BATCH_EVENTS_MAX or size > steps.BATCH_BYTES_MAX:
         message = (
@@ -93,6 +95,11 @@ def size_of(drafts: Sequence[Draft]) -> int:
         )
         raise ValueError(message)
     return size
+
+
+def _stamp(directory: Directory) -> Stamp:
+    """Stamp the directories in which a file that a writer has open may be replaced."""
+    return Stamp(directory.root, directory[layout.HEAD], directory[layout.LOG])
 
 
 class Unit(NamedTuple):
@@ -139,6 +146,7 @@ class Appender:
         )
         self.writer = threading.RLock()  # one thread at a time writes; taken before the mutex
         self.mutex = threading.RLock()  # guards the view, and all that a writer has open
+        self._where = str(directory.path)
         self._boot = identity.boot_bytes()
         self._heads = states
         self._view = view
@@ -148,9 +156,7 @@ class Appender:
         self._left: AppendState | None = None  # how far the log was when we last wrote or looked
         self._active: Segment | None = None
         self._redo = Redo(directory)
-        self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
-        self._names = Stamp(directory[layout.LOG])
-        self._listed = -1  # as of this stamp, every file in log/ is one of the log
+        self._stamp = _stamp(directory)
         self._replaced = False  # the active segment is another file than the one we wrote to
         self._names_durable = False
         self._prepared_at = 0.0
@@ -209,9 +215,22 @@ class Appender:
         """Bring log and states into the order that an append starts from. Held: append."""
         if self.closed:
             raise RegistryClosed(self._where)
-        self._mind_places()
+        moved = self._stamp.moved()
+        if moved:
+            self._mind_places()
         state, head = self._heads.append_state(), self._heads.head()
         self.sync.require_sound(head)
+        active = self._active
+        if (  # the fast case: no name moved, and nobody has written since we did
+            state is self._left
+            and state is not None
+            and head is not None
+            and active is not None
+            and not (moved or state.sealed or self._replaced)
+            and disk.size_of(active.fd) == state.end
+            and self._view.written_seq == state.seq
+        ):
+            return state, head
         known = state is not None and not self._replaced and self._goes_on(state)
         if state is None or head is None or not self._counts(state, head, known=known):
             state, head = self._recover(head)
@@ -224,7 +243,7 @@ class Appender:
             state, head = self._recover(head)
         elif size > state.end:
             state = self._adopt(active, state, head)
-        if self._listed != self._names.settled:
+        if moved:
             self._require_no_strangers(state)
         if not known:
             state, head = self._meet(state, head)
@@ -288,25 +307,19 @@ class Appender:
                     reason="it has no header of this store",
                     proof="no line of the log leads to it",
                 )
-        self._listed = self._names.settled
 
     def _mind_places(self) -> None:
         """Let go of files that are no longer in place, where a name in the store has changed."""
-        if self._names.moved():
-            active = self._active
-            if active is not None and os.fstat(active.fd).st_nlink == 0:
-                self._close_active()  # another file took its place, as a tool that copies does
-                self._replaced = True
-            elif active is not None:
-                self._require_one_name(active)
-            self._names.settle()
-        moved, head_moved = self._root.moved(), self._head.moved()
-        if moved or head_moved:
-            self._heads.renew()
-            self.sync.look_for_mark()
-            self._redo.reopen()
-            self._root.settle()
-            self._head.settle()
+        active = self._active
+        if active is not None and os.fstat(active.fd).st_nlink == 0:
+            self._close_active()  # another file took its place, as a tool that copies does
+            self._replaced = True
+        elif active is not None:
+            self._require_one_name(active)
+        self._heads.renew()
+        self.sync.look_for_mark()
+        self._redo.reopen()
+        self._stamp.settle()
 
     def _require_one_name(self, active: Segment) -> None:
         """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
@@ -564,12 +577,7 @@ class Appender:
         self.sync.after_fork()
         self._close_files()
         self._left = None
-        directory = self.directory
-        self._root, self._head = Stamp(directory.root), Stamp(directory[layout.HEAD])
-
-    @property
-    def _where(self) -> str:
-        return str(self.directory.path)
+        self._stamp = _stamp(self.directory)
 
     def is_inside(self) -> bool:
         """Return whether this very thread is in the middle of a change."""

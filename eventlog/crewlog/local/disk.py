@@ -265,7 +265,7 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
 
 
 class Stamp:
-    """Notice that a name in a directory was created, replaced or removed.
+    """Notice that a name in one of some directories was created, replaced or removed.
 
     By the directory's ctime, which no tool that restores times can set back, so that the files in
     it need not be looked at one by one. (Nor should they be: on Linux ≥ 6.13 the first write after
@@ -274,30 +274,27 @@ class Stamp:
     One thread at a time.
     """
 
-    __slots__ = ("_fd", "_found", "_looked_at", "_settled")
+    __slots__ = ("_fds", "_found", "_looked_at", "_settled")
 
-    def __init__(self, fd: int) -> None:
-        """Stamp an open directory; at first everything has moved."""
-        self._fd = fd
-        self._found = self._settled = -1
+    def __init__(self, *fds: int) -> None:
+        """Stamp open directories; at first everything has moved."""
+        self._fds = fds
+        self._found: list[int] = []
+        self._settled = [-1]
         self._looked_at = 0
-
-    @property
-    def settled(self) -> int:
-        """Return the time of the directory as last seen, -1 before the first look."""
-        return self._settled
 
     def moved(self) -> bool:
         """Say whether anything may have changed since `settle`; look, and then settle."""
         self._looked_at = time.time_ns()
-        self._found = os.fstat(self._fd).st_ctime_ns
+        self._found = [os.fstat(fd).st_ctime_ns for fd in self._fds]
         return self._found != self._settled
 
     def settle(self) -> None:
         """Take what was found before the look as seen."""
-        whole = self._found % 1_000_000_000 == 0  # a file system that counts in seconds
+        newest = max(self._found)
+        whole = newest % 1_000_000_000 == 0  # a file system that counts in seconds
         tick = STAMP_SECONDS_NS if whole else STAMP_SETTLED_NS
-        if self._looked_at - self._found > tick:
+        if self._looked_at - newest > tick:
             self._settled = self._found
 
 

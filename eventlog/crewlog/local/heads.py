@@ -97,7 +97,7 @@ def durable(state: AppendState, *, base: int, after: DurableHead | None) -> Dura
         base,
         state.end,
         state.seq,
-        place=0,
+        place=0 if after is None else after.place,
         poisoned=False,
         errno=0,
     )
@@ -341,7 +341,8 @@ class States:
 
     def put_head(self, head: DurableHead) -> None:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
-        head = head._replace(place=self._head.place)
+        if head.place != self._head.place:
+            head = head._replace(place=self._head.place)
         self._head.store(encode_durable_head(head), head)
 
     def is_elsewhere(self, head: DurableHead) -> bool:

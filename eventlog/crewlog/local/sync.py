@@ -100,7 +100,7 @@ class Syncer:
 
     def _share(self, goal: int, generation: int | None, deadline: float) -> None:
         """Wait for the leader or become it, turn by turn. Held: the turn."""
-        waits = pauses(self._sync_s / 2)
+        waits: Iterator[float] | None = None
         while True:
             if self._closed:
                 raise AppendUncertain(self._where(), why="the registry was closed meanwhile")
@@ -122,6 +122,7 @@ class Syncer:
                 )
             generation = None
             if not led:
+                waits = waits or pauses(self._sync_s / 2)
                 time.sleep(next(waits))
 
     def _usable_head(self) -> DurableHead:

@@ -418,7 +418,9 @@ def _refuse_growth(record: Record, data: JsonObject) -> None:
     """
     labels, meta = data.get("labels"), data.get("meta")
     if isinstance(labels, dict):
-        kept, now = len(record["labels"]), len(_merged(record["labels"], labels))
+        kept, now = len(record["labels"]), len(record["labels"]) + len(labels)
+        if now > arguments.LABELS_MAX:
+            now = len(_merged(record["labels"], labels))
         if now > max(kept, arguments.LABELS_MAX):
             message = f"{now} labels; at most {arguments.LABELS_MAX} are kept for one worker"
             raise ValueError(message)
