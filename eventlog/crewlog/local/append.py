@@ -47,7 +47,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 from crewlog import host
 from crewlog.errors import (
@@ -73,7 +73,7 @@ from crewlog.local.view import LocalTip, View
 from crewlog.model import chain, codec, events, steps
 from crewlog.model.chain import Scan
 from crewlog.model.codec import Draft
-from crewlog.model.events import JsonObject, Line
+from crewlog.model.events import JsonObject
 from crewlog.model.steps import Appended
 from crewlog.process import identity
 from crewlog.queue import Request
@@ -100,33 +100,6 @@ def size_of(drafts: Sequence[Draft]) -> int:
 def _stamp(directory: Directory) -> Stamp:
     """Stamp the directories in which a file that a writer has open may be replaced."""
     return Stamp(directory.root, directory[layout.HEAD], directory[layout.LOG])
-
-
-class Unit(NamedTuple):
-    """Lines that are all written or none, who asked for them, and the state after them."""
-
-    request: Request
-    raws: list[bytes]
-    lines: list[Line]
-    after: AppendState
-
-
-def compose(request: Request, drafts: Sequence[Draft], state: AppendState, *, synced: int) -> Unit:
-    """Make one unit of lines that follow `state`."""
-    raws: list[bytes] = []
-    lines: list[Line] = []
-    boot, segment, redo, base, kept, end, seq, prev, _ = state
-    ts, count = events.timestamp(host.now()), len(drafts)
-    for index, part in enumerate(drafts):
-        seq += 1
-        place = (index, count) if count > 1 else None
-        raw = codec.line(part, seq=seq, ts=ts, synced=synced, prev=prev, batch=place)
-        prev = codec.digest(raw[:-1])
-        end += len(raw)
-        raws.append(raw)
-        lines.append(codec.as_parsed(part, seq=seq, ts=ts))
-    after = AppendState(boot, segment, redo, base, kept, end, seq, prev, sealed=False)
-    return Unit(request, raws, lines, after)
 
 
 class Appender:
@@ -162,20 +135,10 @@ class Appender:
         self._prepared_at = 0.0
 
     def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
-        """Do phase one for a group; see commit.Phases."""
+        """Do phase one for a group; see queue.Phases."""
         about = group[0].about if len(group) == 1 else set().union(*[r.about for r in group])
         self._prepare(about)
-
-        def work() -> tuple[int, int, int]:
-            state, head = self._ready()
-            try:
-                taken, seq = self._write(group, state, head)
-            except BaseException:
-                self._view.forget_written()  # it holds lines that may never be
-                raise
-            return taken, seq, head.generation
-
-        return self._run(work)
+        return self._run(lambda: self._write(group))
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
@@ -220,17 +183,14 @@ class Appender:
             self._mind_places()
         state, head = self._heads.append_state(), self._heads.head()
         self.sync.require_sound(head)
-        active = self._active
-        if (  # the fast case: no name moved, and nobody has written since we did
-            state is self._left
-            and state is not None
-            and head is not None
-            and active is not None
-            and not (moved or state.sealed or self._replaced)
-            and disk.size_of(active.fd) == state.end
-            and self._view.written_seq == state.seq
-        ):
+        if state is not None and head is not None and not moved and self._is_as_left(state):
             return state, head
+        return self._put_in_order(state, head, moved=moved)
+
+    def _put_in_order(
+        self, state: AppendState | None, head: DurableHead | None, *, moved: bool
+    ) -> tuple[AppendState, DurableHead]:
+        """Recover, adopt, look at strangers, go on in the next segment: what the log needs now."""
         known = state is not None and not self._replaced and self._goes_on(state)
         if state is None or head is None or not self._counts(state, head, known=known):
             state, head = self._recover(head)
@@ -254,6 +214,17 @@ class Appender:
             self._view.catch_up(state.position, self._active)
         self._left = state
         return state, head
+
+    def _is_as_left(self, state: AppendState) -> bool:
+        """Say whether nobody has written since we did: then there is nothing to look at."""
+        active = self._active
+        return (
+            state is self._left
+            and active is not None
+            and not (state.sealed or self._replaced)
+            and disk.size_of(active.fd) == state.end
+            and self._view.written_seq == state.seq
+        )
 
     def _goes_on(self, state: AppendState) -> bool:
         """Say whether a state is the one that this process left, moved forward along the chain."""
@@ -343,53 +314,68 @@ class Appender:
             state = self._write_recovered(state, head, found)
         return state
 
-    def _write(
-        self, group: Sequence[Request], state: AppendState, head: DurableHead
-    ) -> tuple[int, int]:
-        """Decide one after the other, write all at once; return how many, and the last seq."""
-        base = state  # what is on disk; the lines beyond it are in `data`
-        written = LocalTip(self._view, state=base, head=head)
-        data: list[bytes] = []
-        unit: Unit | None = None  # the last one composed, not yet accounted for
-        for index, request in enumerate(group):
-            if unit is not None:
-                self._account(unit, written)
-                unit = None
-            try:
-                drafts = request.decide(written)
-                size = size_of(drafts)
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is that request's own)
-                request.refuse(error)
-                continue
-            full = state.end + size > self.limits.segment_bytes
-            if data and (full or state.end + size - base.end > self.limits.group_bytes):
-                self._put(b"".join(data), base, state, head)
-                return index, state.seq
-            if full and state.seq > state.segment:
-                base = state = self._begin_next(self._seal(state, head))
-                head = self._heads.head() or head
-                written = LocalTip(self._view, state=base, head=head)
-            request.composed = True
-            if not drafts:
-                request.result = Appended((), {}, state.seq)
-                continue
-            synced = head.end if head.segment == state.segment else 0
-            unit = compose(request, drafts, state, synced=synced)
-            state = unit.after
-            data += unit.raws
-        if data:
-            self._put(b"".join(data), base, state, head)
-        if unit is not None:  # the last of all only now: its bytes are on their way meanwhile
-            self._account(unit, written)
-        return len(group), state.seq
+    def _write(self, group: Sequence[Request]) -> tuple[int, int, int]:
+        """Decide one request after the other, upon the newest record; write all lines at once.
 
-    def _account(self, unit: Unit, written: LocalTip) -> None:
-        """Take over what a unit changes, and tell who asked for it."""
-        after = unit.after
-        self._view.advance(unit.lines, after.position)
-        written.seq = after.seq
-        records = {line["sid"]: written.get(line["sid"]) for line in unit.lines}
-        unit.request.result = Appended([raw[:-1] for raw in unit.raws], records, after.seq)
+        Returns how many requests were taken, the seq of the last line, and the generation of the
+        head that was seen. Held: append.
+        """
+        # 1. log and states are in order: recovered, adopted, rotated, looked at, if need be
+        state, head = self._ready()
+        view, limits, base = self._view, self.limits, state
+        try:
+            tip = LocalTip(view, state=state, head=head)
+            raws: list[bytes] = []  # what is decided, and not on the disk yet
+            taken, now = 0, ""
+            boot, segment, inode, begin, kept, end, seq, prev, _ = state
+            for request in group:
+                # 2. decide; a refusal is that request's own, and the others go on
+                try:
+                    drafts = request.decide(tip)
+                    size = size_of(drafts)
+                except Exception as error:  # noqa: BLE001 (whatever it is)
+                    request.refuse(error)
+                    taken += 1
+                    continue
+                # 3. room: what does not fit waits for the next write, or the next segment
+                full = end + size > limits.segment_bytes
+                if raws and (full or end + size - base.end > limits.group_bytes):
+                    break
+                if full and seq > segment:
+                    base = self._begin_next(self._seal(base, head))
+                    head = self._heads.head() or head
+                    tip = LocalTip(view, state=base, head=head)
+                    boot, segment, inode, begin, kept, end, seq, prev, _ = base
+                # 4. compose its lines and fold them: the next request is decided upon that
+                taken += 1
+                request.composed = True
+                if not drafts:
+                    request.result = Appended((), {}, seq)
+                    continue
+                now, mine, count = now or events.timestamp(host.now()), [], len(drafts)
+                synced = head.end if head.segment == segment else 0
+                for index, part in enumerate(drafts):
+                    seq += 1
+                    place = (index, count) if count > 1 else None
+                    raw = codec.line(part, seq=seq, ts=now, synced=synced, prev=prev, batch=place)
+                    mine.append(raw[:-1])
+                    prev = codec.digest(raw[:-1])
+                    end += len(raw)
+                    raws.append(raw)
+                    view.take(codec.as_parsed(part, seq=seq, ts=now))
+                tip.seq = seq
+                request.result = Appended(
+                    mine, {part.sid: tip.get(part.sid) for part in drafts}, seq
+                )
+            # 5. one write, the copy in the redo, append.state: all of it or nothing
+            if raws:
+                after = AppendState(boot, segment, inode, begin, kept, end, seq, prev, sealed=False)
+                after = self._put(b"".join(raws), base, after, head)
+                view.wrote(after.position)
+        except BaseException:
+            view.forget_written()  # it holds lines that may never be
+            raise
+        return taken, seq, head.generation
 
     def _put(
         self, data: bytes, state: AppendState, after: AppendState, head: DurableHead
@@ -460,7 +446,7 @@ class Appender:
         )
         self._view.catch_up(state.position)
         after = self._put(raw, state, after, head)
-        self._view.advance([line], after.position)
+        self._view.wrote(after.position)
         return after
 
     def _seal(self, state: AppendState, head: DurableHead) -> AppendState:
@@ -545,11 +531,13 @@ class Appender:
             if not self.writer.acquire(timeout=self.wait_s):
                 raise LockBusy(self.lock.where, waited_s=self.wait_s, holder="another thread")
             try:
-                self.lock.acquire(wait_s=max(0.0, began + self.wait_s - time.monotonic()))
+                left_s = max(0.0, began + self.wait_s - time.monotonic())
+                self.lock.acquire(wait_s=left_s, bell=self._heads.written)
                 with self.mutex:
                     return work()
             finally:
                 self.lock.release()
+                self._heads.written.wake(1)
         except OSError as error:
             raise self._typed(error) from error
         finally:

@@ -12,14 +12,19 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
+from crewlog import host
 from crewlog.errors import RegistryClosed
 from crewlog.local import disk, layout
 from crewlog.local.directory import Directory
 
+if TYPE_CHECKING:
+    from crewlog.local.futex import Word
+
 T = TypeVar("T")
 TORN_READ_TRIES: Final = 50
+CROWD_WAKES: Final = 256
 _NONE: Final = -1
 
 
@@ -109,6 +114,8 @@ _DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
 _SLOT: Final = struct.Struct("<8sQQ4x")
 _BEAT: Final = struct.Struct("<8s16sQ")
 _CRC: Final = struct.Struct("<I")
+_APPEND_WORD_AT: Final = 64  # the seq, of which the low half counts
+_HEAD_WORD_AT: Final = 8  # the generation, as above
 _APPEND_MAGIC: Final = b"crewlogA"
 _HEAD_MAGIC: Final = b"crewlogD"
 _SLOT_MAGIC: Final = b"crewlogC"
@@ -211,7 +218,10 @@ class StateFile(Generic[T]):
         "_name",
         "_size",
         "_where",
+        "_word",
+        "_word_at",
         "_writable",
+        "crowd",
         "place",
     )
 
@@ -222,9 +232,16 @@ class StateFile(Generic[T]):
         *,
         inside: str,
         size: int,
+        word_at: int,
         decode: Callable[[bytes], T | None],
     ) -> None:
-        """Name the file, in the directory `inside` of the store ("" for the store itself)."""
+        """Name the file, in the directory `inside` of the store ("" for the store itself).
+
+        At `word_at` (bytes) stands what changes with every write: others wait for that.
+        """
+        self._word_at = word_at
+        self._word: Word | None = None
+        self.crowd = 0  # so many more times it is worth waking who waits: we had to wait lately
         self._decode = decode
         self._kept: tuple[bytes, T] | None = None
         self._directory = directory
@@ -256,6 +273,29 @@ class StateFile(Generic[T]):
                 return found
             time.sleep(0)  # a writer on another core is in the middle of its pwrite
         return None
+
+    def look(self) -> int:
+        """Return what `wait` compares with: read it, look whether to wait at all, then wait."""
+        with self._guard:
+            fd = self._fd if self._fd != _NONE else self._open(change=False)
+            return int.from_bytes(os.pread(fd, 4, self._word_at), "little")
+
+    def wait(self, value: int, wait_s: float) -> None:
+        """Return once the file was written since `look`, or after a short while."""
+        self.crowd = CROWD_WAKES
+        if self._word is None:
+            with host.no_fork():
+                from crewlog.local.futex import Word  # noqa: PLC0415 (nobody waits who is alone)
+
+            self._word = Word(self._word_at)
+        self._word.wait(self._fd, value, wait_s)
+
+    def wake(self, count: int) -> None:
+        """Wake so many of those who wait, where this process has waited lately itself."""
+        if self.crowd:
+            self.crowd -= 1
+            if self._word is not None:
+                self._word.wake(self._fd, count)
 
     def store(self, data: bytes, value: T) -> None:
         """Write it, creating the file durably if it is absent. Held by the caller: its lock."""
@@ -306,60 +346,65 @@ class StateFile(Generic[T]):
 
 
 class States:
-    """Both state files of a store."""
+    """Both state files of a store.
 
-    __slots__ = ("_append", "_head")
+    Who waits for locks/append waits for `written` to change, who waits for a sync for `published`.
+    """
+
+    __slots__ = ("published", "written")
 
     def __init__(self, directory: Directory) -> None:
         """Prepare both; nothing is opened yet."""
-        self._append = StateFile(
+        self.written = StateFile(
             directory,
             layout.APPEND_STATE,
             inside="",
             size=APPEND_STATE_BYTES,
+            word_at=_APPEND_WORD_AT,
             decode=decode_append_state,
         )
-        self._head = StateFile(
+        self.published = StateFile(
             directory,
             layout.HEAD_DURABLE,
             inside=layout.HEAD,
             size=DURABLE_HEAD_BYTES,
+            word_at=_HEAD_WORD_AT,
             decode=decode_durable_head,
         )
 
     def append_state(self) -> AppendState | None:
         """Read append.state."""
-        return self._append.load()
+        return self.written.load()
 
     def head(self) -> DurableHead | None:
         """Read head/durable."""
-        return self._head.load()
+        return self.published.load()
 
     def put_append_state(self, state: AppendState) -> None:
         """Write append.state. Held: locks/append."""
-        self._append.store(encode_append_state(state), state)
+        self.written.store(encode_append_state(state), state)
 
     def put_head(self, head: DurableHead) -> None:
         """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
-        if head.place != self._head.place:
-            head = head._replace(place=self._head.place)
-        self._head.store(encode_durable_head(head), head)
+        if head.place != self.published.place:
+            head = head._replace(place=self.published.place)
+        self.published.store(encode_durable_head(head), head)
 
     def is_elsewhere(self, head: DurableHead) -> bool:
         """Say whether a head was written to another file than the one it was read from."""
-        return head.place not in {0, self._head.place}
+        return head.place not in {0, self.published.place}
 
     def renew(self) -> None:
         """Let go of files that are no longer in place."""
-        self._append.renew()
-        self._head.renew()
+        self.written.renew()
+        self.published.renew()
 
     def after_fork(self) -> None:
         """Go on in a forked child."""
-        self._append.after_fork()
-        self._head.after_fork()
+        self.written.after_fork()
+        self.published.after_fork()
 
     def close(self) -> None:
         """Close both for good."""
-        self._append.close()
-        self._head.close()
+        self.written.close()
+        self.published.close()

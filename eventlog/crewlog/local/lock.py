@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from crewlog import host
 from crewlog.errors import LockBusy, StoreMissing
@@ -30,6 +30,18 @@ LOCK_POLL_GROWTH: Final = 1.1
 
 _CLOSED: Final = -1
 _REPLACED_TRIES: Final = 3
+
+
+class Bell(Protocol):
+    """What changes when it is worth trying again; see heads.StateFile."""
+
+    def look(self) -> int:
+        """Return what it is now."""
+        ...
+
+    def wait(self, value: int, wait_s: float) -> None:
+        """Wait until it is another, or a short while."""
+        ...
 
 
 class Lock(Closing):
@@ -94,11 +106,23 @@ class Lock(Closing):
         self._stamp.settle()
         return True
 
-    def acquire(self, *, wait_s: float) -> None:
-        """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder."""
+    def acquire(self, *, wait_s: float, bell: "Bell | None" = None) -> None:
+        """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder.
+
+        A `bell` is what its holder rings when it gives the lock back; without one it is tried again
+        and again.
+        """
         if self.try_acquire():
             return
         began = time.monotonic()
+        while bell is not None:
+            before = bell.look()  # first: what rings between here and the wait ends that at once
+            if self.try_acquire():
+                return
+            left_s = began + wait_s - time.monotonic()
+            if left_s <= 0:
+                raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())
+            bell.wait(before, left_s)
         for pause_s in pauses(self._usual_s / 2):
             if time.monotonic() > began + wait_s:
                 raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())

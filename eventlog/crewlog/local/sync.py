@@ -25,7 +25,7 @@ from crewlog import host
 from crewlog.errors import AppendUncertain, CrewlogError, Outcome, StorageFailed, StorePoisoned
 from crewlog.local import disk, heads, layout, redo
 from crewlog.local.heads import AppendState, DurableHead, States
-from crewlog.local.lock import Lock, pauses
+from crewlog.local.lock import Lock
 from crewlog.local.redo import Redo
 from crewlog.local.segments import Segment, Segments
 from crewlog.model import chain, codec, events
@@ -60,6 +60,7 @@ class Syncer:
         self._redo = Redo(directory)
         self._sync_s = 0.0  # what a sync takes, on average
         self._shared = False  # the last sync served others too
+        self._served = 1  # so many lines it made durable, ours among them
 
     def make_durable(
         self,
@@ -100,7 +101,6 @@ class Syncer:
 
     def _share(self, goal: int, generation: int | None, deadline: float) -> None:
         """Wait for the leader or become it, turn by turn. Held: the turn."""
-        waits: Iterator[float] | None = None
         while True:
             if self._closed:
                 raise AppendUncertain(self._where(), why="the registry was closed meanwhile")
@@ -109,21 +109,22 @@ class Syncer:
                 if head.seq >= goal:
                     return
                 generation = head.generation
-            lock = self._locks[(generation + 1) % 2]
+            lock, led = self._locks[(generation + 1) % 2], False
             try:
                 led = lock.try_acquire()
                 if led and self._lead(generation, goal):
                     return
             finally:
                 lock.release()
+                if led:  # whoever has waited longest first: all that are served, and a next leader
+                    self._states.published.wake(self._served)
             if time.monotonic() > deadline:
                 raise AppendUncertain(
                     lock.where, why=f"the sync leader, {lock.holder()}, does not finish"
                 )
-            generation = None
             if not led:
-                waits = waits or pauses(self._sync_s / 2)
-                time.sleep(next(waits))
+                self._states.published.wait(generation & 0xFFFF_FFFF, deadline - time.monotonic())
+            generation = None
 
     def _usable_head(self) -> DurableHead:
         """Return the head. *Raises* AppendUncertain if it is unreadable or the store poisoned."""
@@ -142,39 +143,39 @@ class Syncer:
 
         Held: the lock of this generation's successor.
         """
+        # 1. is it still our turn?
         head = self._usable_head()
         if head.seq >= goal:
             return True
         if head.generation != generation:
             return False
+        # 2. where the last sync served others too, a moment lets more of them come along
         if self._shared:
             time.sleep(min(SYNC_GATHER_SHARE * self._sync_s, SYNC_GATHER_MAX_S))
-        # Before the sync, and never by fstat: a killed writer's half line must not count.
+        # 3. how far lines are written: before the sync, and never by fstat, for a killed writer's
+        #    half line must not count
         state = self._states.append_state()
         if state is None or state.boot != self._boot or state.seq < goal:
             raise AppendUncertain(
                 self._directory.where(layout.APPEND_STATE), why="it became unreadable"
             )
-        base = self._sync(head, state)
-        self._shared = state.seq > goal
-        self._states.put_head(heads.durable(state, base=base, after=head))
-        return True
-
-    def _sync(self, head: DurableHead, state: AppendState) -> int:
-        """Make everything up to `state` durable; return how far the segment itself is synced."""
-        began, sync = time.perf_counter(), self._directory.disk.sync
-        kept = self._redo.holding(state)
+        # 4. sync the redo, where that holds all of it; else the segment, which is then read back
+        began, via = time.perf_counter(), self._directory.disk
+        kept, base = self._redo.holding(state), head.base
         if kept >= 0:
-            self.certain(sync, kept)
-            base = head.base
+            self.certain(via.sync, kept)
         else:
             source = self._open_segment(state.segment)
-            self.certain(sync, source.fd)
-            if head.segment != state.segment or head.base < state.kept:
+            self.certain(via.sync, source.fd)
+            if head.segment != state.segment or base < state.kept:
                 self._read_back(state, source)
             base = state.end
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - began)
-        return base
+        # 5. publish: the commit point
+        self._shared = state.seq > goal
+        self._served = state.seq - head.seq
+        self._states.put_head(heads.durable(state, base=base, after=head))
+        return True
 
     def _open_segment(self, first: int) -> Segment:
         held = self._segment

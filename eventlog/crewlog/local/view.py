@@ -12,7 +12,7 @@ state that has missed a line must never be decided upon.
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
@@ -181,18 +181,15 @@ class View:
             reader.close()
         return record
 
-    def advance(self, lines: Sequence[Line], end: Position) -> None:
-        """Take over lines that this process wrote itself."""
-        recent = self.recent
-        try:
-            for line in lines:
-                sid = line["sid"]
-                if sid in recent:
-                    recent[sid] = fold.after(line, recent[sid])
-            self._written = end
-        except BaseException:
-            self.forget()
-            raise
+    def take(self, line: Line) -> None:
+        """Take over a line that this process is about to write; `wrote` says that it has."""
+        sid = line["sid"]
+        if sid in self.recent:
+            self.recent[sid] = fold.after(line, self.recent[sid])
+
+    def wrote(self, end: Position) -> None:
+        """Know that `recent` is right up to here."""
+        self._written = end
 
     def forget_written(self) -> None:
         """Drop what writers know; the next one asks the log."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Final, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 JsonValue: TypeAlias = (
     "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -396,6 +396,9 @@ def identity_of(record: IdentityRecord | None) -> Identity | None:
     return None if record is None else Identity(**record)
 
 
+_STATES: Final = {state.value: state for state in WorkerState}
+
+
 def worker_of(record: Record) -> Worker:
     """Build the frozen worker from its record; later changes of the record do not reach it."""
     ended = record["exit"]
@@ -406,7 +409,7 @@ def worker_of(record: Record) -> Worker:
         sock=record["sock"],
         version=record["version"],
         created_at=utc(record["created_at"]),
-        state=WorkerState(record["state"]),
+        state=_STATES[record["state"]],
         labels=dict(record["labels"]),
         meta=copy.deepcopy(meta) if meta else {},
         rev=record["rev"],
