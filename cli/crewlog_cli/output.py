@@ -64,7 +64,10 @@ def flush() -> None:
 
 
 def require_place(path: Path, *, option: str) -> None:
-    """Refuse, before anything is done, a path at which no file can be put. *Raises* UsageError."""
+    """Refuse, before anything is done, a path at which no file can be put.
+
+    Raises: UsageError.
+    """
     parent, why = path.absolute().parent, ""
     if path.is_dir():
         why = "it is a directory"
@@ -78,7 +81,10 @@ def require_place(path: Path, *, option: str) -> None:
 
 
 def put_file(path: Path, made: bytes, *, what: str, option: str, public: bool = False) -> None:
-    """Put a file where an option says, whole or not at all. *Raises* UsageError, StorageFailed."""
+    """Put a file where an option says, whole or not at all.
+
+    Raises: UsageError, StorageFailed.
+    """
     from crewlog_compactor.files import replace_file  # noqa: PLC0415 (start-up; few write files)
 
     try:

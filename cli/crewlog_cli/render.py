@@ -110,7 +110,10 @@ def reset_text(item: Reset) -> str:
 
 
 def known(reg: Registry, sid: str) -> Worker:
-    """Return a worker. *Raises* WorkerNotFound, which names the nearest sids."""
+    """Return a worker.
+
+    Raises: WorkerNotFound, which names the nearest sids.
+    """
     worker = reg.get(sid)
     if worker is None:
         raise _not_found(reg, sid)

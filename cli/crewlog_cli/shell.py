@@ -73,7 +73,10 @@ class Shell:
         return reg
 
     def existing(self) -> "Registry":
-        """Open a registry that exists. *Raises* StoreMissing (66): reading creates nothing."""
+        """Open a registry that exists.
+
+        Raises: StoreMissing (66): reading creates nothing.
+        """
         reg = self.registry()
         reg.store()
         return reg

@@ -27,7 +27,10 @@ class Anchor:
 
     @classmethod
     def parse(cls, text: str) -> "Anchor":
-        """Read `SEQ:HASH`. *Raises* ValueError for anything else."""
+        """Read `SEQ:HASH`.
+
+        Raises: ValueError for anything else.
+        """
         found = _FORM.fullmatch(text.strip())
         if found is None:
             message = f"{text!r} is no anchor: an anchor is SEQ:HASH, as `crewlog anchor` prints it"
@@ -36,7 +39,10 @@ class Anchor:
 
 
 def anchor(reg: Registry) -> Anchor:
-    """Return the anchor of the last durable event. *Raises* StoreMissing."""
+    """Return the anchor of the last durable event.
+
+    Raises: StoreMissing.
+    """
     store = reg.store()
     seq = store.last_seq()
     for line, raw in store.read(seq - 1):

@@ -63,9 +63,10 @@ def collect(
 ) -> CollectReport:
     """Record the death of every worker that is proven dead, and prune what ended before `keep`.
 
-    *Guarantee*: durable on return; who cannot be judged is left alone; one event a death however
-    many collectors run. *Raises* CollectRefused where more than half of the living, and more than
-    ten, seem dead for another cause than a reboot, unless `force`.
+    Guarantee: durable on return; who cannot be judged is left alone; one event a death however many
+    collectors run.
+    Raises: CollectRefused where more than half of the living, and more than ten, seem dead for
+    another cause than a reboot, unless `force`.
     """
     decided = make_plan(reg, keep=keep)
     if dry_run:
@@ -105,7 +106,7 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
     """Carry a plan out, however old it is; as `collect` does otherwise.
 
     Workers that changed since it was made are conflicts, and so are those that live in spite of it.
-    *Raises* PlanInvalid for another store's plan; CollectRefused.
+    Raises: PlanInvalid for another store's plan; CollectRefused.
     """
     if reg.store().id != decided.store:
         raise PlanInvalid(reg.where, why=f"it was made for store {decided.store or '(none)'}")
@@ -119,8 +120,8 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
 def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
     """Take a worker that nobody can judge out of the registry, on a person's word; durable.
 
-    One that is proven dead is recorded as such. *Raises* WorkerExists if it is proven to live;
-    WorkerNotFound, InvalidTransition, StaleRevision.
+    One that is proven dead is recorded as such.
+    Raises: WorkerExists if it is proven to live; WorkerNotFound, InvalidTransition, StaleRevision.
     """
     worker = reg.get(sid)
     if worker is None:

@@ -19,12 +19,12 @@ def compact(
 ) -> CompactReport:
     """Collect the dead, fold the log into registry.json, archive what two snapshots cover.
 
-    *Guarantee*: durable on return; safe to kill anywhere; writers go on meanwhile; no history is
-    lost unless `keep_history` says so: None keeps all, a timedelta what is younger, an int so many
-    bytes of archive, KeepEvents so many events; a cursor holds back what it needs. *Args*:
-    `packing` of what is archived now, gzip or zstd (extra `[zstd]`); with `dry_run` nothing is
-    written. *Raises* LockBusy at once where another compaction runs, StoreMissing, DataDamaged,
-    Unsupported.
+    Guarantee: durable on return; safe to kill anywhere; writers go on meanwhile; no history is lost
+    unless `keep_history` says so: None keeps all, a timedelta what is younger, an int so many bytes
+    of archive, KeepEvents so many events; a cursor holds back what it needs.
+    Args: `packing` of what is archived now, gzip or zstd (extra `[zstd]`); with `dry_run` nothing
+    is written.
+    Raises: LockBusy at once where another compaction runs, StoreMissing, DataDamaged, Unsupported.
     """
     if not isinstance(reg, Registry):
         message = f"compact takes a registry: compact(crewlog.open({reg!r}))"

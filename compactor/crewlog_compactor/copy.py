@@ -61,13 +61,19 @@ class Copy:
         return self._diverged(line["seq"])
 
     def require_still(self) -> None:
-        """Refuse to go on where the source has changed. *Raises* LockBusy."""
+        """Refuse to go on where the source has changed.
+
+        Raises: LockBusy.
+        """
         if self.source.last_seq() != self.seq:
             raise LockBusy(self.source.where, waited_s=0, holder="a writer, who has changed it,")
 
 
 def begin(store: Store, progress: Progress) -> Copy:
-    """Return a copy that has not begun. *Raises* CompactedError where its state is not kept."""
+    """Return a copy that has not begun.
+
+    Raises: CompactedError where its state is not kept.
+    """
     first = store.first_seq()
     base = state_before(store, first)
     if base is None:  # retention could keep no state before what it left

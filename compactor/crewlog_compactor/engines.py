@@ -45,7 +45,10 @@ class Maintenance(Protocol):
         ...
 
     def repair(self, place: Place, *, yes: bool, accept_loss: "list[Range]") -> RepairReport:
-        """Repair; see `crewlog_compactor.repair`. *Raises* Unsupported where there is none."""
+        """Repair; see `crewlog_compactor.repair`.
+
+        Raises: Unsupported where there is none.
+        """
         ...
 
     def still(self, store: Store) -> AbstractContextManager[object]:

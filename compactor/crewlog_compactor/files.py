@@ -9,6 +9,6 @@ from crewlog.local.disk import Disk
 def replace_file(path: Path, data: bytes, *, public: bool = False) -> None:
     """Put a file at a path, whole or not at all; owner-only, or with `public` readable by all.
 
-    *Raises* OSError; UnsafePermissions where a device or a pipe is there.
+    Raises: OSError; UnsafePermissions where a device or a pipe is there.
     """
     disk.replace_file(Disk(), path, data, public=public)

@@ -45,9 +45,10 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
     In a directory it is one unit; on etcd units of a hundred workers, and where it is interrupted
     it is run again.
 
-    Of several entries with one sid the first counts, as it did there; sids that the registry
-    holds already are skipped. *Raises* LegacyCorrupt if the file is not such a registry, and then
-    nothing is written; StorageFailed if it cannot be read.
+    Of several entries with one sid the first counts, as it did there; sids that the registry holds
+    already are skipped.
+    Raises: LegacyCorrupt if the file is not such a registry, and then nothing is written;
+    StorageFailed if it cannot be read.
     """
     entries = _read(Path(source))
     living: list[str] = []

@@ -39,9 +39,10 @@ class MigrateReport:
 def migrate(source: Where, target: Where, *, progress: Progress | None = None) -> MigrateReport:
     """Copy a store with its history to a place where there is none, and verify the copy.
 
-    *Guarantee*: the target is there whole, or not at all. Cursors are copied, leases are not: a
-    worker is judged by its process until it registers again. *Raises* StoreMissing; NotAStore where
-    the target is not empty; LockBusy where the source is being written to; DataDamaged.
+    Guarantee: the target is there whole, or not at all. Cursors are copied, leases are not: a
+    worker is judged by its process until it registers again.
+    Raises: StoreMissing; NotAStore where the target is not empty; LockBusy where the source is
+    being written to; DataDamaged.
     """
     origin, place = locate(source), locate(target)
     if str(origin) == str(place):

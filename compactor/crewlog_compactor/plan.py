@@ -135,7 +135,10 @@ def refusal(plan: Plan) -> CollectRefused | None:
 
 
 def decode(data: bytes, *, where: str) -> Plan:
-    """Read a plan that `encode` wrote. *Raises* PlanInvalid for anything else."""
+    """Read a plan that `encode` wrote.
+
+    Raises: PlanInvalid for anything else.
+    """
     try:
         return _plan(codec.load_object(data))
     except (DocumentError, ValueError) as error:

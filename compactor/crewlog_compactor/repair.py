@@ -16,7 +16,7 @@ def repair(
 ) -> RepairReport:
     """Say what a repair would do, and with `yes` do it; durable on return.
 
-    *Raises* LossRefused where acknowledged events are lost that `accept_loss` does not name (first,
+    Raises: LossRefused where acknowledged events are lost that `accept_loss` does not name (first,
     last); HistoryDiverged where lines contradict each other and nobody can know which is right;
     StoreMissing, LockBusy, StorageFailed; Unsupported where the store is no directory.
     """
@@ -25,7 +25,10 @@ def repair(
 
 
 def parse_range(text: str) -> Range:
-    """Read `FIRST..LAST`. *Raises* ValueError for anything else."""
+    """Read `FIRST..LAST`.
+
+    Raises: ValueError for anything else.
+    """
     first, dots, last = text.partition("..")
     if not dots or not first.isdigit() or not last.isdigit() or int(first) > int(last):
         message = f"{text!r} is no range of events: FIRST..LAST, as `crewlog repair` prints it"

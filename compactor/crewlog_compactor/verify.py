@@ -19,8 +19,9 @@ def verify(
 
     An `anchor` that was kept elsewhere shows what no store can show of itself: a history that was
     rewritten or cut by somebody who may write it. `progress` is told how many segments of how many
-    are read. *Raises* StoreMissing if there is none, NotAStore where something else is, and
-    UnsafePermissions; an unreadable file is StorageFailed, never a finding.
+    are read.
+    Raises: StoreMissing if there is none, NotAStore where something else is, and UnsafePermissions;
+    an unreadable file is StorageFailed, never a finding.
     """
     place = locate(where)
     return maintenance(place.kind).verify(place, anchor=anchor, progress=progress)

@@ -11,14 +11,13 @@ import copy
 import errno
 import os
 import signal
-import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from types import CodeType, FrameType, TracebackType
+from types import TracebackType
 from typing import Final, Protocol, Self
 
 # Who holds a lock that a signal handler asks for.
@@ -137,16 +136,6 @@ def own_copy(error: Exception) -> Exception:
 def is_mine(lock: "threading.RLock") -> bool:
     """Return whether this thread holds a lock."""
     return bool(lock._is_owned())  # type: ignore[attr-defined] # noqa: SLF001 (Condition asks so, too)
-
-
-def is_inside(code: CodeType, owner: object) -> bool:
-    """Return whether this thread is inside that method of `owner` already."""
-    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 (documented, and there is no other way)
-    while frame is not None:
-        if frame.f_code is code and frame.f_locals.get("self") is owner:
-            return True
-        frame = frame.f_back
-    return False
 
 
 class Closing(ABC):

@@ -24,7 +24,10 @@ class Place(Protocol):
 
     @property
     def path(self) -> Path:
-        """Return the directory. *Raises* Unsupported for another kind of place."""
+        """Return the directory.
+
+        Raises: Unsupported for another kind of place.
+        """
         ...
 
     def __str__(self) -> str:
@@ -32,7 +35,10 @@ class Place(Protocol):
         ...
 
     def open(self, *, wait_s: float, limits: Limits = DEFAULT) -> Store:
-        """Open the store; this creates and changes nothing. *Raises* StoreMissing."""
+        """Open the store; this creates and changes nothing.
+
+        Raises: StoreMissing.
+        """
         ...
 
     def create(self, *, wait_s: float, limits: Limits = DEFAULT) -> Store:
@@ -48,8 +54,9 @@ def locate(where: str | os.PathLike[str] | None = None) -> Place:
     """Return the place that `where` means: a path, a file://, etcd:// or etcds:// URL.
 
     None: `CREWLOG_DIR`, else `$XDG_STATE_HOME/crewlog` if that is absolute, else
-    `~/.local/state/crewlog`. *Raises* ValueError for a URL that names no place, and where there is
-    no home directory; Unsupported where the extra that it needs is not installed.
+    `~/.local/state/crewlog`.
+    Raises: ValueError for a URL that names no place, and where there is no home directory;
+    Unsupported where the extra that it needs is not installed.
     """
     named = os.fspath(where) if where is not None else os.environ.get(ENVIRONMENT, "")
     if named.lower().startswith(("etcd:", "etcds:")):
@@ -89,7 +96,10 @@ def _directory(named: str) -> Path:
 
 
 def _expanded(named: str) -> Path:
-    """Put the home directory where `~` stands. *Raises* ValueError where there is none."""
+    """Put the home directory where `~` stands.
+
+    Raises: ValueError where there is none.
+    """
     if not named.startswith("~"):
         return Path(named)
     try:

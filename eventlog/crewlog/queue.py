@@ -97,7 +97,8 @@ class Phases(Protocol):
         """Write what a group asks for with one write; settle each request as written or refused.
 
         Returns how many were taken, the seq of the last line, and the generation of the head that
-        was seen. *Raises* with the outcome of all that were not refused.
+        was seen.
+        Raises: with the outcome of all that were not refused.
         """
         ...
 

@@ -86,9 +86,9 @@ def shows(
 class Registry(Closing):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
-    *Guarantee*: a method that changes something returns once the event is durable; reading shows
-    only durable events and writes nothing. Threads may share a registry; a forked child may go on
-    using it. Use after `close` raises RegistryClosed.
+    Guarantee: a method that changes something returns once the event is durable; reading shows only
+    durable events and writes nothing. Threads may share a registry; a forked child may go on using
+    it. Use after `close` raises RegistryClosed.
     """
 
     def __init__(
@@ -117,7 +117,10 @@ class Registry(Closing):
 
     @property
     def path(self) -> Path:
-        """Return the directory. *Raises* Unsupported where the store is in none."""
+        """Return the directory.
+
+        Raises: Unsupported where the store is in none.
+        """
         return self._session.place.path
 
     @property
@@ -139,11 +142,11 @@ class Registry(Closing):
         """Register a running process, by default this one, and return it as a worker.
 
         A sid whose recorded holder is proven dead is taken over, and the loss recorded with it.
-        *Args*: `owner` is the pid of the process that answers for the worker. With a `lease`, which
+        Args: `owner` is the pid of the process that answers for the worker. With a `lease`, which
         only this process itself can take, it is judged rightly from other pid namespaces too; with
-        `heartbeat_s` (seconds) it counts as stalled when it does not `beat` in time. *Raises*
-        WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError and
-        TypeError for bad arguments.
+        `heartbeat_s` (seconds) it counts as stalled when it does not `beat` in time.
+        Raises: WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError
+        and TypeError for bad arguments.
         """
         return register.register(self._session, sid, pid, wish_of(options))
 
@@ -152,8 +155,10 @@ class Registry(Closing):
         """Move a worker to ready, draining or stopping, or patch it, and return it.
 
         Labels and meta are merged key by key, None removes one. What would change nothing is not
-        written. *Args*: `expect` is the rev that the caller read. *Raises* WorkerNotFound,
-        InvalidTransition, StaleRevision; ValueError and TypeError for bad arguments.
+        written.
+        Args: `expect` is the rev that the caller read.
+        Raises: WorkerNotFound, InvalidTransition, StaleRevision; ValueError and TypeError for bad
+        arguments.
         """
         seen = register.seen_socket(sid, options, self._sock_of)
         return self._session.put([update_step(self._session.author(), sid, options, seen=seen)])
@@ -166,14 +171,15 @@ class Registry(Closing):
         """Record that a worker ended, and return the event.
 
         The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
-        not 0 or a signal ended it. *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
+        not 0 or a signal ended it.
+        Raises: WorkerNotFound, InvalidTransition, StaleRevision.
         """
         return self._session.change(exit_step(self._session.author(), sid, options))
 
     def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
         """Take a worker out of the registry and return the event; its process is left alone.
 
-        *Raises* WorkerNotFound, InvalidTransition, StaleRevision.
+        Raises: WorkerNotFound, InvalidTransition, StaleRevision.
         """
         step = release_step(self._session.author(), sid, reason=reason, expect=expect)
         return self._session.change(step)
@@ -190,11 +196,12 @@ class Registry(Closing):
 
         Its stdin is empty and its stdout goes nowhere unless given: it may outlive what reads ours.
 
-        *Guarantee*: the registration is durable before the program begins; killed at any moment,
-        we leave no running program that is not listed. While this process lives, it records how the
-        worker ends. *Args*: `owner` is a pid, by default ours; a `lease` is inherited by the
-        program, which must then not close descriptors that it does not know. *Raises* WorkerExists;
-        SpawnFailed, and the worker is then recorded as ended.
+        Guarantee: the registration is durable before the program begins; killed at any moment, we
+        leave no running program that is not listed. While this process lives, it records how the
+        worker ends.
+        Args: `owner` is a pid, by default ours; a `lease` is inherited by the program, which must
+        then not close descriptors that it does not know.
+        Raises: WorkerExists; SpawnFailed, and the worker is then recorded as ended.
         """
         return start.spawn(self._session, sid, argv, **options)
 
@@ -209,10 +216,10 @@ class Registry(Closing):
     ) -> Worker:
         """Return the living worker of that sid, or start it; see `spawn` for the arguments.
 
-        *Guarantee*: of any number of callers, in any processes, one starts the program and all
-        return its worker, once it has begun. One that is draining or stopping is waited for and
-        started anew. *Raises* WorkerExists while it cannot be judged; WaitTimeout and LockBusy
-        after `timeout_s`.
+        Guarantee: of any number of callers, in any processes, one starts the program and all return
+        its worker, once it has begun. One that is draining or stopping is waited for and started
+        anew.
+        Raises: WorkerExists while it cannot be judged; WaitTimeout and LockBusy after `timeout_s`.
         """
         return start.ensure(self._session, sid, argv, timeout_s=timeout_s, **options)
 
@@ -220,7 +227,8 @@ class Registry(Closing):
         """Say that a worker is well, now; nothing is added to the log.
 
         For the worker itself, or whoever vouches for it. Without a beat for `heartbeat_s` it counts
-        as stalled. *Raises* WorkerNotFound; LeaseMissing if it was registered without a lease.
+        as stalled.
+        Raises: WorkerNotFound; LeaseMissing if it was registered without a lease.
         """
         judge.beat(self._session, sid)
 
@@ -235,11 +243,12 @@ class Registry(Closing):
         """End a worker: ask it by `signal`, after `grace_s` seconds kill it, and record its end.
 
         Returns the event of its end; of one that has ended already, the event that was recorded.
-        *Guarantee*: the request is durable before the signal is sent; only the recorded process is
-        ever signalled. *Raises* WorkerNotFound; StopRefused for ourselves, our ancestors, pid 1,
-        another user's process and one of another pid namespace; IdentityMismatch where it cannot be
-        proven to be the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`;
-        StaleRevision if the sid is another worker's before the request is written.
+        Guarantee: the request is durable before the signal is sent; only the recorded process is
+        ever signalled.
+        Raises: WorkerNotFound; StopRefused for ourselves, our ancestors, pid 1, another user's
+        process and one of another pid namespace; IdentityMismatch where it cannot be proven to be
+        the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`; StaleRevision if
+        the sid is another worker's before the request is written.
         """
         return stop.stop(self._session, sid, grace_s=grace_s, reason=reason, signal=signal)
 
@@ -248,9 +257,9 @@ class Registry(Closing):
 
         The kernel keeps the exit status for whoever holds the process when it is reaped: what its
         parent throws away is not lost (Linux ≥ 6.15; before, only while it is a zombie of ours).
-        Returns the event of its end, also if the sid is another worker's by then. *Raises*
-        WorkerNotFound; WaitTimeout after `timeout_s`; IdentityMismatch where it cannot be judged or
-        waited for from here; StaleRevision if its end is no longer in the history.
+        Returns the event of its end, also if the sid is another worker's by then.
+        Raises: WorkerNotFound; WaitTimeout after `timeout_s`; IdentityMismatch where it cannot be
+        judged or waited for from here; StaleRevision if its end is no longer in the history.
         """
         return stop.observe(self._session, sid, timeout_s=timeout_s)
 
@@ -293,7 +302,9 @@ class Registry(Closing):
         return None if store is None else store.compacted()
 
     def liveness(self, sid: str) -> Liveness:
-        """Judge whether one worker lives, now. *Raises* WorkerNotFound.
+        """Judge whether one worker lives, now.
+
+        Raises: WorkerNotFound.
 
         Of one that lives on this host, its socket is asked too, where it has a Unix one: it sees a
         connection that ends at once.
@@ -309,7 +320,10 @@ class Registry(Closing):
         return None if worker.identity is None else identity.usage(worker.identity)
 
     def foresee_stop(self, worker: Worker) -> Outlook:
-        """Return what `stop` would do with a worker. *Raises* StopRefused, IdentityMismatch."""
+        """Return what `stop` would do with a worker.
+
+        Raises: StopRefused, IdentityMismatch.
+        """
         return stop.foresee_stop(self._session, worker)
 
     # -- the past ---------------------------------------------------------------------------
@@ -318,10 +332,10 @@ class Registry(Closing):
     def history(self, **options: Unpack[HistoryOptions]) -> Iterator[Event]:
         """Yield the events that match, oldest first, through log and archive.
 
-        The store's own events are left out unless `types` names them. *Args*: `since` and `until`
-        are aware times, the first included, the last not; `after` is a seq. With `newest_first` the
-        first ones come at once, however long the history is.
-        *Raises* DataDamaged where the history is; CompactedError where `after` is no longer kept.
+        The store's own events are left out unless `types` names them.
+        Args: `since` and `until` are aware times, the first included, the last not; `after` is a
+        seq. With `newest_first` the first ones come at once, however long the history is.
+        Raises: DataDamaged where the history is; CompactedError where `after` is no longer kept.
         """
         return history.history(self._session, **options)
 
@@ -329,15 +343,16 @@ class Registry(Closing):
         """Return the state as it was at a seq, or after the last event up to an aware time.
 
         Of a seq that is not reached yet, or a time to come, it is the state of now. It is folded
-        from the nearest older state that is kept. *Raises* CompactedError where the history that
-        it needs was dropped; DataDamaged.
+        from the nearest older state that is kept.
+        Raises: CompactedError where the history that it needs was dropped; DataDamaged.
         """
         return history.at(self._session, when)
 
     def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
         """Return every worker's life that the kept history tells of, in order of registration.
 
-        `progress` is told how many of how many events are read. *Raises* DataDamaged.
+        `progress` is told how many of how many events are read.
+        Raises: DataDamaged.
         """
         return history.lives(self._session, progress)
 
@@ -347,13 +362,14 @@ class Registry(Closing):
     def watch(self, **options: Unpack[WatchOptions]) -> Watch:
         """Deliver events as they become durable.
 
-        *Args*: `after` None begins with the state of now, carried by the first Synced; an int with
+        Args: `after` None begins with the state of now, carried by the first Synced; an int with
         the events after that seq; an aware datetime with the events since; "now" with those to
         come; "oldest" with all that is kept. `cursor` names a durable position: where it exists it
         is the beginning, and taking an item acknowledges the one before. `on_compacted`: a Reset,
         or CompactedError. `backend`: what wakes.
-        *Guarantee*: in order, each once, none before it is durable, none left out but as a Reset
-        says. *Raises* StoreMissing if there is no store yet; CursorBusy.
+        Guarantee: in order, each once, none before it is durable, none left out but as a Reset
+        says.
+        Raises: StoreMissing if there is no store yet; CursorBusy.
         """
         return follow.watch(self._session, **options)
 
@@ -384,7 +400,7 @@ class Registry(Closing):
     def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
         """Return the worker once it is in `state`; it need not be registered yet.
 
-        *Raises* WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
+        Raises: WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
         something else.
         """
         return follow.wait(self._session, sid, state=state, timeout_s=timeout_s)
@@ -393,21 +409,33 @@ class Registry(Closing):
 
     @property
     def id(self) -> str:
-        """Return what no other store has. *Raises* StoreMissing."""
+        """Return what no other store has.
+
+        Raises: StoreMissing.
+        """
         return self.store().id
 
     @property
     def first_seq(self) -> int:
-        """Return the seq of the oldest event that is kept. *Raises* StoreMissing."""
+        """Return the seq of the oldest event that is kept.
+
+        Raises: StoreMissing.
+        """
         return self.store().first_seq()
 
     @property
     def cursors(self) -> Cursors:
-        """Return the durable positions of subscribers. *Raises* StoreMissing."""
+        """Return the durable positions of subscribers.
+
+        Raises: StoreMissing.
+        """
         return self.store().cursors
 
     def sizes(self) -> Mapping[str, int]:
-        """Return how many bytes the parts of the store take. *Raises* StoreMissing."""
+        """Return how many bytes the parts of the store take.
+
+        Raises: StoreMissing.
+        """
         return self.store().sizes()
 
     @property
@@ -416,7 +444,10 @@ class Registry(Closing):
         return self._session.make().unit_workers_max
 
     def store(self) -> Store:
-        """Return the store, for what is done to a whole store. *Raises* StoreMissing."""
+        """Return the store, for what is done to a whole store.
+
+        Raises: StoreMissing.
+        """
         return self._session.require()
 
     def author(self, via: Via | None = None) -> Author:
@@ -457,10 +488,11 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
 ) -> Registry:
     """Open the registry at `where`: a directory, a file:// or etcd:// URL, None: the default place.
 
-    Nothing is created before the first change. *Args*: `lock_timeout_s` is how long a change waits
-    for other writers, in seconds; `actor` names who acts, for the history; `redact` is called with
-    each event's type and what the caller gave (sock, version, labels, meta, reason) before anything
-    is written, and returns what is to be written instead: a chain of hashes cannot forget.
+    Nothing is created before the first change.
+    Args: `lock_timeout_s` is how long a change waits for other writers, in seconds; `actor` names
+    who acts, for the history; `redact` is called with each event's type and what the caller gave
+    (sock, version, labels, meta, reason) before anything is written, and returns what is to be
+    written instead: a chain of hashes cannot forget.
     """
     place = locate(where)
     return Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)

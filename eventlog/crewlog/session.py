@@ -93,7 +93,7 @@ class Session:
     def find(self, *, fresh: bool = False) -> Store | None:
         """Return the store, None if there is none; `fresh`: the one that the place leads to now.
 
-        *Raises* RegistryClosed.
+        Raises: RegistryClosed.
         """
         if self._closed:
             raise RegistryClosed(self.where)
@@ -111,7 +111,10 @@ class Session:
         return self._reopened(self._store) if fresh else self._store
 
     def require(self) -> Store:
-        """Return the store. *Raises* StoreMissing if there is none."""
+        """Return the store.
+
+        Raises: StoreMissing if there is none.
+        """
         store = self.find()
         if store is None:
             raise copy.copy(self._missing) or StoreMissing(self.where)
@@ -167,7 +170,10 @@ class Session:
         return state_of(copied.seq, copied.records)
 
     def known(self, sid: str) -> Worker:
-        """Return one worker. *Raises* WorkerNotFound."""
+        """Return one worker.
+
+        Raises: WorkerNotFound.
+        """
         worker = self.get(sid)
         if worker is None:
             raise WorkerNotFound(sid)

@@ -72,7 +72,10 @@ class Channel(Protocol):
         ...
 
     def source(self, backend: Backend, rings: Rings) -> Source:
-        """Listen from here on. *Raises* OSError where the system cannot tell."""
+        """Listen from here on.
+
+        Raises: OSError where the system cannot tell.
+        """
         ...
 
 
@@ -160,7 +163,7 @@ class Store(Protocol):
     def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
         """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
 
-        *Raises* CompactedError where the line after `after` is no longer kept.
+        Raises: CompactedError where the line after `after` is no longer kept.
         """
         ...
 
@@ -169,7 +172,10 @@ class Store(Protocol):
         ...
 
     def tail(self, after: int, *, sieve: Sieve | None = None) -> "Tail":
-        """Return what reads on from seq `after`. *Raises* CompactedError as `read` does."""
+        """Return what reads on from seq `after`.
+
+        Raises: CompactedError as `read` does.
+        """
         ...
 
     def identity(self) -> bytes:
@@ -283,7 +289,10 @@ class Cursor(Protocol):
         ...
 
     def set(self, seq: int) -> None:
-        """Move to `seq`, also backwards. *Raises* RegistryClosed once it is closed."""
+        """Move to `seq`, also backwards.
+
+        Raises: RegistryClosed once it is closed.
+        """
         ...
 
     def close(self) -> None:
@@ -303,7 +312,10 @@ class Cursors(Protocol):
         ...
 
     def own(self, name: str, *, start: int) -> Cursor:
-        """Take ownership; a new one is created at `start`. *Raises* CursorBusy."""
+        """Take ownership; a new one is created at `start`.
+
+        Raises: CursorBusy.
+        """
         ...
 
     def is_owned(self, name: str) -> bool:
@@ -311,7 +323,10 @@ class Cursors(Protocol):
         ...
 
     def remove(self, name: str) -> bool:
-        """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
+        """Remove a cursor that nobody owns; False if there is none.
+
+        Raises: CursorBusy.
+        """
         ...
 
 
@@ -367,7 +382,10 @@ class Leases(Protocol):
         ...
 
     def turn(self, sid: str, *, wait_s: float) -> AbstractContextManager[Turn]:
-        """Hold the turn to start a worker of one sid. *Raises* LockBusy after `wait_s` seconds."""
+        """Hold the turn to start a worker of one sid.
+
+        Raises: LockBusy after `wait_s` seconds.
+        """
         ...
 
     def sweep(self, *, needed: Callable[[str, str], bool]) -> int:

@@ -68,7 +68,7 @@ class FakeWorkers:
     def kill(self, sid: str, number: int = signal.SIGKILL) -> None:
         """End a process behind the registry's back, and reap it: what a crash leaves.
 
-        *Raises* WorkerNotFound for one that was not started here, or has been ended.
+        Raises: WorkerNotFound for one that was not started here, or has been ended.
         """
         if sid not in self._processes:
             raise WorkerNotFound(sid)
@@ -130,8 +130,9 @@ class Crash:
     def at(self, change: int, number: int | None = None) -> Iterator[None]:
         """Strike at the change-th change of the block: kill this process, or fail with an errno.
 
-        Killing is meant for a forked child: see `dies`. *Raises* AssertionError where the block
-        made fewer changes: a test that strikes nothing shows nothing.
+        Killing is meant for a forked child: see `dies`.
+        Raises: AssertionError where the block made fewer changes: a test that strikes nothing shows
+        nothing.
         """
 
         def fail() -> None:

@@ -7,7 +7,6 @@ taken from another store; snapshots that are older or newer than the log.
 
 import gzip
 import itertools
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,11 +233,6 @@ def test_files_removed_swapped_and_taken_from_another_store_are_found(
             story.is_told(place)
         path.write_bytes(contents[path])
     assert not found(place)
-
-
-def _put(path: Path, data: bytes) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-    path.write_bytes(data)
 
 
 def test_snapshot_older_or_newer_than_the_log(fast: Path) -> None:

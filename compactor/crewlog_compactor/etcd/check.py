@@ -28,7 +28,10 @@ from crewlog_compactor.walk import VERIFY_TRIES, History
 def verify(
     place: Place, *, anchor: Anchor | None, progress: Callable[[int, int], None] | None
 ) -> VerifyReport:
-    """Check a whole store in a cluster; see verify.verify. *Raises* StoreMissing, Unavailable."""
+    """Check a whole store in a cluster; see verify.verify.
+
+    Raises: StoreMissing, Unavailable.
+    """
     log = cast("EtcdLog", place.open(wait_s=LOCK_WAIT_S))  # its kind says so
     try:
         for _ in range(VERIFY_TRIES):

@@ -171,7 +171,10 @@ def due(log: EtcdLog, parts: list[Part], keep: Keep, *, last_seq: int) -> list[P
 
 
 def _tell(log: EtcdLog, going: list[Part]) -> None:
-    """Keep the state after what goes, and say in the log that it goes. *Raises* DataDamaged."""
+    """Keep the state after what goes, and say in the log that it goes.
+
+    Raises: DataDamaged.
+    """
     last = going[-1].last
     after = next(line for line, _ in log.lines(last, last + 1))
     told: JsonObject = {"first": going[0].first, "last": last, "head": after["prev"]}

@@ -27,7 +27,10 @@ _KEY_BYTES: Final = 256 * 1024
 
 
 def fill(copy: Copy, place: Place) -> None:
-    """Copy a history to where there is no store. *Raises* NotAStore where there is anything."""
+    """Copy a history to where there is no store.
+
+    Raises: NotAStore where there is anything.
+    """
     target = cast("EtcdPlace", place).empty(wait_s=LOCK_WAIT_S)
     try:
         target.check_version()
@@ -78,7 +81,9 @@ class _Writer:
         *,
         proof: tuple[bytes, bytes] | None = None,
     ) -> None:
-        """Carry out a step, if the prefix is still ours. *Raises* LockBusy.
+        """Carry out a step, if the prefix is still ours.
+
+        Raises: LockBusy.
 
         Sent twice, its second sending may find that the first has changed what it compares with:
         then the key of `proof` has its value.

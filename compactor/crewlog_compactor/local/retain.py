@@ -98,7 +98,8 @@ def base_at(segments: Segments, last: int) -> Snapshot | None:
 
     Whatever goes is whole: of what is damaged nobody would hear any more. None where nobody can
     know the state: an older version dropped what leads to it, or a repair gave up events in
-    between, and said so. *Raises* DataDamaged.
+    between, and said so.
+    Raises: DataDamaged.
     """
     firsts = segments.in_archive()
     for first in firsts:

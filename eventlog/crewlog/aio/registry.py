@@ -122,7 +122,10 @@ class AsyncRegistry:
             self._begin()
 
     async def call(self, work: Callable[[], R]) -> R:
-        """Run something that may block in a thread. *Raises* RegistryClosed after `aclose`."""
+        """Run something that may block in a thread.
+
+        Raises: RegistryClosed after `aclose`.
+        """
         return await self._begun(work)
 
     def _begun(self, work: Callable[[], R]) -> asyncio.Future[R]:

@@ -33,7 +33,10 @@ class EtcdAddress:
 
     @classmethod
     def parse(cls, url: str) -> "EtcdAddress":
-        """Read a URL. *Raises* ValueError, which says what is wrong with it."""
+        """Read a URL.
+
+        Raises: ValueError, which says what is wrong with it.
+        """
         scheme, slashes, rest = url.partition("://")
         if not slashes:
             raise _bad(url, "it is no URL")
@@ -91,7 +94,10 @@ class Secrets:
 
 
 def secrets(address: EtcdAddress) -> Secrets:
-    """Read the environment. *Raises* AuthFailed, UnsafePermissions."""
+    """Read the environment.
+
+    Raises: AuthFailed, UnsafePermissions.
+    """
     where = str(address)
     user = address.user or os.environ.get(USER, "")
     password = os.environ.get(PASSWORD, "")

@@ -152,7 +152,10 @@ class EtcdLog(EtcdReading):
     # -- life -------------------------------------------------------------------------------
 
     def opened(self) -> "EtcdLog":
-        """Check the server and the store. *Raises* StoreMissing, Unsupported, AuthFailed."""
+        """Check the server and the store.
+
+        Raises: StoreMissing, Unsupported, AuthFailed.
+        """
         self.check_version()
         self.identify()
         return self
@@ -171,7 +174,10 @@ class EtcdLog(EtcdReading):
         return self
 
     def check_version(self) -> str:
-        """Return the server's version. *Raises* Unsupported for one that loses data."""
+        """Return the server's version.
+
+        Raises: Unsupported for one that loses data.
+        """
         version = self.client.version()
         if not is_sound(version):
             raise Unsupported(
@@ -215,7 +221,7 @@ class EtcdLog(EtcdReading):
     def append(self, decide: Decide, *, about: Collection[str]) -> Appended:
         """Write what `decide` returns as one unit, all or nothing; durable on return.
 
-        *Raises* whatever `decide` raises; LockBusy where others were faster for `wait_s` seconds,
+        Raises: whatever `decide` raises; LockBusy where others were faster for `wait_s` seconds,
         Unavailable, QuotaExceeded, AuthFailed with nothing written; UnknownOutcome.
         """
         return self.commits.append(decide, about)
@@ -252,7 +258,7 @@ class EtcdLog(EtcdReading):
     def note(self, compose: Callable[[Attempt], None]) -> None:
         """Write lines of the store's own, and what goes with them; durable on return.
 
-        *Raises* Beaten where a key is there that must not be.
+        Raises: Beaten where a key is there that must not be.
         """
         self._transact(set(), compose)
 
@@ -314,7 +320,7 @@ class EtcdLog(EtcdReading):
     def _commit(self, attempt: Attempt, sids: Sequence[str]) -> EtcdTip | None:
         """Send the transaction; None if it is done, else the state that has passed it by for good.
 
-        *Raises* UnknownOutcome where that cannot be known; Beaten.
+        Raises: UnknownOutcome where that cannot be known; Beaten.
         """
         written, names = attempt.written, self.keys
         before = written.head

@@ -119,7 +119,7 @@ class Client:
     def call(self, path: str, body: JsonObject) -> JsonObject:
         """Send a request, which may arrive twice, and return the answer.
 
-        *Raises* Refused; Unavailable after `wait_s` without an answer; AuthFailed, QuotaExceeded.
+        Raises: Refused; Unavailable after `wait_s` without an answer; AuthFailed, QuotaExceeded.
         """
         return self._answered(lambda deadline: self.send(path, body, deadline=deadline))
 
@@ -132,7 +132,10 @@ class Client:
         return keys.pairs(self.call("kv/range", {"key": keys.text(key)}))
 
     def _answered(self, ask: Callable[[float], T]) -> T:
-        """Ask with a deadline, again where no answer comes. *Raises* Unavailable after `wait_s`."""
+        """Ask with a deadline, again where no answer comes.
+
+        Raises: Unavailable after `wait_s`.
+        """
         deadline = time.monotonic() + self.wait_s
         pauses = self.pauses(deadline)
         reasons: dict[str, None] = {}  # in order, each once
@@ -147,7 +150,7 @@ class Client:
     def commit(self, body: JsonObject) -> JsonObject:
         """Send a transaction that compares; the same one again where no answer comes.
 
-        *Raises* Unavailable if it was never sent, UnknownOutcome if it was; Refused and the others
+        Raises: Unavailable if it was never sent, UnknownOutcome if it was; Refused and the others
         of `call` only where no earlier sending of it may have been carried out.
         """
         deadline = time.monotonic() + self.wait_s
@@ -191,7 +194,10 @@ class Client:
             yield True
 
     def send(self, path: str, body: JsonObject, *, deadline: float) -> JsonObject:
-        """Send a request once. *Raises* Unanswered; else as `call`."""
+        """Send a request once.
+
+        Raises: Unanswered; else as `call`.
+        """
         for again in (False, True):
             token = self._token
             try:
@@ -333,7 +339,10 @@ class Client:
     # -- streams ----------------------------------------------------------------------------
 
     def watch(self, key: bytes) -> "Stream":
-        """Begin a stream of what happens to a key from now on. *Raises* Unanswered, Refused."""
+        """Begin a stream of what happens to a key from now on.
+
+        Raises: Unanswered, Refused.
+        """
         body: JsonObject = {"create_request": {"key": keys.text(key)}}
         host = self._host()
         answer = self._request(host, "v3/watch", body, read_s=STREAM_WAIT_S, stream=True)
@@ -345,7 +354,10 @@ class Client:
     # -- life -------------------------------------------------------------------------------
 
     def version(self) -> str:
-        """Return the version of the server whose turn it is. *Raises* Unavailable."""
+        """Return the version of the server whose turn it is.
+
+        Raises: Unavailable.
+        """
 
         def ask(deadline: float) -> str:
             host, left_s = self._host(), max(0.05, deadline - time.monotonic())

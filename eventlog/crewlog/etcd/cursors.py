@@ -22,7 +22,10 @@ class EtcdCursors:
         self._limits = limits
 
     def read(self, name: str) -> Standing | None:
-        """Read a cursor, whoever owns it. *Raises* CursorCorrupt."""
+        """Read a cursor, whoever owns it.
+
+        Raises: CursorCorrupt.
+        """
         found = self._client.read(self._keys.named(Room.CURSOR, name))
         if not found:
             return None
@@ -37,7 +40,9 @@ class EtcdCursors:
         return [_standing(row) for row in keys.pairs(self._client.call("kv/range", page))]
 
     def own(self, name: str, *, start: int) -> "EtcdCursor":
-        """Take ownership, and create the cursor at `start` if there is none. *Raises* CursorBusy.
+        """Take ownership, and create the cursor at `start` if there is none.
+
+        Raises: CursorBusy.
 
         An owner that was killed keeps it for CLAIM_TTL_S.
         """
@@ -68,7 +73,10 @@ class EtcdCursors:
         return bool(self._client.read(self._keys.named(Room.OWNER, name)))
 
     def remove(self, name: str) -> bool:
-        """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
+        """Remove a cursor that nobody owns; False if there is none.
+
+        Raises: CursorBusy.
+        """
         key, owner = self._keys.named(Room.CURSOR, name), self._keys.named(Room.OWNER, name)
         if not self._client.read(key):
             return False
@@ -103,7 +111,7 @@ class EtcdCursor:
     def set(self, seq: int) -> None:
         """Move to `seq`, also backwards; durable on return.
 
-        *Raises* RegistryClosed once it is closed; CursorBusy if it was lost to another owner.
+        Raises: RegistryClosed once it is closed; CursorBusy if it was lost to another owner.
         """
         if self._closed:
             raise RegistryClosed(f"cursor {self.name}")

@@ -46,7 +46,10 @@ class Keeper:
     """The process that keeps one lease."""
 
     def __init__(self, url: str, key: bytes, lease: int, *, ttl_s: int) -> None:
-        """Start it; it keeps the lease and its key on return. *Raises* SpawnFailed."""
+        """Start it; it keeps the lease and its key on return.
+
+        Raises: SpawnFailed.
+        """
         us = codec.dump(identity.capture(None).as_json()).decode()
         told = [url, key.decode(), str(lease), str(ttl_s), us]
         paths = [os.path.abspath(path) for path in sys.path]  # it runs in another directory

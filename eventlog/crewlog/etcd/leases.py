@@ -47,7 +47,7 @@ class EtcdLeases:
     def make(self, sid: str, *, heartbeat_s: float | None) -> "EtcdLease":
         """Make a lease, with its first beat, and a process that keeps it.
 
-        *Raises* SpawnFailed if that process does not start.
+        Raises: SpawnFailed if that process does not start.
         """
         id_ = claims.new_id()
         ttl_s, cluster = claims.grant(self._client, id_, self._limits.lease_ttl_s)
@@ -101,7 +101,8 @@ class EtcdLeases:
     def turn(self, sid: str, *, wait_s: float) -> "Iterator[EtcdTurn]":
         """Hold the turn to start a worker of one sid, on any host.
 
-        Who is killed while having it keeps it for CLAIM_TTL_S. *Raises* LockBusy.
+        Who is killed while having it keeps it for CLAIM_TTL_S.
+        Raises: LockBusy.
         """
         key = self._keys.named(Room.TURN, sid)
         claim = Claim(self._client, key, holder=claims.me(), ttl_s=self._limits.claim_ttl_s)

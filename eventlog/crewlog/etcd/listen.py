@@ -46,7 +46,10 @@ class EtcdChannel:
         return ""
 
     def source(self, backend: Backend, rings: Rings) -> "EtcdSource":
-        """Listen from here on. *Raises* ValueError for a waker of directories."""
+        """Listen from here on.
+
+        Raises: ValueError for a waker of directories.
+        """
         if backend not in _BACKENDS:
             message = f"backend {backend!r} wakes readers of a directory; on etcd: auto or poll"
             raise ValueError(message)

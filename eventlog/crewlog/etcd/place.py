@@ -38,7 +38,10 @@ class EtcdPlace:
         return str(self.address)
 
     def open(self, *, wait_s: float, limits: Limits = DEFAULT) -> EtcdLog:
-        """Open the store; this creates and changes nothing. *Raises* StoreMissing."""
+        """Open the store; this creates and changes nothing.
+
+        Raises: StoreMissing.
+        """
         return EtcdLog(self.address, wait_s=wait_s, limits=limits).opened()
 
     def create(self, *, wait_s: float, limits: Limits = DEFAULT) -> EtcdLog:

@@ -78,7 +78,10 @@ class EtcdLines:
     # -- head -------------------------------------------------------------------------------
 
     def identify(self) -> None:
-        """Learn who the store is. *Raises* StoreMissing, NotAStore, FormatTooNew."""
+        """Learn who the store is.
+
+        Raises: StoreMissing, NotAStore, FormatTooNew.
+        """
         identity, head = self.ask([keys.get(self.keys.store), keys.get(self.keys.head)])
         if not identity or not head:
             raise self._missing()
@@ -112,7 +115,10 @@ class EtcdLines:
         return keys.ranges(self.client.at_once(*wanted))
 
     def look(self, *wanted: JsonObject) -> tuple[Head, list[list[KeyValue]]]:
-        """Read head and more at one moment. *Raises* StoreMissing, HistoryRewound."""
+        """Read head and more at one moment.
+
+        Raises: StoreMissing, HistoryRewound.
+        """
         before = self.seen
         found, *more = self.ask([keys.get(self.keys.head), *wanted])
         return self.saw(found, before=before), more
@@ -120,7 +126,7 @@ class EtcdLines:
     def saw(self, found: Sequence[KeyValue], *, before: Head | None) -> Head:
         """Take over a head that was read; `before` had been seen when it was asked for.
 
-        *Raises* StoreMissing, HistoryRewound.
+        Raises: StoreMissing, HistoryRewound.
         """
         if not found:
             raise StoreMissing(self.where, why="it was removed")
@@ -164,7 +170,7 @@ class EtcdLines:
     def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
         """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
 
-        *Raises* CompactedError where the line after `after` is no longer kept.
+        Raises: CompactedError where the line after `after` is no longer kept.
         """
         head = self.head()
         if after < head.seq:
@@ -272,7 +278,10 @@ class EtcdLines:
             oldest = max(oldest, self.first_seq())
 
     def tail(self, after: int, *, sieve: Sieve | None = None) -> "EtcdTail":
-        """Return what reads on from seq `after`. *Raises* CompactedError as `read` does."""
+        """Return what reads on from seq `after`.
+
+        Raises: CompactedError as `read` does.
+        """
         oldest = self.first_seq()
         if after + 1 < oldest:
             raise CompactedError(requested=after + 1, oldest=oldest)

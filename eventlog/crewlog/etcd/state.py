@@ -114,7 +114,10 @@ class EtcdReading(EtcdLines):
         raise Unavailable(self.where, what="the records cannot be read", why=why)
 
     def records(self) -> tuple[Head, list[Record]]:
-        """Read head and every record of one moment. *Raises* Refused if it is compacted away."""
+        """Read head and every record of one moment.
+
+        Raises: Refused if it is compacted away.
+        """
         begin, end = self.keys.room(Room.RECORD)
         page = keys.page(begin, end, limit=RECORDS_A_PAGE)
         before = self.seen
@@ -199,7 +202,7 @@ class EtcdReading(EtcdLines):
     def read_base(self) -> Snapshot | None:
         """Return the state before the oldest event that is kept; None if no retention left one.
 
-        *Raises* SnapshotCorrupt.
+        Raises: SnapshotCorrupt.
         """
         page = keys.page(*self.keys.room(Room.BASE), limit=PIECES_MAX)
         groups: dict[bytes, list[bytes]] = {}

@@ -84,7 +84,10 @@ T = TypeVar("T")
 
 
 def size_of(drafts: Sequence[Draft]) -> int:
-    """Return how many bytes the lines will take at most. *Raises* ValueError for too much."""
+    """Return how many bytes the lines will take at most.
+
+    Raises: ValueError for too much.
+    """
     if len(drafts) == 1:  # a draft is shorter than a line may be, and that than a batch
         return len(drafts[0].body) + codec.LINE_OVERHEAD_BYTES
     size = sum(len(part.body) for part in drafts) + codec.LINE_OVERHEAD_BYTES * len(drafts)
@@ -251,8 +254,9 @@ class Appender:
     def _meet(self, state: AppendState, head: DurableHead) -> tuple[AppendState, DurableHead]:
         """Go on from states that this process has not left so: what it knew is read anew.
 
-        What the redo knows to follow the last whole line is put back first. *Raises* HistoryRewound
-        where this process has seen more than there is: a backup was restored under it.
+        What the redo knows to follow the last whole line is put back first.
+        Raises: HistoryRewound where this process has seen more than there is: a backup was restored
+        under it.
         """
         kept = redo.read(self.directory)
         if not state.sealed and redo.line_after(kept, state.seq, state.hash):
@@ -267,7 +271,7 @@ class Appender:
     def _require_no_strangers(self, state: AppendState) -> None:
         """Refuse before anything is acknowledged: a reader would take such a file for the log.
 
-        *Raises* LogCorrupt for a file behind the last segment that is none of this log.
+        Raises: LogCorrupt for a file behind the last segment that is none of this log.
         """
         for first in self.segments.in_log():
             if first > state.segment and not self.segments.is_ours(first):
@@ -405,8 +409,9 @@ class Appender:
         """Cut the log back to `state`; durable, so that no power cut brings back what was refused.
 
         The copy in the redo goes first: as long as it is there, the lines may come back. A state
-        file that cannot be put back (no room) is a cache: the next writer rebuilds it. *Raises*
-        StorePoisoned where a sync fails, StorageFailed where a line may come back; both "unknown".
+        file that cannot be put back (no room) is a cache: the next writer rebuilds it.
+        Raises: StorePoisoned where a sync fails, StorageFailed where a line may come back; both
+        "unknown".
         """
         via = self.directory.disk
         try:
@@ -522,7 +527,8 @@ class Appender:
         The mutex comes last, so readers of this process never wait for another process's lock. An
         interrupt (Ctrl-C) may come wherever a function of Python begins or a call has returned, and
         must leave nothing taken: so all of it is given back by calls of C alone, each in a
-        `finally` of its own. *Raises* LockBusy after `wait_s`; what the work raises, typed.
+        `finally` of its own.
+        Raises: LockBusy after `wait_s`; what the work raises, typed.
         """
         if host.is_mine(self.writer):
             raise LockBusy(self.lock.where, waited_s=0, holder=host.INTERRUPTED)

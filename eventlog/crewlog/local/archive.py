@@ -23,7 +23,10 @@ class PackingError(ValueError):
 
 
 def require(packing: str) -> Packing:
-    """Return a packing that can be used here. *Raises* ValueError, Unsupported."""
+    """Return a packing that can be used here.
+
+    Raises: ValueError, Unsupported.
+    """
     if packing == "zstd":
         _zstandard(f"archive{layout.ZSTD_SUFFIX}")
         return "zstd"
@@ -54,7 +57,10 @@ def pack(data: bytes, packing: Packing) -> bytes:
 
 
 def unpack(packed: bytes, *, name: str, where: str) -> bytes:
-    """Decompress an archive. *Raises* PackingError; Unsupported where zstd is not installed."""
+    """Decompress an archive.
+
+    Raises: PackingError; Unsupported where zstd is not installed.
+    """
     packing = packing_of(name)
     match packing:
         case "gzip":

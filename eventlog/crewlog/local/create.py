@@ -30,7 +30,7 @@ def open_or_create(
 ) -> Directory:
     """Open the store at `path`, creating it if there is none; durable on return.
 
-    *Raises* what open_existing raises, and LockBusy.
+    Raises: what open_existing raises, and LockBusy.
     """
     try:
         return open_existing(path, via=via, limits=limits)
@@ -56,7 +56,7 @@ class Content(NamedTuple):
 def create_with(path: Path, content: Content, *, wait_s: float) -> Directory:
     """Create the store at `path` with a history; durable on return.
 
-    *Raises* NotAStore where there is a store already, or anything else.
+    Raises: NotAStore where there is a store already, or anything else.
     """
     with contextlib.suppress(StoreMissing):
         found = open_existing(path)

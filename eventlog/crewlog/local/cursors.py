@@ -22,7 +22,7 @@ TEMPORARY_AGE_S: Final = 3600.0
 def read(directory: Directory, name: str) -> Standing | None:
     """Read a cursor, whoever owns it; None if there is none of that name.
 
-    *Raises* CursorCorrupt if neither slot is whole.
+    Raises: CursorCorrupt if neither slot is whole.
     """
     where = directory.where(layout.CURSORS, name)
     with disk.failures("cannot read the cursor", where=where):
@@ -59,7 +59,7 @@ class Cursor:
     def __init__(self, directory: Directory, name: str, *, start: int) -> None:
         """Take ownership, and create the cursor at `start` if there is none.
 
-        *Raises* CursorBusy while another subscriber owns it.
+        Raises: CursorBusy while another subscriber owns it.
         """
         self.name = name
         self._directory = directory
@@ -87,7 +87,10 @@ class Cursor:
             self.set(seq)
 
     def set(self, seq: int) -> None:
-        """Move to `seq`, also backwards. *Raises* RegistryClosed once it is closed."""
+        """Move to `seq`, also backwards.
+
+        Raises: RegistryClosed once it is closed.
+        """
         if self._fd < 0:
             raise RegistryClosed(f"cursor {self.name}")
         self._generation += 1
@@ -154,7 +157,10 @@ def is_owned(directory: Directory, name: str) -> bool:
 
 
 def remove(directory: Directory, name: str) -> bool:
-    """Remove a cursor that nobody owns; False if there is none. *Raises* CursorBusy."""
+    """Remove a cursor that nobody owns; False if there is none.
+
+    Raises: CursorBusy.
+    """
     if not disk.exists(name, at=directory[layout.CURSORS]):
         return False
     at, where = directory[layout.CURSORS], directory.where(layout.CURSORS, name)

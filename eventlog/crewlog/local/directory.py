@@ -84,8 +84,8 @@ class Descriptors:
 def open_existing(path: Path, *, via: Disk | None = None, limits: Limits = DEFAULT) -> Directory:
     """Open the store at `path`; this creates and changes nothing.
 
-    *Raises* StoreMissing if there is none; NotAStore, FormatTooNew, UnsafePermissions or
-    Unsupported if it must not be used.
+    Raises: StoreMissing if there is none; NotAStore, FormatTooNew, UnsafePermissions or Unsupported
+    if it must not be used.
     """
     real = disk.resolved(path)
     with disk.failures("cannot open the registry", where=str(path)):

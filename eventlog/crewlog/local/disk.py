@@ -128,8 +128,8 @@ class Disk:
 def open_directory(name: str, *, at: int | None = None, where: str) -> int:
     """Open a directory of ours that nobody else can look into.
 
-    *Raises* FileNotFoundError if it is absent; UnsafePermissions if it is not a directory of
-    ours, or open to others.
+    Raises: FileNotFoundError if it is absent; UnsafePermissions if it is not a directory of ours,
+    or open to others.
     """
     try:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=at)
@@ -147,9 +147,9 @@ def open_directory(name: str, *, at: int | None = None, where: str) -> int:
 def open_file(name: str, *, at: int, where: str, change: bool = False, append: bool = False) -> int:
     """Open a file of ours that nobody else can read.
 
-    *Raises* FileNotFoundError if it is absent; UnsafePermissions if it is not a plain file of
-    ours, or is open to others; see require_one_name for a second name. O_NONBLOCK keeps a FIFO
-    from holding us up.
+    Raises: FileNotFoundError if it is absent; UnsafePermissions if it is not a plain file of ours,
+    or is open to others; see require_one_name for a second name. O_NONBLOCK keeps a FIFO from
+    holding us up.
     """
     flags = (os.O_RDWR if change else os.O_RDONLY) | (os.O_APPEND if append else 0)
     try:
@@ -191,7 +191,10 @@ def require_one_name(fd: int, *, where: str) -> None:
 
 
 def resolved(path: Path) -> Path:
-    """Return a path without links. *Raises* UnsafePermissions where links lead in a circle."""
+    """Return a path without links.
+
+    Raises: UnsafePermissions where links lead in a circle.
+    """
     try:
         return path.resolve()
     except (RuntimeError, OSError) as error:  # RuntimeError before Python 3.13
@@ -239,7 +242,8 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
     """Put a file of ours at a path outside the store, whole or not at all.
 
     It is owner-only, or with `public` readable by all. A link at that path is replaced, never
-    followed. *Raises* UnsafePermissions where a device or a pipe is there, which would be gone.
+    followed.
+    Raises: UnsafePermissions where a device or a pipe is there, which would be gone.
     """
     with suppress(FileNotFoundError, NotADirectoryError):  # told below
         there = os.lstat(path).st_mode
@@ -301,7 +305,7 @@ class Stamp:
 def require_length(size: int, *, where: str) -> None:
     """Refuse before anything is written what this process's own limit would cut off half way.
 
-    *Raises* StorageFull. Source: setrlimit(2), RLIMIT_FSIZE; `ulimit -f`.
+    Raises: StorageFull. Source: setrlimit(2), RLIMIT_FSIZE; `ulimit -f`.
     """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and size > limit:

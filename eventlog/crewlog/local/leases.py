@@ -81,7 +81,8 @@ def turn(directory: Directory, sid: str, *, wait_s: float) -> Iterator[Lock]:
     """Hold the turn to start a worker of one sid; a waiting process of ours may inherit it.
 
     It ends with the last descriptor: when its holder was killed, once the process that waited to
-    become the program has ended too. *Raises* LockBusy after `wait_s` seconds.
+    become the program has ended too.
+    Raises: LockBusy after `wait_s` seconds.
     """
     at, name = directory[layout.LEASES], f"{sid}{_MARK}turn"
     where = directory.where(layout.LEASES, name)

@@ -18,9 +18,9 @@ from crewlog.store import Backend, Rings, Source
 class WatchdogSource:
     """watchdog: one schedule, for modified files only, that rings and does nothing else.
 
-    A handler that raised would kill watchdog's thread, one that opened the file would call
-    itself, two schedules with different filters on one directory leave the first one deaf.
-    *Raises* OSError where the system's limits are reached.
+    A handler that raised would kill watchdog's thread, one that opened the file would call itself,
+    two schedules with different filters on one directory leave the first one deaf.
+    Raises: OSError where the system's limits are reached.
     """
 
     name = "watchdog"
@@ -61,7 +61,7 @@ class WatchdogSource:
 class InotifySource:
     """inotify directly: one thread that waits in the kernel and rings.
 
-    *Raises* OSError where the system's limits are reached, ImportError without inotify_simple.
+    Raises: OSError where the system's limits are reached, ImportError without inotify_simple.
     """
 
     name = "inotify"
@@ -144,7 +144,10 @@ class HeadChannel:
         return "" if self._local else "this is a network file system"
 
     def source(self, backend: Backend, rings: Rings) -> Source:
-        """Listen by the best that there is. *Raises* OSError at inotify's limits."""
+        """Listen by the best that there is.
+
+        Raises: OSError at inotify's limits.
+        """
         try:
             if backend in {"auto", "inotify"}:
                 try:

@@ -184,7 +184,10 @@ class Lock(Closing):
 
 
 def take(name: str, *, at: int, where: str) -> Lock:
-    """Open a lock file and take the lock at once; the caller closes it. *Raises* LockBusy."""
+    """Open a lock file and take the lock at once; the caller closes it.
+
+    Raises: LockBusy.
+    """
     lock = Lock(name, at=at, where=where)
     try:
         if not lock.try_acquire():

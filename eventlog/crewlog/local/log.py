@@ -63,7 +63,7 @@ class Log:
     def append(self, decide: Decide, *, about: Collection[str]) -> Appended:
         """Write what `decide` returns as one unit, all or nothing; durable on return.
 
-        *Raises* whatever `decide` raises; LockBusy, StorageFull, StorageFailed, StorePoisoned and
+        Raises: whatever `decide` raises; LockBusy, StorageFull, StorageFailed, StorePoisoned and
         all kinds of DataDamaged with nothing written; AppendUncertain, StorageFailed and
         StorePoisoned with the outcome "unknown" once lines were written. A refusal is durable too.
         """
@@ -216,7 +216,7 @@ class Log:
     def read(self, after: int, *, sieve: Sieve | None = None) -> Iterator[tuple[Line, bytes]]:
         """Yield the durable lines after seq `after` that the sieve holds, up to the last of now.
 
-        *Raises* CompactedError where the line after `after` is no longer kept.
+        Raises: CompactedError where the line after `after` is no longer kept.
         """
         with disk.failures("cannot read the log", where=self.where):
             head = self.head()
@@ -240,7 +240,7 @@ class Log:
     def tail(self, after: int, *, sieve: Sieve | None = None) -> "Tail":
         """Return what reads on from seq `after`; it may begin before, with its segment.
 
-        *Raises* CompactedError where that line is no longer kept.
+        Raises: CompactedError where that line is no longer kept.
         """
         return Tail(self, self._reader(after, sieve=sieve))
 

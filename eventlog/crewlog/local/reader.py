@@ -37,9 +37,9 @@ def walk(
 ) -> Iterator[Walked]:
     """Walk from a position up to `end` bytes, or to the end of the segment.
 
-    Lines that the `sieve` does not hold back are passed over unparsed. *Raises* LogCorrupt or
-    ArchiveDamaged at the first line that fails, LogRegressed where the file ends before `end`: the
-    caller has proof that these bytes were durable.
+    Lines that the `sieve` does not hold back are passed over unparsed.
+    Raises: LogCorrupt or ArchiveDamaged at the first line that fails, LogRegressed where the file
+    ends before `end`: the caller has proof that these bytes were durable.
     """
     offset, seq = start.offset, start.seq
     stop = source.size() if end is None else end
@@ -120,7 +120,7 @@ class Reader:
     def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
         """Yield (line, raw) up to the durable position `stop`; `position` moves along.
 
-        *Raises* LogCorrupt, ArchiveDamaged, SegmentMissing; the position stays before the damage.
+        Raises: LogCorrupt, ArchiveDamaged, SegmentMissing; the position stays before the damage.
         """
         while self.position.seq < stop.seq:
             segment = self.position.segment
@@ -190,7 +190,8 @@ def backwards(
 ) -> Iterator[tuple[Line, bytes]]:
     """Yield (line, raw) from the durable `head` back to the oldest that is kept.
 
-    One segment is in memory at a time. *Raises* LogCorrupt, ArchiveDamaged, SegmentMissing.
+    One segment is in memory at a time.
+    Raises: LogCorrupt, ArchiveDamaged, SegmentMissing.
     """
     due = head.seq  # the last seq of the segment that comes next
     for first in reversed([f for f in segments.all() if f <= head.segment]):

@@ -117,9 +117,9 @@ def judge(
 ) -> tuple[int, Scan, Action]:
     """Scan the last segment, as the redo completes it, and decide about its tail.
 
-    This changes nothing; the segment is read as completed from here on.
-    Returns the segment by its first seq, what was found, and what to do. *Raises* LogCorrupt,
-    LogRegressed or SegmentMissing where acknowledged data are damaged or gone.
+    This changes nothing; the segment is read as completed from here on. Returns the segment by its
+    first seq, what was found, and what to do.
+    Raises: LogCorrupt, LogRegressed or SegmentMissing where acknowledged data are damaged or gone.
     """
     directory, firsts = segments.directory, segments.in_log()
     if not firsts:

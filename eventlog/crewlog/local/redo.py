@@ -46,7 +46,7 @@ class Redo:
     def reopen(self) -> None:
         """Open the file that is in place now; without one, nothing is open.
 
-        *Raises* UnsafePermissions.
+        Raises: UnsafePermissions.
         """
         self.close()
         where, root = self._directory.where(layout.REDO), self._directory.root

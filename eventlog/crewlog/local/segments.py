@@ -114,7 +114,7 @@ class Segments:
     def find(self, after: int) -> Position:
         """Return the start of the segment that holds the line after seq `after`.
 
-        *Raises* SegmentMissing if none does because it is gone.
+        Raises: SegmentMissing if none does because it is gone.
         """
         firsts = self.all()
         fitting = [first for first in firsts if first <= after + 1]
@@ -129,7 +129,7 @@ class Segments:
     def open(self, first: int) -> Segment:
         """Open a segment wherever it is now.
 
-        *Raises* SegmentMissing if it is nowhere, ArchiveDamaged if its archive cannot be read.
+        Raises: SegmentMissing if it is nowhere, ArchiveDamaged if its archive cannot be read.
         """
         directory, name = self.directory, layout.segment_name(first)
         completed = self.completed.get(first)
@@ -169,7 +169,7 @@ class Segments:
     def open_to_append(self, first: int) -> Segment:
         """Open a segment for appending. Held: locks/append or a sync lock.
 
-        *Raises* LogRegressed if it is gone.
+        Raises: LogRegressed if it is gone.
         """
         name, at = layout.segment_name(first), self.directory[layout.LOG]
         where = self.directory.where(layout.LOG, name)

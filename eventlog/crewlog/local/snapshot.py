@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
 def read(directory: Directory, name: str, *, inside: str = "") -> Snapshot | None:
     """Read one snapshot, in a directory of the store; None if it is absent.
 
-    *Raises* SnapshotCorrupt if it is damaged or another store's; FormatTooNew.
+    Raises: SnapshotCorrupt if it is damaged or another store's; FormatTooNew.
     """
     where = directory.where(inside, name)
     at = directory[inside]
@@ -94,7 +94,7 @@ def empty(directory: Directory) -> Snapshot:
 def read_base(directory: Directory) -> Snapshot | None:
     """Return the state before the oldest archived segment; None if no retention left one.
 
-    *Raises* SnapshotCorrupt.
+    Raises: SnapshotCorrupt.
     """
     return read(directory, layout.BASE, inside=layout.ARCHIVE)
 
@@ -126,7 +126,7 @@ def every(directory: Directory) -> Iterator[Snapshot]:
 def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
     """Make `snapshot` the current one; durable and checked on return. Held: locks/compact.
 
-    *Raises* LogRegressed if it is older than the current one, SnapshotCorrupt if it does not read
+    Raises: LogRegressed if it is older than the current one, SnapshotCorrupt if it does not read
     back as written.
     """
     via, root = directory.disk, directory.root
@@ -185,8 +185,8 @@ def refold(
 ) -> Snapshot:
     """Return the state at `stop`, which is durable, from that of `start`, which is not after it.
 
-    `seen` is told of each line in between. *Raises* HistoryDiverged, LogCorrupt, ArchiveDamaged,
-    SegmentMissing.
+    `seen` is told of each line in between.
+    Raises: HistoryDiverged, LogCorrupt, ArchiveDamaged, SegmentMissing.
     """
     reader = Reader(segments, segments.find(start.last_seq))
 

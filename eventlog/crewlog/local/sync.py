@@ -70,10 +70,11 @@ class Syncer:
     ) -> None:
         """Return once head/durable covers `seq`; `begun` is called when our turn has come.
 
-        `generation` is that of the last head the caller saw: a guess at whose turn it is, which
-        is checked once the lock is held. *Raises* AppendUncertain where it cannot be known whether
-        the lines are or will be durable, StorageFailed where our own sync failed; the outcome is
-        "unknown" in every case, because the lines are written.
+        `generation` is that of the last head the caller saw: a guess at whose turn it is, which is
+        checked once the lock is held.
+        Raises: AppendUncertain where it cannot be known whether the lines are or will be durable,
+        StorageFailed where our own sync failed; the outcome is "unknown" in every case, because the
+        lines are written.
         """
         deadline = time.monotonic() + self._wait_s
         if host.is_mine(self.turn):
@@ -127,7 +128,10 @@ class Syncer:
             generation = None
 
     def _usable_head(self) -> DurableHead:
-        """Return the head. *Raises* AppendUncertain if it is unreadable or the store poisoned."""
+        """Return the head.
+
+        Raises: AppendUncertain if it is unreadable or the store poisoned.
+        """
         head = self._states.head()
         if head is None or head.boot != self._boot:
             raise AppendUncertain(

@@ -48,8 +48,8 @@ def follow(
 ) -> str:
     """Fold a line that must follow the one with the hash `prev`, and return its own hash.
 
-    *Raises* what `diverged` makes of the last seq that both have, where it follows another one;
-    what `wrong` makes of a line that no correct writer can have written.
+    Raises: what `diverged` makes of the last seq that both have, where it follows another one; what
+    `wrong` makes of a line that no correct writer can have written.
     """
     if line["prev"] != prev:
         raise diverged(line["seq"] - 1)

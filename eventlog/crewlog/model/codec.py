@@ -261,7 +261,10 @@ def encode_identity(store: str, *, created: str) -> bytes:
 
 
 def decode_identity(data: bytes, *, where: str) -> str:
-    """Check a store's identity and return its id. *Raises* DocumentError; FormatTooNew."""
+    """Check a store's identity and return its id.
+
+    Raises: DocumentError; FormatTooNew.
+    """
     found = load_object(data)
     if found.get("format") != FORMAT:
         raise FormatTooNew(where, why=f"it has format {found.get('format')!r}")

@@ -153,7 +153,10 @@ def _record(row: object, what: str) -> Record:
 
 
 def decode_record(data: bytes) -> Record:
-    """Check and parse one worker's record, as `dump` wrote it. *Raises* DocumentError."""
+    """Check and parse one worker's record, as `dump` wrote it.
+
+    Raises: DocumentError.
+    """
     return _record(load_object(data), "it")
 
 
@@ -190,8 +193,8 @@ def refold_lines(
 ) -> Snapshot:
     """Return the state at seq `stop`, from lines that may begin before that of `start`.
 
-    `wrong` makes the error of a whole line that no correct writer can have written. *Raises* it,
-    and HistoryDiverged.
+    `wrong` makes the error of a whole line that no correct writer can have written.
+    Raises: it, and HistoryDiverged.
     """
     state, prev = fold_of(start), start.last_hash
 

@@ -118,7 +118,10 @@ class WorkerOptions(TypedDict, total=False):
 
 
 def wish_of(options: WorkerOptions) -> "Wish":
-    """Return the same, complete. *Raises* TypeError for what is no option."""
+    """Return the same, complete.
+
+    Raises: TypeError for what is no option.
+    """
     arguments.check_options(options, WorkerOptions.__annotations__, of="register")
     return Wish(**options)
 
@@ -168,7 +171,10 @@ def register_step(
 
 
 def describe_worker(wish: Wish) -> JsonObject:
-    """Return what describes a worker, checked. *Raises* ValueError, TypeError."""
+    """Return what describes a worker, checked.
+
+    Raises: ValueError, TypeError.
+    """
     return {
         "sock": arguments.check_sock(wish.sock),
         "version": arguments.check_text(wish.version, name="version"),
@@ -414,7 +420,7 @@ META_BYTES_MAX: Final = 64 * 1024
 def _refuse_growth(record: Record, data: JsonObject) -> None:
     """Refuse labels or meta that grow beyond what one worker may have; what is there may stay.
 
-    *Raises* ValueError.
+    Raises: ValueError.
     """
     labels, meta = data.get("labels"), data.get("meta")
     if isinstance(labels, dict):

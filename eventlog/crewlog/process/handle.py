@@ -23,7 +23,10 @@ class Process(Closing):
     """The process of an identity, held by its pidfd; `close` lets go of it."""
 
     def __init__(self, who: Identity) -> None:
-        """Open it, and check that it is the one. *Raises* ProcessNotFound if it is not there."""
+        """Open it, and check that it is the one.
+
+        Raises: ProcessNotFound if it is not there.
+        """
         self.who = who
         opened, self._fd = identity.open_pidfd(who.pid)
         try:
@@ -43,7 +46,10 @@ class Process(Closing):
         return now.start_ticks is not None and now.start_ticks == self.who.start_ticks
 
     def send(self, number: int) -> bool:
-        """Send a signal; False if the process has ended. *Raises* PermissionError."""
+        """Send a signal; False if the process has ended.
+
+        Raises: PermissionError.
+        """
         try:
             if self._fd >= 0:
                 signal.pidfd_send_signal(self._fd, number)

@@ -329,7 +329,7 @@ def check_pid(pid: object) -> int:
 def capture(pid: int | None = None) -> Identity:
     """Take the identity of a living process, by default of this one.
 
-    *Raises* ProcessNotFound if it has ended, or if the pid is a thread's.
+    Raises: ProcessNotFound if it has ended, or if the pid is a thread's.
     """
     number = os.getpid() if pid is None else check_pid(pid)
     if not LINUX:

@@ -104,7 +104,8 @@ class Launch:
         """Start it, by default in a session of its own and with nothing on stdin.
 
         `keep` are descriptors that the program inherits; `turn` is one that only the waiting
-        process holds. *Raises* SpawnFailed.
+        process holds.
+        Raises: SpawnFailed.
         """
         self._go = self._told = self._pidfd = -1
         self.argv = check_argv(argv)
@@ -150,7 +151,9 @@ class Launch:
         self.pid = self._child.pid
 
     def go(self) -> None:
-        """Let the program begin. *Raises* SpawnFailed if it cannot.
+        """Let the program begin.
+
+        Raises: SpawnFailed if it cannot.
 
         Returns once the program is in place of the waiting process, or after LAUNCH_WAIT_S if that
         hangs; it is listed by then.

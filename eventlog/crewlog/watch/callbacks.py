@@ -122,7 +122,7 @@ class Mirror(Closing):
     ) -> State:
         """Return the first state that the predicate accepts, asked again after every change.
 
-        *Raises* WaitTimeout, which names `what`, after `timeout_s` seconds.
+        Raises: WaitTimeout, which names `what`, after `timeout_s` seconds.
         """
         if timeout_s is not None:
             arguments.check_wait(timeout_s)

@@ -125,7 +125,8 @@ class Feed:
         """Return the next item that is there now, None if there is none.
 
         With `lines_max` it stops after so many lines that were not wanted, and says so in
-        `unfinished`. *Raises* CompactedError if asked to; DataDamaged where the log is damaged.
+        `unfinished`.
+        Raises: CompactedError if asked to; DataDamaged where the log is damaged.
         """
         self.unfinished = False
         if self._replaced:

@@ -205,8 +205,8 @@ class Watch(Closing):
         """Return the next item; None after `timeout_s` seconds without one, or once closed.
 
         Where no server of a cluster answers, it takes the registry's `lock_timeout_s` longer. With
-        a cursor, taking an item acknowledges the one before. *Raises* CompactedError if that
-        was asked for; DataDamaged where the log is damaged.
+        a cursor, taking an item acknowledges the one before.
+        Raises: CompactedError if that was asked for; DataDamaged where the log is damaged.
         """
         self._mind_fork()
         try:

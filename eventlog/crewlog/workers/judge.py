@@ -90,7 +90,10 @@ def beat(session: Session, sid: str) -> None:
 
 
 def same(session: Session, worker: Worker) -> Worker:
-    """Return the worker as it is now. *Raises* StaleRevision if the sid is another's by now."""
+    """Return the worker as it is now.
+
+    Raises: StaleRevision if the sid is another's by now.
+    """
     now = session.get(worker.sid)
     if now is None or now.registered_seq != worker.registered_seq:
         actual = None if now is None else now.rev

@@ -64,7 +64,10 @@ def lease_for(session: Session, sid: str, wish: Wish) -> Iterator[Lease | None]:
 
 
 def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Lease | None) -> Worker:
-    """Write a registration, with the lease that is held for it. *Raises* WorkerExists."""
+    """Write a registration, with the lease that is held for it.
+
+    Raises: WorkerExists.
+    """
     step = captured(session.author(), sid, pid, wish, lease=None if held is None else held.name)
     burial: list[Step] = []
     for _ in range(judge.CHANGE_TRIES):
@@ -84,7 +87,7 @@ def captured(
 ) -> Step:
     """Return the step that registers a process as it is now.
 
-    *Raises* ProcessNotFound if it, or the owner, has ended.
+    Raises: ProcessNotFound if it, or the owner, has ended.
     """
     return register_step(
         author,

@@ -64,7 +64,10 @@ Outlook: TypeAlias = Literal["signal", "record its end", "nothing"]
 
 
 def foresee_stop(session: Session, worker: Worker) -> Outlook:
-    """Return what `stop` would do with a worker. *Raises* StopRefused, IdentityMismatch."""
+    """Return what `stop` would do with a worker.
+
+    Raises: StopRefused, IdentityMismatch.
+    """
     held = hold_to_stop(session, worker)
     if isinstance(held, Process):
         held.close()
@@ -75,7 +78,7 @@ def foresee_stop(session: Session, worker: Worker) -> Outlook:
 def hold_to_stop(session: Session, worker: Worker) -> Process | Status | None:
     """Hold the process of a worker that may be stopped, as `_hold_living` does.
 
-    *Raises* StopRefused, IdentityMismatch.
+    Raises: StopRefused, IdentityMismatch.
     """
     held = _hold_living(session, worker)
     if isinstance(held, Process):
