@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "verify": "keep",
     "repair": "keep",
     "anchor": "keep",
+    "backup": "keep",
     "migrate": "keep",
     "stop": "workers",
     "beat": "workers",

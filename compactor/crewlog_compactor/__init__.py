@@ -1,4 +1,4 @@
-"""Do what is done to a whole store: collect, compact, verify, anchor, repair, migrate, import."""
+"""What is done to a whole store: collect, compact, verify, repair, back up, migrate, import."""
 
 from crewlog_compactor.anchor import Anchor, anchor
 from crewlog_compactor.collect import (
@@ -10,7 +10,7 @@ from crewlog_compactor.collect import (
 )
 from crewlog_compactor.compact import compact
 from crewlog_compactor.legacy import ImportReport, import_legacy
-from crewlog_compactor.migrate import MigrateReport, migrate
+from crewlog_compactor.migrate import MigrateReport, backup, migrate
 from crewlog_compactor.plan import Plan
 from crewlog_compactor.repair import repair
 from crewlog_compactor.reports import CompactReport, Finding, RepairReport, VerifyReport
@@ -31,6 +31,7 @@ __all__ = [
     "anchor",
     "apply_plan",
     "assume_dead",
+    "backup",
     "collect",
     "compact",
     "import_legacy",

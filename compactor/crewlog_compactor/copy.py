@@ -27,6 +27,7 @@ class Copy:
     first: int
     base: Snapshot
     progress: Progress
+    live: bool = False  # others write meanwhile: what was there at the beginning is copied
     events: int = 0
     seq: int = 0
     hash: str = ""
@@ -65,11 +66,11 @@ class Copy:
 
         Raises: LockBusy.
         """
-        if self.source.last_seq() != self.seq:
+        if not self.live and self.source.last_seq() != self.seq:
             raise LockBusy(self.source.where, waited_s=0, holder="a writer, who has changed it,")
 
 
-def begin(store: Store, progress: Progress) -> Copy:
+def begin(store: Store, progress: Progress, *, live: bool = False) -> Copy:
     """Return a copy that has not begun.
 
     Raises: CompactedError where its state is not kept.
@@ -78,4 +79,4 @@ def begin(store: Store, progress: Progress) -> Copy:
     base = state_before(store, first)
     if base is None:  # retention could keep no state before what it left
         raise CompactedError(requested=first - 1, oldest=first)
-    return Copy(store, first, base, progress)
+    return Copy(store, first, base, progress, live=live)

@@ -51,6 +51,10 @@ class Maintenance(Protocol):
         """
         ...
 
+    def kept(self, store: Store) -> AbstractContextManager[object]:
+        """Keep compactions out for a block, where that can be done; writers go on."""
+        ...
+
     def still(self, store: Store) -> AbstractContextManager[object]:
         """Keep writers and compactions out for a block, where that can be done."""
         ...

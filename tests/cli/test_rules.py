@@ -42,7 +42,7 @@ STREAMS: dict[str, tuple[str, ...]] = {
     "history": (), "watch": ("--from-start", "--count", "2", "--timeout", "20s"), "export": (),
 }  # fmt: skip
 # A program of its own, a screen, positions, and a move: tested where they are.
-OTHERS = {"exec", "run", "top", "demo", "cursor", "migrate"}
+OTHERS = {"exec", "run", "top", "demo", "cursor", "migrate", "backup"}
 
 
 def test_every_command_tells_in_json(cli: Cli, reg: Registry, crew: Crew, tmp_path: Path) -> None:

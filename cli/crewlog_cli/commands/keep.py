@@ -30,11 +30,13 @@ from crewlog_compactor import (
     CollectReport,
     CompactReport,
     KeepEvents,
+    MigrateReport,
     Plan,
     RepairReport,
     anchor,
     apply_plan,
     assume_dead,
+    backup,
     collect,
     compact,
     make_plan,
@@ -450,6 +452,26 @@ def migrate_(sh: Shell, *, source: str, target: str) -> None:
         raise click.UsageError(message)
     with output.progress("migrate") as told:
         report = tried(lambda: migrate(source, target, progress=told))
+    _tell_copy(sh, report)
+
+
+@command(
+    "backup",
+    examples="""crewlog backup /srv/backup/crewlog-$(date +%F)
+crewlog --dir /srv/backup/crewlog-2026-11-29 ls --all     # it opens as it is""",
+)
+@click.argument("target", metavar="DIR")
+def backup_(sh: Shell, *, target: str) -> None:
+    """Copy the registry as it is now to DIR, where there is none yet, and verify the copy.
+
+    Its writers go on meanwhile; what was acknowledged before is in the copy.
+    """
+    with output.progress("backup") as told:
+        report = tried(lambda: backup(str(locate(sh.place)), target, progress=told))
+    _tell_copy(sh, report)
+
+
+def _tell_copy(sh: Shell, report: MigrateReport) -> None:
     if sh.json:
         sh.document(asdict(report))
     else:
@@ -465,5 +487,6 @@ COMMANDS: Final[dict[str, click.Command]] = {
     "verify": verify_,
     "repair": repair_,
     "anchor": anchor_,
+    "backup": backup_,
     "migrate": migrate_,
 }

@@ -1,7 +1,7 @@
 """Maintain a store in a directory; see engines.Maintenance."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 from crewlog.local import create
@@ -16,7 +16,7 @@ from crewlog_compactor.local.health import checks, outlook
 from crewlog_compactor.local.repair import repair
 from crewlog_compactor.local.verify import verify
 
-__all__ = ["checks", "compact", "fill", "outlook", "repair", "still", "verify"]
+__all__ = ["checks", "compact", "fill", "kept", "outlook", "repair", "still", "verify"]
 
 
 @contextmanager
@@ -25,6 +25,11 @@ def still(store: Store) -> Iterator[None]:
     log = cast("Log", store)  # its kind says so
     with log.take_compact_lock(), log.alone():
         yield
+
+
+def kept(store: Store) -> AbstractContextManager[object]:
+    """Keep compactions out for a block: what is read stays where it is."""
+    return cast("Log", store).take_compact_lock()  # its kind says so
 
 
 def fill(copy: Copy, place: Place) -> None:

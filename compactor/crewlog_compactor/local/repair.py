@@ -11,7 +11,7 @@ is its rename made durable; a repair that is killed is simply run again. The mar
 goes last, and a `_repaired` line tells what was done.
 
 A torn tail that was never acknowledged is no case for a repair: the next writer cuts it.
-Lock order as in log.py: compact, append, sync, all held while files change.
+Lock order as in append.py: compact, append, sync, all held while files change.
 """
 
 import os

@@ -1,28 +1,36 @@
-"""Append events: the two-phase commit, rotation and recovery of a directory.
+"""Append events: the two-phase commit of a directory, its rotation and recovery; the argument.
 
 Format
-    A store's history is a chain of checked lines (codec.py) in segments under log/. The last
+    A store's history is a chain of checked lines (model/codec.py) in segments under log/. The last
     segment is active, every other one ends with a seal. append.state tells how far lines are
     *written*, head/durable how far they are *durable*; both are caches of what the segments say.
+    redo holds the bytes of the last segment that were committed since it was synced itself.
 
 Valid if and only if
-    A line counts once head/durable, written in this boot, covers it. After a reboot a line counts
-    if it lies in the valid prefix of the last segment, as the redo completes it (redo.py) and
-    recovery.decide judges it.
+    A line counts once head/durable covers it, if that was written in this boot, to this file, and
+    the files are of one age (ages.py). Else a line counts if it lies in the valid prefix of the
+    last segment, as the redo completes it (redo.py) and recovery.decide judges it.
+
+Order of changes
+    Writer, under locks/append: segment, redo, append.state. Sync leader: sync, then head/durable.
+    Whoever takes lines away first zeroes their copy in the redo and syncs that, then shortens the
+    segment and syncs that, then writes the states.
 
 Writer
-    One thread of a process writes for all that wait (commit.py).
-    Phase one, under locks/append: read both states (recover first if they are not of this boot);
-    adopt or cut what a dead writer left beyond the written end; look at what others wrote; let
-    the callers decide; write all lines with one write(2); copy them into the redo; write
-    append.state; unlock.
+    One thread of a process writes for all that wait (queue.py).
+    Phase one, under locks/append: read both states. Where they are what this process left, go
+    straight on. Where others wrote since, their first line must follow the hash that this process
+    knew. Else, and at the first use: recover if the states are not of this boot, file and age;
+    adopt or cut what a dead writer left beyond the written end; put back what the redo knows to
+    follow. Then let the callers decide; write all lines with one write(2); copy them into the redo;
+    write append.state; unlock.
     Phase two (sync.py), no append lock: until head/durable covers my last line, wait for the sync
     leader or become it. The leader reads append.state, syncs the redo (or, where that does not hold
-    all of it, the segment), publishes head/durable. **The commit point is the write of
-    head/durable.**
+    all of it, the segment, which is then read back from the device), publishes head/durable.
+    **The commit point is the write of head/durable.**
 
-Reader
-    reading.py: reads head/durable, then the segments up to it. Takes no lock, changes nothing.
+Reader (log.py)
+    Reads head/durable, then the segments up to it. Takes no lock, changes nothing.
 
 Lock order
     compact, append, sync. In a process: writer, append lock, mutex, turn, sync lock. A sync
@@ -33,12 +41,17 @@ Crash argument
     beyond the written end; nobody was told, and readers never see beyond head/durable; the next
     writer adopts whole lines and batches and quarantines the rest. After append.state: the next
     leader syncs the lines; their caller never heard. Before the publication: synced or not, not
-    acknowledged. The kernel frees a dead holder's locks. Power cut: a line was acknowledged only
-    after a sync of its copy in the redo, which is not overwritten before the segment was synced
-    and read back, or of the segment, whose name was durable before its first line; `synced` in
-    later lines and head/durable bear witness to that, so recovery can tell a torn tail (never
-    acknowledged, cut) from damage (acknowledged, refused). A failed sync is never repeated: it
-    poisons the store for every process before anyone can append after it.
+    acknowledged. The kernel frees a dead holder's locks.
+    A device that loses what was not synced (a power cut; also, in the same boot, a file system
+    that shut down and is mounted again, a detached volume, a snapshot of the device): a line was
+    acknowledged only after a sync of its copy in the redo, which is not overwritten before the
+    segment was synced and read back, or of the segment, whose name was durable before its first
+    line. So every acknowledged line is in the segment's durable prefix or chains on in the redo,
+    whatever the ages of the files; `synced` in later lines and head/durable bear witness, so
+    recovery can tell a torn tail (never acknowledged, cut) from damage (acknowledged, refused). An
+    open file pins its file system, so only a new open can meet files of different ages.
+    A failed sync is never repeated: it poisons the store for every process before anyone can append
+    after it. Any other failure is taken back, or told as "unknown" where it may come back.
 """
 
 import errno

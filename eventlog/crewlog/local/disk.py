@@ -4,7 +4,7 @@ Everything that changes a file goes through a `Disk`, so that a test can put a r
 failing one in its place; this is the only module that changes files. Every name is relative to
 an open directory, so a path that is swapped under us leads nowhere.
 
-Duties of the methods (what the crash argument in log.py builds on):
+Duties of the methods (what the argument in append.py builds on):
 
 - `create` fails if the name exists, never follows a link, and the file is 0600 from birth;
 - `sync` returns only when every byte written to this descriptor before is durable, its size too;

@@ -79,7 +79,7 @@ class Syncer:
         deadline = time.monotonic() + self._wait_s
         if host.is_mine(self.turn):
             raise AppendUncertain(self._where(), why=f"its sync waits for {host.INTERRUPTED}")
-        try:  # of what is taken inside, nothing may stay taken after an interrupt; see writing.py
+        try:  # of what is taken inside, nothing may stay taken after an interrupt; see append.py
             if not self.turn.acquire(timeout=self._wait_s):
                 raise AppendUncertain(self._where(), why="another thread's sync does not finish")
             if begun is not None:

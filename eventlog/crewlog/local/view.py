@@ -20,7 +20,7 @@ from crewlog.local import layout, snapshot
 from crewlog.local.heads import AppendState, DurableHead, Position
 from crewlog.local.reader import Reader, corrupt, first_line, raw_between
 from crewlog.local.segments import Segment, Segments, start_of
-from crewlog.model import codec, fold
+from crewlog.model import chain, codec, fold
 from crewlog.model.events import Line, Record
 from crewlog.model.fold import Fold, FoldError
 from crewlog.model.sieve import Sieve, sid_needle
@@ -93,7 +93,12 @@ class View:
 
     def _check_joint(self, seq: int, hash_: str) -> None:
         """Hold the snapshot against the line that follows it."""
-        first = first_line(self._segments, seq + 1)
+        try:
+            first = first_line(self._segments, seq + 1)
+        except SegmentMissing:
+            if self._ends_with(seq):
+                return  # a rotation that has not begun the next segment
+            raise
         if first is None:
             raise LogCorrupt(
                 layout.segment_name(seq + 1),
@@ -104,6 +109,13 @@ class View:
             )
         if first["prev"] != hash_:
             raise HistoryDiverged(self._directory.where(layout.SNAPSHOT), seq=seq)
+
+    def _ends_with(self, seq: int) -> bool:
+        """Say whether the last segment is sealed by the line `seq`."""
+        last = self._segments.in_log()[-1]
+        with self._segments.open(last) as source:
+            found = chain.scan(source.whole(), offset=0, seq=last - 1, prev=None)
+        return found.sealed and found.seq == seq
 
     # -- for writers ------------------------------------------------------------------------
 
