@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     )
     from crewlog.model.lives import Life
     from crewlog.process.liveness import Evidence, Flag, Liveness, Verdict
-    from crewlog.registry import Registry, open  # noqa: A004 (crewlog.open is the promised name)
+    from crewlog.registry import Registry, open, worker  # noqa: A004 (crewlog.open is promised)
     from crewlog.watch.callbacks import Mirror, Subscription
     from crewlog.watch.watch import Watch
     from crewlog.workers.batch import Batch
@@ -160,6 +160,7 @@ __all__ = [
     "WorkerState",
     "aopen",
     "open",
+    "worker",
 ]
 
 # module -> the public names that are not its errors
@@ -182,7 +183,7 @@ _ROOMS: Final = {
     ),
     "process.liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
     "model.lives": ("Life",),
-    "registry": ("Registry", "open"),
+    "registry": ("Registry", "open", "worker"),
     "watch.callbacks": ("Mirror", "Subscription"),
     "watch.watch": ("Watch",),
 }

@@ -102,13 +102,13 @@ class WorkerExists(CrewlogError):
     exit_code = 1
     WHAT = "worker {sid!r} exists"
     WHY = "pid {pid} holds this sid in state {state!r} (rev {rev})"
-    REMEDY = "Choose another sid, or end that worker first"
 
     sid: str
     _: KW_ONLY
     pid: int
     rev: int
     state: str
+    remedy: str = "Choose another sid, or end that worker first"
 
 
 @dataclass(eq=False, repr=False)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
+from crewlog import host
 from crewlog.errors import StoreMissing, Unsupported
 from crewlog.host import no_fork
 from crewlog.local.place import DirectoryPlace
@@ -65,6 +66,20 @@ def locate(where: str | os.PathLike[str] | None = None) -> Place:
         message = "an empty path names no registry"
         raise ValueError(message)
     return DirectoryPlace(_directory(named))
+
+
+def inherited(variables: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Return the environment of a program that is started: a relative CREWLOG_DIR made absolute.
+
+    The program may change its directory, and is to find the same registry. None: our environment.
+    """
+    given = os.environ if variables is None else variables
+    named = given.get(ENVIRONMENT, "")
+    if not named or named.startswith(("/", "~")) or ":" in named:
+        return variables
+    coerced = variables is None and host.locale_is_coerced()
+    kept = {name: value for name, value in given.items() if not (coerced and name == "LC_CTYPE")}
+    return {**kept, ENVIRONMENT: str(_directory(named))}
 
 
 def _directory(named: str) -> Path:

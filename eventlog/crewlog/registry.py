@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +42,7 @@ from crewlog.watch.follow import WatchOptions
 from crewlog.watch.watch import Watch
 from crewlog.workers import judge, register, start, stop
 from crewlog.workers.batch import Batch
+from crewlog.workers.own import Own
 from crewlog.workers.start import Child, SpawnOptions
 from crewlog.workers.stop import Outlook
 
@@ -477,6 +480,33 @@ class Registry(Closing):
         """
         wish = wish_of(options)
         return start.child(self._session, sid, argv, wish, before=before, after=after)
+
+
+def worker(
+    sid: str = "{program}-{pid}",
+    *,
+    where: str | os.PathLike[str] | None = None,
+    **options: Unpack[WorkerOptions],
+) -> Own:
+    """Register this process as a worker that is ready, and record how it ends.
+
+    A context manager, or one call for the life of the process, as an initializer of a pool:
+    `ProcessPoolExecutor(initializer=crewlog.worker, initargs=("pool-{pid}",))`. In `sid`, `{pid}`
+    and `{program}` stand for this process's.
+
+    Guarantee: the registration is durable on return; where this process is killed, a collector
+    finds its end.
+    Raises: WorkerExists; ValueError and TypeError for bad arguments; all that writing raises.
+    """
+    program = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.")
+    registry = open(where)
+    try:
+        named = sid.replace("{pid}", str(os.getpid())).replace("{program}", program or "python")
+        options.setdefault("ready", True)
+        return Own(registry, registry.register(named, **options))
+    except BaseException:
+        registry.close()
+        raise
 
 
 def open(  # noqa: A001 (crewlog.open is the promised name)

@@ -176,7 +176,7 @@ def test_zombie_that_came_after_it_under_its_pid_tells_nothing(
         zombie = identity.read_stat(worker.pid)
         monkeypatch.setattr(identity, "kept_status", lambda _: None)
         monkeypatch.setattr(identity, "read_stat", lambda _: zombie)
-        monkeypatch.setattr(identity, "_may_read_status", lambda _: True)
+        monkeypatch.setattr(identity, "_is_shown", lambda *_: True)
         assert identity.exit_status(worker.pid, fd) == Status(None, 9, "zombie")
         worker.wait()
         assert identity.exit_status(worker.pid, fd) is None

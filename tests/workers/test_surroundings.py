@@ -214,3 +214,72 @@ def test_compact_says_what_it_takes(place: Path) -> None:
     """A path is none."""
     with pytest.raises(TypeError, match=r"compact\(crewlog.open"):
         compact(str(place))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verb", ["run", "exec"])
+def test_relative_place_is_the_same_one_in_a_program_that_moves(tmp_path: Path, verb: str) -> None:
+    """What children inherit is absolute: else they would make a second registry, with exit 0."""
+    (tmp_path / "elsewhere").mkdir()
+    line = "cd elsewhere && exec crewlog path"
+    bin_ = os.path.dirname(sys.executable)
+    done = subprocess.run(
+        [*CREWLOG, verb, "x", "--", "sh", "-c", line],
+        env={**os.environ, "CREWLOG_DIR": "reg", "PATH": f"{bin_}:{os.environ['PATH']}"},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "reg")
+
+
+def test_lease_of_a_copy_proves_no_death(place: Path, tmp_path: Path) -> None:
+    """Its file is another one, and nobody holds it: that is not known, not dead."""
+    with opened(place) as reg:
+        worker = reg.spawn("a", ["sleep", "100"], lease=True)
+        assert worker.lease is not None
+        shutil.copytree(place, tmp_path / "copy")
+        with opened(tmp_path / "copy") as copy:
+            look = copy.store().leases.look({worker.lease})
+            assert look(worker.lease).state == "absent"
+        assert reg.store().leases.look({worker.lease})(worker.lease).state == "held"
+        reg.stop("a", reason="r")
+        assert reg.store().leases.look({worker.lease})(worker.lease).state in {"free", "absent"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_zero_that_stands_for_hidden_is_no_exit_code(place: Path) -> None:
+    """A zombie with another group: the kernel shows 0 to its own user, whatever its code was."""
+    from crewlog.process import identity
+
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([])
+        os.setresgid(2000, 2000, 2000)
+        os.setresuid(65534, 65534, 65534)
+        os._exit(3)
+    until(lambda: (stat := identity.read_stat(pid)) is not None and stat.state == "Z")
+    looker = os.fork()
+    if looker == 0:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        fd = os.pidfd_open(pid)
+        found = identity.exit_status(pid, fd)
+        os._exit(0 if found is None or found.code == 3 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(looker, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert not place.exists()
+
+
+def test_sid_whose_holder_cannot_be_judged_names_the_ways_out(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, crew: Crew
+) -> None:
+    """What it says helps: the holder is assumed dead, and the sid is free."""
+    from crewlog.process import identity
+    from crewlog_compactor import assume_dead
+
+    reg.register("web", pid=crew.sleeper().pid)
+    there = identity.Scope("another-boot", "another-host", "4026531836:1")
+    monkeypatch.setattr(identity, "scope", lambda: there)
+    with pytest.raises(crewlog.WorkerExists, match=r"--assume-dead web.*lease=True"):
+        reg.register("web")
+    assume_dead(reg, "web", reason="the container was restarted")
+    reg.register("web")

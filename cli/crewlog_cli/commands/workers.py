@@ -11,7 +11,7 @@ from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
 
-from crewlog import host
+from crewlog import host, place
 from crewlog.errors import CrewlogError, SpawnFailed
 from crewlog.model.events import Event, Worker
 from crewlog.model.steps import WorkerOptions
@@ -84,6 +84,7 @@ def _replace(argv: Sequence[str]) -> int:
         signal.signal(number, signal.SIG_DFL)
     if host.locale_is_coerced():
         os.environ.pop("LC_CTYPE", None)
+    os.environ.update(place.inherited(None) or {})
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 (to become the program is the point)
     except (FileNotFoundError, NotADirectoryError):

@@ -29,7 +29,8 @@ from crewlog.process.liveness import LeaseSeen
 LEASE_TRIES: Final = 8
 
 _MARK: Final = "~"  # in no sid
-_TOKEN: Final = re.compile(r"[0-9a-f]{8,16}|turn")
+_TOKEN: Final = re.compile(r"[0-9a-f]{8}(?:[0-9a-f]{16})?|turn")
+_TOKEN_CHARS: Final = 24
 # Held until this process ends, whatever becomes of the registry that took them.
 _kept: "list[Lease]" = []
 
@@ -40,11 +41,10 @@ class Lease:
     def __init__(self, directory: Directory, sid: str) -> None:
         """Create a lease for a worker that is about to be registered, and lock it."""
         for _ in range(LEASE_TRIES):
-            self.name = f"{sid}{_MARK}{os.urandom(4).hex()}"
-            lock = _create(directory, self.name)
-            if lock is not None:
+            made = _create(directory, sid)
+            if made is not None:
                 self._directory = directory
-                self._lock = lock
+                self.name, self._lock = made
                 return
         where = directory.where(layout.LEASES)
         message = "cannot make a lease"
@@ -103,16 +103,32 @@ def turn(directory: Directory, sid: str, *, wait_s: float) -> Iterator[Lock]:
         lock.close()
 
 
-def _create(directory: Directory, name: str) -> Lock | None:
-    """Create and lock a lease; None if a sweep came between the two."""
+def _create(directory: Directory, sid: str) -> tuple[str, Lock] | None:
+    """Create and lock a lease, return its name and the lock; None if a sweep came between.
+
+    The name tells which file it is (device and inode): another file of that name, in a copy or from
+    a backup, is held by nobody, and that proves nothing.
+    """
     via, at = directory.disk, directory[layout.LEASES]
-    where = directory.where(layout.LEASES, name)
+    begun = f"{sid}{_MARK}{os.urandom(4).hex()}"
+    where = directory.where(layout.LEASES, begun)
     try:
         with disk.failures("cannot make a lease", where=where):
-            os.close(via.create(name, at=at))
-            return take(name, at=at, where=where)
+            fd = via.create(begun, at=at)
+            try:
+                name = f"{begun}{disk.place_of(fd):016x}"
+            finally:
+                os.close(fd)
+            via.rename(begun, name, at=at)
+            return name, take(name, at=at, where=directory.where(layout.LEASES, name))
     except (FileNotFoundError, StoreMissing, LockBusy):
         return None
+
+
+def _is_another(fd: int, name: str) -> bool:
+    """Say whether the file of a lease is not the one that was locked; older names do not tell."""
+    token = name.partition(_MARK)[2]
+    return len(token) == _TOKEN_CHARS and int(token[8:], 16) != disk.place_of(fd)
 
 
 def beat(directory: Directory, name: str) -> bool:
@@ -144,6 +160,8 @@ def look(directory: Directory, name: str) -> LeaseSeen:
         except FileNotFoundError:
             return LeaseSeen("absent")
         try:
+            if _is_another(fd, name):
+                return LeaseSeen("absent")
             age_s = _age_s(fd)
         finally:
             os.close(fd)

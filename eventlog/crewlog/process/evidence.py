@@ -109,7 +109,7 @@ class Witness:
 
     def _look_elsewhere(self, who: Identity, seen: Evidence) -> Evidence:
         """Look for a worker of another pid namespace, where its pid means nothing to us."""
-        if who.pidfd_id is None or seen.lease in {"held", "free"}:
+        if who.pidfd_id is None or seen.lease == "held":
             return seen
         if not identity.pidfds_have_inodes():
             return seen

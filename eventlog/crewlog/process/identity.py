@@ -227,8 +227,9 @@ def exit_status(pid: int, fd: int) -> Status | None:
     if found is not None:
         return found
     stat = read_stat(pid)
-    may_read = stat is not None and stat.state == "Z" and _may_read_status(_uid_of(pid))
-    if stat is None or not may_read or _is_reaped(fd):  # the pid may be another's by now
+    if stat is None or stat.state != "Z" or not _is_shown(stat.wait_status, pid):
+        return kept_status(fd)
+    if _is_reaped(fd):  # the pid may be another's by now
         return kept_status(fd)
     return _status(stat.wait_status, "zombie")
 
@@ -261,9 +262,26 @@ def _status(wait_status: int, source: StatusSource) -> Status:
     return Status(code, None, source) if code >= 0 else Status(None, -code, source)
 
 
-def _may_read_status(uid: int | None) -> bool:
-    """Field 52 reads 0 unless ptrace access is granted: then only to its user and to root."""
-    return os.geteuid() in {0, uid}
+def _is_shown(wait_status: int, pid: int) -> bool:
+    """Say whether a zombie's status is its own: field 52 also reads 0 where we may not see it.
+
+    Source: proc_pid_stat(5), and ptrace(2), "Ptrace access mode checking": all its user and group
+    ids must be ours, and it may have no capability that we have not.
+    """
+    if wait_status != 0 or os.geteuid() == 0:
+        return True
+    try:
+        rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    found = {name: rest.split() for name, _, rest in (row.partition(":") for row in rows)}
+    uids, gids = found.get("Uid", [])[:3], found.get("Gid", [])[:3]
+    capable = int(found.get("CapPrm", ["f"])[0], 16)
+    return (
+        uids == [str(os.geteuid())] * 3  # real, effective, saved
+        and gids == [str(os.getegid())] * 3
+        and capable == 0
+    )
 
 
 @cache

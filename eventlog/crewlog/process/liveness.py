@@ -189,10 +189,10 @@ def _other_boot(identity: Identity, seen: Evidence) -> _Row:
 def _other_namespace(seen: Evidence) -> _Row:
     if seen.lease == "held":  # 8
         return _ALIVE, "lease"
+    if seen.found_by_scan:  # 10, before a lease is believed: its file may have been replaced
+        return _ALIVE, "found_in_namespace"
     if seen.lease == "free":  # 9
         return _DEAD, "lease_released"
-    if seen.found_by_scan:  # 10
-        return _ALIVE, "found_in_namespace"
     if seen.ended:  # 10, but what was found is a zombie
         return _DEAD, "exited"
     if seen.found_by_scan is False and seen.scan_complete:  # 11

@@ -14,13 +14,14 @@ from crewlog.errors import (
     StaleRevision,
     Unavailable,
     UnknownOutcome,
+    WorkerExists,
 )
 from crewlog.model.events import Status, Worker
 from crewlog.model.steps import Author, ExitOptions, Step, burial_step, exit_step
 from crewlog.process import identity, liveness, socket
 from crewlog.process.evidence import witness
 from crewlog.process.handle import Process
-from crewlog.process.liveness import Evidence, Liveness
+from crewlog.process.liveness import Evidence, Liveness, Verdict
 from crewlog.session import Session
 
 # A sid whose dead holder is replaced, or whose record changes, under us again and again.
@@ -76,6 +77,23 @@ def burial(session: Session, sid: str) -> list[Step]:
         return []
     found = judge(session, [worker])[0]
     return [death(session.author(), worker, found)] if found.dead else []
+
+
+def taken(session: Session, sid: str) -> WorkerExists:
+    """Return what to say of a sid whose holder lives, or may: with the ways out of the latter."""
+    worker = session.known(sid)
+    found = judge(session, [worker])[0]
+    held = WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
+    if found.verdict is not Verdict.UNKNOWN:
+        return held
+    return WorkerExists(
+        sid,
+        pid=worker.pid,
+        rev=worker.rev,
+        state=worker.state.value,
+        remedy=f"From here nobody can tell whether it lives ({found.cause}). If you know that it "
+        f"does not: crewlog gc --assume-dead {sid}. A lease would tell: --lease, lease=True",
+    )
 
 
 def beat(session: Session, sid: str) -> None:

@@ -76,7 +76,7 @@ def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Leas
         except WorkerExists:
             burial = judge.burial(session, sid)
             if not burial:
-                raise
+                raise judge.taken(session, sid) from None
         except (StaleRevision, InvalidTransition):  # the holder changed since the probe
             burial = []
     return session.put([step])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, Unpack, cast
 
-from crewlog import host
+from crewlog import host, place
 from crewlog.errors import (
     AppendUncertain,
     CrewlogError,
@@ -36,7 +36,7 @@ from crewlog.process.launch import End, Launch, LaunchOptions, Words
 from crewlog.session import Session
 from crewlog.store import Turn
 from crewlog.workers import register
-from crewlog.workers.judge import PASSING, exit_of, hold, is_exiting, judge, record_end
+from crewlog.workers.judge import PASSING, exit_of, hold, is_exiting, judge, record_end, taken
 from crewlog.workers.register import enter, lease_for
 
 ENSURE_WAIT_S: Final = 30.0
@@ -69,6 +69,7 @@ def _program(argv: Words, options: SpawnOptions) -> _Program:
     wish = Wish(**cast("WorkerOptions", given))
     register.check(wish)
     surroundings: LaunchOptions = {**launch.DEFAULTS, **cast("LaunchOptions", rest)}
+    surroundings["env"] = place.inherited(surroundings["env"])
     launch.check(argv, surroundings)
     ours = wish._replace(owner=os.getpid() if wish.owner is None else wish.owner)
     return _Program(argv, surroundings, ours)
@@ -200,7 +201,14 @@ def child(
 
         def launched(keep: Sequence[int]) -> Launch:
             before()
-            made = Launch(argv, stdin=None, own_session=False, keep=keep, turn=mine.share())
+            made = Launch(
+                argv,
+                env=place.inherited(None),
+                stdin=None,
+                own_session=False,
+                keep=keep,
+                turn=mine.share(),
+            )
             after()
             return made
 
@@ -244,7 +252,7 @@ def _running(session: Session, sid: str) -> Worker | None:
         return worker
     if found.dead:
         return None
-    raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
+    raise taken(session, sid)
 
 
 def _await_end(worker: Worker, wait_s: float) -> None:

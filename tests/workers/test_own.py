@@ -1,0 +1,99 @@
+"""Be a worker in one line: as a block, for a process's life, in pools of several kinds."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import crewlog
+from crewlog_compactor import collect
+from procs import until
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.setenv("CREWLOG_DIR", str(place))
+
+
+def ends(place: Path) -> dict[str, tuple[str, int | None]]:
+    """Return how each worker ended."""
+    with crewlog.open(place) as reg:
+        return {
+            w.sid: (w.state.value, None if w.exit is None else w.exit.code)
+            for w in reg.workers(all=True)
+        }
+
+
+def test_block_is_a_worker_until_its_end(place: Path) -> None:
+    """Registered and ready inside; ended behind it."""
+    with crewlog.worker("job-{pid}", labels={"queue": "mail"}) as me:
+        assert me.worker.sid == f"job-{os.getpid()}"
+        with crewlog.open(place) as reg:
+            assert reg.liveness(me.worker.sid).alive
+            assert [w.state.value for w in reg.workers()] == ["ready"]
+    assert ends(place) == {me.worker.sid: ("exited", 0)}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError(), 1), (SystemExit(3), 3), (SystemExit(), 0), (SystemExit("x"), 1)],
+)
+def test_block_that_is_left_by_an_exception_failed(
+    place: Path, error: BaseException, code: int
+) -> None:
+    """With the exit code that the process would have."""
+    with pytest.raises(type(error)), crewlog.worker("a"):
+        raise error
+    assert ends(place)["a"] == ("failed" if code else "exited", code)
+
+
+def test_process_that_calls_it_once_ends_with_it(place: Path) -> None:
+    """And a child that it forks records nothing."""
+    code = "import crewlog, os\ncrewlog.worker('svc')\nos.fork() or os._exit(0)\nos.wait()\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert ends(place) == {"svc": ("exited", 0)}
+
+
+def test_process_that_was_killed_is_found_by_a_collector(place: Path) -> None:
+    """It cannot say how it ended."""
+    code = "import crewlog, os, signal\ncrewlog.worker('svc')\nos.kill(os.getpid(), 9)\n"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    with crewlog.open(place) as reg:
+        assert collect(reg).lost == ("svc",)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_process_pool_lists_its_children(place: Path, method: str) -> None:
+    """`initializer=crewlog.worker`: no atexit runs there, and each end is recorded all the same."""
+    with concurrent.futures.ProcessPoolExecutor(
+        2,
+        mp_context=multiprocessing.get_context(method),
+        initializer=crewlog.worker,
+        initargs=("pool-{pid}",),
+    ) as pool:
+        assert sorted(pool.map(abs, [-1, -2, -3])) == [1, 2, 3]
+        with crewlog.open(place) as reg:
+            living = {w.sid for w in reg.workers() if w.sid.startswith("pool-")}
+        assert living
+    until(lambda: {sid: end for sid, end in ends(place).items() if end[0] != "exited"} == {})
+    assert living <= set(ends(place))
+
+
+def test_multiprocessing_pool_lists_its_children(place: Path) -> None:
+    """The same for the older kind of pool."""
+    pool = multiprocessing.get_context("fork").Pool(2, crewlog.worker, ("mp-{pid}",))
+    pool.map(abs, [1, 2, 3])
+    pool.close()
+    pool.join()
+    until(lambda: {end for sid, end in ends(place).items()} == {("exited", 0)})
+
+
+def test_sid_that_is_held_is_refused(place: Path) -> None:
+    """Two workers of one name are a mistake."""
+    with crewlog.worker("one"), pytest.raises(crewlog.WorkerExists):
+        crewlog.worker("one")
+    assert ends(place) == {"one": ("exited", 0)}
