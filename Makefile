@@ -5,7 +5,7 @@ VENV := .venv
 EXTRAS ?= test
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench picture clean
 .DEFAULT_GOAL := demo
 
 # what was installed with these extras: demo, then test with more of them, installs the rest
@@ -35,6 +35,10 @@ lint: $(VENV)/installed-test,lint
 bench: $(VENV)/installed-test,bench
 	$(BIN)/python bench/run.py --out figures.jsonl $(ARGS)
 	$(BIN)/python bench/page.py figures.jsonl
+
+# docs/picture.svg, from the real demo
+picture: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python docs/picture.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
