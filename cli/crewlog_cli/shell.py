@@ -129,7 +129,7 @@ class Shell:
             output.tell(text.visible(self.advice(words)))
 
     def advice(self, words: str) -> str:
-        """Let the commands that advice names mean the registry that --dir named."""
+        """Put the --dir of this call into the commands that an advice names."""
         if self.place is None or not self.opened:
             return words
         import re  # noqa: PLC0415 (start-up; as json)

@@ -118,7 +118,7 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
 
 
 def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
-    """Take a worker that nobody can judge out of the registry, on a person's word; durable.
+    """Remove a worker whose liveness cannot be determined, on a person's word; durable.
 
     One that is proven dead is recorded as such.
     Raises: WorkerExists if it is proven to live; WorkerNotFound, InvalidTransition, StaleRevision.

@@ -146,7 +146,7 @@ def held_back(
 
 
 def folded(fold: Callable[[Callable[[Line], None]], Snapshot]) -> Snapshot | None:
-    """Fold; None where that leads across a gap, whose other side nobody knows."""
+    """Fold; None if a gap makes the result unknowable."""
     gaps: list[int] = []
 
     def seen(line: Line) -> None:

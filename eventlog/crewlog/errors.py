@@ -303,7 +303,7 @@ class WaitTimeout(CrewlogError):
 
 @dataclass(eq=False, repr=False)
 class WorkerEnded(CrewlogError):
-    """A worker ended while its being something else was waited for."""
+    """The worker ended while the caller was waiting for another state."""
 
     code = "worker_ended"
     exit_code = 1

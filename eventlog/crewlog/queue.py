@@ -1,4 +1,4 @@
-"""Let the callers of one process share appends: whoever comes first leads, the others ride along.
+"""Group commit inside one process: the first caller leads, later callers join its next append.
 
 A leader takes everybody who waits, writes all their lines with one write, and syncs once for all.
 As soon as its sync begins, the next one leads: it writes while this one syncs. So there is at most
@@ -58,7 +58,7 @@ class Request:
             try:
                 raise self.error
             finally:
-                self.error = None  # or its traceback would keep it, and us, alive
+                self.error = None  # a stored traceback would keep every frame alive
         assert self.result is not None  # it is settled: a result or an error
         return self.result
 
@@ -229,7 +229,7 @@ class Commits:
                         request.advance("done")
 
     def _hand_on(self) -> None:
-        """Let the next one lead, if anybody waits."""
+        """Make the next waiting caller the leader."""
         with self._mutex:
             heir = self._queue.popleft() if self._queue else None
             self._leader = heir

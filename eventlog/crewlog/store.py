@@ -350,7 +350,7 @@ class Lease(Protocol):
         ...
 
     def hand_over(self, worker: Worker) -> None:
-        """Let the process that was started as the worker hold it from here on."""
+        """Hand the lease to the process that was started as the worker."""
         ...
 
     def drop(self) -> None:

@@ -105,7 +105,7 @@ class FrozenClock:
 
 @pytest.fixture
 def crewlog_clock(monkeypatch: pytest.MonkeyPatch) -> FrozenClock:
-    """Let the clock of events stand still until it is moved."""
+    """Freeze the clock of events until the test moves it."""
     clock = FrozenClock()
     monkeypatch.setattr(host, "now", lambda: clock.now)
     return clock

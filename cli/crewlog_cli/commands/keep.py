@@ -114,7 +114,7 @@ crewlog gc --assume-dead web-1 --reason 'its host burned down'""",
 @click.option("--plan", "plan_", metavar="FILE", help="Only write what would be done to FILE.")
 @click.option("--apply", "apply_", metavar="FILE", help="Do what a plan says, of any age.")
 @click.option("--assume-dead", "assumed", metavar="SID", shell_complete=shell.complete_sid,
-              help="Take one that nobody can judge out.")  # fmt: skip
+              help="Remove a worker whose liveness cannot be determined.")  # fmt: skip
 @click.option("--reason", help="Why it is assumed dead, for the history.")
 @click.option("--force", is_flag=True, help="Believe that most workers died at once.")
 def gc(

@@ -264,7 +264,7 @@ crewlog stop --all --yes --reason 'the host goes down'""",
     callback=_signal, metavar="NAME",
 )  # fmt: skip
 @click.option("--reason", default="crewlog stop", show_default=True, help="Why, for the history.")
-@click.option("--all", "all_", is_flag=True, help="Every worker that is not ended.")
+@click.option("--all", "all_", is_flag=True, help="Every worker that has not ended.")
 @click.option("--yes", is_flag=True, help="Do not ask before --all.")
 @click.option("--dry-run", is_flag=True, help="Only say whom it would signal.")
 def stop_(

@@ -187,7 +187,10 @@ def _tell(log: EtcdLog, going: list[Part]) -> None:
 
 
 def base_at(log: EtcdLog, last: int) -> Snapshot | None:
-    """Return the state after what goes, as retain.base_at; two at once come to the same bytes."""
+    """Return the state after what goes.
+
+    Deterministic, so concurrent runs write identical bytes.
+    """
     states = [log.empty()]
     with suppress(SnapshotCorrupt):
         states += filter(None, [log.read_base()])

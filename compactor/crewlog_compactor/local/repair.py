@@ -397,7 +397,7 @@ def _numbered(stem: str) -> Iterator[str]:
 
 
 def _tell_states(states: States, found: _Survey) -> None:
-    """Let the states tell of the rewritten end, if it was rewritten."""
+    """Write states for the rewritten end of the log, if it was rewritten."""
     last = found.parts[-1]
     if not last.changed:
         return

@@ -1,4 +1,4 @@
-"""Read an etcd URL, and what must not stand in one: passwords and certificates."""
+"""Parse an etcd URL; credentials and certificates come from the environment."""
 
 import os
 import re

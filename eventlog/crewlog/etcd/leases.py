@@ -134,7 +134,7 @@ class EtcdLease:
     """A lease that was made; see store.Lease."""
 
     def __init__(self, name: str, keeper: Keeper) -> None:
-        """Let the keeper keep it."""
+        """Hand it to the keeper."""
         self.name = name
         self._keeper = keeper
 
@@ -143,11 +143,11 @@ class EtcdLease:
         return ()
 
     def keep(self, worker: Worker) -> None:
-        """Let the keeper keep it for as long as the worker's process lives."""
+        """Hand it to the keeper, which renews it while the worker's process lives."""
         self._keeper.guard(worker)
 
     def hand_over(self, worker: Worker) -> None:
-        """Let the keeper keep it for as long as the worker's process lives."""
+        """Hand it to the keeper, which renews it while the worker's process lives."""
         self._keeper.guard(worker)
 
     def drop(self) -> None:

@@ -297,7 +297,7 @@ class Appender:
                 )
 
     def _mind_places(self) -> None:
-        """Let go of files that are no longer in place, where a name in the store has changed."""
+        """Reopen files that were replaced: a directory entry has changed."""
         active = self._active
         if active is not None and os.fstat(active.fd).st_nlink == 0:
             self._close_active()  # another file took its place, as a tool that copies does

@@ -80,7 +80,7 @@ class Disk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def start(self, fd: int, offset: int, size: int) -> None:
-        """Let the bytes be on their way to the disk; a hint, which promises nothing.
+        """Start writing bytes to the disk; a hint without a guarantee.
 
         What a caller does until its `sync` then costs no time. Source: posix_fadvise(2), which
         begins to write dirty pages back before it would drop them.

@@ -395,7 +395,7 @@ class States:
         return head.place not in {0, self.published.place}
 
     def renew(self) -> None:
-        """Let go of files that are no longer in place."""
+        """Reopen files that were replaced or removed."""
         self.written.renew()
         self.published.renew()
 

@@ -201,7 +201,7 @@ def take(name: str, *, at: int, where: str) -> Lock:
 def pauses(first_s: float = 0.0) -> Iterator[float]:
     """Yield how long to wait between tries, in seconds: `first_s`, then short, soon longer.
 
-    With many waiters, those who try when there is no hope yet keep the holder from its processor:
+    With many waiters, early retries only take CPU from the lock holder:
     so the first try comes after half the usual wait.
     """
     if first_s > LOCK_POLL_MIN_S:

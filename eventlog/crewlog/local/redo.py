@@ -190,7 +190,7 @@ def completed(data: bytes, first: int, kept: bytes) -> bytes:
 
 
 def complete(segments: Segments) -> None:
-    """Let the last segment be read as the redo completes it, until a writer has recovered it."""
+    """Complete the last segment from the redo, in memory, until a writer has recovered it."""
     segments.completed.clear()
     firsts = segments.in_log()
     if not firsts:

@@ -300,7 +300,7 @@ class Syncer:
         self._close_files()
 
     def close(self) -> None:
-        """Let those who wait hear that they cannot know, and close every descriptor."""
+        """Fail waiting callers with AppendUncertain, and close every descriptor."""
         with self.turn:
             self._closed = True
             for lock in self._locks:

@@ -254,7 +254,7 @@ class Event:
 
     @property
     def crashed(self) -> bool:
-        """Say whether it tells of an end that nobody had asked for: failed or lost."""
+        """Return True if the worker ended without being asked to: failed or lost."""
         return self.type == LOST or (self.type == EXITED and is_failure(self.data))
 
 

@@ -151,7 +151,7 @@ class Launch:
         self.pid = self._child.pid
 
     def go(self) -> None:
-        """Let the program begin.
+        """Start the program.
 
         Raises: SpawnFailed if it cannot.
 
@@ -189,7 +189,7 @@ class Launch:
         self._let_go()
 
     def give_up(self) -> None:
-        """Let the waiting process end without having begun."""
+        """End the waiting process before it starts the program."""
         self._close()
         self._child.kill()  # it has not begun, and need not read the end of the pipe
         self.reap()

@@ -147,7 +147,7 @@ class Child:
         self._started = started
 
     def begin(self) -> bool:
-        """Let the program begin; False if it cannot: its exit code then says why."""
+        """Start the program; False if it cannot run: its exit code then says why."""
         try:
             self._started.go()
         except SpawnFailed:
