@@ -1,5 +1,6 @@
 """Run `crewlog`: find the command, and turn every ending into its exit code."""
 
+import errno
 import importlib
 import sys
 from typing import Final
@@ -7,7 +8,7 @@ from typing import Final
 import click
 
 from crewlog import __version__
-from crewlog.errors import CrewlogError
+from crewlog.errors import CrewlogError, from_oserror
 from crewlog_cli import output, shell
 from crewlog_cli.shell import Shell
 
@@ -109,7 +110,7 @@ def run(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, output.OutputFailedError) or error.errno in output.STREAM_ERRORS:
             return shell.output_failed(sh, error)
-        return _bug(sh, error)
+        return _refused(sh, error) if error.errno in _REFUSALS else _bug(sh, error)
     except Exception as error:  # noqa: BLE001 (the last boundary: no traceback reaches a user)
         return _bug(sh, error)
     return 0
@@ -144,6 +145,30 @@ def _misused(sh: Shell, error: click.UsageError) -> int:
         hint=f"See `{context} --help`",
     )
     return shell.EXIT_USAGE
+
+
+# What the system refuses for a reason of its own, wherever that meets us.
+_REFUSALS: Final = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM),
+        *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EACCES, errno.EPERM),
+        *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR),
+    }
+)
+
+
+def _refused(sh: Shell, error: OSError) -> int:
+    """Say what the system refused: its surroundings are no fault of crewlog."""
+    known = from_oserror(error, "the system refused", where=str(error.filename or ""))
+    shell.complain(
+        sh,
+        code=known.code,
+        exit_code=known.exit_code,
+        what=known.what,
+        where=known.where + (f": {known.why}" if known.where else known.why),
+        hint=known.remedy,
+    )
+    return known.exit_code
 
 
 def _bug(sh: Shell, error: Exception) -> int:

@@ -90,7 +90,8 @@ class Log:
         name = layout.LOCK_COMPACT
         where = self.directory.lock_path(name)
         try:
-            return take(name, at=self.directory[layout.LOCKS], where=where)
+            with disk.failures("cannot take the lock", where=where):
+                return take(name, at=self.directory[layout.LOCKS], where=where)
         except FileNotFoundError as error:
             raise incomplete(error, root=self.directory.root, where=self.where) from error
 

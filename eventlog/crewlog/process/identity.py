@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from crewlog import host
-from crewlog.errors import ProcessNotFound
+from crewlog.errors import ProcessNotFound, Unsupported
 from crewlog.host import no_fork
 from crewlog.model import arguments
 from crewlog.model.events import Identity, Status, StatusSource
@@ -60,6 +60,9 @@ class Stat(NamedTuple):
     wait_status: int
 
 
+_BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
+
+
 class Scope(NamedTuple):
     """Where pids mean what they mean here: boot, host and pid namespace."""
 
@@ -77,9 +80,19 @@ def boot_id() -> str:
 
     Source: Linux, Documentation/admin-guide/sysctl/kernel.rst (random/boot_id); macOS,
     kern.bootsessionuuid.
+
+    Raises: Unsupported where there is no /proc.
     """
     if LINUX:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        try:
+            return Path(_BOOT_ID).read_text().strip()
+        except OSError as error:
+            raise Unsupported(
+                "the kernel tells no boot id",
+                where=_BOOT_ID,
+                why=error.strerror or str(error),
+                remedy="Mount /proc: who lives, and what was durable before a reboot, rest on it",
+            ) from error
     import subprocess  # noqa: PLC0415 (never needed on Linux)
 
     command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
