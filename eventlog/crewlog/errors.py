@@ -391,12 +391,12 @@ class LockBusy(CrewlogError):
     exit_code = 75
     WHAT = "the store is locked"
     WHY = "held by {holder} for {waited_s:.1f} s"
-    REMEDY = "Try again; a stopped holder keeps its lock until it goes on or ends"
 
     where: str
     _: KW_ONLY
     waited_s: float
     holder: str
+    remedy: str = "Try again; a stopped holder keeps its lock until it goes on or ends"
 
 
 # -- the operating system failed ------------------------------------------------------------
@@ -463,12 +463,12 @@ class Unavailable(CrewlogError):
 
     code = "unavailable"
     exit_code = 69
-    REMEDY = "Check the address, and start the servers; then try again (crewlog doctor)"
 
     where: str
     _: KW_ONLY
     why: str
     what: str = "no quorum of the servers answers"
+    remedy: str = "Check the address, and start the servers; then try again (crewlog doctor)"
 
 
 @dataclass(eq=False, repr=False)

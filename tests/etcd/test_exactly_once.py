@@ -549,3 +549,32 @@ def test_change_wakes_a_watcher_long_before_it_would_look(
                 item = items.next(10)
                 assert item is not None
                 assert time.monotonic() - began < 8, "woken, not at the end of the wait"
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_batch_looks_once_for_all_its_workers(
+    one_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fresh: bool
+) -> None:
+    """A hundred registrations: a handful of requests, in a process that wrote before as well."""
+    from crewlog.etcd.client import Client
+
+    sent: list[int] = []
+    real = Client._request
+
+    def counted(self: Client, *given: object, **options: object) -> object:
+        sent.append(1)
+        return real(self, *given, **options)  # type: ignore[arg-type]
+
+    with crewlog.open(one_server.url(f"test/{tmp_path.name}")) as reg:
+        if not fresh:
+            reg.register("before")
+            reg.update("before", labels={"n": "1"})
+        monkeypatch.setattr(Client, "_request", counted)
+        if fresh:
+            reg.workers()
+        sent.clear()
+        with reg.batch() as batch:
+            for number in range(99):
+                batch.register(f"w-{number}")
+        assert len(sent) <= (12 if fresh else 4)  # a fresh place: the store is made, too
+        assert len(reg.workers()) == 99 + (not fresh)

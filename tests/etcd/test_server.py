@@ -290,6 +290,8 @@ def test_tls_with_client_certificates(
     """Authority, certificate and key from the environment; each mistake has its message."""
     with Secured(tmp_path, certificates) as cluster:
         place = cluster.url("p").replace("etcd://", "etcds://")
+        with crewlog.open(cluster.url("p")) as reg, pytest.raises(Unavailable, match="etcds://"):
+            reg.register("a")
         with crewlog.open(place) as reg, pytest.raises(AuthFailed, match="CREWLOG_ETCD_CA"):
             reg.register("a")
         monkeypatch.setenv("CREWLOG_ETCD_CA", str(certificates / "ca.pem"))

@@ -267,6 +267,8 @@ class EtcdLog(EtcdReading):
         deadline = time.monotonic() + self.wait_s
         sids = sorted(about)[: keys.TXN_WORKERS_MAX]
         left, self._left = self._left, None
+        if left is not None and not left[1].keys() >= set(sids):
+            left = None  # one look tells all of them, where each would be asked for by itself
         attempt = None if left is None else self._composed(self._written(*left), compose)
         if attempt is None or attempt.doubtful:  # what was left over proves nothing: look
             attempt = self._composed(self._looked(sids), compose)
@@ -281,7 +283,12 @@ class EtcdLog(EtcdReading):
                 break
             _forget(attempt.units)
             if time.monotonic() > deadline:
-                raise LockBusy(self.where, waited_s=self.wait_s, holder="other writers")
+                raise LockBusy(
+                    self.where,
+                    waited_s=self.wait_s,
+                    holder="other writers, who were first each time,",
+                    remedy="Try again, or wait longer (lock_timeout_s); a batch needs one turn",
+                )
             if lost:  # more than once: others are many, and what was seen grows old in a pause
                 time.sleep(random.uniform(0, RACE_PAUSE_MAX_S))  # noqa: S311 (no secret)
                 passed = self._looked(sids)
