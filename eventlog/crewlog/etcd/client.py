@@ -175,7 +175,11 @@ class Client:
     def _unavailable(self, reasons: Mapping[str, None]) -> Unavailable:
         """Say what each server said last."""
         newest = {reason.partition(": ")[0]: reason for reason in reasons}
-        return Unavailable(self.where, why="; ".join(newest.values()))
+        why = "; ".join(newest.values())
+        if not self._address.tls and "closed connection without response" in why:
+            remedy = "A port that speaks TLS answers so: then write etcds:// where etcd:// stands"
+            return Unavailable(self.where, why=why, remedy=remedy)
+        return Unavailable(self.where, why=why)
 
     def pauses(self, deadline: float) -> Iterator[bool]:
         """Pause, ever longer and by chance, and yield True; yield False once the deadline is near.
@@ -435,13 +439,6 @@ def _checked(status: int, data: bytes, where: str, *, host: str) -> JsonObject:
             why="with users, its gateway takes no client certificate that has a CommonName",
             remedy="Use one without (a subject of /O=…), and CREWLOG_ETCD_USER with a password",
         )
-    if _SPEAKS_TLS in data and status != _OK:
-        raise Unavailable(
-            where,
-            what="the server speaks TLS",
-            why=f"{host} took our request for none",
-            remedy="Write etcds:// where etcd:// stands",
-        )
     try:
         found = codec.load_object(data)
     except DocumentError as error:
@@ -463,8 +460,6 @@ def _checked(status: int, data: bytes, where: str, *, host: str) -> JsonObject:
     raise Refused(where, status=code if isinstance(code, int) else 0, message=message)
 
 
-# What a server of Go says in plain text.
-_SPEAKS_TLS: Final = b"HTTP request to an HTTPS server"
 # What TLS says while it does not let anybody in; anything else may befall an answer on its way.
 _REFUSALS: Final = ("certificate", "unknown ca", "unknown_ca", "version", "handshake", "protocol")
 

@@ -433,7 +433,10 @@ def _refuse_growth(record: Record, data: JsonObject) -> None:
     if isinstance(meta, dict):
         size = len(codec.dump(_merged(record["meta"], meta)))
         if size > max(META_BYTES_MAX, len(codec.dump({**record["meta"]}))):
-            message = f"{size} bytes of meta; at most {META_BYTES_MAX} are kept for one worker"
+            message = (
+                f"{size} bytes of meta, and at most {META_BYTES_MAX} are kept for one worker: "
+                "take something out of its meta"
+            )
             raise ValueError(message)
 
 
