@@ -97,6 +97,9 @@ class Session:
         """
         if self._closed:
             raise RegistryClosed(self.where)
+        held = self._store
+        if held is not None and not held.is_ours():
+            self._drop(held)
         if self._store is None:
             with self._opening:
                 if self._closed:
@@ -109,6 +112,13 @@ class Session:
                         self._missing = copy.copy(error)
                         return None
         return self._reopened(self._store) if fresh else self._store
+
+    def _drop(self, held: Store) -> None:
+        """Forget a store whose descriptors were closed under us; what is others' stays open."""
+        with self._opening:
+            if self._store is held:
+                self._store = None
+        held.close()
 
     def require(self) -> Store:
         """Return the store.

@@ -227,6 +227,10 @@ class Store(Protocol):
 
     # -- life -------------------------------------------------------------------------------
 
+    def is_ours(self) -> bool:
+        """Say whether it can go on: False where its descriptors were closed under it."""
+        ...
+
     def is_in_place(self) -> bool:
         """Say whether this store is what its place leads to; True where nothing is there."""
         ...

@@ -267,6 +267,10 @@ class EtcdReading(EtcdLines):
         """Return what workers hold while they live."""
         return EtcdLeases(self.client, self.keys, self.limits)
 
+    def is_ours(self) -> bool:
+        """Say yes: a connection that was closed is made anew."""
+        return True
+
     def is_in_place(self) -> bool:
         """Say whether this store is still under the prefix; True where nothing is there."""
         if self.rewound:

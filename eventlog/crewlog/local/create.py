@@ -117,14 +117,15 @@ def _create(blank: Blank, fill: Fill, *, wait_s: float) -> None:
     real = disk.resolved(path)
     _make_directories(real, via)
     try:
-        root = opened.fds[""] = disk.open_directory(str(real), where=str(path))
+        root = disk.open_directory(str(real), where=str(path))
+        opened.add("", root)
     except UnsafePermissions as error:
         raise unsafe(real, error, where=str(path)) from error
     disk.check_ancestors(real)
     require_newborn(root, path)
     for name in layout.DIRECTORIES:
         _make_inside(name, root, via)
-        opened.fds[name] = disk.open_directory(name, at=root, where=str(path / name))
+        opened.add(name, disk.open_directory(name, at=root, where=str(path / name)))
     locks = opened.fds[layout.LOCKS]
     for name in layout.LOCK_NAMES:
         _touch(name, locks, via)

@@ -69,16 +69,25 @@ class Descriptors:
     of something would write there.
     """
 
-    __slots__ = ("fds",)
+    __slots__ = ("fds", "files")
 
     def __init__(self) -> None:
         """Hold none yet."""
         self.fds: dict[str, int] = {}
+        self.files: dict[str, disk.FileId] = {}
+
+    def add(self, name: str, fd: int) -> None:
+        """Hold one more."""
+        self.fds[name], self.files[name] = fd, disk.file_id(fd)
+
+    def are_ours(self) -> bool:
+        """Say whether the store's own number still names it; the others go the same way."""
+        return disk.is_still(self.fds[""], self.files[""])
 
     def __del__(self) -> None:
         """Close them."""
-        for fd in self.fds.values():
-            os.close(fd)
+        for name, fd in self.fds.items():
+            disk.close(fd, self.files[name])
 
 
 def open_existing(path: Path, *, via: Disk | None = None, limits: Limits = DEFAULT) -> Directory:
@@ -100,12 +109,12 @@ def open_existing(path: Path, *, via: Disk | None = None, limits: Limits = DEFAU
         except UnsafePermissions as error:
             raise unsafe(real, error, where=str(path)) from error
         opened = Descriptors()
-        opened.fds[""] = root
+        opened.add("", root)
         disk.check_ancestors(real)
         digest, store = _identity(root, path)
         try:
             for name in layout.DIRECTORIES:
-                opened.fds[name] = disk.open_directory(name, at=root, where=str(path / name))
+                opened.add(name, disk.open_directory(name, at=root, where=str(path / name)))
         except FileNotFoundError as error:
             raise incomplete(error, root=root, where=str(path)) from error
     local = _require_local(root, path)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from crewlog.errors import (
     CrewlogError,
@@ -300,6 +300,34 @@ class Stamp:
         tick = STAMP_SECONDS_NS if whole else STAMP_SETTLED_NS
         if self._looked_at - newest > tick:
             self._settled = self._found
+
+
+FileId: TypeAlias = tuple[int, int]
+NO_FILE: Final[FileId] = (0, 0)
+
+
+def file_id(fd: int) -> FileId:
+    """Return which file a descriptor names: its device and inode."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def is_still(fd: int, file: FileId) -> bool:
+    """Say whether a number still names the file that we opened.
+
+    A program that becomes a daemon closes every number it does not know; the next file that it
+    opens has ours.
+    """
+    try:
+        return file_id(fd) == file
+    except OSError:  # EBADF
+        return False
+
+
+def close(fd: int, file: FileId) -> None:
+    """Close a descriptor, unless its number is another file's by now."""
+    if is_still(fd, file):
+        os.close(fd)
 
 
 def require_length(size: int, *, where: str) -> None:

@@ -213,6 +213,7 @@ class StateFile(Generic[T]):
         "_decode",
         "_directory",
         "_fd",
+        "_file",
         "_guard",
         "_kept",
         "_name",
@@ -250,6 +251,7 @@ class StateFile(Generic[T]):
         self._where = directory.where(inside, name)
         self._size = size
         self._fd = _NONE
+        self._file = disk.NO_FILE
         self.place = 0  # which file is open: a digest of its device and inode
         self._writable = False
         self._closed = False
@@ -321,6 +323,7 @@ class StateFile(Generic[T]):
                 raise
             self._drop()
             self._fd, self._writable, self.place = fd, change, disk.place_of(fd)
+            self._file = disk.file_id(fd)
         return self._fd
 
     def renew(self) -> None:
@@ -332,7 +335,7 @@ class StateFile(Generic[T]):
     def _drop(self) -> None:
         fd, self._fd = self._fd, _NONE  # first: a child forked between must not use it
         if fd != _NONE:
-            os.close(fd)
+            disk.close(fd, self._file)
 
     def after_fork(self) -> None:
         """Renew the guard in a forked child: another thread of the parent may have held it."""

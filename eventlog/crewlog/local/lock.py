@@ -51,6 +51,7 @@ class Lock(Closing):
         "__weakref__",
         "_at",
         "_fd",
+        "_file",
         "_inode",
         "_name",
         "_stamp",
@@ -64,6 +65,7 @@ class Lock(Closing):
         self._name = name
         self._at = at
         self._fd = _CLOSED
+        self._file = disk.NO_FILE
         self._inode = 0
         # Gives the lock back, harmless when it is not held. A call of C: no signal handler comes
         # into it, as one may before the first instruction of a function.
@@ -90,7 +92,8 @@ class Lock(Closing):
 
     def _open(self, *, change: bool) -> None:
         self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
-        self._inode = os.fstat(self._fd).st_ino
+        self._file = disk.file_id(self._fd)
+        self._inode = self._file[1]
         self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)
 
     def _in_place(self) -> bool:
@@ -135,7 +138,8 @@ class Lock(Closing):
     def close(self) -> None:
         """Give the lock back, also for children that inherited its descriptor, and close."""
         if self._fd != _CLOSED:
-            self.release()
+            if disk.is_still(self._fd, self._file):
+                self.release()
             self.abandon()
 
     def abandon(self) -> None:
@@ -144,7 +148,7 @@ class Lock(Closing):
             fd, self._fd = self._fd, _CLOSED  # first: a child forked between must not do it again
             self.release = bool
             self._stamp = Stamp(self._at)
-            os.close(fd)
+            disk.close(fd, self._file)
 
     def after_fork(self) -> None:
         """Leave the lock to the parent: a child that kept it open would hold it for ever."""

@@ -197,6 +197,10 @@ class Log:
         """Say whether all its workers are of this host: not on a network file system."""
         return self.directory.local
 
+    def is_ours(self) -> bool:
+        """Say whether its descriptors are still ours: a program may have closed them."""
+        return self.directory.opened.are_ours()
+
     def is_in_place(self) -> bool:
         """Say whether the directory at the path is this one; True where nothing is there."""
         return self.directory.is_at(self.directory.path)

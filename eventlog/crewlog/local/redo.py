@@ -33,12 +33,13 @@ _NONE: Final = -1
 class Redo:
     """The redo of one store as one writer, or one sync leader, has it open."""
 
-    __slots__ = ("_copied", "_directory", "_fd", "_inode", "_sound")
+    __slots__ = ("_copied", "_directory", "_fd", "_file", "_inode", "_sound")
 
     def __init__(self, directory: Directory) -> None:
         """Open nothing yet."""
         self._directory = directory
         self._fd = _NONE
+        self._file = disk.NO_FILE
         self._inode = 0
         self._sound = False  # it holds what append.state says, as far as it was looked at
         self._copied = (0, 0, 0)  # segment, base and end of what was copied last, or tried to
@@ -55,7 +56,8 @@ class Redo:
         except FileNotFoundError:  # an older store: the segment is synced instead
             return
         disk.require_one_name(self._fd, where=where)
-        self._inode = os.fstat(self._fd).st_ino
+        self._file = disk.file_id(self._fd)
+        self._inode = self._file[1]
 
     def keep(
         self, data: bytes, state: AppendState, *, head: DurableHead, source: Segment
@@ -125,7 +127,7 @@ class Redo:
         fd, self._fd = self._fd, _NONE  # first: a child forked between must not close it again
         self._inode, self._sound = 0, False
         if fd != _NONE:
-            os.close(fd)
+            disk.close(fd, self._file)
 
 
 def read(directory: Directory) -> bytes:

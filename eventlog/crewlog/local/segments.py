@@ -25,7 +25,7 @@ HEADER_BYTES: Final = 1024  # a segment's first line ends within these
 class Segment(Closing):
     """The bytes of one segment: of log/, or in memory of archive/, or as the redo completes it."""
 
-    __slots__ = ("_data", "_fd", "archived", "first", "name")
+    __slots__ = ("_data", "_fd", "_file", "archived", "first", "name")
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Segment(Closing):
         self.name = name
         self.archived = archived
         self._fd = fd
+        self._file = disk.NO_FILE if fd < 0 else disk.file_id(fd)
         self._data = data
 
     @property
@@ -76,7 +77,7 @@ class Segment(Closing):
         """Close the descriptor."""
         fd, self._fd = self._fd, -1  # first: a child forked between must not close it again
         if fd >= 0:
-            os.close(fd)
+            disk.close(fd, self._file)
 
 
 class Segments:
