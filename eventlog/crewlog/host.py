@@ -12,12 +12,13 @@ import errno
 import os
 import signal
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from types import TracebackType
+from types import BuiltinFunctionType, TracebackType
 from typing import Final, Protocol, Self
 
 # Who holds a lock that a signal handler asks for.
@@ -102,6 +103,14 @@ os.register_at_fork(
 
 
 # -- threads and signals --------------------------------------------------------------------
+
+
+def is_green() -> bool:
+    """Say whether threads are another library's (gevent, eventlet): then nothing may block.
+
+    Such a library puts a sleep of its own in place of Python's.
+    """
+    return not isinstance(time.sleep, BuiltinFunctionType)
 
 
 def start_thread(work: Callable[[], None], *, name: str) -> threading.Thread:

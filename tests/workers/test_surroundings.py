@@ -283,3 +283,26 @@ def test_sid_whose_holder_cannot_be_judged_names_the_ways_out(
         reg.register("web")
     assume_dead(reg, "web", reason="the container was restarted")
     reg.register("web")
+
+
+_GREEN = """
+import sys, time
+real = time.sleep
+slept = []
+def sleep(seconds):  # another library's, in place of Python's, as gevent puts it there
+    slept.append(seconds)
+    real(seconds)
+time.sleep = sleep
+import crewlog
+with crewlog.open(sys.argv[1]) as reg:
+    reg.spawn("j", ["sleep", "0.3"])
+    while reg.get("j").exit is None:
+        sleep(0.05)
+    assert reg.get("j").exit.code == 0
+assert len(slept) > 8, slept
+"""
+
+
+def test_wait_for_a_child_gives_way_to_green_threads(place: Path) -> None:
+    """Where threads are another library's, a call that blocks would hold up the whole process."""
+    subprocess.run([sys.executable, "-c", _GREEN, str(place)], check=True)

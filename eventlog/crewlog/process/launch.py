@@ -76,6 +76,7 @@ host.call_in_child(_let_go_in_child, rank=host.DESCRIPTORS)
 
 
 # Why a program may not begin although it is there.
+_GREEN_LOOK_S: Final = 0.05
 BROKEN: Final = "the Python that starts it ended by itself (sys.executable, LD_LIBRARY_PATH?)"
 
 
@@ -200,7 +201,11 @@ class Launch:
         Until `reap` it is a zombie, so that whoever looks at it meanwhile sees how it ended, too
         (not where there is no waitid: on macOS before Python 3.13).
         """
-        found = self._ended(wait=wait)
+        green = wait and host.is_green()
+        found = self._ended(wait=wait and not green)
+        while found is None and green:
+            time.sleep(_GREEN_LOOK_S)  # which lets the others go on
+            found = self._ended(wait=False)
         if found is not None:  # many that end at once must not keep each other from descriptors
             self._let_go()
         return found
