@@ -77,7 +77,9 @@ def actor_text(event: Event) -> str:
     return f"{who}[{actor.get('pid')}]" if user is not None else "crewlog"
 
 
-_TELLING: Final = ("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock")
+_TELLING: Final = (
+    *("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock", "meta"),
+)
 
 
 def data_text(event: Event) -> str:
@@ -88,10 +90,19 @@ def data_text(event: Event) -> str:
         if value is None or value in ("", {}):
             continue
         if isinstance(value, dict):
-            told += [f"-{k}" if v is None else f"{k}={v}" for k, v in value.items()]
+            told += [f"-{k}" if v is None else f"{k}={_short(v)}" for k, v in value.items()]
         else:
             told.append(f"{key}={value}")
     return " ".join(told)
+
+
+_VALUE_CHARS: Final = 40
+
+
+def _short(value: object) -> str:
+    """Write a value of labels or meta, cut where it is long: --json has all of it."""
+    words = str(value)
+    return words if len(words) <= _VALUE_CHARS else f"{words[: _VALUE_CHARS - 1]}…"
 
 
 def reset_json(item: Reset) -> dict[str, object]:

@@ -197,3 +197,17 @@ def test_sids_are_completed_wherever_one_is_asked_for(
              "COMP_WORDS": " ".join(asked), "COMP_CWORD": str(len(asked) - 1)},
     )  # fmt: skip
     assert "web-1" in done.stdout
+
+
+def test_change_of_meta_is_shown_and_quiet_is_quiet(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """What changed stands beside the event, cut where it is long; gc -q says nothing."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    reg.update("a", meta={"step": 7, "long": "x" * 200})
+    shown = cli("history", "--sid", "a").stdout
+    assert "step=7" in shown
+    assert "x" * 41 not in shown
+    worker.kill()
+    worker.wait()
+    assert cli("gc", "-q").stdout == ""
+    assert cli("gc", "-q").stderr == ""

@@ -157,7 +157,8 @@ def gc(
         refused = None if report.refused is None else str(report.refused)
         sh.document({"seq": reg.last_seq, **_told(report), "refused": refused})
     else:
-        _print_report(sh, report)
+        if not sh.quiet:
+            _print_report(sh, report)
         _tell_refused(report.refused)
 
 
