@@ -23,7 +23,8 @@ test: $(VENV)/installed-$(EXTRAS)
 
 # everything; what is skipped for want of a program is listed at the end
 test-all: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m 'not soak and not alone'
+	$(BIN)/python -m pytest -q -m alone
 
 lint: $(VENV)/installed-test,lint
 	$(BIN)/ruff check .

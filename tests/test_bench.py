@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 ROOT = Path(__file__).parent.parent
 KEYS = ["about", "P1", "P1b", "P2", "P2b", "P3", "P4", "P5", "P6", "P6b", "P11", "P7", "P8", "P8b",

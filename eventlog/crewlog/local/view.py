@@ -112,7 +112,10 @@ class View:
 
     def _ends_with(self, seq: int) -> bool:
         """Say whether the last segment is sealed by the line `seq`."""
-        last = self._segments.in_log()[-1]
+        firsts = self._segments.in_log()
+        if not firsts or firsts[-1] > seq:
+            return False
+        last = firsts[-1]
         with self._segments.open(last) as source:
             found = chain.scan(source.whole(), offset=0, seq=last - 1, prev=None)
         return found.sealed and found.seq == seq

@@ -79,11 +79,12 @@ def burial(session: Session, sid: str) -> list[Step]:
     return [death(session.author(), worker, found)] if found.dead else []
 
 
-def taken(session: Session, sid: str) -> WorkerExists:
+def taken(session: Session, held: WorkerExists) -> WorkerExists:
     """Return what to say of a sid whose holder lives, or may: with the ways out of the latter."""
-    worker = session.known(sid)
+    sid, worker = held.sid, session.get(held.sid)
+    if worker is None:  # what holds it is not durable yet, or is gone again
+        return held
     found = judge(session, [worker])[0]
-    held = WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
     if found.verdict is not Verdict.UNKNOWN:
         return held
     return WorkerExists(

@@ -73,10 +73,10 @@ def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Leas
     for _ in range(judge.CHANGE_TRIES):
         try:
             return session.put([*burial, step])
-        except WorkerExists:
+        except WorkerExists as error:
             burial = judge.burial(session, sid)
             if not burial:
-                raise judge.taken(session, sid) from None
+                raise judge.taken(session, error) from None
         except (StaleRevision, InvalidTransition):  # the holder changed since the probe
             burial = []
     return session.put([step])

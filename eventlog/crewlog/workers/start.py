@@ -69,8 +69,8 @@ def _program(argv: Words, options: SpawnOptions) -> _Program:
     wish = Wish(**cast("WorkerOptions", given))
     register.check(wish)
     surroundings: LaunchOptions = {**launch.DEFAULTS, **cast("LaunchOptions", rest)}
-    surroundings["env"] = place.inherited(surroundings["env"])
     launch.check(argv, surroundings)
+    surroundings["env"] = place.inherited(surroundings["env"])
     ours = wish._replace(owner=os.getpid() if wish.owner is None else wish.owner)
     return _Program(argv, surroundings, ours)
 
@@ -252,7 +252,8 @@ def _running(session: Session, sid: str) -> Worker | None:
         return worker
     if found.dead:
         return None
-    raise taken(session, sid)
+    held = WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
+    raise taken(session, held)
 
 
 def _await_end(worker: Worker, wait_s: float) -> None:
