@@ -121,7 +121,7 @@ COMMANDS = (
     "diff --from 12 --to 20", "timeline", "export", "export --format cloudevents", "path",
     "watch --after 12 --count 3 --timeout 9s", "watch --from-start --count 3 --timeout 9s",
     "watch --count 1 --timeout 0s", "cursor ls", "cursor show mailer", "gc --dry-run",
-    "compact --dry-run --keep-history 5", "verify", "repair", "anchor", "explain late",
+    "compact --dry-run --keep-history 5events", "verify", "repair", "anchor", "explain late",
     "stop late --dry-run", "schedule cron", "--version", "show nobody", "history --sid nobody",
     "cursor show nobody", "ls --at 3", "stop", "completion bash",
 )  # fmt: skip

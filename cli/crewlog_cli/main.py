@@ -98,7 +98,7 @@ def run(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     own = words[: words.index("--")] if "--" in words else words
     sh = Shell(json="--json" in own)  # known even where the rest cannot be parsed
-    sh.separated = "--" in words
+    sh.own, sh.separated = tuple(own), "--" in words
     output.prepare()
     try:
         crewlog.main(args=arguments, prog_name="crewlog", obj=sh, standalone_mode=False)

@@ -5,7 +5,7 @@ from typing import Final
 
 from crewlog import Liveness
 from crewlog.errors import WorkerNotFound
-from crewlog.model.events import Event, Reset, Worker, timestamp
+from crewlog.model.events import EXITED, Event, Reset, Worker, timestamp
 from crewlog.registry import Registry
 from crewlog_cli.shell import Shell
 
@@ -93,7 +93,11 @@ def data_text(event: Event) -> str:
             told += [f"-{k}" if v is None else f"{k}={_short(v)}" for k, v in value.items()]
         else:
             told.append(f"{key}={value}")
-    return " ".join(told)
+    if event.type == EXITED:  # a crash must not read like an end that was asked for
+        told.append(
+            "crashed" if event.crashed else "as asked" if event.data.get("expected") else ""
+        )
+    return " ".join(filter(None, told))
 
 
 _VALUE_CHARS: Final = 40

@@ -53,7 +53,8 @@ class Shell:
     utc: bool = False
     debug: bool = False
     color: Literal["auto", "always", "never"] = "auto"
-    separated: bool = False  # a "--" stood among the words
+    own: tuple[str, ...] = ()  # the words before a "--"
+    separated: bool = False  # there was one
     wait_s: float = LOCK_WAIT_S  # for other writers, and for servers
     opened: "list[Registry]" = field(default_factory=list)
 

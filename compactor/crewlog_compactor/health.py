@@ -23,6 +23,7 @@ from crewlog_compactor.reports import Check
 
 _COMPACTED: Final = timedelta(days=1)
 _BACKLOG: Final = 10_000
+_NEVER: Final = 1_000  # so many events, and no compaction yet: nobody has set cron up
 _AHEAD: Final = timedelta(minutes=1)
 _PACKAGES: Final = ("orjson", "watchdog", "psutil", "click")
 _EXTRAS: Final = ("inotify_simple", "zstandard", "rich", "urllib3")
@@ -77,7 +78,7 @@ def _compaction(reg: Registry) -> Check:
     when = "never" if compacted is None else _ago(compacted[1])
     told = f"{when}; {last - covered} events since"
     old = compacted is None or datetime.now(UTC) - compacted[1] > _COMPACTED
-    if old and last - covered > _BACKLOG:
+    if last - covered > (_BACKLOG if compacted is not None else _NEVER) and old:
         remedy = "Let cron run it: crewlog schedule cron"
         return Check(name="compaction", status="warn", found=told, remedy=remedy)
     return Check(name="compaction", status="ok", found=told)

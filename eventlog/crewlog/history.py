@@ -30,6 +30,7 @@ class HistoryOptions(TypedDict, total=False):
     """What `history` takes."""
 
     sid: str | None
+    sids: Collection[str] | None
     types: Collection[str] | None
     since: datetime | None
     until: datetime | None
@@ -39,6 +40,7 @@ class HistoryOptions(TypedDict, total=False):
 
 DEFAULTS: Final[HistoryOptions] = {
     "sid": None,
+    "sids": None,
     "types": None,
     "since": None,
     "until": None,
@@ -50,9 +52,9 @@ DEFAULTS: Final[HistoryOptions] = {
 def history(session: Session, **options: Unpack[HistoryOptions]) -> Iterator[Event]:
     """Yield the events that match; see `Registry.history`."""
     arguments.check_options(options, HistoryOptions.__annotations__, of="history")
-    sid, after = options.get("sid"), options.get("after")
+    sid, sids, after = options.get("sid"), options.get("sids"), options.get("after")
     newest_first = options.get("newest_first", False)
-    wanted = feed.filter_of(None if sid is None else [sid], options.get("types"))
+    wanted = feed.filter_of(sids if sid is None else [sid, *(sids or ())], options.get("types"))
     first, last = (
         _moment(options.get("since"), name="since"),
         _moment(options.get("until"), name="until"),

@@ -102,7 +102,7 @@ def test_diff_across_retention_is_an_honest_no(cli: Cli, reg: Registry) -> None:
         for worker in reg.workers():
             reg.remove(worker.sid, reason="done")
         compact(reg, gc=False)
-    cli("compact", "--no-gc", "--yes", "--keep-history", "10")
+    cli("compact", "--no-gc", "--yes", "--keep-history", "10events")
     done = cli("diff", "--from", 3, code=1)
     assert "no longer kept" in done.stderr
 
@@ -161,7 +161,7 @@ def test_metrics_never_step_back(cli: Cli, reg: Registry, tmp_path: Path) -> Non
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     for _ in range(3):
         reg.update("w0", labels={"x": str(reg.last_seq)})
-        cli("compact", "-q", "--no-gc", "--yes", "--keep-history", "0", "--prometheus", path)
+        cli("compact", "-q", "--no-gc", "--yes", "--keep-history", "0events", "--prometheus", path)
     after = _metrics(path)
     assert after['crewlog_events_total{type="worker.registered"}'] == 30
     assert after["crewlog_compaction_success"] == 1

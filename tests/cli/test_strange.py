@@ -69,8 +69,8 @@ def test_doctor_looks_at_a_damaged_store(cli: Cli, reg: Registry) -> None:
 def test_history_is_dropped_only_when_it_is_meant(cli: Cli, reg: Registry) -> None:
     """Without a terminal to ask on, --yes says so."""
     reg.register("a")
-    assert "needs --yes" in cli("compact", "--keep-history", "0", code=2).stderr
-    cli("compact", "--keep-history", "0", "--yes")
+    assert "needs --yes" in cli("compact", "--keep-history", "0events", code=2).stderr
+    cli("compact", "--keep-history", "0events", "--yes")
     cli("compact", "--keep-history", "all")
 
 
@@ -211,3 +211,51 @@ def test_change_of_meta_is_shown_and_quiet_is_quiet(cli: Cli, reg: Registry, cre
     worker.wait()
     assert cli("gc", "-q").stdout == ""
     assert cli("gc", "-q").stderr == ""
+
+
+def test_options_that_select_mean_any_of_these(cli: Cli, reg: Registry) -> None:
+    """Repeated, and as words of their own: never silently the last one only."""
+    for sid in ("a", "b", "c"):
+        reg.register(sid)
+    reg.update("b", state="draining")
+    reg.exited("c", code=3)
+    for words in (("--sid", "a", "--sid", "b"), ("a", "b"), ("a", "--sid", "b")):
+        rows = cli("history", "-q", *words).stdout.splitlines()[1:]
+        assert [row.split()[4] for row in rows] == ["a", "b", "b"]
+    listed = cli("ls", "--sids", "--state", "failed", "--state", "draining").stdout.split()
+    assert listed == ["b", "c"]
+    assert [e.sid for e in reg.history(sids=["a", "c"])] == ["a", "c", "c"]
+    assert [e.sid for e in reg.history(sid="a", sids=["c"])] == ["a", "c", "c"]
+    assert "crashed" in cli("history", "c").stdout
+
+
+@pytest.mark.parametrize("words", [["run", "--", "sleep", "1"], ["exec", "--", "true"]])
+def test_forgotten_id_is_not_the_program(cli: Cli, words: list[str]) -> None:
+    """`run -- sleep 1` would list a worker called sleep, for ever."""
+    done = cli.any(*words)
+    assert done.returncode == 2
+    assert "missing" in done.stderr.lower()
+    assert not cli.place.exists()
+
+
+@pytest.mark.parametrize("given", ["90", "0", "5 events", "d"])
+def test_bare_number_is_no_retention(cli: Cli, reg: Registry, given: str) -> None:
+    """`90` for `90d` would have dropped nearly everything."""
+    reg.register("a")
+    assert "5000events" in cli("compact", "--keep-history", given, "--yes", code=2).stderr
+
+
+def test_compaction_sums_up_and_doctor_warns_of_none(cli: Cli, reg: Registry) -> None:
+    """One line however many were collected; names with -v."""
+    for part in range(2):
+        with reg.batch() as batch:
+            for number in range(600):
+                batch.register(f"w{part}-{number}")
+    told = cli.json("doctor")["checks"]
+    assert isinstance(told, list)
+    assert [c["status"] for c in told if c["name"] == "compaction"] == ["warn"]
+    for part in range(2):
+        with reg.batch() as batch:
+            for number in range(600):
+                batch.exited(f"w{part}-{number}", code=0)
+    assert len(cli("compact").stdout.splitlines()) <= 2

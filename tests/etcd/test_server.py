@@ -387,7 +387,7 @@ def test_full_quota_refuses_changes_and_retention_still_works(tmp_path: Path) ->
             assert report.dropped is not None
             assert report.full is not None
             assert reg.last_seq == last
-            assert Cli(place)("compact", "-q", "--yes", "--keep-history", "0", code=74).stderr
+            assert Cli(place)("compact", "-q", "--yes", "--keep-history", "0events", code=74).stderr
             assert len(reg.workers()) == 6
             assert Cli(place).json("doctor", code=1)["ok"] is False
             Cli(place)("update", "w0", "--state", "ready", code=74)

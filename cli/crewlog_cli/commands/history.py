@@ -25,13 +25,20 @@ from crewlog_cli.shell import Shell, command
 
 @command(
     "history",
-    examples="""crewlog history --sid web-1
+    examples="""crewlog history web-1 web-2
 crewlog history --since yesterday --crashed
 crewlog history -n 20 -r""",
 )
 @click.option("--since", metavar="TIME", help="Only events from this time on.")
 @click.option("--until", metavar="TIME", help="Only events before this time.")
-@click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
+@click.argument("names", metavar="[SID]…", nargs=-1, shell_complete=shell.complete_sid)
+@click.option(
+    "--sid",
+    "sids",
+    multiple=True,
+    shell_complete=shell.complete_sid,
+    help="Only this worker; repeatable.",
+)
 @inputs.with_types
 @inputs.with_crashed
 @click.option("--actor", help="Only by this name, user, program, via or pid.")
@@ -44,7 +51,8 @@ def history(
     *,
     since: str | None,
     until: str | None,
-    sid: str | None,
+    names: tuple[str, ...],
+    sids: tuple[str, ...],
     types: tuple[str, ...],
     crashed: bool,
     actor: str | None,
@@ -59,12 +67,12 @@ def history(
         raise click.UsageError(message)
     first, last = inputs.moment(since, sh), inputs.moment(until, sh)
     reg = sh.existing()
-    types = inputs.ends(types) if crashed else types
+    types, sids = inputs.ends(types) if crashed else types, (*names, *sids)
     last_seq = reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
     found: Iterable[Event] = _by(
         reg.history(
-            sid=sid,
+            sids=sids or None,
             types=types or None,
             since=first,
             until=last,
@@ -85,11 +93,12 @@ def history(
             sh.stream(render.event_json(event))
     else:
         render.print_events(sh, found)
-    if sid is not None and reg.get(sid) is None and not any(reg.history(sid=sid)):
-        sh.note(f"no event of {sid!r} is kept")
+    for sid in dict.fromkeys(sids):
+        if reg.get(sid) is None and not any(reg.history(sid=sid)):
+            sh.note(f"no event of {sid!r} is kept")
     _print_period(sh, reg)
     if follow:
-        _follow(sh, reg, sid=sid, types=types, crashed=crashed, actor=actor, after=last_seq)
+        _follow(sh, reg, sids=sids, types=types, crashed=crashed, actor=actor, after=last_seq)
 
 
 def _by(found: Iterable[Event], actor: str | None, *, crashed: bool) -> Iterator[Event]:
@@ -118,13 +127,13 @@ def _follow(
     sh: Shell,
     reg: Registry,
     *,
-    sid: str | None,
+    sids: tuple[str, ...],
     types: tuple[str, ...],
     crashed: bool,
     actor: str | None,
     after: int,
 ) -> None:
-    with reg.watch(after=after, sids=None if sid is None else [sid], types=types or None) as items:
+    with reg.watch(after=after, sids=sids or None, types=types or None) as items:
         for item in items:
             if item.kind == "reset" and sh.json:
                 sh.stream(render.reset_json(item))

@@ -62,16 +62,19 @@ _SIZES: Final = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 def _keep(given: str) -> timedelta | int | KeepEvents | None:
     if given == "all":
         return None
-    if given.isascii() and given.isdigit():
-        return KeepEvents(int(given))
+    number = given.removesuffix("events")
+    if number != given and number.isascii() and number.isdigit():
+        return KeepEvents(int(number))
     for unit, factor in _SIZES.items():
         number = given.removesuffix(unit)
         if number != given and number.isascii() and number.isdigit():
             return int(number) * factor
     try:
+        if given.isdigit():  # of what?
+            raise inputs.TimeError(given)
         return inputs.duration(given)
     except inputs.TimeError as error:
-        message = f"--keep-history is 90d, 1GiB, a number of events, or all, not {given!r}"
+        message = f"--keep-history is 90d, 1GiB, 5000events or all, not {given!r}"
         raise click.UsageError(message) from error
 
 
@@ -296,8 +299,13 @@ def _compaction(reg: Registry, report: CompactReport) -> dict[str, object]:
 
 
 def _print_compaction(sh: Shell, report: CompactReport) -> None:
-    if report.collected is not None:
+    if report.collected is not None and (sh.verbose or report.dry_run):
         _print_report(sh, report.collected)
+    elif report.collected is not None:
+        told = {name: sids for name, sids in _told(report.collected).items() if sids}
+        counts = [f"{len(sids)} {name}" for name, sids in told.items() if isinstance(sids, tuple)]
+        if counts:
+            sh.line("collected: " + ", ".join(counts))
     fold, archive, drop = (
         ("would fold", "archive", "would drop")
         if report.dry_run

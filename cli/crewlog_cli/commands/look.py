@@ -38,7 +38,13 @@ crewlog ls -l role=web --json | jq -r '.workers[].sid'
 crewlog ls --at yesterday""",
 )
 @click.option("-a", "--all", "all_", is_flag=True, help="Show the dead and the ended too.")
-@click.option("--state", type=click.Choice([s.value for s in WorkerState]), help="Only this state.")
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice([s.value for s in WorkerState]),
+    help="Only in this state; repeatable.",
+)
 @click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Only with this label.")
 @click.option("--at", "at_", metavar="TIME|SEQ", help="As it was then; nothing is probed.")
 @click.option("--no-probe", is_flag=True, help="Do not look at the processes.")
@@ -47,7 +53,7 @@ def ls(
     sh: Shell,
     *,
     all_: bool,
-    state: str | None,
+    states: tuple[str, ...],
     labels: tuple[str, ...],
     at_: str | None,
     no_probe: bool,
@@ -57,12 +63,12 @@ def ls(
     reg = sh.existing()
     wanted = inputs.pairs(labels).items()
     seen: State = reg.state() if at_ is None else inputs.at(sh, reg, at_)
-    final = all_ or (state is not None and WorkerState(state) in FINAL)
+    final = all_ or any(WorkerState(state) in FINAL for state in states)
     workers = [
         worker
         for worker in seen.workers.values()
         if (final or not worker.final)
-        and state in {None, worker.state.value}
+        and (not states or worker.state.value in states)
         and wanted <= worker.labels.items()
     ]
     judged: list[Liveness | None] = [None] * len(workers)

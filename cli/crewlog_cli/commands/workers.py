@@ -71,8 +71,11 @@ def _wished(options: _Options) -> WorkerOptions:
     }
 
 
-def _require_separated(sh: Shell) -> None:
-    """Refuse a command line in which the program's own options would be taken for ours."""
+def _require_separated(sh: Shell, sid: str) -> None:
+    """Refuse a command line in which the program's own words would be taken for ours."""
+    if sh.separated and sid not in sh.own:
+        message = "the worker's SID is missing: SID -- CMD…"
+        raise click.UsageError(message)
     if not sh.separated:
         message = "put -- between crewlog's own words and the program: SID -- CMD…"
         raise click.UsageError(message)
@@ -97,7 +100,7 @@ def _replace(argv: Sequence[str]) -> int:
 @_options
 def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Options]) -> None:
     """Register this process as SID, then become CMD: same pid, no code needed in the program."""
-    _require_separated(sh)
+    _require_separated(sh, sid)
     wished = _wished(options)
     with sh.registry() as reg:
         tried(lambda: reg.register(sid, **wished))
@@ -133,7 +136,7 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     recorded, since the registry is locked or no server answers, that is tried for ten minutes;
     Ctrl-C ends the trying.
     """
-    _require_separated(sh)
+    _require_separated(sh, sid)
     wished = _wished(options)
     wished["owner"] = os.getpid()
     with sh.registry() as reg:
