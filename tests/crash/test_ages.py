@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import crewlog
 from crewlog import host
-from crewlog.errors import CrewlogError, HistoryRewound
+from crewlog.errors import CrewlogError, HistoryRewound, LogCorrupt
 from crewlog.local import ages, directory, layout
 from crewlog.local.heads import States
 from crewlog.local.segments import Segments
@@ -140,6 +141,9 @@ def test_backup_put_in_place_with_its_times_is_noticed_by_a_writer(place: Path) 
     with opened(place) as reg, opened(place) as other:
         reg.register("w")
         other.workers()
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 0.05)  # what is younger is never taken as seen
+        reg.update("w", meta={"n": 1})
         shutil.copytree(place, place.with_name("copy"))
         for folder in ("", layout.HEAD, layout.LOG):
             for path in sorted((place / folder).iterdir()):
@@ -280,6 +284,9 @@ def test_file_under_the_next_segments_name_is_named_and_taken_out(
     assert [f.path for f in verify(place).findings] == [str(stranger)]
     with opened(place) as reg:
         assert [w.sid for w in reg.workers()] == ["w"]
+    with opened(place) as reg, pytest.raises(LogCorrupt) as caught:
+        reg.register("v")
+    assert caught.value.outcome == "not_written"
     assert repair(place).done is False
     report = repair(place, yes=True)
     assert report.done
@@ -328,3 +335,47 @@ def test_clock_that_was_ahead_for_whole_segments_hides_no_time(
         past = reg.at(now)
         assert past.workers["w"].meta["at"] == str(clock)
         assert past.disputed is not None
+
+
+def test_states_of_another_end_of_the_same_length_are_not_gone_on_from(place: Path) -> None:
+    """Two copies went on differently, byte for byte as long: the chain tells them apart."""
+    with opened(place) as reg:
+        reg.register("w")
+    shutil.copytree(place, place.with_name("copy"))
+    for where in (place, place.with_name("copy")):
+        with opened(where) as reg:
+            reg.update("w", meta={"n": 1 if where == place else 2})
+    put_back(place, place.with_name("copy"), STATE)
+    with opened(place) as reg:
+        reg.register("next")
+        assert [w.sid for w in reg.workers()] == ["w", "next"]
+    assert verify(place).ok
+
+
+@pytest.mark.limits(redo_bytes=16_384)
+def test_read_back_comes_from_the_device(place: Path) -> None:
+    """Bytes that were read from a disk are counted, not calls: the page cache proves nothing."""
+
+    def read_bytes() -> int:
+        rows = Path("/proc/self/io").read_text().splitlines()
+        return int(next(row for row in rows if row.startswith("read_bytes")).split()[1])
+
+    with opened(place) as reg:
+        reg.register("w")
+        before = read_bytes()
+        for number in range(200):
+            reg.update("w", meta={"n": number, "fill": "x" * 300})
+        read = read_bytes() - before
+        head = files(reg).head()
+    probe = place / "probe"
+    probe.write_bytes(bytes(65_536))
+    with probe.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = read_bytes()
+        file.read()
+    probe.unlink()
+    if read_bytes() == before:
+        pytest.skip("this file system reads from no device")
+    assert head.base > 16_384, "the redo began anew"
+    assert read >= 16_384
