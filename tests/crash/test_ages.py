@@ -379,3 +379,39 @@ def test_read_back_comes_from_the_device(place: Path) -> None:
         pytest.skip("this file system reads from no device")
     assert head.base > 16_384, "the redo began anew"
     assert read >= 16_384
+
+
+def test_stranger_under_an_open_writer_is_refused_at_once(place: Path) -> None:
+    """Not only where a store is opened: the names in log/ have changed."""
+    with opened(place) as reg:
+        reg.register("w")
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 0.05)
+        reg.update("w", meta={"n": 1})
+        reg.update("w", meta={"n": 2})
+        stranger = place / layout.LOG / layout.segment_name(9)
+        stranger.touch(0o600)
+        with pytest.raises(LogCorrupt, match="repair"):
+            reg.update("w", meta={"n": 3})
+        stranger.unlink()
+        reg.update("w", meta={"n": 4})
+    assert verify(place).ok
+
+
+def test_writer_reads_anew_what_went_on_from_an_older_copy(place: Path) -> None:
+    """A backup came back and others went further: the first line after ours has another prev."""
+    with opened(place) as reg:
+        reg.register("w")
+        shutil.copytree(place, place.with_name("copy"))
+        reg.register("only-here")
+        names = (STATE, HEAD, layout.REDO, f"{layout.LOG}/{active_segment(place).name}")
+        put_back(place, place.with_name("copy"), *names)
+        with opened(place) as other:
+            for number in range(5):
+                other.update("w", meta={"n": number})
+        reg.register("only-here")  # it is not there any more
+        reg.update("w", labels={"by": "the first"})
+        worker = reg.get("w")
+        assert worker is not None
+        assert worker.meta == {"n": 4}
+    assert verify(place).ok
