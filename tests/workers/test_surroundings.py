@@ -117,7 +117,10 @@ def test_program_begins_as_a_shell_would_start_it(place: Path, verb: str) -> Non
     expected = subprocess.run(
         ["sh", "-c", line], capture_output=True, text=True, check=False, env=plain
     )
-    assert done.stdout == expected.stdout
+    ours, theirs = done.stdout.split(), expected.stdout.split()
+    handled = 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)  # what Python ignores
+    assert int(ours[1], 16) & handled == int(theirs[1], 16) & handled
+    assert ours[2:] == theirs[2:]
 
 
 def test_what_is_no_lease_is_left_alone(place: Path, crew: Crew) -> None:
