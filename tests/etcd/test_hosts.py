@@ -30,6 +30,7 @@ from stores import opened
 TTL_S = 2
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.alone,  # it counts processes of the whole machine
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
     pytest.mark.limits(lease_ttl_s=TTL_S, claim_ttl_s=TTL_S),
 ]
