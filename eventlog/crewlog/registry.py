@@ -336,8 +336,8 @@ class Registry(Closing):
         """Yield the events that match, oldest first, through log and archive.
 
         The store's own events are left out unless `types` names them.
-        Args: `since` and `until` are aware times, the first included, the last not; `after` is a
-        seq. With `newest_first` the first ones come at once, however long the history is.
+        Args: `sid` is one worker, `sids` any of several; `since` and `until` are aware times, the
+        first included, the last not; `after` is a seq. With `newest_first` the first ones come at once, however long the history is.
         Raises: DataDamaged where the history is; CompactedError where `after` is no longer kept.
         """
         return history.history(self._session, **options)

@@ -236,12 +236,12 @@ class EtcdLog(EtcdReading):
         generation: int | None = None,  # noqa: ARG002 (as above)
         begun: Callable[[], None] | None = None,
     ) -> None:
-        """Do nothing: what was written is durable. See commit.Phases."""
+        """Do nothing: what was written is durable. See queue.Phases."""
         if begun is not None:
             begun()
 
     def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
-        """Write for a group in one transaction; see commit.Phases."""
+        """Write for a group in one transaction; see queue.Phases."""
         about = set().union(*[request.about for request in group[: keys.TXN_WORKERS_MAX]])
 
         def compose(attempt: Attempt) -> None:

@@ -31,8 +31,6 @@ Words: TypeAlias = Sequence[str | os.PathLike[str]]
 NOWHERE: Final = -3  # subprocess.DEVNULL
 _SPECIAL: Final = (-1, -2, NOWHERE)  # PIPE and STDOUT too
 _STDERR: Final = 2
-NOT_RUN: Final = 126
-NOT_FOUND: Final = 127
 
 # Signals that Python ignores are given back to the program, and the variable that Python sets in
 # the C locale is taken away again (PEP 538).
