@@ -337,7 +337,8 @@ class Registry(Closing):
 
         The store's own events are left out unless `types` names them.
         Args: `sid` is one worker, `sids` any of several; `since` and `until` are aware times, the
-        first included, the last not; `after` is a seq. With `newest_first` the first ones come at once, however long the history is.
+        first included, the last not; `after` is a seq. With `newest_first` the first ones come at
+        once, however long the history is.
         Raises: DataDamaged where the history is; CompactedError where `after` is no longer kept.
         """
         return history.history(self._session, **options)
