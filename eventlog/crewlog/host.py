@@ -9,6 +9,7 @@ in one order (`renew_in_child`). This is the only module that registers anything
 import _thread
 import copy
 import errno
+import itertools
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from types import BuiltinFunctionType, TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 # Who holds a lock that a signal handler asks for.
 INTERRUPTED: Final = "this very thread, which a signal handler has interrupted"
@@ -168,6 +169,49 @@ class Closing(ABC):
     ) -> None:
         """Close."""
         self.close()
+
+
+# -- descriptors ----------------------------------------------------------------------------
+
+
+class FileId(NamedTuple):
+    """Which file a number of ours names: device and inode, and which of our opens it was."""
+
+    device: int
+    inode: int
+    serial: int
+
+
+NO_FILE: Final = FileId(0, 0, 0)
+_serials: Final = itertools.count(1)
+_owned: Final[dict[int, int]] = {}  # by number: the serial of who opened it last
+
+
+def own(fd: int) -> FileId:
+    """Take a number that was opened just now as the caller's own."""
+    found = os.fstat(fd)
+    _owned[fd] = serial = next(_serials)
+    return FileId(found.st_dev, found.st_ino, serial)
+
+
+def is_still(fd: int, file: FileId) -> bool:
+    """Say whether a number still names the file that its owner opened.
+
+    A program that becomes a daemon closes every number it does not know; the next file that is
+    opened has ours. That may also be our own, opened anew: then the number is the later owner's.
+    """
+    try:
+        found = os.fstat(fd)
+    except OSError:  # EBADF
+        return False
+    mine = _owned.get(fd) == file.serial
+    return mine and (found.st_dev, found.st_ino) == (file.device, file.inode)
+
+
+def close_own(fd: int, file: FileId) -> None:
+    """Close a number, unless it is another file's, or another owner's, by now."""
+    if is_still(fd, file):
+        os.close(fd)
 
 
 # -- the clock ------------------------------------------------------------------------------

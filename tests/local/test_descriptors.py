@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import crewlog
+from crewlog import host
+from crewlog.workers import reaper
 from crewlog_compactor import verify
-from procs import forked, joined
+from procs import forked, joined, until
 from stores import opened
 
 
@@ -73,3 +76,51 @@ def test_registry_that_is_only_closed_closes_nothing_of_others(place: Path, tmp_
 
     joined(forked(daemon))
     shutil.rmtree(place)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs epoll")
+def test_daemon_that_has_workers_hears_of_their_ends(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for them is closed, too; it is looked at instead, and no file of others is used."""
+    monkeypatch.setattr(reaper, "_CLOSED_LOOK_S", 0.2)
+    monkeypatch.setattr(reaper, "_LOOK_S", 0.1)
+
+    def daemon() -> None:
+        with opened(place) as reg:
+            gate = tmp_path / "gate"
+            wait = ["sh", "-c", f"until [ -e {gate} ]; do sleep 0.1; done; exit 5"]
+            reg.spawn("job", wait)
+            with reg.observe_all() as observer:
+                assert observer.wait(20)
+                os.closerange(3, 1000)
+                names = [tmp_path / str(n) for n in range(60)]
+                own = [os.open(name, os.O_RDWR | os.O_CREAT) for name in names]
+                gate.touch()
+                until(lambda: (w := reg.get("job")) is not None and w.final)
+                reg.spawn("next", ["sh", "-c", "exit 6"])
+                until(lambda: (w := reg.get("next")) is not None and w.final)
+            ended = {w.sid: w.exit and w.exit.code for w in reg.workers(all=True)}
+            assert ended == {"job": 5, "next": 6}
+        for fd in own:
+            os.write(fd, b"mine")  # not closed by us
+            assert os.pread(fd, 9, 0) == b"mine", "nothing of ours is in it"
+
+    joined(forked(daemon))
+    assert verify(place).ok
+
+
+def test_number_that_is_opened_anew_is_its_new_owners(tmp_path: Path) -> None:
+    """The same file under the same number: who had it before must not close it."""
+    path = tmp_path / "f"
+    path.touch()
+    fd = os.open(path, os.O_RDONLY)
+    old = host.own(fd)
+    os.close(fd)
+    again = os.open(path, os.O_RDONLY)
+    assert again == fd
+    new = host.own(again)
+    host.close_own(fd, old)
+    assert host.is_still(again, new)
+    host.close_own(again, new)
+    assert not host.is_still(again, new)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from crewlog import host
 from crewlog.errors import (
     CrewlogError,
     NotAStore,
@@ -74,20 +75,20 @@ class Descriptors:
     def __init__(self) -> None:
         """Hold none yet."""
         self.fds: dict[str, int] = {}
-        self.files: dict[str, disk.FileId] = {}
+        self.files: dict[str, host.FileId] = {}
 
     def add(self, name: str, fd: int) -> None:
         """Hold one more."""
-        self.fds[name], self.files[name] = fd, disk.file_id(fd)
+        self.fds[name], self.files[name] = fd, host.own(fd)
 
     def are_ours(self) -> bool:
         """Say whether the store's own number still names it; the others go the same way."""
-        return disk.is_still(self.fds[""], self.files[""])
+        return host.is_still(self.fds[""], self.files[""])
 
     def __del__(self) -> None:
         """Close them."""
         for name, fd in self.fds.items():
-            disk.close(fd, self.files[name])
+            host.close_own(fd, self.files[name])
 
 
 def open_existing(path: Path, *, via: Disk | None = None, limits: Limits = DEFAULT) -> Directory:

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from crewlog.errors import (
     CrewlogError,
@@ -265,6 +265,35 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
         os.close(at)
 
 
+def open_log(path: Path, *, bytes_max: int | None, aside: str) -> int:
+    """Open a file for a worker's output, to append to; make it where there is none.
+
+    One of more than `bytes_max` bytes gets the suffix `aside` first, and replaces what has that.
+    Raises: UnsafePermissions where it is no plain file of ours, or open to others; OSError.
+    """
+    via = Disk()
+    at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            with suppress(FileExistsError):  # made meanwhile by another who starts a worker
+                if not exists(path.name, at=at):
+                    return via.create(path.name, at=at, append=True)
+            with suppress(FileNotFoundError):  # set aside meanwhile, as above
+                fd = open_file(path.name, at=at, where=str(path), change=True, append=True)
+                try:
+                    require_one_name(fd, where=str(path))
+                    if bytes_max is None or size_of(fd) <= bytes_max:
+                        os.set_blocking(fd, True)
+                        return fd
+                except BaseException:
+                    os.close(fd)
+                    raise
+                os.close(fd)
+                via.rename(path.name, path.name + aside, at=at)
+    finally:
+        os.close(at)
+
+
 # -- reading --------------------------------------------------------------------------------
 
 
@@ -300,34 +329,6 @@ class Stamp:
         tick = STAMP_SECONDS_NS if whole else STAMP_SETTLED_NS
         if self._looked_at - newest > tick:
             self._settled = self._found
-
-
-FileId: TypeAlias = tuple[int, int]
-NO_FILE: Final[FileId] = (0, 0)
-
-
-def file_id(fd: int) -> FileId:
-    """Return which file a descriptor names: its device and inode."""
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino
-
-
-def is_still(fd: int, file: FileId) -> bool:
-    """Say whether a number still names the file that we opened.
-
-    A program that becomes a daemon closes every number it does not know; the next file that it
-    opens has ours.
-    """
-    try:
-        return file_id(fd) == file
-    except OSError:  # EBADF
-        return False
-
-
-def close(fd: int, file: FileId) -> None:
-    """Close a descriptor, unless its number is another file's by now."""
-    if is_still(fd, file):
-        os.close(fd)
 
 
 def require_length(size: int, *, where: str) -> None:

@@ -114,6 +114,7 @@ _DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
 _SLOT: Final = struct.Struct("<8sQQ4x")
 _BEAT: Final = struct.Struct("<8s16sQ")
 _CRC: Final = struct.Struct("<I")
+_LENGTH: Final = struct.Struct("<H")
 _APPEND_WORD_AT: Final = 64  # the seq, of which the low half counts
 _HEAD_WORD_AT: Final = 8  # the generation, as above
 _APPEND_MAGIC: Final = b"crewlogA"
@@ -124,6 +125,7 @@ APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
 DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
 SLOT_BYTES: Final = _SLOT.size + _CRC.size
 BEAT_BYTES: Final = _BEAT.size + _CRC.size
+LEASE_BYTES_MAX: Final = 4096  # of a lease file: a beat, and what the worker says of itself
 
 
 def encode_append_state(state: AppendState) -> bytes:
@@ -181,8 +183,25 @@ def encode_beat(beat: Beat) -> bytes:
 
 def decode_beat(data: bytes) -> Beat | None:
     """Read a lease file; None means no beat yet, torn or damaged."""
-    fields = _unpack(data, _BEAT, _BEAT_MAGIC)
+    fields = _unpack(data[:BEAT_BYTES], _BEAT, _BEAT_MAGIC)
     return None if fields is None else Beat._make(fields)
+
+
+def encode_said(said: bytes) -> bytes:
+    """Write what stands behind a beat: what the worker says of itself, its length and CRC-32."""
+    body = _LENGTH.pack(len(said)) + said
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode_said(data: bytes) -> bytes | None:
+    """Read what a worker says of itself from a whole lease file; b"" for nothing, None if torn."""
+    body = data[BEAT_BYTES:]
+    if len(body) < _LENGTH.size:
+        return b""
+    end = _LENGTH.size + _LENGTH.unpack_from(body)[0]
+    if body[end : end + _CRC.size] != _CRC.pack(zlib.crc32(body[:end])):
+        return None
+    return body[_LENGTH.size : end]
 
 
 def _pack(shape: struct.Struct, magic: bytes, fields: Iterable[object]) -> bytes:
@@ -251,7 +270,7 @@ class StateFile(Generic[T]):
         self._where = directory.where(inside, name)
         self._size = size
         self._fd = _NONE
-        self._file = disk.NO_FILE
+        self._file = host.NO_FILE
         self.place = 0  # which file is open: a digest of its device and inode
         self._writable = False
         self._closed = False
@@ -323,7 +342,7 @@ class StateFile(Generic[T]):
                 raise
             self._drop()
             self._fd, self._writable, self.place = fd, change, disk.place_of(fd)
-            self._file = disk.file_id(fd)
+            self._file = host.own(fd)
         return self._fd
 
     def renew(self) -> None:
@@ -335,7 +354,7 @@ class StateFile(Generic[T]):
     def _drop(self) -> None:
         fd, self._fd = self._fd, _NONE  # first: a child forked between must not use it
         if fd != _NONE:
-            disk.close(fd, self._file)
+            host.close_own(fd, self._file)
 
     def after_fork(self) -> None:
         """Renew the guard in a forked child: another thread of the parent may have held it."""

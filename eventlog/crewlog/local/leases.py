@@ -24,7 +24,7 @@ from crewlog.local.lock import Lock, take
 from crewlog.model import arguments
 from crewlog.model.events import Worker
 from crewlog.process import identity
-from crewlog.process.liveness import LeaseSeen
+from crewlog.process.liveness import LeaseSeen, LeaseState
 
 LEASE_TRIES: Final = 8
 
@@ -131,8 +131,11 @@ def _is_another(fd: int, name: str) -> bool:
     return len(token) == _TOKEN_CHARS and int(token[8:], 16) != disk.place_of(fd)
 
 
-def beat(directory: Directory, name: str) -> bool:
-    """Write down that the worker is well, now; False if there is no such lease."""
+def beat(directory: Directory, name: str, said: bytes | None = None) -> bool:
+    """Write down that the worker is well, now, and what it says of itself, None: as before.
+
+    False if there is no such lease.
+    """
     at, where = directory[layout.LEASES], directory.where(layout.LEASES, name)
     with disk.failures("cannot beat", where=where):
         try:
@@ -142,7 +145,8 @@ def beat(directory: Directory, name: str) -> bool:
         try:
             disk.require_one_name(fd, where=where)
             now = Beat(identity.boot_bytes(), time.monotonic_ns())
-            directory.disk.overwrite(fd, heads.encode_beat(now))
+            more = b"" if said is None else heads.encode_said(said)
+            directory.disk.overwrite(fd, heads.encode_beat(now) + more)
         finally:
             os.close(fd)
     return True
@@ -162,28 +166,31 @@ def look(directory: Directory, name: str) -> LeaseSeen:
         try:
             if _is_another(fd, name):
                 return LeaseSeen("absent")
-            age_s = _age_s(fd)
+            age_s, said = _last_beat(fd)
         finally:
             os.close(fd)
     lock = Lock(name, at=at, where=where)
     try:
-        return LeaseSeen("free" if lock.try_acquire(shared=True) else "held", age_s)
+        state: LeaseState = "free" if lock.try_acquire(shared=True) else "held"
+        return LeaseSeen(state, age_s, said=said)
     except (FileNotFoundError, StoreMissing):  # swept since
         return LeaseSeen("absent")
     finally:
         lock.close()
 
 
-def _age_s(fd: int) -> float | None:
+def _last_beat(fd: int) -> tuple[float | None, bytes]:
+    """Return how old the last beat is in seconds, None if unknown, and what the worker said."""
     for _ in range(heads.TORN_READ_TRIES):
-        last = heads.decode_beat(disk.read_at(fd, 0, heads.BEAT_BYTES))
-        if last is not None:
+        data = disk.read_at(fd, 0, heads.LEASE_BYTES_MAX)
+        last, said = heads.decode_beat(data), heads.decode_said(data)
+        if last is not None and said is not None:
             if last.boot != identity.boot_bytes():
-                return None
-            return max(0, time.monotonic_ns() - last.at_ns) / 1e9
-        if os.fstat(fd).st_size == 0:
-            return None
-    return None
+                return None, b""
+            return max(0, time.monotonic_ns() - last.at_ns) / 1e9, said
+        if not data:
+            break
+    return None, b""
 
 
 def sweep(directory: Directory, *, needed: Callable[[str, str], bool]) -> int:
@@ -234,9 +241,15 @@ class Leases:
         """Return what looks at a lease."""
         return partial(look, self._directory)
 
-    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:  # noqa: ARG002 (as above)
-        """Note that the worker is well."""
-        return beat(self._directory, name)
+    def beat(
+        self,
+        name: str,
+        *,
+        heartbeat_s: float | None,  # noqa: ARG002 (as above)
+        said: bytes | None = None,
+    ) -> bool:
+        """Note that the worker is well, and what it says of itself."""
+        return beat(self._directory, name, said)
 
     def turn(self, sid: str, *, wait_s: float) -> AbstractContextManager[Lock]:
         """Hold the turn to start a worker of one sid."""

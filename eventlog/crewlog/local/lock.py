@@ -65,7 +65,7 @@ class Lock(Closing):
         self._name = name
         self._at = at
         self._fd = _CLOSED
-        self._file = disk.NO_FILE
+        self._file = host.NO_FILE
         self._inode = 0
         # Gives the lock back, harmless when it is not held. A call of C: no signal handler comes
         # into it, as one may before the first instruction of a function.
@@ -92,7 +92,7 @@ class Lock(Closing):
 
     def _open(self, *, change: bool) -> None:
         self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
-        self._file = disk.file_id(self._fd)
+        self._file = host.own(self._fd)
         self._inode = self._file[1]
         self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)
 
@@ -138,7 +138,7 @@ class Lock(Closing):
     def close(self) -> None:
         """Give the lock back, also for children that inherited its descriptor, and close."""
         if self._fd != _CLOSED:
-            if disk.is_still(self._fd, self._file):
+            if host.is_still(self._fd, self._file):
                 self.release()
             self.abandon()
 
@@ -148,7 +148,7 @@ class Lock(Closing):
             fd, self._fd = self._fd, _CLOSED  # first: a child forked between must not do it again
             self.release = bool
             self._stamp = Stamp(self._at)
-            disk.close(fd, self._file)
+            host.close_own(fd, self._file)
 
     def after_fork(self) -> None:
         """Leave the lock to the parent: a child that kept it open would hold it for ever."""

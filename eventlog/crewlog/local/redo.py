@@ -19,6 +19,7 @@ import logging
 import os
 from typing import Final
 
+from crewlog import host
 from crewlog.local import disk, layout
 from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead
@@ -39,7 +40,7 @@ class Redo:
         """Open nothing yet."""
         self._directory = directory
         self._fd = _NONE
-        self._file = disk.NO_FILE
+        self._file = host.NO_FILE
         self._inode = 0
         self._sound = False  # it holds what append.state says, as far as it was looked at
         self._copied = (0, 0, 0)  # segment, base and end of what was copied last, or tried to
@@ -56,7 +57,7 @@ class Redo:
         except FileNotFoundError:  # an older store: the segment is synced instead
             return
         disk.require_one_name(self._fd, where=where)
-        self._file = disk.file_id(self._fd)
+        self._file = host.own(self._fd)
         self._inode = self._file[1]
 
     def keep(
@@ -127,7 +128,7 @@ class Redo:
         fd, self._fd = self._fd, _NONE  # first: a child forked between must not close it again
         self._inode, self._sound = 0, False
         if fd != _NONE:
-            disk.close(fd, self._file)
+            host.close_own(fd, self._file)
 
 
 def read(directory: Directory) -> bytes:

@@ -7,6 +7,7 @@ no longer needs them; a reader follows them there.
 import os
 from typing import Final
 
+from crewlog import host
 from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
 from crewlog.host import Closing
 from crewlog.local import archive, disk, layout
@@ -41,7 +42,7 @@ class Segment(Closing):
         self.name = name
         self.archived = archived
         self._fd = fd
-        self._file = disk.NO_FILE if fd < 0 else disk.file_id(fd)
+        self._file = host.NO_FILE if fd < 0 else host.own(fd)
         self._data = data
 
     @property
@@ -77,7 +78,7 @@ class Segment(Closing):
         """Close the descriptor."""
         fd, self._fd = self._fd, -1  # first: a child forked between must not close it again
         if fd >= 0:
-            disk.close(fd, self._file)
+            host.close_own(fd, self._file)
 
 
 class Segments:
