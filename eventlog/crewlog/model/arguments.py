@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal, TypeAlias
 
 from crewlog.model import codec
@@ -14,6 +14,7 @@ PACKINGS: Final[tuple[Packing, ...]] = ("gzip", "zstd")
 
 LABELS_MAX: Final = 64
 TEXT_CHARS_MAX: Final = 4096
+WORD_CHARS_MAX: Final = 128 * 1024  # of a program's arguments
 SOCK_CHARS_MAX: Final = 4096
 PID_MAX: Final = 2**31 - 1
 HEARTBEAT_MIN_S: Final = 0.1
@@ -124,6 +125,37 @@ def check_small(value: object, *, name: str, low: int) -> int | None:
         message = f"{name} {value} is out of range"
         raise ValueError(message)
     return value
+
+
+OK_CODES_MAX: Final = 256
+
+
+def check_codes(codes: object) -> list[int] | None:
+    """Return exit codes that are no crash, in order; 128 + N is signal N. None for none."""
+    if isinstance(codes, str | bytes | Mapping) or not isinstance(codes, Collection):
+        message = "ok_codes must be exit codes: (0, 143)"
+        raise TypeError(message)
+    for code in codes:
+        if type(code) is not int or not 0 <= code < OK_CODES_MAX:
+            message = f"ok_codes holds {code!r}; an exit code is 0 to 255, and 128 + N is signal N"
+            raise ValueError(message)
+    return sorted(set(codes)) or None
+
+
+def check_ends_with(ends_with: object) -> str | None:
+    """Return with whom a worker ends, None for nobody."""
+    if ends_with in {None, "owner"}:
+        return None if ends_with is None else "owner"
+    message = f"ends_with is 'owner' or None, not {ends_with!r}"
+    raise ValueError(message)
+
+
+def check_words(words: object) -> list[JsonValue]:
+    """Return a program's words."""
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        message = "argv must be a sequence of strings"
+        raise TypeError(message)
+    return [check_text(word, name="argv", limit=WORD_CHARS_MAX) for word in words]
 
 
 def check_heartbeat(heartbeat_s: float | None) -> float | None:

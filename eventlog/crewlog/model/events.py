@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Final, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Final, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 JsonValue: TypeAlias = (
     "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -103,8 +103,33 @@ class ExitRecord(TypedDict):
     cause: str | None
 
 
+class GroupRecord(TypedDict):
+    """What a process was in when it was registered, as JSON; see `Group`."""
+
+    session: int
+    pgid: int
+    cgroup: str | None
+
+
+class LogRecord(TypedDict):
+    """Where a worker's output goes, as JSON; see `LogFile`."""
+
+    path: str
+    dev: int
+    ino: int
+    offset: int
+
+
+# What is known of an end beside its code or signal, by its name in an event's data.
+DETAILS: Final = ("ok", "core", "max_rss_bytes", "cpu_s", "error", "message", "oom", "tail")
+
+
 class Record(TypedDict):
-    """One worker in the state and in the snapshot; the first five fields are the old format's."""
+    """One worker in the state and in the snapshot; the first five fields are the old format's.
+
+    The last ones are there only where they say something. `end` holds the DETAILS of an end, which
+    are not in `exit` because version 0.1 knows all that may stand there.
+    """
 
     sid: str
     pid: int
@@ -124,6 +149,17 @@ class Record(TypedDict):
     lease: str | None
     heartbeat_s: float | None
     sock_id: str | None
+    ok_codes: NotRequired[list[int]]
+    ends_with: NotRequired[str]
+    log: NotRequired[LogRecord]
+    group: NotRequired[GroupRecord]
+    argv: NotRequired[list[str]]
+    cwd: NotRequired[str]
+    end: NotRequired[JsonObject]
+
+
+# The fields of a registration that a record takes over as they are, where they are there.
+TAKEN_OVER: Final = ("ok_codes", "ends_with", "log", "group", "argv", "cwd")
 
 
 class Line(TypedDict):
@@ -176,16 +212,46 @@ class Identity:
         }
 
 
-# Where an exit status was read: by a pidfd held beyond the end, or off the zombie.
-StatusSource: TypeAlias = Literal["pidfd", "zombie"]
+# Where an exit status was read: by a pidfd held beyond the end, off the zombie, by its parent.
+StatusSource: TypeAlias = Literal["pidfd", "zombie", "wait"]
 
 
 class Status(NamedTuple):
-    """How a process ended: with a code or by a signal, and where that was read."""
+    """How a process ended: with a code or by a signal, where that was read, whether with a core.
+
+    Its parent also knows the most memory (bytes) and the processor time (seconds) it took.
+    """
 
     code: int | None
     signal: int | None
     source: StatusSource
+    core: bool = False
+    max_rss_bytes: int | None = None
+    cpu_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Oom:
+    """What is known of a lack of memory about the time of an end.
+
+    `kills` is how many processes of the control group `cgroup` the kernel killed for it then.
+    `proven` says that the worker was one of them: the kernel's log names it, or the whole group
+    goes at once (memory.oom.group). `limit_bytes` is None for no limit.
+    """
+
+    cgroup: str
+    kills: int
+    limit_bytes: int | None
+    proven: bool
+
+    def as_json(self) -> JsonObject:
+        """Return it as JSON."""
+        return {
+            "cgroup": self.cgroup,
+            "kills": self.kills,
+            "limit_bytes": self.limit_bytes,
+            "proven": self.proven,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +260,11 @@ class Exit:
 
     `source` is wait (its parent), pidfd (held when it ended), zombie (read before it was reaped),
     self or import, or collect and owner where only the end is known; `cause` is the liveness cause
-    of a loss or the reason of a release.
+    of a loss or the reason of a release. `ok`: the code is one that is no crash for this worker.
+    What else is known, each only where somebody could tell: `core` was dumped, the most memory and
+    all processor time it took (its parent knows, of itself and of the children it waited for), the
+    `error` for which its program never began (ENOENT), its own last words, a lack of memory, and
+    the last of its output.
     """
 
     code: int | None
@@ -202,6 +272,40 @@ class Exit:
     source: str
     expected: bool
     cause: str | None
+    ok: bool = False
+    core: bool = False
+    max_rss_bytes: int | None = None
+    cpu_s: float | None = None
+    error: str | None = None
+    message: str | None = None
+    oom: Oom | None = None
+    tail: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What a process was in when it was registered: session, process group, control group.
+
+    A session or process group is its own where its number is the worker's pid; `cgroup` is a path
+    as /proc/PID/cgroup says it, None where it does not.
+    """
+
+    session: int
+    pgid: int
+    cgroup: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogFile:
+    """The file that a worker's stdout and stderr go to; its own begin at `offset`.
+
+    `dev` and `ino` say which file it was: one of that name may be another by now.
+    """
+
+    path: str
+    dev: int
+    ino: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +316,9 @@ class Worker:
     pruned ones.
     `lease` names what it holds while it lives, a file in leases/ or a key; it is stalled where
     `heartbeat_s` passed without a beat. `sock_id` (device:inode:mtime in ns) is the socket that was
-    at `sock` when that was recorded.
+    at `sock` when that was recorded. `ok_codes` are exit codes that are no crash, 128 + N standing
+    for signal N. `ends_with` "owner": it is stopped once its owner is proven dead. `log` is where
+    its output goes, where we opened that; `argv` and `cwd` are there where that was asked for.
     """
 
     sid: str
@@ -233,6 +339,12 @@ class Worker:
     lease: str | None = None
     heartbeat_s: float | None = None
     sock_id: str | None = None
+    ok_codes: tuple[int, ...] = ()
+    ends_with: str | None = None
+    log: LogFile | None = None
+    group: Group | None = None
+    argv: tuple[str, ...] | None = None
+    cwd: str | None = None
 
     @property
     def final(self) -> bool:
@@ -415,14 +527,70 @@ def worker_of(record: Record) -> Worker:
         rev=record["rev"],
         identity=identity_of(record["identity"]),
         owner=identity_of(record["owner"]),
-        exit=None if ended is None else Exit(**ended),
+        exit=None if ended is None else _exit_of(ended, record.get("end", {})),
         updated_at=utc(record["updated_at"]),
         generation=record["generation"],
         registered_seq=record["registered_seq"],
         lease=record["lease"],
         heartbeat_s=record["heartbeat_s"],
         sock_id=record["sock_id"],
+        **_more_of(record),
     )
+
+
+class _More(TypedDict, total=False):
+    """What only some workers have; see `Worker`."""
+
+    ok_codes: tuple[int, ...]
+    ends_with: str
+    log: LogFile
+    group: Group
+    argv: tuple[str, ...]
+    cwd: str
+
+
+def _more_of(record: Record) -> _More:
+    more: _More = {}
+    if "group" in record:
+        more["group"] = Group(**record["group"])
+    if "log" in record:
+        more["log"] = LogFile(**record["log"])
+    if "ok_codes" in record:
+        more["ok_codes"] = tuple(record["ok_codes"])
+    if "ends_with" in record:
+        more["ends_with"] = record["ends_with"]
+    if "argv" in record:
+        more["argv"] = tuple(record["argv"])
+    if "cwd" in record:
+        more["cwd"] = record["cwd"]
+    return more
+
+
+def _exit_of(ended: ExitRecord, details: JsonObject) -> Exit:
+    """Build how a worker ended from its JSON; details that a newer version adds are left out."""
+    if not details:
+        return Exit(**ended)
+    oom = details.get("oom")
+    return Exit(
+        **ended,
+        ok=details.get("ok") is True,
+        core=details.get("core") is True,
+        max_rss_bytes=cast("int | None", details.get("max_rss_bytes")),
+        cpu_s=cast("float | None", details.get("cpu_s")),
+        error=cast("str | None", details.get("error")),
+        message=cast("str | None", details.get("message")),
+        oom=None if not isinstance(oom, dict) else Oom(**cast("_OomRecord", oom)),
+        tail=cast("str | None", details.get("tail")),
+    )
+
+
+class _OomRecord(TypedDict):
+    """A lack of memory, as JSON; see `Oom`."""
+
+    cgroup: str
+    kills: int
+    limit_bytes: int | None
+    proven: bool
 
 
 def event_of(line: Line, raw: bytes) -> Event:

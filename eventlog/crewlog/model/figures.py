@@ -26,6 +26,17 @@ def duration(span: timedelta) -> str:
     return f"{seconds}s"
 
 
+def spoken(span: timedelta) -> str:
+    """Write a duration in words, in its largest unit."""
+    seconds = max(0, int(span.total_seconds()))
+    unit, length = next(
+        (row for row in (("day", 86_400), ("hour", 3_600), ("minute", 60)) if seconds >= row[1]),
+        ("second", 1),
+    )
+    count = seconds // length
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 def size(count: int) -> str:
     """Write a number of bytes."""
     amount = float(count)

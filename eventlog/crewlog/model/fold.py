@@ -111,6 +111,12 @@ def expects_end(record: Record) -> bool:
     return record["state"] in _EXPECTING
 
 
+def is_ok(record: Record, data: JsonObject) -> bool:
+    """Say whether an exit is one that its worker was registered to end with."""
+    code, signal = data.get("code"), data.get("signal")
+    return (code if signal is None else 128 + cast("int", signal)) in record.get("ok_codes", ())
+
+
 def exit_state(data: JsonObject) -> WorkerState:
     """Name the final state of an exit: failed where it was unexpected and is known to be bad."""
     return WorkerState.FAILED if events.is_failure(data) else WorkerState.EXITED
@@ -154,7 +160,7 @@ def _registered(old: Record | None, line: Line) -> Record:
     if type(pid) is not int or pid < 1:
         message = f"pid {pid!r} is not a process id"
         raise FoldError(message)
-    return {
+    record: Record = {
         "sid": line["sid"],
         "pid": pid,
         "sock": cast("str", data["sock"]),
@@ -174,6 +180,8 @@ def _registered(old: Record | None, line: Line) -> Record:
         "heartbeat_s": cast("float | None", data.get("heartbeat_s")),
         "sock_id": cast("str | None", data.get("sock_id")),
     }
+    more = {key: data[key] for key in events.TAKEN_OVER if key in data}
+    return cast("Record", {**record, **more}) if more else record
 
 
 def _moved(old: Record, line: Line) -> Record:
@@ -187,6 +195,9 @@ def _moved(old: Record, line: Line) -> Record:
     if kind == events.EXITED:
         fresh["state"] = exit_state(data).value
         fresh["exit"] = _exit(data, cast("str", data.get("source", "self")))
+        details: JsonObject = {key: data[key] for key in events.DETAILS if key in data}
+        if details:
+            fresh["end"] = details
     elif kind == events.LOST:
         fresh["exit"] = _exit(data, "collect")
     elif kind == events.RELEASED:

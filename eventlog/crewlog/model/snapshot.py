@@ -133,6 +133,16 @@ _RECORD_OPTIONAL: Final[Mapping[str, type | tuple[type, ...]]] = {
     "heartbeat_s": (int, float),
     "sock_id": str,
 }
+# There only where it says something.
+_RECORD_RARE: Final[Mapping[str, type]] = {
+    "ok_codes": list,
+    "ends_with": str,
+    "log": dict,
+    "group": dict,
+    "argv": list,
+    "cwd": str,
+    "end": dict,
+}
 
 
 def _records(found: JsonObject, name: str) -> list[Record]:
@@ -148,6 +158,9 @@ def _record(row: object, what: str) -> Record:
             raise DocumentError(f"{what} has no proper {key!r}")
     for key, kind in _RECORD_OPTIONAL.items():
         if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
+            raise DocumentError(f"{what} has no proper {key!r}")
+    for key in _RECORD_RARE.keys() & row.keys():
+        if not isinstance(row[key], _RECORD_RARE[key]):
             raise DocumentError(f"{what} has no proper {key!r}")
     return cast("Record", row)
 

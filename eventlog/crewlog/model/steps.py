@@ -6,11 +6,11 @@ anything is written.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
 
-from crewlog.errors import StaleRevision
+from crewlog.errors import InvalidTransition, StaleRevision, WorkerNotFound
 from crewlog.model import arguments, codec, events, fold
 from crewlog.model.codec import Draft
 from crewlog.model.events import Identity, JsonObject, JsonValue, Record, Status
@@ -70,7 +70,9 @@ class Step(NamedTuple):
 
 # Takes an event's type and what its caller gave of _GIVEN, and returns what is to be written.
 Redact: TypeAlias = Callable[[str, JsonObject], Mapping[str, JsonValue]]
-_GIVEN: Final[tuple[str, ...]] = ("sock", "version", "labels", "meta", "reason")
+_GIVEN: Final[tuple[str, ...]] = (
+    *("sock", "version", "labels", "meta", "reason", "message", "tail", "argv"),
+)
 
 
 class Author(NamedTuple):
@@ -100,8 +102,14 @@ def _redacted(redact: Redact, kind: str, data: JsonObject) -> JsonObject:
         "labels": lambda value: arguments.check_labels(value, removing=kind != events.REGISTERED),
         "meta": lambda value: arguments.check_mapping(value, name="meta"),
         "reason": arguments.check_reason,
+        "message": lambda value: arguments.check_text(value, name="message"),
+        "tail": lambda value: arguments.check_text(value, name="tail", limit=TAIL_BYTES_MAX),
+        "argv": arguments.check_words,
     }
     return {**data, **{key: checks[key](kept[key]) for key in given}}
+
+
+TAIL_BYTES_MAX: Final = 16 * 1024  # of a crashed worker's output, in its event
 
 
 class WorkerOptions(TypedDict, total=False):
@@ -115,6 +123,9 @@ class WorkerOptions(TypedDict, total=False):
     owner: int | None
     lease: bool
     heartbeat_s: float | None
+    ok_codes: Collection[int]
+    ends_with: Literal["owner"] | None
+    record_argv: bool
 
 
 def wish_of(options: WorkerOptions) -> "Wish":
@@ -137,6 +148,9 @@ class Wish(NamedTuple):
     owner: int | None = None
     lease: bool = False
     heartbeat_s: float | None = None
+    ok_codes: Collection[int] = ()
+    ends_with: Literal["owner"] | None = None
+    record_argv: bool = False
 
 
 def register_step(
@@ -148,16 +162,24 @@ def register_step(
     owner: Identity | None,
     sock_id: str | None,
     lease: str | None = None,
+    seen: JsonObject | None = None,
 ) -> Step:
     """Register a running process under a sid that nobody living holds.
 
     `who` and `owner` are captured identities, `sock_id` that of the socket at `wish.sock`;
-    `lease` is the name of the lease that is held for it.
+    `lease` is the name of the lease that is held for it; `seen` is what else was seen of it
+    (group, log, argv, cwd).
     """
+    if wish.ends_with is not None and owner is None:
+        message = "ends_with='owner' needs the pid of an owner"
+        raise ValueError(message)
     more: JsonObject = {
         "lease": lease,
         "heartbeat_s": arguments.check_heartbeat(wish.heartbeat_s),
         "sock_id": sock_id,
+        "ok_codes": arguments.check_codes(wish.ok_codes),
+        "ends_with": arguments.check_ends_with(wish.ends_with),
+        **(seen or {}),
     }
     data: JsonObject = {
         "pid": who.pid,
@@ -181,6 +203,14 @@ def describe_worker(wish: Wish) -> JsonObject:
         "labels": arguments.check_labels(wish.labels, removing=False),
         "meta": arguments.check_mapping(wish.meta, name="meta"),
     }
+
+
+def check_wish(wish: Wish) -> None:
+    """Raise ValueError or TypeError for what cannot be written."""
+    arguments.check_heartbeat(wish.heartbeat_s)
+    arguments.check_codes(wish.ok_codes)
+    arguments.check_ends_with(wish.ends_with)
+    describe_worker(wish)
 
 
 def import_step(
@@ -270,11 +300,15 @@ def update_step(
 
 
 class ExitOptions(TypedDict, total=False):
-    """How a worker ended: at most one of `code` and `signal`; who saw it; on which condition."""
+    """How a worker ended: at most one of `code` and `signal`; who saw it; on which condition.
+
+    `message` is what it says about its end itself.
+    """
 
     code: int | None
     signal: int | None
     source: str
+    message: str | None
     expect: int | None
 
 
@@ -285,10 +319,12 @@ def exit_step(
     *,
     of: int | None = None,
     evidence: JsonObject | None = None,
+    details: JsonObject | None = None,
 ) -> Step:
     """Record the end of a worker, with its exit code or the signal that ended it.
 
-    `expect` and `of` as for `update_step`.
+    `expect` and `of` as for `update_step`; `details` is what else is known of the end, see
+    events.DETAILS.
     """
     arguments.check_options(options, ExitOptions.__annotations__, of="exited")
     code, signal = options.get("code"), options.get("signal")
@@ -300,7 +336,10 @@ def exit_step(
         "code": arguments.check_small(code, name="code", low=-(2**31)),
         "signal": arguments.check_small(signal, name="signal", low=1),
         "source": arguments.check_text(options.get("source", "self"), name="source"),
+        **(details or {}),
     }
+    if (message_ := options.get("message")) is not None:
+        data["message"] = arguments.check_text(message_, name="message")
     if evidence is not None:
         data["evidence"] = evidence
 
@@ -311,8 +350,10 @@ def exit_step(
             return None
         fold.refuse(events.EXITED, sid, record)
         assert record is not None  # refuse() would have raised
-        expected = fold.expects_end(record)
-        return author.draft(events.EXITED, sid, {**data, "expected": expected})
+        told: JsonObject = {"expected": fold.expects_end(record)}
+        if fold.is_ok(record, data):  # for this worker it is no crash: readers of 0.1 see that, too
+            told = {"expected": True, "ok": True}
+        return author.draft(events.EXITED, sid, {**data, **told})
 
     return Step(sid, step)
 
@@ -332,19 +373,28 @@ def burial_step(
     cause: str,
     evidence: JsonObject,
     status: Status | None,
+    details: JsonObject | None = None,
     expect: int | None = None,
     of: int | None = None,
 ) -> Step:
     """Record a proven death, with how it ended where that is known; see `updated` for when."""
     if status is None:
         return loss_step(author, sid, cause=cause, evidence=evidence, expect=expect, of=of)
+    details = {**details_of(status), **(details or {})}
     ended: ExitOptions = {
         "code": status.code,
         "signal": status.signal,
         "source": status.source,
         "expect": expect,
     }
-    return exit_step(author, sid, ended, of=of, evidence=evidence)
+    return exit_step(author, sid, ended, of=of, evidence=evidence, details=details)
+
+
+def details_of(status: Status) -> JsonObject:
+    """Return what a status tells beside code and signal, as an event's data bear it."""
+    found: JsonObject = {"max_rss_bytes": status.max_rss_bytes, "cpu_s": status.cpu_s}
+    told: JsonObject = {"core": True} if status.core else {}
+    return told | {key: value for key, value in found.items() if value is not None}
 
 
 def loss_step(
@@ -494,3 +544,21 @@ def decide_all(steps: Sequence[Step]) -> Decide:
         return drafts
 
     return decide
+
+
+def unless_changed(step: Step, conflicts: set[str] | None = None) -> Step:
+    """Return a step that writes nothing of a worker that changed meanwhile, and notes the conflict.
+
+    So one of many cannot keep the others from being written.
+    """
+    noted = set[str]() if conflicts is None else conflicts
+
+    def decide(written: Tip) -> Draft | None:
+        noted.discard(step.sid)  # it may be asked more than once
+        try:
+            return step.decide(written)
+        except (StaleRevision, InvalidTransition, WorkerNotFound):
+            noted.add(step.sid)
+            return None
+
+    return Step(step.sid, decide)

@@ -8,10 +8,12 @@ pid namespace, an owner many workers share) is looked up once for all of them.
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, TypedDict
 
+from crewlog.model import codec
+from crewlog.model.codec import DocumentError
 from crewlog.model.events import Identity
-from crewlog.process import identity
+from crewlog.process import cgroup, identity
 from crewlog.process.identity import Scope
 from crewlog.process.liveness import Evidence, LeaseSeen, judge, same_scope
 
@@ -19,6 +21,7 @@ _PLATFORM: Final[Literal["linux", "other"]] = "linux" if identity.LINUX else "ot
 # Room for a clock that was set while the machine booted.
 _BOOT_SLACK: Final = timedelta(seconds=2)
 
+_STOPPED: Final = frozenset({"T", "t"})  # by a signal, by a debugger
 # Looks at a lease by its name.
 LeaseLook: TypeAlias = Callable[[str], LeaseSeen]
 
@@ -45,6 +48,7 @@ class Witness:
         self._local = local_file_system
         self._leases = leases
         self._owners: dict[Identity, bool] = {}
+        self._frozen: dict[bytes, bool] = {}  # by control group
         self._scanned: tuple[set[int], set[int], bool] | None = None
 
     def look(
@@ -69,11 +73,12 @@ class Witness:
             owner_dead=owner is not None and self._owner_dead(owner),
         )
         elsewhere = who is not None and not self._is_here(who)
-        asked = elsewhere or heartbeat_s is not None
-        if lease is not None and self._leases is not None and asked:
-            state, age_s, expired = self._leases(lease)
-            seen = seen._replace(lease=state, beat_age_s=age_s, heartbeat_s=heartbeat_s)
-            seen = seen._replace(beat_expired=expired)
+        if lease is not None and self._leases is not None:
+            found = self._leases(lease)
+            seen = seen._replace(**_said(found.said))
+            if elsewhere or heartbeat_s is not None:
+                seen = seen._replace(lease=found.state, heartbeat_s=heartbeat_s)
+                seen = seen._replace(beat_age_s=found.beat_age_s, beat_expired=found.beat_expired)
         if who is None or who.boot_id != here.boot_id:
             return seen
         identity.check_pid(who.pid)
@@ -93,7 +98,8 @@ class Witness:
             if fd >= 0 and who.pidfd_id is not None and identity.pidfds_have_inodes():
                 inode = os.fstat(fd).st_ino
                 if inode != who.pidfd_id or not identity.ended(fd):
-                    return seen._replace(opened=opened, pidfd_id=inode, ended=False)
+                    paused = True if inode == who.pidfd_id and self._is_paused(who.pid) else None
+                    return seen._replace(opened=opened, pidfd_id=inode, ended=False, paused=paused)
             stat = identity.read_stat(who.pid)
             seen = seen._replace(opened=opened, pidfd_id=inode)
             if stat is not None:
@@ -106,6 +112,16 @@ class Witness:
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def _is_paused(self, pid: int) -> bool:
+        """Say whether a process does not run: stopped, or its control group is frozen."""
+        stat = identity.read_stat(pid)
+        if stat is not None and stat.state in _STOPPED:
+            return True
+        rows = cgroup.rows_of(pid)
+        if rows not in self._frozen:
+            self._frozen[rows] = cgroup.is_frozen(rows)
+        return self._frozen[rows]
 
     def _look_elsewhere(self, who: Identity, seen: Evidence) -> Evidence:
         """Look for a worker of another pid namespace, where its pid means nothing to us."""
@@ -154,6 +170,29 @@ def witness(*, local_file_system: bool = True, leases: LeaseLook | None = None) 
         local_file_system=local_file_system,
         leases=leases,
     )
+
+
+def _said(said: bytes) -> "_Said":
+    """Read what a worker says of itself; what a newer version adds is left out."""
+    if not said:
+        return {}
+    try:
+        found = codec.load_object(said)
+    except DocumentError:
+        return {}
+    told: _Said = {}
+    if isinstance(status := found.get("status"), str):
+        told["status"] = status
+    if isinstance(note := found.get("note"), str):
+        told["note"] = note
+    return told
+
+
+class _Said(TypedDict, total=False):
+    """What a worker says of itself."""
+
+    status: str
+    note: str
 
 
 def _with_status(who: Identity, seen: Evidence, fd: int) -> Evidence:

@@ -9,10 +9,13 @@ import signal
 import time
 from typing import Final
 
+from crewlog import host
 from crewlog.errors import ProcessNotFound
 from crewlog.host import Closing
 from crewlog.model.events import Identity, Status
 from crewlog.process import identity
+from crewlog.process.evidence import witness
+from crewlog.process.liveness import judge
 
 # How long after its end a process that is not our child is given to be reaped.
 REAP_WAIT_S: Final = 0.5
@@ -29,6 +32,7 @@ class Process(Closing):
         """
         self.who = who
         opened, self._fd = identity.open_pidfd(who.pid)
+        self._file = host.NO_FILE if self._fd < 0 else host.own(self._fd)
         try:
             if opened in {"no_such_process", "thread"} or not self._is_same():
                 raise ProcessNotFound(who.pid)
@@ -59,16 +63,32 @@ class Process(Closing):
             return False
         return True
 
+    @property
+    def fd(self) -> int:
+        """Return the pidfd, -1 where there is none."""
+        return self._fd
+
     def wait(self, wait_s: float) -> bool:
         """Wait until it has ended; False after `wait_s` seconds."""
+        if self._fd >= 0 and not host.is_still(self._fd, self._file):
+            self._fd = -1  # the host has closed it: judged without
         if self._fd >= 0:
             return identity.ended(self._fd, wait_s=wait_s)
         deadline = time.monotonic() + wait_s
-        while self._is_same():
+        while not self._has_ended():
             if time.monotonic() > deadline:
                 return False
             time.sleep(REAP_LOOK_S)
         return True
+
+    def _has_ended(self) -> bool:
+        """Judge as everybody does, by the table: a zombie has ended, with a pidfd and without."""
+        seen = witness().look(self.who, last_event_at=host.now())
+        return judge(self.who, seen, final=False).dead
+
+    def spare(self) -> None:
+        """Close the descriptor, and judge without it from here on."""
+        self.close()
 
     def status(self) -> Status | None:
         """Return how it ended; None if nobody tells. Its parent is given a moment to reap it."""
@@ -84,5 +104,5 @@ class Process(Closing):
     def close(self) -> None:
         """Let go of it; idempotent."""
         if self._fd >= 0:
-            os.close(self._fd)
+            host.close_own(self._fd, self._file)
             self._fd = -1

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import hmac
 import os
+import resource
 import select
 import signal
 import struct
@@ -27,7 +28,7 @@ from crewlog import host
 from crewlog.errors import ProcessNotFound, Unsupported
 from crewlog.host import no_fork
 from crewlog.model import arguments
-from crewlog.model.events import Identity, Status, StatusSource
+from crewlog.model.events import Identity, JsonObject, Status, StatusSource
 from crewlog.model.figures import Usage
 from crewlog.process.liveness import Killed, Opened
 
@@ -54,6 +55,8 @@ class Stat(NamedTuple):
 
     state: str
     parent: int
+    pgid: int
+    session: int
     exiting: bool
     threads: int
     start_ticks: int
@@ -166,7 +169,7 @@ def read_stat(pid: int) -> Stat | None:
     """Read /proc/PID/stat; None where it is not to be had.
 
     The name may hold spaces and parentheses, so fields are counted after the last ")".
-    Source: proc_pid_stat(5), fields 3, 4, 9, 20, 22 and 52; PF_EXITING of linux/sched.h.
+    Source: proc_pid_stat(5), fields 3 to 6, 9, 20, 22 and 52; PF_EXITING of linux/sched.h.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -179,11 +182,51 @@ def read_stat(pid: int) -> Stat | None:
     return Stat(
         state=fields[0].decode(),
         parent=int(fields[1]),
+        pgid=int(fields[2]),
+        session=int(fields[3]),
         exiting=bool(int(fields[6]) & _PF_EXITING),
         threads=int(fields[17]),
         start_ticks=int(fields[19]),
         wait_status=int(fields[49]),
     )
+
+
+def taken(pid: int) -> tuple[int, float]:
+    """Return the most memory in bytes and the processor seconds of a child until now; 0 unknown.
+
+    The kernel counts what a child had of our memory before its exec as its own: so the memory is
+    never less than ours.
+    Source: proc_pid_status(5), VmHWM; Documentation/scheduler/sched-stats.rst, schedstat.
+    """
+    peak, cpu_s = 0, 0.0
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            rows = file.read().splitlines()
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = next((int(row.split()[1]) for row in rows if row.startswith(b"VmHWM:")), 0)
+        peak = max(peak, own) * 1024
+        with open(f"/proc/{pid}/schedstat", "rb") as file:
+            cpu_s = int(file.read().split()[0]) / 1e9
+    except OSError:  # gone, or not Linux, or not counted
+        pass
+    return peak, cpu_s
+
+
+def command(pid: int) -> JsonObject:
+    """Return the words and the working directory of a process (argv, cwd); empty where not told.
+
+    Source: proc_pid_cmdline(5), proc_pid_cwd(5).
+    """
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().rstrip(b"\0").split(b"\0")
+        cwd = os.readlink(f"/proc/{pid}/cwd")
+    except OSError:  # gone, another user's, or not Linux
+        return {}
+    return {
+        "argv": [word.decode(errors="backslashreplace") for word in words],
+        "cwd": cwd.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+    }
 
 
 def is_exiting(pid: int) -> bool:
@@ -272,7 +315,9 @@ def kept_status(fd: int) -> Status | None:
 
 def _status(wait_status: int, source: StatusSource) -> Status:
     code = os.waitstatus_to_exitcode(wait_status)
-    return Status(code, None, source) if code >= 0 else Status(None, -code, source)
+    if code >= 0:
+        return Status(code, None, source)
+    return Status(None, -code, source, core=os.WCOREDUMP(wait_status))
 
 
 def _is_shown(wait_status: int, pid: int) -> bool:
@@ -326,11 +371,19 @@ def ancestors() -> set[int]:
     return found | {os.getppid()}
 
 
+def is_in_first_namespace() -> bool:
+    """Say whether pids here are what the kernel's log calls processes by."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+    except OSError:
+        return False
+
+
 def sees_every_process() -> bool:
     """Say whether /proc shows us every process there is: root, in the first namespaces."""
     try:
         first = (
-            os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+            is_in_first_namespace()
             and os.stat("/proc/self/ns/user").st_ino == _FIRST_USER_NAMESPACE
             and os.readlink("/proc/self") == str(os.getpid())
         )

@@ -11,15 +11,19 @@ import errno
 import functools
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypedDict
+from typing import IO, TYPE_CHECKING, Final, TypeAlias, TypedDict
 
 from crewlog import host
 from crewlog.errors import SpawnFailed
 from crewlog.host import no_fork
+from crewlog.model.events import Status
 from crewlog.process import handle, identity
+from crewlog.process.forkserver import BECOME, ForkServer, Order, Refused
+from crewlog.process.wait import Ended, look
 
 if TYPE_CHECKING:
     import subprocess
@@ -28,60 +32,56 @@ LAUNCH_WAIT_S: Final = 30.0
 
 Stream: TypeAlias = int | IO[bytes] | IO[str] | None
 Words: TypeAlias = Sequence[str | os.PathLike[str]]
-NOWHERE: Final = -3  # subprocess.DEVNULL
-_SPECIAL: Final = (-1, -2, NOWHERE)  # PIPE and STDOUT too
+PIPE: Final = -1  # as subprocess has them
+AS_STDOUT: Final = -2
+NOWHERE: Final = -3
+_SPECIAL: Final = (PIPE, AS_STDOUT, NOWHERE)
 _STDERR: Final = 2
 
 # Signals that Python ignores are given back to the program, and the variable that Python sets in
 # the C locale is taken away again (PEP 538).
-_WAITING: Final = """
-import os, signal, sys
+_WAITING: Final = (
+    BECOME
+    + """
+import sys
 held, told, locale, turn = map(int, sys.argv[1:5])
-os.set_inheritable(told, False)
-if turn >= 0:
-    os.set_inheritable(turn, False)
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-if os.read(held, 1) != b".":
-    os._exit(126)
-os.close(held)
-for name in ("SIGPIPE", "SIGXFSZ"):
-    signal.signal(getattr(signal, name), signal.SIG_DFL)
-if not locale:
-    os.environ.pop("LC_CTYPE", None)
-os.write(told, b"+")
-try:
-    os.execvp(sys.argv[5], sys.argv[5:])
-except OSError as error:
-    os.write(told, str(error.errno).encode())
-    os._exit(127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126)
+become(sys.argv[5:], dict(os.environb), held, told, turn, locale)
 """
+)
 
 
 # Our ends of pipes to waiting processes, and our pidfds. A child that another thread forks must not
 # have them: the waiting process would never read the end, nor we its word. So a fork waits while
 # some are made.
-_ours: set[int] = set()
+_ours: dict[int, host.FileId] = {}
 
 
 def _let_go_in_child() -> None:
-    for fd in _ours:
-        os.close(fd)
+    for fd, file in _ours.items():
+        host.close_own(fd, file)
     _ours.clear()
+
+
+def _own(fd: int) -> int:
+    """Note a descriptor as one of ours that no child may have."""
+    if fd >= 0:
+        _ours[fd] = host.own(fd)
+    return fd
+
+
+def _release(fd: int) -> None:
+    """Close a descriptor of ours, if it is still that: in a forked child it is not."""
+    file = _ours.pop(fd, None)
+    if file is not None:
+        host.close_own(fd, file)
 
 
 host.call_in_child(_let_go_in_child, rank=host.DESCRIPTORS)
 
 
+_LOOK_S: Final = 0.05  # where a wait must let others go on
 # Why a program may not begin although it is there.
-_GREEN_LOOK_S: Final = 0.05
 BROKEN: Final = "the Python that starts it ended by itself (sys.executable, LD_LIBRARY_PATH?)"
-
-
-class End(NamedTuple):
-    """How a child ended: its exit code, or minus the signal; None where nobody tells."""
-
-    code: int | None
 
 
 class Launch:
@@ -107,37 +107,30 @@ class Launch:
         Raises: SpawnFailed.
         """
         self._go = self._told = self._pidfd = -1
+        self._before = (0, 0.0)  # the memory and time that the waiting process took
+        self.error: str | None = None  # why the program did not begin: ENOENT
+        self._gone_at: float | None = None  # when others were seen to have reaped it
         self.argv = check_argv(argv)
         variables = os.environ if env is None else env
-        given = "LC_CTYPE" in variables and not (env is None and host.locale_is_coerced())
-        locale = "1" if given else "0"
+        locale = "LC_CTYPE" in variables and not (env is None and host.locale_is_coerced())
         passed: list[int] = []  # what the child is to have, and we are not
         with no_fork():
-            child = _child_class()
             try:
                 held, self._go = _pipe()
                 passed.append(held)
-                _ours.add(self._go)
+                _own(self._go)
                 self._told, told = _pipe()
                 passed.append(told)
-                _ours.add(self._told)
-                wanted = (*keep, turn) if turn >= 0 else keep
-                passed.extend(_above_standard(os.dup(fd)) for fd in wanted)
-                mine = str(passed[-1] if turn >= 0 else -1)
-                numbers = [str(held), str(told), locale, mine]
-                words = [_interpreter(), "-I", "-S", "-c", _WAITING, *numbers]
-                self._child = child(
-                    [*words, *self.argv],
-                    cwd=cwd,
-                    env=env,
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=stderr,
-                    pass_fds=passed,
-                    start_new_session=own_session,
-                )
-                self._pidfd = _pidfd(self._child.pid)
-                _ours.update({self._pidfd} - {-1})
+                _own(self._told)
+                kept = [_above_standard(os.dup(fd)) for fd in keep]
+                passed.extend(kept)
+                if turn >= 0:
+                    turn = _above_standard(os.dup(turn))
+                    passed.append(turn)
+                where, streams = _directory(cwd), (stdin, stdout, stderr)
+                order = Order(self.argv, variables, where, (), held, told, kept, turn, locale)
+                self._child = self._made(order, streams, passed, own_session=own_session)
+                self._pidfd = _own(_pidfd(self._child.pid))
             except OSError as error:
                 self._close()
                 raise SpawnFailed(self.argv[0], why=str(error)) from error
@@ -149,6 +142,48 @@ class Launch:
                     os.close(fd)
         self.pid = self._child.pid
 
+    def _made(
+        self, order: Order, streams: Sequence[Stream], passed: Sequence[int], *, own_session: bool
+    ) -> "_Born | subprocess.Popen[bytes]":
+        """Have it forked by the server; else start an interpreter for it."""
+        numbers = _numbers(*streams) if own_session else None
+        child = None if numbers is None else self._born(order._replace(streams=numbers))
+        if child is not None:
+            return child
+        told = [order.held, order.told, int(order.locale), order.turn]
+        words = [_interpreter(), "-I", "-S", "-c", _WAITING, *map(str, told)]
+        return _child_class()(
+            [*words, *order.argv],
+            cwd=order.cwd,
+            env=dict(order.env),
+            stdin=streams[0],
+            stdout=streams[1],
+            stderr=streams[2],
+            pass_fds=passed,
+            start_new_session=own_session,
+        )
+
+    def _born(self, order: Order) -> "_Born | None":
+        """Let the fork server make it; None where an interpreter must be started for it.
+
+        Raises: OSError where it cannot go to its directory.
+        """
+        try:
+            pid = _server.fork(order, _interpreter())
+        except Refused:
+            return None
+        child = _Born(pid)
+        said = self._next_word(time.monotonic() + LAUNCH_WAIT_S)
+        if said.startswith(b"!"):
+            child.wait()
+            number = int(said[1:])
+            raise OSError(number, os.strerror(number), order.cwd)
+        if said != b"=":
+            child.kill()
+            child.wait()
+            return None
+        return child
+
     def go(self) -> None:
         """Start the program.
 
@@ -157,6 +192,7 @@ class Launch:
         Returns once the program is in place of the waiting process, or after LAUNCH_WAIT_S if that
         hangs; it is listed by then.
         """
+        self._before = identity.taken(self.pid)
         try:
             with contextlib.suppress(BrokenPipeError):  # killed meanwhile: told by how it ended
                 os.write(self._go, b".")
@@ -167,25 +203,31 @@ class Launch:
             raise SpawnFailed(self.argv[0], why=BROKEN)
         if reason := said[1:]:
             number = int(reason)
-            why = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
-            raise SpawnFailed(self.argv[0], why=why)
+            self.error = errno.errorcode.get(number, str(number))
+            raise SpawnFailed(self.argv[0], why=f"{os.strerror(number)} ({self.error})")
 
     def _said(self) -> bytes:
         """Read what the waiting process says: "+", then nothing more, or why it could not go on."""
         said, deadline = b"", time.monotonic() + LAUNCH_WAIT_S
+        while time.monotonic() < deadline:
+            more = self._next_word(deadline)
+            if not more:
+                break
+            said += more
+        return said or b"+" if time.monotonic() >= deadline else said
+
+    def _next_word(self, deadline: float) -> bytes:
+        """Read what the waiting process says next, b"" at the end or once time is up."""
         poll = select.poll()
         poll.register(self._told, select.POLLIN)
-        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            more = os.read(self._told, 64)
-            if not more:
-                return said
-            said += more
-        return said or b"+"  # it hangs: on a slow file system, say, and is listed
+        if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return os.read(self._told, 64)
+        return b""
 
     def __del__(self) -> None:
         """Let a waiting process end that was forgotten, by an interrupt at the wrong moment."""
         self._close()
-        self._let_go()
+        self.let_go()
 
     def give_up(self) -> None:
         """End the waiting process before it starts the program."""
@@ -193,69 +235,133 @@ class Launch:
         self._child.kill()  # it has not begun, and need not read the end of the pipe
         self.reap()
 
-    def ended(self, *, wait: bool = True) -> End | None:
+    @property
+    def is_gone(self) -> bool:
+        """Say whether others were seen to have reaped it, and the kernel is asked how it ended."""
+        return self._gone_at is not None
+
+    @property
+    def pidfd(self) -> int:
+        """Return the descriptor that is readable once it has ended, -1 where there is none."""
+        return self._pidfd
+
+    def ended(self, *, wait: bool = True) -> Ended | None:
         """Return how it ended, and leave it to be reaped; None if it has not, and we do not wait.
 
         Until `reap` it is a zombie, so that whoever looks at it meanwhile sees how it ended, too
         (not where there is no waitid: on macOS before Python 3.13).
         """
-        green = wait and host.is_green()
-        found = self._ended(wait=wait and not green)
-        while found is None and green:
-            time.sleep(_GREEN_LOOK_S)  # which lets the others go on
-            found = self._ended(wait=False)
-        if found is not None:  # many that end at once must not keep each other from descriptors
-            self._let_go()
-        return found
+        while True:
+            file = _ours.get(self._pidfd)
+            if self._pidfd >= 0 and (file is None or not host.is_still(self._pidfd, file)):
+                self.let_go()  # the host has closed it: the pid is our child's until it is reaped
+            try:
+                found = look(self.pid, self._pidfd, wait=wait and not host.is_green())
+            except ChildProcessError:  # the host ignores SIGCHLD, or waits for every child itself
+                found = self._told_by_kernel()
+            if found is not None:  # many that end at once must not keep each other from descriptors
+                self.let_go()
+                return Ended(self._of_program(found.status))
+            if not wait:
+                return None
+            time.sleep(_LOOK_S if self._gone_at is None else handle.REAP_LOOK_S)
 
-    def _ended(self, *, wait: bool) -> End | None:
-        how = 0 if wait else os.WNOHANG
-        try:
-            if not hasattr(os, "waitid"):
-                pid, status = os.waitpid(self.pid, how)
-                if not pid:
-                    return None
-                self._child.returncode = os.waitstatus_to_exitcode(status)
-                return End(self._child.returncode)
-            kind, number = (os.P_PIDFD, self._pidfd) if self._pidfd >= 0 else (os.P_PID, self.pid)
-            found = os.waitid(kind, number, os.WEXITED | os.WNOWAIT | how)
-        except ChildProcessError:  # the host ignores SIGCHLD, or waits for every child itself
-            return self._told_by_kernel()
-        if found is None:
-            return None
-        return End(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
+    def _of_program(self, status: Status | None) -> Status | None:
+        """Leave out what the process took while it waited, and had not become the program."""
+        if status is None or status.cpu_s is None:
+            return status
+        peak, cpu_s = self._before
+        more = status.max_rss_bytes is not None and status.max_rss_bytes > peak
+        return status._replace(
+            max_rss_bytes=status.max_rss_bytes if more else None,
+            cpu_s=round(max(0.0, status.cpu_s - cpu_s), 3),
+        )
 
-    def _told_by_kernel(self) -> End:
+    def _told_by_kernel(self) -> Ended | None:
         """Return what the pidfd of a process that others reaped says; a moment later, maybe."""
         self._child.returncode = 0  # so that nobody waits for whoever has its pid by now
-        deadline = time.monotonic() + handle.REAP_WAIT_S
-        while True:
-            status = identity.kept_status(self._pidfd)
-            if status is not None:
-                return End(-status.signal if status.signal is not None else status.code)
-            if self._pidfd < 0 or time.monotonic() > deadline:
-                return End(None)
-            time.sleep(handle.REAP_LOOK_S)
+        status = identity.kept_status(self._pidfd)
+        if self._gone_at is None:
+            self._gone_at = time.monotonic()
+        over = self._pidfd < 0 or time.monotonic() > self._gone_at + handle.REAP_WAIT_S
+        return Ended(status) if status is not None or over else None
 
     def reap(self) -> None:
         """Wait for its end, and let it go."""
         self._child.wait()
-        self._let_go()
+        self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Close its pidfd: it is still our child, and can be looked at by its pid."""
         with no_fork():
-            if self._pidfd in _ours:
-                _ours.discard(self._pidfd)
-                os.close(self._pidfd)
+            _release(self._pidfd)
             self._pidfd = -1
 
     def _close(self) -> None:
         with no_fork():
             for fd in (self._go, self._told):
-                if fd in _ours:  # in a forked child it is no longer
-                    _ours.discard(fd)
-                    os.close(fd)
+                _release(fd)
             self._go = self._told = -1
+
+
+class _Born:
+    """A child that the fork server has made: as little of Popen as is needed here."""
+
+    __slots__ = ("pid", "returncode")
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def wait(self) -> int:
+        """Wait for its end, and reap it; 0 where others have."""
+        if self.returncode is None:
+            try:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            except ChildProcessError:
+                self.returncode = 0
+        return self.returncode
+
+    def kill(self) -> None:
+        """Kill it; it is not reaped yet, so the pid is its own."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _directory(cwd: str | os.PathLike[str] | None) -> str:
+    """Return the absolute path of a working directory; ours may have been removed."""
+    try:
+        return os.path.abspath(cwd or os.curdir)
+    except FileNotFoundError:
+        return f"/proc/{os.getpid()}/cwd"
+
+
+_server: Final = ForkServer()
+host.call_in_child(_server.after_fork, rank=host.DESCRIPTORS)
+
+
+def _numbers(*streams: Stream) -> list[int] | None:
+    """Return the descriptors of standard streams, -1 for nowhere; None where a pipe is wanted."""
+    numbers: list[int] = []
+    for standard, stream in enumerate(streams):
+        if stream is None:
+            numbers.append(standard)
+        elif isinstance(stream, int):
+            if stream in {_SPECIAL[0], _SPECIAL[1]} and not (
+                stream == _SPECIAL[1] and standard == _STDERR
+            ):
+                return None
+            numbers.append(-1 if stream == NOWHERE else numbers[1] if stream < 0 else stream)
+        else:
+            numbers.append(stream.fileno())
+    for number in numbers:
+        if number >= 0:
+            try:
+                os.fstat(number)
+            except OSError:  # a host may have closed its standard streams
+                return None
+    return numbers
 
 
 @functools.cache
@@ -324,7 +430,7 @@ class LaunchOptions(TypedDict, total=False):
     stderr: Stream
 
 
-DEFAULTS: Final[LaunchOptions] = {"cwd": None, "env": None, "stdout": NOWHERE, "stderr": None}
+DEFAULTS: Final[LaunchOptions] = {"cwd": None, "env": None, "stdout": NOWHERE, "stderr": NOWHERE}
 
 
 def check(argv: Words, options: LaunchOptions) -> None:

@@ -22,12 +22,13 @@ class LeaseSeen(NamedTuple):
     """What a look at a lease shows: who holds it, and its last beat.
 
     `beat_age_s` is None where it is not known; `beat_expired` says that the beat has run out by the
-    clock of a server that tells no age.
+    clock of a server that tells no age. `said` is what the worker says of itself, JSON.
     """
 
     state: LeaseState
     beat_age_s: float | None = None
     beat_expired: bool = False
+    said: bytes = b""
 
 
 class Verdict(StrEnum):
@@ -42,12 +43,14 @@ class Flag(StrEnum):
     """What else is known of a worker that lives; derived when it is looked at, never logged.
 
     `STALLED`: no beat within its heartbeat_s. `ORPHANED`: its owner is proven dead. `UNREACHABLE`:
-    nothing listens on its socket.
+    nothing listens on its socket. `PAUSED`: it was stopped by a signal, or its control group is
+    frozen; it goes on when that ends.
     """
 
     STALLED = "stalled"
     ORPHANED = "orphaned"
     UNREACHABLE = "unreachable"
+    PAUSED = "paused"
 
 
 class Evidence(NamedTuple):
@@ -83,6 +86,9 @@ class Evidence(NamedTuple):
     killed: Killed | None = None
     access_denied: bool = False
     sock: Literal["answers", "refused", "absent"] | None = None
+    paused: bool | None = None
+    status: str | None = None
+    note: str | None = None
 
     def seen(self) -> JsonObject:
         """Return what was really observed, as JSON for an event or a person."""
@@ -111,6 +117,16 @@ class Liveness:
         """Say whether the worker is proven to be dead."""
         return self.verdict is Verdict.DEAD
 
+    @property
+    def status(self) -> str | None:
+        """Return what a living worker says it does: busy, idle, waiting; None if nothing."""
+        return self.evidence.status if self.alive else None
+
+    @property
+    def note(self) -> str | None:
+        """Return what a living worker says beside that, None if nothing."""
+        return self.evidence.note if self.alive else None
+
 
 def judge(identity: Identity | None, seen: Evidence, *, final: bool) -> Liveness:
     """Return the first matching row's verdict.
@@ -126,7 +142,7 @@ _NO_FLAGS: Final[frozenset[Flag]] = frozenset()
 
 
 def _flags(seen: Evidence) -> frozenset[Flag]:
-    if not (seen.owner_dead or seen.heartbeat_s is not None or seen.sock is not None):
+    if not (seen.owner_dead or seen.heartbeat_s is not None or seen.sock or seen.paused):
         return _NO_FLAGS
     late = seen.beat_expired or (
         seen.heartbeat_s is not None
@@ -137,6 +153,7 @@ def _flags(seen: Evidence) -> frozenset[Flag]:
         Flag.STALLED: late,
         Flag.ORPHANED: seen.owner_dead,
         Flag.UNREACHABLE: seen.sock in {"refused", "absent"},
+        Flag.PAUSED: seen.paused is True,
     }
     return frozenset(flag for flag, holds in flags.items() if holds)
 
