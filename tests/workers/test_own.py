@@ -55,7 +55,69 @@ def test_process_that_calls_it_once_ends_with_it(place: Path) -> None:
     """And a child that it forks records nothing."""
     code = "import crewlog, os\ncrewlog.worker('svc')\nos.fork() or os._exit(0)\nos.wait()\n"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert ends(place) == {"svc": ("exited", 0)}
+    assert ends(place) == {"svc": ("exited", None)}
+
+
+@pytest.mark.parametrize(
+    ("last", "end"),
+    [
+        ("raise ValueError", ("failed", 1)),
+        ("sys.exit(3)", ("exited", None)),  # whether it was 0 or 3 nothing tells any more
+        ("pass", ("exited", None)),
+        ("import multiprocessing; sys.exit(3)", ("exited", None)),
+    ],
+)
+def test_process_that_ends_by_an_error_crashed(
+    place: Path, last: str, end: tuple[str, int | None]
+) -> None:
+    """No end is called 0 that may not have been."""
+    code = f"import crewlog, sys\ncrewlog.worker('svc')\n{last}\n"
+    subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert ends(place) == {"svc": end}
+
+
+def _fail() -> None:
+    crewlog.worker("child")
+    raise ValueError
+
+
+def _leave() -> None:
+    crewlog.worker("child")
+    sys.exit(3)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="since then nothing tells any more")
+@pytest.mark.parametrize(("target", "end"), [(_fail, ("failed", 1)), (_leave, ("failed", 3))])
+def test_child_of_multiprocessing_ends_with_its_code(
+    place: Path, target: object, end: tuple[str, int]
+) -> None:
+    """Its error is at hand when it ends."""
+    child = multiprocessing.get_context("fork").Process(target=target)  # type: ignore[arg-type]
+    child.start()
+    child.join()
+    assert child.exitcode == end[1]
+    assert ends(place) == {"child": end}
+
+
+@pytest.mark.parametrize("form", ["with crewlog.worker('svc'):", "crewlog.worker('svc')\nif 1:"])
+def test_end_that_a_second_signal_interrupts_is_recorded(place: Path, form: str) -> None:
+    """A group is signalled, and its parent passes the signal on."""
+    code = f"""
+import crewlog, os, signal, sys
+from crewlog.registry import Registry
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+get, asked = Registry.get, []
+def interrupted(self, sid):
+    if not asked:
+        asked.append(sid)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return get(self, sid)
+Registry.get = interrupted
+{form}
+    pass
+"""
+    subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert ends(place)["svc"][0] == "exited"
 
 
 def test_process_that_was_killed_is_found_by_a_collector(place: Path) -> None:
@@ -89,7 +151,8 @@ def test_multiprocessing_pool_lists_its_children(place: Path) -> None:
     pool.map(abs, [1, 2, 3])
     pool.close()
     pool.join()
-    until(lambda: {end for sid, end in ends(place).items()} == {("exited", 0)})
+    code = 0 if sys.version_info < (3, 13) else None
+    until(lambda: {end for sid, end in ends(place).items()} == {("exited", code)})
 
 
 def test_sid_that_is_held_is_refused(place: Path) -> None:

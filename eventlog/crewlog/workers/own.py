@@ -1,15 +1,19 @@
 """Be a worker: register this process, and record how it ends, in one line.
 
-A process that is killed records nothing: a collector finds its end. A child that is forked from it
-is not the worker, and records nothing either.
+A block knows how it ends. Without one the end of the process is recorded as it is about to end, and
+only what is known then: 1 where an error that nobody caught ends it, the code of a child of
+multiprocessing, none where it may have been sys.exit. A process that is killed records nothing: an
+observer or collector finds its end. A child that is forked from it is not the worker, and records
+nothing either.
 """
 
 import atexit
 import contextlib
 import os
 import sys
+import threading
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from crewlog.errors import CrewlogError
 from crewlog.model.events import Worker
@@ -22,7 +26,7 @@ class Recorder(Protocol):
         """Return a worker."""
         ...
 
-    def exited(self, sid: str, *, code: int) -> object:
+    def exited(self, sid: str, *, code: int | None) -> object:
         """Record an end."""
         ...
 
@@ -44,10 +48,12 @@ class Own:
         self._pid = os.getpid()
         self.worker = worker
         _mine.append(self)
-        atexit.register(self.end)
+        atexit.register(self._end_unasked)
         pools = sys.modules.get("multiprocessing.util")
-        if pools is not None:  # a child of a pool runs no atexit
-            pools.Finalize(None, self.end, exitpriority=100)
+        if pools is not None:  # before Python 3.13 a child of a pool runs no atexit
+            pools.Finalize(None, self._end_of_child, exitpriority=100)
+        self._hook = sys.excepthook
+        sys.excepthook = self._uncaught
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -60,19 +66,71 @@ class Own:
         trace: TracebackType | None,
     ) -> None:
         """Record the end: 0, or 1 where an exception ends the block, or the code of sys.exit."""
-        code = 0 if kind is None else 1
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        self.end(code)
+        self.end(_code_of(error))
 
-    def end(self, code: int = 0) -> None:
-        """Record that this process ends, with this exit code; once."""
+    def _uncaught(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Record the end by an error that nobody caught, and let it be shown as before."""
+        try:
+            self._hook(kind, error, trace)
+        finally:
+            if threading.current_thread() is threading.main_thread() and not _is_interactive():
+                self.end(_code_of(error))
+
+    def _end_unasked(self) -> None:
+        """Record that the process ends; with which code, nothing tells any more."""
+        self.end(None)
+
+    def _end_of_child(self) -> None:
+        """Record the end of a child of multiprocessing, whose error is still at hand."""
+        process = sys.modules.get("multiprocessing.process")
+        is_child = process is not None and process.parent_process() is not None
+        told = is_child and sys.version_info < (3, 13)
+        self.end(_code_of(sys.exc_info()[1]) if told else None)
+
+    def end(self, code: int | None = 0) -> None:
+        """Record that this process ends, with this exit code, None for an unknown one; once.
+
+        Interrupted by a signal's handler that raises, it is recorded before that goes on.
+        """
         if self._pid != os.getpid() or self not in _mine:
             return
-        _mine.remove(self)
-        atexit.unregister(self.end)
+        if sys.excepthook == self._uncaught:
+            sys.excepthook = self._hook
+        try:
+            self._record(code)
+        except BaseException:
+            self._record(code)
+            raise
+        finally:
+            if self in _mine:
+                _mine.remove(self)
+            atexit.unregister(self._end_unasked)
+            self._registry.close()
+
+    def _record(self, code: int | None) -> None:
+        """Record the end, if this is still the worker and it has not ended."""
         with contextlib.suppress(CrewlogError):  # a collector finds the end that cannot be written
             expect = self._registry.get(self.worker.sid)
-            if expect is not None and expect.registered_seq == self.worker.registered_seq:
-                self._registry.exited(self.worker.sid, code=code)
-        self._registry.close()
+            ours = expect is not None and expect.registered_seq == self.worker.registered_seq
+            if expect is not None and ours and not expect.final:
+                known = None if code is None else code & _CODE_BITS  # as the kernel keeps it
+                self._registry.exited(self.worker.sid, code=known)
+
+
+_CODE_BITS: Final = 0xFF
+
+
+def _code_of(error: BaseException | None) -> int:
+    """Return the exit code of a process that an error ends, None: that ends by itself."""
+    if isinstance(error, SystemExit):
+        if error.code is None:
+            return 0
+        return error.code if isinstance(error.code, int) else 1
+    return 0 if error is None else 1
+
+
+def _is_interactive() -> bool:
+    """Say whether a shell shows errors and goes on."""
+    return bool(sys.flags.interactive) or hasattr(sys, "ps1")
