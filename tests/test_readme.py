@@ -29,7 +29,7 @@ VARYING = (
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "TIME"),
     (re.compile(r"\w+@crewlog\[\d+\]"), "WHO"),
     (re.compile(r"pid=\d+|\b\d{2,}  ready"), "PID"),
-    (re.compile(r"\b\d+s\b"), "AGE"),
+    (re.compile(r"\b\d+s\b|\b\d+ seconds?\b"), "AGE"),
     (re.compile(r"(?: +|-{2,})"), " "),
 )
 
@@ -80,6 +80,7 @@ def test_guide_names_every_verb_of_a_registry() -> None:
     assert offered == set(re.findall(r"`(\w+)`", table)) - {"with"}
     plain = {"where", "path", "exists", "close", "awatch", "subscribe", "mirror", "usage"}
     tools = {"place", "id", "first_seq", "cursors", "sizes", "store", "author", "commit", "change"}
+    tools |= {"become", "logs", "stop_left_behind"}
     plain |= tools | {"child", "foresee_stop", "unit_workers_max"}
     assert offered - plain <= set(dir(crewlog.AsyncRegistry))
 

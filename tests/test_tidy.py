@@ -28,9 +28,11 @@ ROOMS = {
         *("crewlog/host.py", "crewlog/queue.py", "crewlog/session.py", "crewlog/watch/"),
         *("crewlog/local/append.py", "crewlog/local/heads.py", "crewlog/local/sync.py"),
         *("crewlog/etcd/claims.py", "crewlog/etcd/client.py", "crewlog/etcd/listen.py"),
-        "crewlog/etcd/reader.py",
+        *("crewlog/etcd/reader.py", "crewlog/observer.py", "crewlog/workers/reaper.py"),
+        "crewlog/workers/own.py",
+        "crewlog_cli/commands/workers.py",
     },
-    "socket": {"crewlog/process/socket.py"},
+    "socket": {"crewlog/process/socket.py", "crewlog/process/forkserver.py"},
     "subprocess": {
         *("crewlog/process/", "crewlog/etcd/keeper.py", "crewlog/testing.py"),
         *("crewlog_cli/commands/demo.py", "crewlog_cli/commands/follow.py"),

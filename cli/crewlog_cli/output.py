@@ -35,6 +35,38 @@ def put(row: str, *, flush: bool = False) -> None:
         raise OutputFailedError(error.errno, error.strerror) from error
 
 
+def put_raw(part: bytes) -> None:
+    """Write bytes of somebody else's to stdout: as they are, but inert on a terminal."""
+    try:
+        if sys.stdout.isatty():
+            for row in part.decode(errors="replace").splitlines(keepends=True):
+                end = "\n" if row.endswith("\n") else ""
+                sys.stdout.write(text.visible(row.rstrip("\r\n")) + end)
+        else:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(part)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputFailedError(error.errno, error.strerror) from error
+
+
+@contextmanager
+def redirected(fd: int | None) -> Iterator[None]:
+    """Let stdout and stderr be another file for a block, and for a program that we become in it."""
+    if fd is None:
+        yield
+        return
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    try:
+        for number, _ in kept:
+            os.dup2(fd, number)
+        yield
+    finally:
+        for number, old in kept:
+            os.dup2(old, number)
+            os.close(old)
+
+
 def warn(words: str) -> None:
     """Tell a person on stderr what must not be missed, also with --quiet."""
     tell(text.visible(words))

@@ -1,12 +1,15 @@
 """Say what workers and events are, as JSON and in the rows of tables."""
 
+import signal
 from collections.abc import Iterable
 from typing import Final
 
 from crewlog import Liveness
 from crewlog.errors import WorkerNotFound
-from crewlog.model.events import EXITED, Event, Reset, Worker, timestamp
+from crewlog.model import figures
+from crewlog.model.events import EXITED, Event, Exit, Reset, Worker, WorkerState, timestamp
 from crewlog.registry import Registry
+from crewlog.workers import output as logs
 from crewlog_cli.shell import Shell
 
 
@@ -33,16 +36,51 @@ def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         "owner": None if worker.owner is None else worker.owner.as_json(),
         "lease": worker.lease,
         "heartbeat_s": worker.heartbeat_s,
-        "exit": None
-        if ended is None
-        else {
-            "code": ended.code,
-            "signal": ended.signal,
-            "source": ended.source,
-            "expected": ended.expected,
-            "cause": ended.cause,
-        },
+        "exit": None if ended is None else exit_json(ended),
+        **_more_json(worker, found),
     }
+
+
+def exit_json(ended: Exit) -> dict[str, object]:
+    """Return how a worker ended as the CLI's JSON shows it; details only where they are known."""
+    details = {
+        "ok": ended.ok or None,
+        "core": ended.core or None,
+        "max_rss_bytes": ended.max_rss_bytes,
+        "cpu_s": ended.cpu_s,
+        "error": ended.error,
+        "message": ended.message,
+        "oom": None if ended.oom is None else ended.oom.as_json(),
+        "tail": ended.tail,
+    }
+    return {
+        "code": ended.code,
+        "signal": ended.signal,
+        "source": ended.source,
+        "expected": ended.expected,
+        "cause": ended.cause,
+        **{key: value for key, value in details.items() if value is not None},
+    }
+
+
+def _more_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
+    """Return what only some workers have."""
+    log, group = worker.log, worker.group
+    more: dict[str, object] = {
+        "ok_codes": list(worker.ok_codes) or None,
+        "ends_with": worker.ends_with,
+        "log": None
+        if log is None
+        else {"path": log.path, "dev": log.dev, "ino": log.ino, "offset": log.offset},
+        "group": None
+        if group is None
+        else {"session": group.session, "pgid": group.pgid, "cgroup": group.cgroup},
+        "argv": None if worker.argv is None else list(worker.argv),
+        "cwd": worker.cwd,
+        "status": None if found is None else found.status,
+        "note": None if found is None else found.note,
+    }
+    return {key: value for key, value in more.items() if value is not None}
 
 
 def event_json(event: Event) -> dict[str, object]:
@@ -79,6 +117,7 @@ def actor_text(event: Event) -> str:
 
 _TELLING: Final = (
     *("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock", "meta"),
+    *("error", "message"),
 )
 
 
@@ -93,6 +132,9 @@ def data_text(event: Event) -> str:
             told += [f"-{k}" if v is None else f"{k}={_short(v)}" for k, v in value.items()]
         else:
             told.append(f"{key}={value}")
+    oom = event.data.get("oom")
+    if isinstance(oom, dict):
+        told.append("out of memory" if oom.get("proven") else "oom kills in its cgroup")
     if event.type == EXITED:  # a crash must not read like an end that was asked for
         told.append(
             "crashed" if event.crashed else "as asked" if event.data.get("expected") else ""
@@ -157,17 +199,82 @@ def liveness_text(found: Liveness) -> str:
 
 
 def end_text(worker: Worker) -> str:
-    """Say how a worker ended, in a few words."""
+    """Say in one sentence how a worker ended, as far as anybody could tell."""
     ended = worker.exit
     if ended is None:
         return ""
-    how = [
-        f"code {ended.code}" if ended.code is not None else "",
-        f"signal {ended.signal}" if ended.signal is not None else "",
-        ended.cause or "",
-        "expected" if ended.expected else "",
-    ]
-    return f"{', '.join(part for part in how if part) or 'no status'} (source: {ended.source})"
+    after = figures.spoken(worker.updated_at - worker.created_at)
+    told = [_how(ended), _want(ended), f"{after} after its start"]
+    if ended.max_rss_bytes is not None:
+        told.append(f"at most {figures.size(ended.max_rss_bytes)} of memory")
+    if ended.cpu_s is not None and ended.cpu_s >= _CPU_MIN_S:
+        told.append(f"{ended.cpu_s:.1f} s of processor time")
+    if ended.message:
+        told.append(f"saying: {ended.message}")
+    return f"{end_word(worker)}: {', '.join(filter(None, told))} (source: {ended.source})"
+
+
+_CPU_MIN_S: Final = 0.1
+
+
+def end_word(worker: Worker) -> str:
+    """Say in one word how a worker ended, "" while it has not."""
+    ended = worker.exit
+    if ended is None:
+        return ""
+    if worker.state == WorkerState.FAILED:
+        return "crashed"
+    if worker.state == WorkerState.LOST:
+        return "lost"
+    if worker.state == WorkerState.RELEASED:
+        return "removed"
+    return "stopped" if ended.expected and not ended.ok else "exited"
+
+
+def _how(ended: Exit) -> str:
+    if ended.error is not None:
+        return f"its program did not start ({ended.error})"
+    if ended.signal is not None:
+        dumped = ", core dumped" if ended.core else ""
+        return f"signal {ended.signal} ({signal_name(ended.signal)}){dumped}"
+    if ended.code is not None:
+        return f"code {ended.code}" + (", which is no crash for it" if ended.ok else "")
+    return ended.cause or "nobody could tell how"
+
+
+def _want(ended: Exit) -> str:
+    """Say what is known of a lack of memory."""
+    oom = ended.oom
+    if oom is None:
+        return ""
+    limit = "" if oom.limit_bytes is None else f", limit {figures.size(oom.limit_bytes)}"
+    if oom.proven:
+        return f"by the kernel, out of memory (cgroup {oom.cgroup}{limit})"
+    kills = "1 oom kill" if oom.kills == 1 else f"{oom.kills} oom kills"
+    return f"its cgroup {oom.cgroup} had {kills} about then{limit}"
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of another system, or real-time
+        return f"SIG{number}"
+
+
+_LAST_LINES: Final = 5
+
+
+def print_last_lines(sh: Shell, worker: Worker) -> None:
+    """Print the last lines that a worker wrote, if its log is there, or was kept."""
+    kept = worker.exit.tail if worker.exit is not None else None
+    rows = [] if worker.log is None else logs.last_lines(worker.log, _LAST_LINES)
+    if not rows and kept:
+        rows = kept.splitlines()[-_LAST_LINES:]
+    if rows:
+        sh.line("last lines of its output:")
+        for row in rows:
+            sh.line(f"  | {row}")
 
 
 def print_events(sh: Shell, found: Iterable[Event]) -> None:

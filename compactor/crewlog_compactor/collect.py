@@ -13,15 +13,19 @@ from typing import Final
 from crewlog import host
 from crewlog.errors import (
     CollectRefused,
-    InvalidTransition,
     PlanInvalid,
-    StaleRevision,
     WorkerExists,
     WorkerNotFound,
 )
-from crewlog.model.codec import Draft
 from crewlog.model.events import Event
-from crewlog.model.steps import Author, Step, Tip, burial_step, prune_step, release_step
+from crewlog.model.steps import (
+    Author,
+    Step,
+    burial_step,
+    prune_step,
+    release_step,
+    unless_changed,
+)
 from crewlog.registry import Registry
 from crewlog.workers import judge
 from crewlog_compactor import plan
@@ -38,6 +42,7 @@ class CollectReport:
 
     `lost` and `exited` are the deaths recorded, `pruned` left the state, `unknown` cannot be
     judged and stay, `conflicts` changed between the probe and the append and stay too.
+    `stopped` were to end with their owner, and were ended.
     `sockets` are the paths that were removed, `sockets_kept` those that stay, each with the reason.
     `refused` is the error with which a dry run foretells that nobody would be collected.
     """
@@ -47,6 +52,7 @@ class CollectReport:
     pruned: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
+    stopped: tuple[str, ...] = ()
     sockets: tuple[str, ...] = ()
     sockets_kept: tuple[tuple[str, str], ...] = ()
     dry_run: bool = False
@@ -68,10 +74,11 @@ def collect(
     Raises: CollectRefused where more than half of the living, and more than ten, seem dead for
     another cause than a reboot, unless `force`.
     """
-    decided = make_plan(reg, keep=keep)
     if dry_run:
-        return _foretold(decided, force=force)
-    return _carry_out(reg, decided, alive=(), force=force)
+        return _foretold(make_plan(reg, keep=keep), force=force)
+    stopped = tuple(reg.stop_left_behind())
+    decided = make_plan(reg, keep=keep)
+    return replace(_carry_out(reg, decided, alive=(), force=force), stopped=stopped)
 
 
 def _foretold(decided: Plan, *, force: bool) -> CollectReport:
@@ -150,7 +157,7 @@ def _carry_out(
     size = min(_STEPS_A_COMMIT, reg.store().unit_workers_max) if tasks else 1
     for first in range(0, len(tasks), size):
         part = tasks[first : first + size]
-        reg.commit([_conditional(_step(author, task), conflicts) for task in part])
+        reg.commit([unless_changed(_step(author, task), conflicts) for task in part])
     tidied = orphans.tidy(reg) if reg.exists else orphans.Tidied()
     return _report(decided, conflicts=conflicts, tidied=tidied, dry_run=False)
 
@@ -166,20 +173,6 @@ def _step(author: Author, task: Task) -> Step:
         status=task.status,
         expect=task.rev,
     )
-
-
-def _conditional(step: Step, conflicts: set[str]) -> Step:
-    """Let a worker that changed meanwhile be: note the conflict and write nothing."""
-
-    def decide(written: Tip) -> Draft | None:
-        conflicts.discard(step.sid)  # it may be asked more than once
-        try:
-            return step.decide(written)
-        except (StaleRevision, InvalidTransition, WorkerNotFound):
-            conflicts.add(step.sid)
-            return None
-
-    return Step(step.sid, decide)
 
 
 def _report(

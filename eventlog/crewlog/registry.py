@@ -30,6 +30,7 @@ from crewlog.model.steps import (
     update_step,
     wish_of,
 )
+from crewlog.observer import Observer
 from crewlog.place import Place, locate
 from crewlog.process import identity, launch
 from crewlog.process.launch import Words
@@ -40,10 +41,12 @@ from crewlog.watch import follow
 from crewlog.watch.callbacks import Mirror, OnError, Subscription
 from crewlog.watch.follow import WatchOptions
 from crewlog.watch.watch import Watch
-from crewlog.workers import judge, register, start, stop
+from crewlog.workers import judge, output, register, start, stop
+from crewlog.workers import tree as process_tree
 from crewlog.workers.batch import Batch
+from crewlog.workers.output import Opened
 from crewlog.workers.own import Own
-from crewlog.workers.start import Child, SpawnOptions
+from crewlog.workers.start import Child, LogOptions, SpawnOptions
 from crewlog.workers.stop import Outlook
 
 if TYPE_CHECKING:
@@ -58,9 +61,11 @@ R = TypeVar("R")
 
 # Options with their defaults, as help() shows them; their types stand in the TypedDicts.
 _WISH: dict[str, object] = dict(Wish._field_defaults)
-_SPAWN: dict[str, object] = {**_WISH, **launch.DEFAULTS}
+_SPAWN: dict[str, object] = {**_WISH, **launch.DEFAULTS, **start.LOG_DEFAULTS}
 UPDATE_DEFAULTS: dict[str, object] = dict.fromkeys(UpdateOptions.__annotations__)
-EXIT_DEFAULTS: dict[str, object] = {"code": None, "signal": None, "source": "self", "expect": None}
+EXIT_DEFAULTS: dict[str, object] = {
+    "code": None, "signal": None, "source": "self", "message": None, "expect": None,
+}  # fmt: skip
 
 
 def shows(
@@ -147,7 +152,10 @@ class Registry(Closing):
         A sid whose recorded holder is proven dead is taken over, and the loss recorded with it.
         Args: `owner` is the pid of the process that answers for the worker. With a `lease`, which
         only this process itself can take, it is judged rightly from other pid namespaces too; with
-        `heartbeat_s` (seconds) it counts as stalled when it does not `beat` in time.
+        `heartbeat_s` (seconds) it counts as stalled when it does not `beat` in time. `ok_codes` are
+        exit codes that are no crash for it (128 + N: signal N); `ends_with` "owner": an observer or
+        the next collection stops it once its owner is proven dead; `record_argv` puts its words and
+        working directory on record, which may hold secrets.
         Raises: WorkerExists while a holder lives or cannot be judged; ProcessNotFound; ValueError
         and TypeError for bad arguments.
         """
@@ -174,7 +182,8 @@ class Registry(Closing):
         """Record that a worker ended, and return the event.
 
         The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
-        not 0 or a signal ended it.
+        not 0, nor one of its `ok_codes`, or a signal ended it. `message` is what it says itself
+        about its end.
         Raises: WorkerNotFound, InvalidTransition, StaleRevision.
         """
         return self._session.change(exit_step(self._session.author(), sid, options))
@@ -197,7 +206,10 @@ class Registry(Closing):
     def spawn(self, sid: str, argv: Words, **options: Unpack[SpawnOptions]) -> Worker:
         """Start a program as a worker, in a session of its own, and return it.
 
-        Its stdin is empty and its stdout goes nowhere unless given: it may outlive what reads ours.
+        Its stdin is empty, its stdout and stderr go nowhere unless given: it may outlive what reads
+        ours. With `log` both are appended to that file (0600), which `crewlog logs` reads; one of
+        more than `log_bytes_max` bytes is set aside first, as NAME.1. Of a crash, the last
+        `keep_tail` bytes of it stand in the event.
 
         Guarantee: the registration is durable before the program begins; killed at any moment, we
         leave no running program that is not listed. While this process lives, it records how the
@@ -226,14 +238,17 @@ class Registry(Closing):
         """
         return start.ensure(self._session, sid, argv, timeout_s=timeout_s, **options)
 
-    def beat(self, sid: str) -> None:
-        """Say that a worker is well, now; nothing is added to the log.
+    def beat(
+        self, sid: str, *, status: judge.BeatStatus | None = None, note: str | None = None
+    ) -> None:
+        """Say that a worker is well, now, and what it does; nothing is added to the log.
 
         For the worker itself, or whoever vouches for it. Without a beat for `heartbeat_s` it counts
-        as stalled.
-        Raises: WorkerNotFound; LeaseMissing if it was registered without a lease.
+        as stalled. What it does (`status` busy, idle or waiting, a `note` of at most 256
+        characters) stands in its liveness until the next beat that says something.
+        Raises: WorkerNotFound; LeaseMissing if it was registered without a lease; ValueError.
         """
-        judge.beat(self._session, sid)
+        judge.beat(self._session, sid, status=status, note=note)
 
     def stop(
         self,
@@ -242,18 +257,58 @@ class Registry(Closing):
         grace_s: float = stop.GRACE_S,
         reason: str,
         signal: int = SIGTERM,
+        tree: bool = False,
     ) -> Event:
         """End a worker: ask it by `signal`, after `grace_s` seconds kill it, and record its end.
 
         Returns the event of its end; of one that has ended already, the event that was recorded.
-        Guarantee: the request is durable before the signal is sent; only the recorded process is
-        ever signalled.
+        With `tree` those who belong to it (see `trees`) are ended after it, also of one that has
+        ended by itself.
+        Guarantee: the request is durable before the signal is sent; only the recorded process, and
+        with `tree` what is shown to belong to it, is ever signalled.
         Raises: WorkerNotFound; StopRefused for ourselves, our ancestors, pid 1, another user's
         process and one of another pid namespace; IdentityMismatch where it cannot be proven to be
         the one; WaitTimeout if even SIGKILL does not end it: it stays `stopping`; StaleRevision if
         the sid is another worker's before the request is written.
         """
-        return stop.stop(self._session, sid, grace_s=grace_s, reason=reason, signal=signal)
+        return stop.stop(
+            self._session, sid, grace_s=grace_s, reason=reason, signal=signal, with_tree=tree
+        )
+
+    def trees(self, workers: Collection[Worker]) -> Mapping[str, Sequence[int]]:
+        """Return by sid the pids of the living processes that belong to workers, beside their own.
+
+        They are those of the worker's session or process group, where it was registered as the
+        leader of one; also when the worker itself has ended, as long as one of them is older than
+        its end. A worker without any is left out.
+        """
+        found = process_tree.members(workers)
+        return {sid: [member.pid for member in every] for sid, every in found.items()}
+
+    def stop_left_behind(self) -> list[str]:
+        """Stop the workers that are to end with their owner, whose owner is proven dead.
+
+        Returns their sids. One that cannot be stopped from here stays as it is.
+        """
+        return stop.stop_left_behind(self._session)
+
+    def observe_all(self) -> Observer:
+        """Record the end of every worker that can be judged from here, from now on.
+
+        Returns a handle: a context manager with `close`. Of several observers of one boot, pid
+        namespace and user one leads; the others take over within a second of its end.
+        Guarantee: starter, observers and collectors together write one event a death.
+        Raises: OSError where no thread is to be had.
+        """
+        return Observer(self._session)
+
+    def logs(self, sid: str, *, lines: int | None = None) -> output.Follower:
+        """Return what reads the output of a worker's last life, from its last `lines` lines on.
+
+        Its `read` returns what is there, b"" for nothing new. Raises: WorkerNotFound.
+        """
+        worker = self._session.known(sid)
+        return output.Follower(worker.log, lines=lines)
 
     def observe(self, sid: str, *, timeout_s: float | None = None) -> Event:
         """Wait for the end of a worker that need not be our child; record it, and how it ended.
@@ -363,19 +418,24 @@ class Registry(Closing):
     # -- follow -----------------------------------------------------------------------------
 
     @shows(follow.DEFAULTS, WatchOptions)
-    def watch(self, **options: Unpack[WatchOptions]) -> Watch:
+    def watch(self, *, observe: bool = False, **options: Unpack[WatchOptions]) -> Watch:
         """Deliver events as they become durable.
 
         Args: `after` None begins with the state of now, carried by the first Synced; an int with
         the events after that seq; an aware datetime with the events since; "now" with those to
         come; "oldest" with all that is kept. `cursor` names a durable position: where it exists it
         is the beginning, and taking an item acknowledges the one before. `on_compacted`: a Reset,
-        or CompactedError. `backend`: what wakes.
+        or CompactedError. `backend`: what wakes. With `observe` deaths are recorded as they happen
+        for as long as it is open, see `observe_all`; else whoever starts, observes or collects a
+        worker tells of its death.
         Guarantee: in order, each once, none before it is durable, none left out but as a Reset
         says.
         Raises: StoreMissing if there is no store yet; CursorBusy.
         """
-        return follow.watch(self._session, **options)
+        items = follow.watch(self._session, **options)
+        if observe:
+            items.keep(self.observe_all())
+        return items
 
     @shows(follow.DEFAULTS, WatchOptions)
     def awatch(self, **options: Unpack[WatchOptions]) -> "AsyncWatch":
@@ -466,6 +526,11 @@ class Registry(Closing):
         """Write one step and return its event, or the worker's last one if nothing had to be."""
         return self._session.change(step)
 
+    def become(self, sid: str, log: Opened | None, **options: Unpack[WorkerOptions]) -> Worker:
+        """Register this process, whose output is to go to a log, as `crewlog exec` does."""
+        seen = None if log is None else {"log": log.record}
+        return register.register(self._session, sid, None, wish_of(options), seen=seen)
+
     def child(
         self,
         sid: str,
@@ -473,6 +538,7 @@ class Registry(Closing):
         *,
         before: Callable[[], None],
         after: Callable[[], None],
+        log: LogOptions,
         **options: Unpack[WorkerOptions],
     ) -> "AbstractContextManager[Child]":
         """Start a program whose end the caller waits for and records itself, as `crewlog run` does.
@@ -480,7 +546,7 @@ class Registry(Closing):
         `before` is called before its process is there, `after` before it is registered.
         """
         wish = wish_of(options)
-        return start.child(self._session, sid, argv, wish, before=before, after=after)
+        return start.child(self._session, sid, argv, wish, before=before, after=after, log=log)
 
 
 def worker(

@@ -5,7 +5,7 @@ import os
 import pwd
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -65,13 +65,22 @@ class Session:
             limits=self.limits,
         )
 
-    def close(self) -> None:
-        """Release every resource; idempotent."""
-        self._closed = True
+    @property
+    def key(self) -> Hashable:
+        """Return what is the same for sessions that write to one place, in the same way."""
+        return str(self.place), self._wait_s, self._name, self._redact, self._via, self.limits
+
+    def rest(self) -> None:
+        """Give back what is open; the store is opened anew when it is needed."""
         with self._opening:
             if self._store is not None:
                 self._store.close()
                 self._store = None
+
+    def close(self) -> None:
+        """Release every resource; idempotent."""
+        self._closed = True
+        self.rest()
 
     def after_fork(self) -> None:
         """Renew the mutex in a forked child: another thread of the parent may have held it."""

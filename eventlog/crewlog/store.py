@@ -381,8 +381,11 @@ class Leases(Protocol):
         """Return what looks at leases of these names."""
         ...
 
-    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:
-        """Note that the worker is well, now; False if there is no such lease."""
+    def beat(self, name: str, *, heartbeat_s: float | None, said: bytes | None = None) -> bool:
+        """Note that the worker is well, now, and what it says of itself, None: as before.
+
+        False if there is no such lease.
+        """
         ...
 
     def turn(self, sid: str, *, wait_s: float) -> AbstractContextManager[Turn]:

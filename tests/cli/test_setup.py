@@ -120,10 +120,11 @@ def test_percent_and_spaces_in_a_path_are_escaped(tmp_path: Path) -> None:
     place = tmp_path / "a 100%b"
     assert "a 100\\%b'" in setup.cron_line(str(place))
     for kind in ("systemd-user", "systemd-system"):
-        (service, _) = setup.units(kind, str(place), owner=0).values()
-        assert "100%%b" in service
-        row = next(r for r in service.splitlines() if r.startswith("ExecStart="))
-        assert str(place).replace("%", "%%") in shlex.split(row.removeprefix("ExecStart="))
+        service, _, observer = setup.units(kind, str(place), owner=0).values()
+        for unit in (service, observer):
+            assert "100%%b" in unit
+            row = next(r for r in unit.splitlines() if r.startswith("ExecStart="))
+            assert str(place).replace("%", "%%") in shlex.split(row.removeprefix("ExecStart="))
 
 
 def test_place_cannot_add_to_a_schedule(cli: Cli) -> None:
@@ -132,7 +133,7 @@ def test_place_cannot_add_to_a_schedule(cli: Cli) -> None:
         done = Cli("/x\n* * * * * touch /tmp/owned #")("schedule", kind, code=2)
         assert done.stdout == ""
         assert "control character" in done.stderr
-    (service, _) = setup.units("systemd-user", '/a ${HOME}\\"b', owner=0).values()
+    service, *_ = setup.units("systemd-user", '/a ${HOME}\\"b', owner=0).values()
     assert "ExecStart=" in service
     assert '--dir "/a $${HOME}\\\\\\"b" compact' in service
 

@@ -171,6 +171,7 @@ def test_manager_finds_its_workers_again_and_hears_of_their_ends(
         assert [manager.stdout.readline().split() for _ in range(2)] == [
             [words, "job-a"], [words, "job-b"],
         ]  # fmt: skip
+        assert manager.stdout.readline() == "ready\n"
         return manager
 
     kill(started("started"))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from crewlog.process.launch import Launch
 from crewlog.registry import Registry
 from crewlog.session import Session
 from crewlog.workers import judge, start, stop
+from crewlog.workers.reaper import Charge, Scribe
 from crewlog_compactor import collect, compact
 from procs import Crew, files, forked, joined, kill, state_of, until
 from stores import opened
@@ -57,13 +58,13 @@ def few_descriptors(spare: int) -> Iterator[None]:
 @contextmanager
 def slow_record(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Let the thread that waits for a child stand before its record, until the event is set."""
-    go_on, recorded = threading.Event(), judge.record_end
+    go_on, recorded = threading.Event(), Scribe._record
 
-    def record(append: Callable[[list[Step]], object], step: Step, **options: object) -> bool:
+    def record(self: Scribe, part: list[Charge]) -> None:
         assert go_on.wait(60)
-        return recorded(append, step, **options)  # type: ignore[arg-type] # as they came
+        recorded(self, part)
 
-    monkeypatch.setattr("crewlog.workers.start.record_end", record)
+    monkeypatch.setattr(Scribe, "_record", record)
     try:
         yield go_on
     finally:
@@ -124,7 +125,8 @@ def slow_reaper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     asked = Launch.ended
 
     def ended(self: Launch, **options: bool) -> object:
-        os.waitpid(self.pid, 0)
+        with contextlib.suppress(ChildProcessError):  # it is asked again and again
+            os.waitpid(self.pid, 0)
         return asked(self, **options)
 
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ import crewlog
 from crewlog import session
 from crewlog.errors import SpawnFailed, WaitTimeout, WorkerExists
 from crewlog.model.steps import prune_step
-from crewlog.process import identity, launch
+from crewlog.process import forkserver, identity
 from crewlog.process.launch import Launch
 from crewlog.registry import Registry
 from crewlog.workers import judge, start
@@ -134,7 +134,7 @@ def test_sid_in_use_starts_nothing(reg: Registry, place: Path, crew: Crew) -> No
     """The program of a refused spawn never begins."""
     reg.register("a", pid=crew.sleeper().pid)
     with pytest.raises(WorkerExists):
-        reg.spawn("a", marking(place))
+        reg.spawn("a", marking(place), cwd=place.parent)
     until(lambda: not _waiting(place))
     assert marks(place) == []
 
@@ -225,7 +225,7 @@ def test_ensure_never_returns_a_process_that_will_not_begin(place: Path) -> None
 
             with pytest.MonkeyPatch.context() as patch, crewlog.open(place) as mine:
                 patch.setattr(Launch, "go", stop_and_die)
-                mine.ensure("a", marking(place))
+                mine.ensure("a", marking(place), cwd=place.parent)
 
         os.waitpid(forked(work), 0)
         waiting = reg.get("a")
@@ -332,7 +332,7 @@ def test_spawner_killed_at_a_step_leaves_no_unlisted_worker(
         def work() -> None:
             with pytest.MonkeyPatch.context() as patch, crewlog.open(place) as mine:
                 STEPS[step](patch)
-                mine.ensure("a", marking(place))
+                mine.ensure("a", marking(place), cwd=place.parent)
 
         pid = forked(work)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -348,15 +348,19 @@ def test_spawner_killed_at_a_step_leaves_no_unlisted_worker(
 
 
 def _waiting(place: Path) -> list[str]:
-    """Return the processes that wait to become the marking program."""
+    """Return the processes that wait to become the marking program, in the place's parent.
+
+    One that the fork server has made has the server's words, and another stdin.
+    """
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
+        with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if launch._WAITING.encode() in words and str(place.parent).encode() in words:
-            found.append(pid)
+            waits = forkserver.BECOME.encode() in words and "socket" not in os.readlink(
+                f"/proc/{pid}/fd/0"
+            )
+            if waits and os.readlink(f"/proc/{pid}/cwd") == str(place.parent):
+                found.append(pid)
     return found
 
 
@@ -391,7 +395,7 @@ def test_negative_control_a_word_before_the_registration_is_caught(
     def work() -> None:
         with crewlog.open(place) as mine:
             mine.register("first")
-            started = Launch(marking(place))
+            started = Launch(marking(place), cwd=place.parent)
             started.go()
             _die()
             mine.commit([prune_step(mine.author(), "a", expect=1)])
@@ -417,7 +421,7 @@ def test_spawner_that_is_stopped_by_a_full_disk_starts_nothing(
 
     monkeypatch.setattr(type(files(reg).directory.disk), "write", full)
     with pytest.raises(crewlog.StorageFull):
-        reg.spawn("a", marking(place))
+        reg.spawn("a", marking(place), cwd=place.parent)
     monkeypatch.undo()
     until(lambda: not _waiting(place))
     assert marks(place) == []
@@ -467,9 +471,9 @@ with crewlog.open(sys.argv[1]) as reg:
 def test_forgotten_launch_ends_its_waiting_process(place: Path) -> None:
     """An interrupt at the wrong moment leaves no process that waits for ever."""
     place.mkdir(mode=0o700)
-    started = Launch(marking(place))
+    started = Launch(marking(place), cwd=place.parent)
     pid = started.pid
-    until(lambda: _waiting(place) == [str(pid)])
+    assert _waiting(place) == [str(pid)]
     del started
     until(lambda: state_of(pid) in {"", "Z"})
     os.waitpid(pid, 0)
@@ -496,3 +500,20 @@ def test_pid_of_another_namespace_is_no_sign_of_an_end(reg: Registry, crew: Crew
     who = worker.identity
     for far in (replace(who, pid_ns="pid:[1]"), replace(who, boot_id="another")):
         assert not judge.is_exiting(replace(worker, identity=far))
+
+
+def test_program_is_started_from_a_directory_that_is_gone(tmp_path: Path) -> None:
+    """As subprocess does: it has the directory, though nobody finds it any more."""
+
+    def child() -> None:
+        (tmp_path / "gone").mkdir()
+        os.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        made = Launch(["sh", "-c", "exit 3"])
+        made.go()
+        ended = made.ended()
+        assert ended is not None
+        assert ended.status is not None
+        assert ended.status.code == 3
+
+    joined(forked(child))

@@ -60,10 +60,12 @@ crewlog watch --cursor mailer --crashed --exec -- ./send-mail""",
     default="auto",
     help="What wakes.",
 )
+@click.option("--observe", is_flag=True, help="Record deaths meanwhile, as observe --all does.")
 @click.argument("argv", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
 def watch(
     sh: Shell,
     *,
+    observe: bool,
     after: int | None,
     since: str | None,
     from_start: bool,
@@ -101,6 +103,7 @@ def watch(
             types=(inputs.ends(types) if crashed else types) or None,
             cursor=name,
             backend=backend,  # type: ignore[arg-type] # click lets only these through
+            observe=observe,
         )
     )
     with items:

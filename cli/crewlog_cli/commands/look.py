@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shlex
 import time
 from collections import deque
 from datetime import UTC, datetime
@@ -163,11 +164,21 @@ def show(sh: Shell, *, sid: str, at_: str | None) -> None:
         "version": worker.version,
         "sock": worker.sock,
         "labels": " ".join(f"{k}={v}" for k, v in worker.labels.items()),
+        "meta": " ".join(f"{k}={v}" for k, v in worker.meta.items()),
+        "command": "" if worker.argv is None else shlex.join(worker.argv),
+        "cwd": worker.cwd or "",
+        "log": "" if worker.log is None else worker.log.path,
+        "says": "" if found is None else ": ".join(filter(None, (found.status, found.note))),
+        "uptime": ""
+        if worker.final or seen is not None
+        else figures.duration(datetime.now(UTC) - worker.created_at),
         "ended": render.end_text(worker),
     }
     for name, value in fields.items():
         if value:
             sh.line(f"{name + ':':<10}{value}")
+    if seen is None and worker.exit is not None:
+        render.print_last_lines(sh, worker)
     sh.line("")
     render.print_events(sh, last)
 
@@ -269,6 +280,7 @@ _FLAGS: Final = {
     Flag.STALLED: "stalled: it has not said that it is well for longer than it promised",
     Flag.ORPHANED: "orphaned: the process that answers for it is dead",
     Flag.UNREACHABLE: "unreachable: nothing listens on its socket",
+    Flag.PAUSED: "paused: it was stopped by a signal, or its control group is frozen",
 }
 _ASSUME: Final = "crewlog gc --assume-dead SID --reason R"
 _REMEDIES: Final = {
@@ -308,9 +320,14 @@ def explain(sh: Shell, *, sid: str) -> None:
     for flag in sorted(found.flags):
         sh.line(f"It is {_FLAGS[flag]}.")
     if worker.exit is not None:
-        sh.line(
-            f"It ended: {render.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}."
-        )
+        sh.line(f"It {render.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}.")
+        render.print_last_lines(sh, worker)
+    if found.status or found.note:
+        sh.line(f"It says: {': '.join(filter(None, (found.status, found.note)))}.")
+    left = reg.trees([worker]).get(sid, ()) if not found.alive else ()
+    if left:
+        numbers = ", ".join(map(str, left))
+        sh.line(f"It left processes running: {numbers}. End them: crewlog stop --tree {sid}.")
     remedy = _REMEDIES.get(found.cause)
     if remedy is not None:
         sh.line(f"{sh.advice(remedy.replace('SID', sid))}.")

@@ -34,6 +34,19 @@ Type=oneshot
 Nice=10
 NoNewPrivileges=yes
 {protect}"""
+_OBSERVER: Final = """# {observer}
+[Unit]
+Description=Record the deaths of the workers of the crewlog registry {about} as they happen
+
+[Service]
+{user}{environment}ExecStart={program} --dir {place} observe --all -q
+Restart=always
+RestartSec=1s
+NoNewPrivileges=yes
+{protect}
+[Install]
+WantedBy={wanted}
+"""
 _TIMER: Final = """# {timer}
 [Unit]
 Description=Compact the crewlog registry {about} every {every} minutes
@@ -62,6 +75,7 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
     names = {
         "service": f"{home}/crewlog-compact.service",
         "timer": f"{home}/crewlog-compact.timer",
+        "observer": f"{home}/crewlog-observe.service",
     }
     values = {
         "place": _word(where),
@@ -69,6 +83,7 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
         "program": _word(program()),
         "jitter": _JITTER,
         "every": _EVERY_MINUTES,
+        "wanted": "default.target" if kind == "systemd-user" else "multi-user.target",
         "user": f"User={owner}\n" if kind == "systemd-system" else "",
         # in a user's unit it would imply PrivateUsers, which hides what must be seen
         "protect": "ProtectSystem=full\n" if kind == "systemd-system" else "",
@@ -81,6 +96,7 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
     return {
         names["service"]: _SERVICE.format(**values),
         names["timer"]: _TIMER.format(**values),
+        names["observer"]: _OBSERVER.format(**values),
     }
 
 
@@ -111,7 +127,11 @@ crewlog schedule systemd-system --dir /var/lib/crewlog""",
 )
 @click.argument("kind", type=click.Choice(["cron", "systemd-user", "systemd-system"]))
 def schedule(sh: Shell, *, kind: Kind) -> None:
-    """Print a cron line, or systemd units, that compact this registry, with its real paths."""
+    """Print a cron line, or systemd units, that compact this registry, with its real paths.
+
+    The units also run `crewlog observe --all`, which records deaths as they happen; with cron a
+    death whose starter is gone too is recorded by the next compaction.
+    """
     where = sh.registry().where
     if any(unicodedata.category(letter) == "Cc" for letter in where):
         message = f"{where!r} holds a control character, which neither a crontab nor a unit can"
@@ -132,8 +152,10 @@ def schedule(sh: Shell, *, kind: Kind) -> None:
         return
     put("\n".join(made.values()).rstrip())
     scope = " --user" if kind == "systemd-user" else ""
-    sh.note(f"Write each part to the file it names, then: systemctl{scope} daemon-reload && "
-            f"systemctl{scope} enable --now crewlog-compact.timer")  # fmt: skip
+    sh.note(
+        f"Write each part to the file it names, then: systemctl{scope} daemon-reload && "
+        f"systemctl{scope} enable --now crewlog-compact.timer crewlog-observe.service"
+    )
 
 
 def _owner(where: str) -> int:

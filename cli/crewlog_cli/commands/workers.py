@@ -1,22 +1,29 @@
-"""Start and stop workers: run, exec, stop, beat, observe."""
+"""Start and stop workers: run, exec, start, stop, beat, observe."""
 
 import errno
 import os
 import signal
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime, timedelta
 from queue import SimpleQueue
 from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
 
-from crewlog import host, place
-from crewlog.errors import CrewlogError, SpawnFailed
-from crewlog.model.events import Event, Worker
+from crewlog import Flag, host, place
+from crewlog.errors import CrewlogError, SpawnFailed, WorkerEnded
+from crewlog.model import events
+from crewlog.model.events import Event, Status, Worker, WorkerState
 from crewlog.model.steps import WorkerOptions
 from crewlog.registry import Registry
-from crewlog.workers.start import Child
+from crewlog.workers import output as logs
+from crewlog.workers.judge import STATUSES, BeatStatus
+from crewlog.workers.start import Child, LogOptions
 from crewlog_cli import inputs, output, render, shell
 from crewlog_cli.inputs import safe, tried
 from crewlog_cli.shell import Shell, command
@@ -26,6 +33,7 @@ P = ParamSpec("P")
 # Passed on to the worker; of these, all but the last three ask it to end.
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _FORWARDED: Final = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_STORE_LOOK_S: Final = 1.0
 _FROM_KERNEL: Final = 0x80  # SI_KERNEL: the terminal sent it to the whole group already
 
 
@@ -43,6 +51,13 @@ def _options(function: Callable[P, None]) -> Callable[P, None]:
             help="Prove its life to other namespaces and hosts.",
         ),
         click.option("--heartbeat", metavar="SPAN", help="Stalled without a beat for so long."),
+        click.option("--ok", "ok", metavar="CODES", help="Exit codes that are no crash: 0,143."),
+        click.option("--ends-with-owner", is_flag=True, help="Stop it once its owner is dead."),
+        click.option(
+            "--owner", type=click.IntRange(min=1), metavar="PID", help="Who answers for it."
+        ),
+        click.option("--record-argv", is_flag=True, help="Put CMD on record; it may hold secrets."),
+        click.option("--log", metavar="FILE", help="Append its output to FILE (crewlog logs)."),
     ):
         function = option(function)
     return function
@@ -57,6 +72,20 @@ class _Options(TypedDict):
     starting: bool
     lease: bool
     heartbeat: str | None
+    ok: str | None
+    ends_with_owner: bool
+    owner: int | None
+    record_argv: bool
+    log: str | None
+
+
+def _codes(words: str | None) -> tuple[int, ...]:
+    """Read exit codes given as 0,143."""
+    try:
+        return tuple(int(word) for word in (words or "").split(",") if word.strip())
+    except ValueError as error:
+        message = f"--ok takes exit codes: 0,143, not {words!r}"
+        raise click.UsageError(message) from error
 
 
 def _wished(options: _Options) -> WorkerOptions:
@@ -68,6 +97,10 @@ def _wished(options: _Options) -> WorkerOptions:
         "ready": not options["starting"],
         "lease": options["lease"],
         "heartbeat_s": None if spoken is None else inputs.span_s(spoken),
+        "ok_codes": _codes(options["ok"]),
+        "ends_with": "owner" if options["ends_with_owner"] else None,
+        "owner": options["owner"],
+        "record_argv": options["record_argv"],
     }
 
 
@@ -102,10 +135,13 @@ def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Opti
     """Register this process as SID, then become CMD: same pid, no code needed in the program."""
     _require_separated(sh, sid)
     wished = _wished(options)
-    with sh.registry() as reg:
-        tried(lambda: reg.register(sid, **wished))
+    if wished["ends_with"] and wished["owner"] is None:
+        wished["owner"] = os.getppid()
+    with sh.registry() as reg, logs.opened(options["log"], bytes_max=None) as log:
+        tried(lambda: reg.become(sid, log, **wished))
         output.flush()
-        code = _replace(argv)
+        with output.redirected(None if log is None else log.fd):
+            code = _replace(argv)
         reg.exited(sid, code=code)
     _fail(sh, argv, code)
 
@@ -138,21 +174,24 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     """
     _require_separated(sh, sid)
     wished = _wished(options)
-    wished["owner"] = os.getpid()
+    if wished["owner"] is None:
+        wished["owner"] = os.getpid()
     with sh.registry() as reg:
         with ExitStack() as turn:
-            waits = reg.child(sid, argv, before=_prepare, after=_hold_signals, **wished)
+            into: LogOptions = {"log": options["log"]}
+            waits = reg.child(sid, argv, before=_prepare, after=_hold_signals, log=into, **wished)
             child = tried(lambda: turn.enter_context(waits))
             begun = child.begin()
-        code = _wait(sh, child)
-        if code is None:
+        status = _wait(sh, child)
+        if status is None:
             output.warn(f"crewlog: nobody tells how worker {sid} ended")
             raise SystemExit(shell.EXIT_BUG)
-        _tell_end(sh, child, code)
+        _tell_end(sh, child, status)
         child.reap()  # until it is on record, whoever looks sees how it ended
+    code = status.code if status.signal is None else 128 + status.signal
     if not begun:
-        _fail(sh, argv, code)
-    raise SystemExit(code if code >= 0 else 128 - code)
+        _fail(sh, argv, code or 0)
+    raise SystemExit(code)
 
 
 def _prepare() -> None:
@@ -165,9 +204,10 @@ def _hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, (*_heard(), signal.SIGCHLD))
 
 
-def _tell_end(sh: Shell, child: Child, code: int) -> None:
+def _tell_end(sh: Shell, child: Child, status: Status) -> None:
     """Record how our child ended; whatever keeps us from it is told, and changes no exit code."""
-    how = f"exited with {code}" if code >= 0 else f"was ended by signal {-code}"
+    killed = status.signal is not None
+    how = f"was ended by signal {status.signal}" if killed else f"exited with {status.code}"
     sid = child.worker.sid
     told = f"worker {sid} {how}"
 
@@ -178,7 +218,7 @@ def _tell_end(sh: Shell, child: Child, code: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
     try:
-        if not child.record(code, late=late):
+        if not child.record(status, late=late):
             sh.note(f"crewlog: {sid} is no longer ours in the registry")
     except (CrewlogError, KeyboardInterrupt) as error:
         output.warn(f"crewlog: {told}; that is not recorded: {error or 'interrupted'}")
@@ -186,17 +226,17 @@ def _tell_end(sh: Shell, child: Child, code: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
-def _wait(sh: Shell, child: Child) -> int | None:
+def _wait(sh: Shell, child: Child) -> Status | None:
     """Wait for the child, passing signals on; a request to end is recorded before it is passed.
 
-    Returns its exit code, or minus the signal that ended it; None where nobody tells.
+    Returns how it ended, None where nobody tells.
     """
     while True:
         number, from_terminal = _next_signal()
         if number == signal.SIGCHLD:
             end = child.ended()
             if end is not None:
-                return end.code
+                return end.status
             _reap_orphans(child)
             continue
         if number in _ENDING:
@@ -238,6 +278,80 @@ def _next_signal() -> tuple[int, bool]:
     return found.si_signo, found.si_code == _FROM_KERNEL
 
 
+_LOOK_S: Final = 0.02
+
+
+@command(
+    "start",
+    examples="""crewlog start web-1 --log web.log -- python -m http.server 8000
+crewlog start api --ready-when /run/api.sock -- ./api
+0 3 * * *  crewlog start -q backup --log backup.log -- ./backup  # in a crontab""",
+)
+@_options
+@click.option("--ready-when", metavar="SOCK", help="Return once it listens on this Unix socket.")
+@click.option("--timeout", default="30s", show_default=True, metavar="SPAN",
+              help="Give up waiting after so long (exit code 124).")  # fmt: skip
+@click.option("--log-max", type=click.IntRange(min=1), metavar="BYTES",
+              help="Set a longer log aside first, as FILE.1.")  # fmt: skip
+def start(
+    sh: Shell,
+    *,
+    sid: str,
+    argv: tuple[str, ...],
+    ready_when: str | None,
+    timeout: str,
+    log_max: int | None,
+    **options: Unpack[_Options],
+) -> None:
+    """Start CMD as worker SID and leave it running; print its pid. If SID lives, that one's.
+
+    It has a session of its own, no input, and its output goes to --log, else nowhere. How it ends
+    is told by `crewlog observe --all`, with its code on Linux >= 6.15; without an observer the next
+    `crewlog compact` finds that it has ended.
+    """
+    _require_separated(sh, sid)
+    wished = _wished(options)
+    wait_s = inputs.span_s(timeout)
+    if ready_when is not None:
+        wished |= {"sock": inputs.safe(os.path.abspath(ready_when)), "ready": False}
+    deadline = time.monotonic() + wait_s
+    with sh.registry() as reg:
+        before = reg.get(sid)
+        worker = tried(
+            lambda: reg.ensure(
+                sid, argv, timeout_s=wait_s, log=options["log"], log_bytes_max=log_max, **wished
+            )
+        )
+        if before is not None and before.registered_seq == worker.registered_seq:
+            sh.note(f"{sid} lives already")
+        while ready_when is not None and not _listens(reg, worker):
+            if time.monotonic() >= deadline:
+                sh.note(f"{sid} runs, and does not listen on {ready_when} yet")
+                raise SystemExit(shell.EXIT_TIMEOUT)
+            time.sleep(_LOOK_S)
+        if sh.json:
+            sh.document({"seq": worker.rev, "worker": render.worker_json(worker, None)})
+        else:
+            sh.line(str(worker.pid))
+
+
+def _listens(reg: Registry, worker: Worker) -> bool:
+    """Say whether a worker takes connections, and record that it is ready then.
+
+    Raises: WorkerEnded.
+    """
+    now = reg.get(worker.sid)
+    found = None if now is None else reg.liveness(worker.sid)
+    if now is None or found is None or now.registered_seq != worker.registered_seq or found.dead:
+        raise WorkerEnded(worker.sid, state="ended" if now is None else now.state.value,
+                          wanted="ready")  # fmt: skip
+    if found.evidence.sock != "answers":
+        return False
+    if now.state == WorkerState.STARTING:
+        reg.update(worker.sid, state="ready")
+    return True
+
+
 _AT_ONCE: Final = 32
 
 
@@ -268,7 +382,10 @@ crewlog stop --all --yes --reason 'the host goes down'""",
 )  # fmt: skip
 @click.option("--reason", default="crewlog stop", show_default=True, help="Why, for the history.")
 @click.option("--all", "all_", is_flag=True, help="Every worker that has not ended.")
-@click.option("--yes", is_flag=True, help="Do not ask before --all.")
+@click.option("--orphaned", is_flag=True, help="Those whose owner is proven dead.")
+@click.option("--older", metavar="SPAN", help="Those that were started so long ago, or longer.")
+@click.option("--tree", is_flag=True, help="End those who belong to it, too: its session or group.")
+@click.option("--yes", is_flag=True, help="Do not ask before --all, --orphaned, --older.")
 @click.option("--dry-run", is_flag=True, help="Only say whom it would signal.")
 def stop_(
     sh: Shell,
@@ -278,36 +395,71 @@ def stop_(
     number: signal.Signals,
     reason: str,
     all_: bool,
+    orphaned: bool,
+    older: str | None,
+    tree: bool,
     yes: bool,
     dry_run: bool,
 ) -> None:
     """End workers: a signal, after --grace SIGKILL, and how each ended goes on record.
 
-    Only the recorded process is ever signalled; the request is durable before the signal is sent.
+    Only the recorded process is ever signalled, with --tree also those that are shown to belong to
+    it; the request is durable before the signal is sent.
     """
-    if all_ == bool(sids):
-        message = "name workers, or --all"
+    chosen = all_ or orphaned or older is not None
+    if chosen == bool(sids):
+        message = "name workers, or choose them: --all, --orphaned, --older SPAN"
         raise click.UsageError(message)
     grace_s = inputs.span_s(grace)
     reg = sh.existing()
-    workers = reg.workers() if all_ else [render.known(reg, sid) for sid in dict.fromkeys(sids)]
+    if chosen:
+        span = None if older is None else timedelta(seconds=inputs.span_s(older))
+        workers = _chosen(reg, orphaned=orphaned, older=span, tree=tree)
+    else:
+        workers = [render.known(reg, sid) for sid in dict.fromkeys(sids)]
     if dry_run:
-        _print_targets(sh, reg, workers)
+        _print_targets(sh, reg, workers, tree=tree)
         return
-    if all_ and not yes:
-        count = sum(_foreseen(reg, worker)[0] == "signal" for worker in workers)
-        what = f"--all would stop {count} workers"
+    if chosen and not yes:
+        count = len(workers) if tree else sum(_foreseen(reg, w)[0] == "signal" for w in workers)
+        if count and sys.stdin is not None and sys.stdin.isatty():
+            _print_targets(sh, reg, workers, tree=tree)
+        what = f"that would stop {count} workers"
         if count and not shell.confirmed(f"Stop {count} workers?", what):
             sh.note("nobody was stopped")
             raise SystemExit(shell.EXIT_NO)
 
     def end(worker: Worker) -> Event | CrewlogError:
         try:
-            return reg.stop(worker.sid, grace_s=grace_s, reason=safe(reason), signal=number)
+            return reg.stop(
+                worker.sid, grace_s=grace_s, reason=safe(reason), signal=number, tree=tree
+            )
         except CrewlogError as error:
             return error
 
-    _print_ends(sh, reg, tried(lambda: _at_once(end, workers)))
+    ended = tried(lambda: _at_once(end, workers))
+    over = [now for worker in workers if (now := reg.get(worker.sid)) is not None]
+    for sid, pids in () if tree else reg.trees(over).items():
+        numbers = ", ".join(map(str, pids))
+        sh.note(f"{sid} has left processes running: {numbers} (crewlog stop --tree {sid})")
+    _print_ends(sh, reg, ended)
+
+
+def _chosen(reg: Registry, *, orphaned: bool, older: timedelta | None, tree: bool) -> list[Worker]:
+    """Return the workers that are chosen by what they are; with `tree` what ended ones left, too.
+
+    Orphaned is one whose owner is proven dead, by the same proof as a worker's own death.
+    """
+    workers = reg.workers(all=tree)
+    left = reg.trees([w for w in workers if w.final]) if tree else {}
+    workers = [w for w in workers if not w.final or w.sid in left]
+    if older is not None:
+        before = datetime.now(UTC) - older
+        workers = [w for w in workers if w.created_at <= before]
+    if not orphaned:
+        return [w for w in workers if not w.final] if not tree else workers
+    found = zip(workers, reg.judge(workers), strict=True)
+    return [w for w, j in found if w.final or Flag.ORPHANED in j.flags]
 
 
 def _at_once(
@@ -341,7 +493,8 @@ def _at_once(
     return {worker.sid: found[worker.sid] for worker in workers}
 
 
-def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
+def _print_targets(sh: Shell, reg: Registry, workers: list[Worker], *, tree: bool) -> None:
+    left = reg.trees(workers) if tree else {}
     rows = [
         (worker, judged, *_foreseen(reg, worker))
         for worker, judged in zip(workers, reg.judge(workers), strict=True)
@@ -349,7 +502,7 @@ def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
     if sh.json:
         told = [
             {"sid": w.sid, "pid": w.pid, "liveness": j.verdict.value, "cause": j.cause,
-             "would": would, "why": why}
+             "would": would, "why": why, "tree": list(left.get(w.sid, ()))}
             for w, j, would, why in rows
         ]  # fmt: skip
         sh.document({"seq": reg.last_seq, "dry_run": True, "workers": told})
@@ -358,7 +511,8 @@ def _print_targets(sh: Shell, reg: Registry, workers: list[Worker]) -> None:
         ["sid", "pid", "state", "liveness", "would"],
         [
             [w.sid, str(w.pid), w.state.value, render.liveness_text(j),
-             f"{would}: {why}" if why else would]
+             (f"{would}: {why}" if why else would)
+             + (f", and its tree: {', '.join(map(str, left[w.sid]))}" if w.sid in left else "")]
             for w, j, would, why in rows
         ],
     )  # fmt: skip
@@ -392,23 +546,47 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
         shell.fail(sh, list(errors.values())[-1])
 
 
-@command("beat", examples="while work; do crewlog beat web-1; done")
+@command(
+    "beat",
+    examples="""while work; do crewlog beat web-1; done
+crewlog beat agent-3 --status waiting --note 'for approval'""",
+)
 @click.argument("sid", shell_complete=shell.complete_sid)
-def beat(sh: Shell, *, sid: str) -> None:
-    """Say that SID is well; nothing is added to the log. For a worker with --heartbeat."""
+@click.option("--status", type=click.Choice(STATUSES), help="What it does.")
+@click.option("--note", metavar="TEXT", help="A few words beside that.")
+def beat(sh: Shell, *, sid: str, status: BeatStatus | None, note: str | None) -> None:
+    """Say that SID is well, and what it does; nothing is added to the log.
+
+    For a worker with --lease or --heartbeat.
+    """
     reg = sh.existing()
     render.known(reg, sid)
-    reg.beat(sid)
+    tried(lambda: reg.beat(sid, status=status, note=None if note is None else safe(note)))
     if sh.json:
         sh.document({"seq": reg.last_seq, "sid": sid})
 
 
-@command("observe", examples="crewlog observe web-1 &\ncrewlog observe web-1 --timeout 1h")
-@click.argument("sid", shell_complete=shell.complete_sid)
+@command(
+    "observe",
+    examples="""crewlog observe --all        # as a service: crewlog schedule systemd-user
+crewlog observe web-1 --timeout 1h""",
+)
+@click.argument("sid", required=False, shell_complete=shell.complete_sid)
+@click.option("--all", "all_", is_flag=True, help="Every worker, from now on, until it is ended.")
 @click.option("--timeout", metavar="SPAN", help="Give up after this long (exit code 124).")
-def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
-    """Wait for the end of a worker that need not be our child, and record how it ended."""
+def observe(sh: Shell, *, sid: str | None, all_: bool, timeout: str | None) -> None:
+    """Wait for the end of a worker that need not be our child, and record how it ended.
+
+    With --all every end is recorded within milliseconds, whoever started the worker. Of several
+    one leads, the others stand by; each end is recorded once.
+    """
+    if all_ == (sid is not None):
+        message = "name a worker, or --all"
+        raise click.UsageError(message)
     wait_s = None if timeout is None else inputs.span_s(timeout)
+    if sid is None:
+        _observe_all(sh, wait_s)
+        return
     reg = sh.existing()
     render.known(reg, sid)
     event = reg.observe(sid, timeout_s=wait_s)
@@ -418,9 +596,37 @@ def observe(sh: Shell, *, sid: str, timeout: str | None) -> None:
         render.print_line(sh, event)
 
 
+def _observe_all(sh: Shell, wait_s: float | None) -> None:
+    """Record ends until we are ended, or time is up, and print each of them."""
+    deadline = None if wait_s is None else time.monotonic() + wait_s
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: ended.set())
+    reg = sh.registry()
+    with reg.observe_all():
+        while not reg.exists and not ended.wait(_STORE_LOOK_S):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise SystemExit(shell.EXIT_TIMEOUT)
+        if ended.is_set():
+            return
+        sh.note(f"crewlog: observing {reg.where}")
+        with reg.watch(after="now", types=events.ENDING) as items:
+            while not ended.is_set():
+                left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                item = items.next(_STORE_LOOK_S if left_s is None else min(left_s, _STORE_LOOK_S))
+                if item is not None and item.kind == "change":
+                    if sh.json:
+                        sh.stream({"kind": "change", **render.event_json(item.event)})
+                    else:
+                        render.print_line(sh, item.event)
+                elif left_s == 0:
+                    raise SystemExit(shell.EXIT_TIMEOUT)
+
+
 COMMANDS: Final[dict[str, click.Command]] = {
     "exec": exec_,
     "run": run,
+    "start": start,
     "stop": stop_,
     "beat": beat,
     "observe": observe,

@@ -200,6 +200,7 @@ class AsyncRegistry:
     stop = _threaded(Registry.stop)
     observe = _aside(Registry.observe)
     beat = _threaded(Registry.beat)
+    observe_all = _threaded(Registry.observe_all)
 
     # -- read -------------------------------------------------------------------------------
 
@@ -210,6 +211,7 @@ class AsyncRegistry:
     compacted = _threaded(Registry.compacted)
     liveness = _threaded(Registry.liveness)
     judge = _threaded(Registry.judge)
+    trees = _threaded(Registry.trees)
     at = _threaded(Registry.at)
     lives = _threaded(Registry.lives)
 

@@ -25,7 +25,7 @@ from crewlog.etcd.keeper import Keeper
 from crewlog.etcd.layout import Keys, Room
 from crewlog.model.events import JsonObject, Worker
 from crewlog.model.limits import Limits
-from crewlog.process.liveness import LeaseSeen
+from crewlog.process.liveness import LeaseSeen, LeaseState
 
 CLAIM_LOOK_S: Final = 0.05
 
@@ -63,38 +63,42 @@ class EtcdLeases:
         """Return what looks at leases: all of them were read at once."""
         wanted = [self._wanted(room, names) for room in (Room.LEASE, Room.BEAT)]
         answer = self._client.at_once(*wanted)
-        held, fresh = ({row.name for row in found} for found in keys.ranges(answer))
+        leases, beats = keys.ranges(answer)
+        held, fresh = {row.name for row in leases}, {row.name: row.value for row in beats}
         place = self._place(keys.cluster(answer))
 
         def seen(name: str) -> LeaseSeen:
             found = _NAME.fullmatch(name)
             if found is None or found[1] != place:  # of another place, from before a migration
                 return LeaseSeen("absent")
-            return LeaseSeen("held" if name in held else "free", beat_expired=name not in fresh)
+            state: LeaseState = "held" if name in held else "free"
+            return LeaseSeen(state, beat_expired=name not in fresh, said=fresh.get(name, b""))
 
         return seen
 
     def _wanted(self, room: Room, names: Collection[str]) -> JsonObject:
         if len(names) == 1:
             return keys.get(self._keys.named(room, next(iter(names))))
-        return {"requestRange": {**keys.page(*self._keys.room(room), limit=0), "keysOnly": True}}
+        return {"requestRange": keys.page(*self._keys.room(room), limit=0)}
 
     def _place(self, cluster: str) -> str:
         """Name where a lease is: one of another cluster or prefix says nothing here."""
         return f"{zlib.crc32(f'{cluster}/{self._keys.prefix}'.encode()):08x}"
 
-    def beat(self, name: str, *, heartbeat_s: float | None) -> bool:
-        """Note that the worker is well, now; False if there is no such lease.
+    def beat(self, name: str, *, heartbeat_s: float | None, said: bytes | None = None) -> bool:
+        """Note that the worker is well, now, and what it says of itself; False if no such lease.
 
         The cluster counts in whole seconds, and not below its election timeout.
         """
         found = _NAME.fullmatch(name)
         if found is None or not self._client.read(self._keys.named(Room.LEASE, name)):
             return False
-        if heartbeat_s is None:
-            return True
-        id_, key = int(found[2], 16) + 1, self._keys.named(Room.BEAT, name)
-        claims.keep_or_make(self._client, id_, math.ceil(heartbeat_s), key)
+        id_, key = int(found[2], 16), self._keys.named(Room.BEAT, name)
+        if heartbeat_s is not None:
+            id_ += 1
+            claims.keep_or_make(self._client, id_, math.ceil(heartbeat_s), key)
+        if said is not None:
+            self._client.at_once(keys.put(key, said, lease=id_))
         return True
 
     @contextmanager

@@ -189,6 +189,7 @@ class Watch(Closing):
         self._vigil = vigil
         self._taking = threading.Lock()  # held while a thread is inside `next`
         self._pid = os.getpid()
+        self._kept: list[Closing] = []
         weakref.finalize(self, vigil.end)  # who forgets to close gives it back all the same
 
     @property
@@ -266,6 +267,10 @@ class Watch(Closing):
         """Return counts for a person: delivered, wakes, position, lag, source."""
         return self._vigil.stats()
 
+    def keep(self, beside: Closing) -> None:
+        """Close something else together with the watch."""
+        self._kept.append(beside)
+
     def close(self) -> None:
         """End the iteration at once; idempotent, from any thread or a signal handler.
 
@@ -279,6 +284,8 @@ class Watch(Closing):
                 self._vigil.end()
             finally:
                 self._taking.release()
+        while self._kept:
+            self._kept.pop().close()
 
     def __iter__(self) -> Self:
         """Return itself."""

@@ -3,34 +3,30 @@
 import os
 import time
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from crewlog.errors import (
     CrewlogError,
     InvalidTransition,
     LeaseMissing,
-    LockBusy,
     ProcessNotFound,
     StaleRevision,
-    Unavailable,
-    UnknownOutcome,
     WorkerExists,
 )
-from crewlog.model.events import Status, Worker
-from crewlog.model.steps import Author, ExitOptions, Step, burial_step, exit_step
+from crewlog.model import arguments, codec
+from crewlog.model.events import JsonObject, Status, Worker
+from crewlog.model.steps import Author, ExitOptions, Step, burial_step, details_of, exit_step
 from crewlog.process import identity, liveness, socket
 from crewlog.process.evidence import witness
 from crewlog.process.handle import Process
 from crewlog.process.liveness import Evidence, Liveness, Verdict
 from crewlog.session import Session
+from crewlog.workers.reaper import END_WAIT_S, PASSING
 
 # A sid whose dead holder is replaced, or whose record changes, under us again and again.
 CHANGE_TRIES: Final = 16
-END_WAIT_S: Final = 600.0  # so long the end of a child is tried to be recorded, wherever
 
 _NOTHING: Final = Evidence()
-# What may be over soon, whoever waits: a lock that is held, servers that do not answer.
-PASSING: Final = (LockBusy, Unavailable, UnknownOutcome)
 
 
 def liveness_of(session: Session, sid: str) -> Liveness:
@@ -97,11 +93,26 @@ def taken(session: Session, held: WorkerExists) -> WorkerExists:
     )
 
 
-def beat(session: Session, sid: str) -> None:
-    """Say that a worker is well, now; see `Registry.beat`."""
+BeatStatus: TypeAlias = Literal["busy", "idle", "waiting"]
+STATUSES: Final[tuple[BeatStatus, ...]] = ("busy", "idle", "waiting")
+_NOTE_CHARS_MAX: Final = 256
+
+
+def beat(session: Session, sid: str, *, status: BeatStatus | None, note: str | None) -> None:
+    """Say that a worker is well, now, and what it does; see `Registry.beat`."""
+    said: JsonObject = {}
+    if status is not None:
+        if status not in STATUSES:
+            message = f"status is one of {', '.join(STATUSES)}, not {status!r}"
+            raise ValueError(message)
+        said["status"] = status
+    if note is not None:
+        said["note"] = arguments.check_text(note, name="note", limit=_NOTE_CHARS_MAX)
     worker = session.known(sid)
+    words = codec.dump(said) if said else None
     name, heartbeat_s = worker.lease, worker.heartbeat_s
-    if name is None or not session.require().leases.beat(name, heartbeat_s=heartbeat_s):
+    leases = session.require().leases
+    if name is None or not leases.beat(name, heartbeat_s=heartbeat_s, said=words):
         raise LeaseMissing(sid)
 
 
@@ -186,13 +197,20 @@ def hold(worker: Worker) -> Process | None:
         return None
 
 
-def exit_of(author: Author, worker: Worker, code: int) -> Step:
-    """Return the step that records what wait(2) said: an exit code, or minus a signal."""
-    how: ExitOptions = {"code": code} if code >= 0 else {"signal": -code}
-    return exit_step(author, worker.sid, {**how, "source": "wait"}, of=worker.registered_seq)
+def exit_of(author: Author, sid: str, status: Status, *, of: int, details: JsonObject) -> Step:
+    """Return the step that records how a child ended, and what else is known of that."""
+    how: ExitOptions = {"code": status.code, "signal": status.signal, "source": status.source}
+    return exit_step(author, sid, how, of=of, details={**details_of(status), **details})
 
 
-def death(author: Author, worker: Worker, found: Liveness, *, status: Status | None = None) -> Step:
+def death(
+    author: Author,
+    worker: Worker,
+    found: Liveness,
+    *,
+    status: Status | None = None,
+    details: JsonObject | None = None,
+) -> Step:
     """Return the step that records a proven death, if the sid is still that worker's."""
     return burial_step(
         author,
@@ -200,6 +218,7 @@ def death(author: Author, worker: Worker, found: Liveness, *, status: Status | N
         cause=found.cause,
         evidence=found.evidence.seen(),
         status=status or status_in(found),
+        details=details,
         of=worker.registered_seq,
     )
 

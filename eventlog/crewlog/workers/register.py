@@ -12,32 +12,36 @@ from crewlog.model.steps import (
     Step,
     UpdateOptions,
     Wish,
-    describe_worker,
+    check_wish,
     register_step,
 )
 from crewlog.process import identity
 from crewlog.process.socket import socket_id
 from crewlog.session import Session
 from crewlog.store import Lease
-from crewlog.workers import judge
+from crewlog.workers import judge, tree
 
 
 def check(wish: Wish) -> None:
     """Raise ValueError or TypeError for what cannot be written, ProcessNotFound for the owner."""
-    arguments.check_heartbeat(wish.heartbeat_s)
-    describe_worker(wish)
+    check_wish(wish)
     if wish.owner is not None:
         identity.capture(wish.owner)
 
 
-def register(session: Session, sid: str, pid: int | None, wish: Wish) -> Worker:
-    """Register a running process, None: this one, which alone can hold a lease."""
+def register(
+    session: Session, sid: str, pid: int | None, wish: Wish, *, seen: JsonObject | None = None
+) -> Worker:
+    """Register a running process, None: this one, which alone can hold a lease.
+
+    `seen` is what else is known of it and is to be recorded.
+    """
     leased = wish.lease or wish.heartbeat_s is not None
     if leased and pid not in {None, os.getpid()}:
         message = "a lease is held by the worker: register it from inside, or spawn it"
         raise ValueError(message)
     with lease_for(session, sid, wish) as held:
-        worker = enter(session, sid, pid, wish, held=held)
+        worker = enter(session, sid, pid, wish, held=held, seen=seen)
     if held is not None:
         held.keep(worker)
     return worker
@@ -63,12 +67,21 @@ def lease_for(session: Session, sid: str, wish: Wish) -> Iterator[Lease | None]:
         raise
 
 
-def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Lease | None) -> Worker:
-    """Write a registration, with the lease that is held for it.
+def enter(
+    session: Session,
+    sid: str,
+    pid: int | None,
+    wish: Wish,
+    *,
+    held: Lease | None,
+    seen: JsonObject | None = None,
+) -> Worker:
+    """Write a registration, with the lease that is held for it, and what else was seen of it.
 
     Raises: WorkerExists.
     """
-    step = captured(session.author(), sid, pid, wish, lease=None if held is None else held.name)
+    lease = None if held is None else held.name
+    step = captured(session.author(), sid, pid, wish, lease=lease, seen=seen)
     burial: list[Step] = []
     for _ in range(judge.CHANGE_TRIES):
         try:
@@ -83,20 +96,31 @@ def enter(session: Session, sid: str, pid: int | None, wish: Wish, *, held: Leas
 
 
 def captured(
-    author: Author, sid: str, pid: int | None, wish: Wish, *, lease: str | None = None
+    author: Author,
+    sid: str,
+    pid: int | None,
+    wish: Wish,
+    *,
+    lease: str | None = None,
+    seen: JsonObject | None = None,
 ) -> Step:
     """Return the step that registers a process as it is now.
 
     Raises: ProcessNotFound if it, or the owner, has ended.
     """
+    who = identity.capture(pid)
+    more = {**tree.described(who), **(seen or {})}
+    if wish.record_argv and "argv" not in more:
+        more |= identity.command(who.pid)
     return register_step(
         author,
         sid,
         wish,
-        who=identity.capture(pid),
+        who=who,
         owner=None if wish.owner is None else identity.capture(wish.owner),
         sock_id=socket_id(arguments.check_sock(wish.sock)),
         lease=lease,
+        seen=more,
     )
 
 

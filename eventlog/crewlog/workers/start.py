@@ -7,48 +7,60 @@ either a program that has begun or nothing.
 """
 
 import contextlib
-import functools
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Final, NamedTuple, Unpack, cast
+from typing import Final, NamedTuple, TypedDict, Unpack, cast
 
-from crewlog import host, place
+from crewlog import place
 from crewlog.errors import (
-    AppendUncertain,
     CrewlogError,
     InvalidTransition,
     ProcessNotFound,
     SpawnFailed,
     StaleRevision,
-    StorageFailed,
-    StorageFull,
     WaitTimeout,
     WorkerExists,
 )
 from crewlog.model import arguments
-from crewlog.model.events import Worker, WorkerState
+from crewlog.model.events import JsonObject, Oom, Status, Worker, WorkerState
 from crewlog.model.steps import Step, Wish, WorkerOptions, update_step
 from crewlog.process import launch
-from crewlog.process.launch import End, Launch, LaunchOptions, Words
+from crewlog.process.launch import Launch, LaunchOptions, Words
+from crewlog.process.wait import Ended
 from crewlog.session import Session
 from crewlog.store import Turn
-from crewlog.workers import register
-from crewlog.workers.judge import PASSING, exit_of, hold, is_exiting, judge, record_end, taken
+from crewlog.workers import output, register
+from crewlog.workers.judge import exit_of, hold, is_exiting, judge, record_end, taken
+from crewlog.workers.reaper import REAPER, Charge
 from crewlog.workers.register import enter, lease_for
 
 ENSURE_WAIT_S: Final = 30.0
 DEATH_LOOK_S: Final = 0.05
 
 _logger = logging.getLogger("crewlog.starting")
-# A thread that nobody waits for can also wait for room, and for descriptors.
-_PASSING: Final = (*PASSING, StorageFull, StorageFailed, AppendUncertain)
 _LEAVING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
 
 
-class SpawnOptions(WorkerOptions, LaunchOptions, total=False):
+class LogOptions(TypedDict, total=False):
+    """Where the output of a program goes, and what of it is kept.
+
+    `log` is a file, appended to; before a life begins in one of more than `log_bytes_max` bytes it
+    is set aside as NAME.1. The last `keep_tail` bytes stand in the event of a crash.
+    """
+
+    log: str | os.PathLike[str] | None
+    log_bytes_max: int | None
+    keep_tail: int
+
+
+LOG_DEFAULTS: Final[LogOptions] = {"log": None, "log_bytes_max": None, "keep_tail": 0}
+
+
+class SpawnOptions(WorkerOptions, LaunchOptions, LogOptions, total=False):
     """What `spawn` takes beside the sid and the program, and `ensure` too."""
 
 
@@ -57,22 +69,28 @@ class _Program(NamedTuple):
 
     argv: Words
     surroundings: LaunchOptions
+    output: LogOptions
     wish: Wish
 
 
 def _program(argv: Words, options: SpawnOptions) -> _Program:
     """Check what is to be started, before anything is written."""
-    known = WorkerOptions.__annotations__.keys()
     arguments.check_options(options, SpawnOptions.__annotations__, of="spawn")
-    given = {key: value for key, value in options.items() if key in known}
-    rest = {key: value for key, value in options.items() if key not in known}
-    wish = Wish(**cast("WorkerOptions", given))
+
+    def part(known: type) -> dict[str, object]:
+        return {key: options.get(key) for key in known.__annotations__ if key in options}
+
+    wish = Wish(**cast("WorkerOptions", part(WorkerOptions)))
     register.check(wish)
-    surroundings: LaunchOptions = {**launch.DEFAULTS, **cast("LaunchOptions", rest)}
+    surroundings: LaunchOptions = {
+        **launch.DEFAULTS, **cast("LaunchOptions", part(LaunchOptions))
+    }  # fmt: skip
     launch.check(argv, surroundings)
     surroundings["env"] = place.inherited(surroundings["env"])
-    ours = wish._replace(owner=os.getpid() if wish.owner is None else wish.owner)
-    return _Program(argv, surroundings, ours)
+    written: LogOptions = {**LOG_DEFAULTS, **cast("LogOptions", part(LogOptions))}
+    output.check(written["log"], bytes_max=written["log_bytes_max"], keep_tail=written["keep_tail"])
+    ours = wish if "owner" in options else wish._replace(owner=os.getpid())
+    return _Program(argv, surroundings, written, ours)
 
 
 def spawn(session: Session, sid: str, argv: Words, **options: Unpack[SpawnOptions]) -> Worker:
@@ -92,25 +110,37 @@ def turn(
 
 def _spawn(session: Session, sid: str, program: _Program, mine: Turn) -> Worker:
     """Start a process that waits, register it, let it begin. Held: the sid's turn."""
+    with output.opened(program.output["log"], bytes_max=program.output["log_bytes_max"]) as log:
+        surroundings = program.surroundings if log is None else log.taken(program.surroundings)
 
-    def launched(keep: Sequence[int]) -> Launch:
-        return Launch(program.argv, keep=keep, turn=mine.share(), **program.surroundings)
+        def launched(keep: Sequence[int]) -> Launch:
+            return Launch(program.argv, keep=keep, turn=mine.share(), **surroundings)
 
-    worker, started = entered(session, sid, program.wish, launched)
-    return _begun(session, worker, started)
+        seen: JsonObject = {} if log is None else {"log": log.record}
+        if program.wish.record_argv:
+            cwd = os.fspath(surroundings["cwd"] or os.getcwd())
+            seen |= {"argv": launch.check_argv(program.argv), "cwd": os.path.abspath(cwd)}
+        worker, started = entered(session, sid, program.wish, launched, seen=seen)
+    return _begun(session, worker, started, keep_tail=program.output["keep_tail"])
 
 
 def entered(
-    session: Session, sid: str, wish: Wish, launched: Callable[[Sequence[int]], Launch]
+    session: Session,
+    sid: str,
+    wish: Wish,
+    launched: Callable[[Sequence[int]], Launch],
+    *,
+    seen: JsonObject,
 ) -> tuple[Worker, Launch]:
     """Start a process that waits, and register it; it is told to begin by `go`. Held: the turn.
 
-    `launched` starts it, and lets it inherit the descriptors that it is given.
+    `launched` starts it, and lets it inherit the descriptors that it is given; `seen` is what is
+    known of it and is to be recorded.
     """
     with lease_for(session, sid, wish) as held:
         started = launched(() if held is None else held.inherited())
         try:
-            worker = enter(session, sid, started.pid, wish, held=held)
+            worker = enter(session, sid, started.pid, wish, held=held, seen=seen)
         except ProcessNotFound as error:  # it has ended before it had to wait
             started.give_up()
             raise SpawnFailed(started.argv[0], why=launch.BROKEN) from error
@@ -122,19 +152,70 @@ def entered(
     return worker, started
 
 
-def _begun(session: Session, worker: Worker, started: Launch) -> Worker:
+def _begun(session: Session, worker: Worker, started: Launch, *, keep_tail: int) -> Worker:
+    charge = _Started(worker, started, keep_tail=keep_tail)
     try:
         started.go()
     except SpawnFailed as error:
-        _record_end(session, worker, started, session.append)
+        _record_failed_start(session, charge)
         error.outcome = "written"  # it was registered, and its end is on record
         raise
-    tell = functools.partial(_tell_end, session.twin(), worker, started)
     try:
-        host.start_thread(tell, name=f"crewlog-{worker.sid}")
+        REAPER.add(charge, session)
     except OSError as error:  # it runs and is listed; a collector finds its end
         _logger.warning("nobody waits for the end of worker %s: %s", worker.sid, error.strerror)
     return worker
+
+
+class _Started(Charge):
+    """A child that we started as a worker: nobody else can know as surely how it ended."""
+
+    __slots__ = ("_ended", "_keep_tail", "_log", "_oom", "_started")
+
+    def __init__(self, worker: Worker, started: Launch, *, keep_tail: int) -> None:
+        super().__init__(worker.sid, worker.identity, of=worker.registered_seq)
+        self._log = worker.log
+        self._started = started
+        self._keep_tail = keep_tail
+        self._ended: Ended | None = None
+        self._oom: Oom | None = None
+
+    @property
+    def fd(self) -> int:
+        return self._started.pidfd
+
+    def look(self) -> bool:
+        self._ended = self._started.ended(wait=False)
+        self.is_dying = self._started.is_gone
+        status = None if self._ended is None else self._ended.status
+        if status is not None and status.signal == signal.SIGKILL:
+            self._oom = REAPER.lack(self)  # now: memory is no cause of what comes much later
+        return self._ended is not None
+
+    def wait(self) -> None:
+        """Wait for its end, where nobody else does."""
+        self._ended = self._started.ended()
+
+    def step(self, session: Session) -> Step | None:
+        status = None if self._ended is None else self._ended.status
+        if status is None:
+            why = "something else in this program waits for its children"
+            _logger.warning("nobody tells how worker %s ended: %s", self.sid, why)
+            return None
+        details: JsonObject = {}
+        if self._started.error is not None:
+            details["error"] = self._started.error
+        if self._oom is not None:
+            details["oom"] = self._oom.as_json()
+        if self._log is not None and self._keep_tail and (status.signal or status.code):
+            details["tail"] = output.tail(self._log, self._keep_tail)
+        return exit_of(session.author(), self.sid, status, of=self.of, details=details)
+
+    def spare(self) -> None:
+        self._started.let_go()
+
+    def release(self) -> None:
+        self._started.reap()
 
 
 class Child:
@@ -154,7 +235,7 @@ class Child:
             return False
         return True
 
-    def ended(self) -> End | None:
+    def ended(self) -> Ended | None:
         """Return how it ended; None while it has not."""
         return self._started.ended(wait=False)
 
@@ -170,9 +251,12 @@ class Child:
         with contextlib.suppress(StaleRevision, InvalidTransition):  # another's by now, or ended
             self._session.append([step])
 
-    def record(self, code: int, *, late: Callable[[CrewlogError], None]) -> bool:
+    def record(self, status: Status, *, late: Callable[[CrewlogError], None]) -> bool:
         """Record how it ended; False if the sid is another's by now. See `judge.record_end`."""
-        step = exit_of(self._session.author(), self.worker, code)
+        author, of = self._session.author(), self.worker.registered_seq
+        error = self._started.error
+        details: JsonObject = {} if error is None else {"error": error}
+        step = exit_of(author, self.worker.sid, status, of=of, details=details)
         pause_s = self._session.limits.safety_look_s
         return record_end(self._session.append, step, pause_s=pause_s, late=late)
 
@@ -190,14 +274,20 @@ def child(
     *,
     before: Callable[[], None],
     after: Callable[[], None],
+    log: LogOptions,
 ) -> Iterator[Child]:
     """Start a process that waits, in our own session, and register it. Holds the sid's turn.
 
     `before` is called before the process is there, `after` before it is registered.
     """
     register.check(wish)
-    launch.check_argv(argv)
-    with turn(session, sid) as mine:
+    words = launch.check_argv(argv)
+    written: LogOptions = {**LOG_DEFAULTS, **log}
+    output.check(written["log"], bytes_max=written["log_bytes_max"], keep_tail=0)
+    with (
+        turn(session, sid) as mine,
+        output.opened(written["log"], bytes_max=written["log_bytes_max"]) as into,
+    ):
 
         def launched(keep: Sequence[int]) -> Launch:
             before()
@@ -205,6 +295,8 @@ def child(
                 argv,
                 env=place.inherited(None),
                 stdin=None,
+                stdout=None if into is None else into.fd,
+                stderr=None if into is None else into.fd,
                 own_session=False,
                 keep=keep,
                 turn=mine.share(),
@@ -212,7 +304,10 @@ def child(
             after()
             return made
 
-        yield Child(session, *entered(session, sid, wish, launched))
+        seen: JsonObject = {} if into is None else {"log": into.record}
+        if wish.record_argv:
+            seen |= {"argv": words, "cwd": os.getcwd()}
+        yield Child(session, *entered(session, sid, wish, launched, seen=seen))
 
 
 def ensure(
@@ -265,37 +360,14 @@ def _await_end(worker: Worker, wait_s: float) -> None:
         held.wait(max(0.0, wait_s))
 
 
-def _tell_end(own: Session, worker: Worker, started: Launch) -> None:
-    """Wait for a child and record how it ended; nobody else can know as surely."""
-
-    def append(steps: list[Step]) -> None:
-        twin = own.twin()  # between two tries it holds nothing that others may need
-        try:
-            twin.append(steps)
-        finally:
-            twin.close()
-
-    _record_end(own, worker, started, append, passing=_PASSING)
-
-
-def _record_end(
-    session: Session,
-    worker: Worker,
-    started: Launch,
-    append: Callable[[list[Step]], object],
-    *,
-    passing: tuple[type[CrewlogError], ...] = (),
-) -> None:
-    """Record how a child ends, before it is reaped: at no moment is it unknown how it ended."""
-    end = started.ended()
+def _record_failed_start(session: Session, charge: _Started) -> None:
+    """Record the end of what never became the program, before it is reaped."""
+    charge.wait()
     try:
-        if end is None or end.code is None:
-            why = "something else in this program waits for its children"
-            _logger.warning("nobody tells how worker %s ended: %s", worker.sid, why)
-        else:
-            step = exit_of(session.author(), worker, end.code)
-            record_end(append, step, pause_s=session.limits.safety_look_s, passing=passing)
+        step = charge.step(session)
+        if step is not None:
+            record_end(session.append, step, pause_s=session.limits.safety_look_s, passing=())
     except CrewlogError as error:
-        _logger.warning("the end of worker %s is not recorded: %s", worker.sid, error)
+        _logger.warning("the end of worker %s is not recorded: %s", charge.sid, error)
     finally:
-        started.reap()
+        charge.release()

@@ -4,14 +4,17 @@ The process is held by its pidfd and its identity checked; the request is durabl
 signal goes out, through that same pidfd. The entry stays until the end is proven.
 """
 
+import logging
 import os
 import signal as signals
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Final, Literal, TypeAlias
 
 from crewlog.errors import (
     CompactedError,
+    CrewlogError,
     IdentityMismatch,
     InvalidTransition,
     StaleRevision,
@@ -19,7 +22,7 @@ from crewlog.errors import (
     WaitTimeout,
 )
 from crewlog.model import arguments, events
-from crewlog.model.events import Event, Status, Worker, WorkerState
+from crewlog.model.events import Event, Identity, Status, Worker, WorkerState
 from crewlog.model.sieve import Sieve, sid_needle
 from crewlog.model.steps import stop_step
 from crewlog.process import handle, identity
@@ -27,9 +30,14 @@ from crewlog.process.handle import Process
 from crewlog.process.liveness import Liveness
 from crewlog.session import Session
 from crewlog.store import Store, retried
+from crewlog.workers import tree
 from crewlog.workers.judge import CHANGE_TRIES, death, hold, judge, runs_here, same, status_in
+from crewlog.workers.tree import Member
 
 GRACE_S: Final = 10.0
+
+_KILL_WAIT_S: Final = 5.0
+_logger = logging.getLogger("crewlog.stop")
 
 _THERE: Final = "Stop it from there"
 
@@ -41,11 +49,21 @@ def stop(
     grace_s: float = GRACE_S,
     reason: str,
     signal: int = signals.SIGTERM,
+    with_tree: bool = False,
 ) -> Event:
     """End a worker and record how it ended; see `Registry.stop`."""
     grace_s, reason = arguments.check_wait(grace_s), arguments.check_reason(reason)
     number = signals.Signals(signal)
     worker = session.known(sid)
+    known = tree.members([worker]).get(sid, ()) if with_tree else ()
+    try:
+        return _stop(session, worker, number, grace_s=grace_s, reason=reason)
+    finally:  # also of one that has ended by itself, and left them
+        if with_tree:
+            _end_tree(worker, known, number, grace_s=grace_s)
+
+
+def _stop(session: Session, worker: Worker, number: int, *, grace_s: float, reason: str) -> Event:
     held = hold_to_stop(session, worker)
     if not isinstance(held, Process):
         return _ended(session, worker, held)
@@ -229,6 +247,61 @@ def observe(session: Session, sid: str, *, timeout_s: float | None = None) -> Ev
 def _step_s(deadline: float | None, look_s: float) -> float:
     left_s = look_s if deadline is None else deadline - time.monotonic()
     return min(look_s, max(0.0, left_s))
+
+
+# -- who belongs to a worker, or was left behind ------------------------------------------
+
+
+LEFT_BEHIND: Final = "its owner has ended"
+
+
+def stop_left_behind(session: Session, *, owner: Identity | None = None) -> list[str]:
+    """Stop the workers that are to end with their owner, which is proven dead; return their sids.
+
+    `owner` is the one to look for, None: any. One that cannot be stopped stays as it is.
+    """
+    wanted = [
+        worker
+        for worker in session.state().workers.values()
+        if worker.ends_with == "owner" and not worker.final and owner in {None, worker.owner}
+    ]
+    ended = []
+    for worker, found in zip(wanted, judge(session, wanted), strict=True):
+        if found.alive and found.evidence.owner_dead:
+            try:
+                stop(session, worker.sid, reason=LEFT_BEHIND, with_tree=True)
+            except CrewlogError as error:
+                _logger.warning("worker %s outlives its owner: %s", worker.sid, error)
+            else:
+                ended.append(worker.sid)
+    return ended
+
+
+def _end_tree(worker: Worker, known: Sequence[Member], number: int, *, grace_s: float) -> None:
+    """Signal those that belong to a worker, wait, kill who is left; the worker itself has ended.
+
+    Each is held by its pidfd, and was shown to belong before the signal.
+    """
+    deadline = time.monotonic() + grace_s
+    asked: set[Member] = set()
+    while left := _left(worker, known):
+        over = time.monotonic() >= deadline
+        for one in left:
+            held = tree.hold(one) if over or one not in asked else None
+            if held is not None:
+                with held, suppress(PermissionError):
+                    held.send(signals.SIGKILL if over else number)
+                asked.add(one)
+        if time.monotonic() >= deadline + _KILL_WAIT_S:
+            _logger.warning("of the tree of worker %s, %d are left", worker.sid, len(left))
+            return
+        known = left
+        time.sleep(handle.REAP_LOOK_S)
+
+
+def _left(worker: Worker, known: Sequence[Member]) -> tuple[Member, ...]:
+    """Return who of a worker's tree lives: while one that is known does, its session is its own."""
+    return tree.members([worker], known={worker.sid: known}).get(worker.sid, ())
 
 
 def _refused(worker: Worker, why: str, remedy: str) -> StopRefused:
