@@ -80,7 +80,7 @@ def test_guide_names_every_verb_of_a_registry() -> None:
     assert offered == set(re.findall(r"`(\w+)`", table)) - {"with"}
     plain = {"where", "path", "exists", "close", "awatch", "subscribe", "mirror", "usage"}
     tools = {"place", "id", "first_seq", "cursors", "sizes", "store", "author", "commit", "change"}
-    tools |= {"become", "logs", "stop_left_behind"}
+    tools |= {"become", "logs", "stop_left_behind", "runs"}
     plain |= tools | {"child", "foresee_stop", "unit_workers_max"}
     assert offered - plain <= set(dir(crewlog.AsyncRegistry))
 

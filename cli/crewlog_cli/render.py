@@ -192,7 +192,8 @@ def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
 def liveness_text(found: Liveness) -> str:
     """Say a verdict, with its flags, and its cause where it does not go without saying."""
     if found.alive:
-        return ", ".join((found.verdict.value, *sorted(flag.value for flag in found.flags)))
+        flags = sorted(flag.value for flag in found.flags)
+        return ", ".join((found.verdict.value, *flags, *filter(None, (found.status,))))
     if found.cause == "recorded":
         return found.verdict.value
     return f"{found.verdict.value} ({found.cause})"

@@ -377,6 +377,10 @@ class Registry(Closing):
         """Return what a worker's process uses, now; None if it cannot be told from here."""
         return None if worker.identity is None else identity.usage(worker.identity)
 
+    def runs(self, worker: Worker, path: str) -> bool:
+        """Say whether a worker's process runs that very program, as our own user."""
+        return worker.identity is not None and identity.runs(worker.identity, path)
+
     def foresee_stop(self, worker: Worker) -> Outlook:
         """Return what `stop` would do with a worker.
 

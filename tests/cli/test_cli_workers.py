@@ -177,10 +177,7 @@ def test_explain_tells_verdict_evidence_and_story(cli: Cli, reg: Registry, crew:
     assert found["evidence"]["opened"] == "no_such_process"  # type: ignore[index]
     assert [e["type"] for e in found["events"]] == ["worker.registered"]  # type: ignore[attr-defined]
     reg.exited("a", signal=9, source="wait")
-    assert (
-        "It crashed: signal 9 (SIGKILL), 0 seconds after its start (source: wait)"
-        in cli("explain", "a").stdout
-    )
+    assert "It crashed: signal 9 (SIGKILL), " in cli("explain", "a").stdout
     cli("explain", "b", code=1)
 
 

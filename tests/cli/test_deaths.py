@@ -236,3 +236,115 @@ def test_watch_observes(cli: Cli, reg: Registry) -> None:
     threading.Timer(1.5, lambda: os.kill(pid, signal.SIGKILL)).start()
     out, _ = watcher.communicate(timeout=30)
     assert "signal=9 crashed" in out
+
+
+def test_crash_in_a_watch_comes_with_its_last_lines(
+    cli: Cli, reg: Registry, tmp_path: Path
+) -> None:
+    """Where its log is; of an end that was asked for none are wanted."""
+    reg.register("first")
+    watcher = running(cli, "watch", "--now", "--crashed", "--count", "1")
+    assert watcher.stderr is not None
+    assert "in step" in watcher.stderr.readline()
+    reg.spawn("a", ["sh", "-c", "echo why; exit 3"], log=tmp_path / "log")
+    out, _ = watcher.communicate(timeout=30)
+    assert out.endswith("last lines of its output:\n  | why\n")
+
+
+def test_what_it_does_stands_beside_its_life(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """In ls: paused, busy."""
+    worker = crew.sleeper()
+    reg.register("a", pid=worker.pid)
+    worker.send_signal(signal.SIGSTOP)
+    until(lambda: "alive, paused" in cli("ls").stdout)
+    assert "paused: it was stopped by a signal" in cli("explain", "a").stdout
+    worker.send_signal(signal.SIGCONT)
+    reg.register("b", lease=True)
+    reg.beat("b", status="busy")
+    assert "alive, busy" in cli("ls").stdout
+
+
+@LINUX
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a pid namespace")
+def test_observer_in_a_container_leads_beside_one_on_the_host(
+    cli: Cli, reg: Registry, crew: Crew, tmp_path: Path
+) -> None:
+    """Each records the deaths that it can judge; one event a death."""
+    reg.register("outside", pid=(outside := crew.sleeper()).pid)
+    main = "from crewlog_cli.entry import main; main()"
+    inside = f"""
+crewlog() {{ {sys.executable} -c '{main}' --dir {cli.where} "$@"; }}
+crewlog observe --all -q & sleep 1.5
+crewlog start boxed -- sleep 300 > {tmp_path}/pid; touch {tmp_path}/up
+until [ -e {tmp_path}/go ]; do sleep 0.05; done
+kill -9 $(cat {tmp_path}/pid); until [ -e {tmp_path}/over ]; do sleep 0.05; done
+"""
+    host = running(cli, "observe", "--all", "-q")
+    box = subprocess.Popen(["unshare", "-pf", "--mount-proc", "--kill-child", "sh", "-c", inside])
+    until(lambda: (tmp_path / "up").exists() or box.poll() is not None)
+    if box.poll() is not None:
+        host.kill()
+        host.communicate()
+        pytest.skip("no pid namespace can be made here")
+    (tmp_path / "go").touch()
+    kill(outside)
+    until(lambda: final(reg, "boxed") and final(reg, "outside"))
+    settled = time.monotonic() + 2.5  # looks afar of both
+    until(lambda: time.monotonic() > settled)
+    (tmp_path / "over").touch()
+    box.wait(30)
+    host.kill()
+    host.communicate()
+    told = [(e.sid, e.type, e.data.get("signal")) for e in reg.history() if "exit" in e.type
+            or "lost" in e.type]  # fmt: skip
+    assert sorted(told) == [
+        ("boxed", "worker.exited", 9), ("outside", "worker.exited", 9),
+    ]  # fmt: skip
+
+
+@LINUX
+@pytest.mark.parametrize("command", ["run", "exec", "start"])
+def test_supervisor_that_died_is_followed_by_the_next(
+    cli: Cli, reg: Registry, tmp_path: Path, command: str
+) -> None:
+    """--replace ends the same program, whose supervisor is dead; nobody else's, and no other."""
+    words = [*CREWLOG, "--dir", cli.where, command, "web", "--replace", "--", "sleep", "300"]
+    if command == "start":  # whose owner is nobody, unless that is said
+        words.insert(-3, f"--owner={(owner := Crew().sleeper()).pid}")
+    supervised = f"import subprocess; subprocess.run({words!r})"
+    first = subprocess.Popen([sys.executable, "-c", supervised])
+    until(lambda: (w := reg.get("web")) is not None and reg.runs(w, "/bin/sleep"))
+    before = reg.get("web")
+    assert before is not None
+    if command == "start":
+        assert "lives already" in cli(command, "web", "--replace", "--", "sleep", "300").stderr
+        kill(owner)
+    else:
+        cli(command, "web", "--", "sleep", "300", code=1)
+        second = subprocess.run([*words[:-4], "--", "true"], capture_output=True, check=False)
+        assert second.returncode == 1, "another program"
+        os.kill(before.owner.pid if before.owner else 0, signal.SIGKILL)
+    next_one = running(cli, command, "web", "--replace", "--", "sleep", "300")
+    until(lambda: (w := reg.get("web")) is not None and w.generation == 2 and not w.final)
+    until(lambda: state_of(before.pid) in {"", "Z"})
+    cli("stop", "web")
+    next_one.kill()
+    next_one.communicate()
+    first.kill()
+    first.wait()
+
+
+def test_signal_that_is_meant_is_no_crash(cli: Cli, reg: Registry) -> None:
+    """exec, an observer, a supervisor's TERM."""
+    reg.register("first")
+    with reg.observe_all() as observer:
+        assert observer.wait(20)
+        process = running(cli, "exec", "web", "--ends-on", "TERM", "--", "sleep", "300")
+        until(lambda: (w := reg.get("web")) is not None and reg.runs(w, "/bin/sleep"))
+        process.terminate()
+        until(lambda: final(reg, "web"))
+        process.communicate()
+    worker = reg.get("web")
+    assert worker is not None
+    assert (worker.state.value, worker.ok_codes) == ("exited", (143,))
+    assert "no signal" in cli("exec", "x", "--ends-on", "BYE", "--", "true", code=2).stderr

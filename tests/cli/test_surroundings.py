@@ -4,9 +4,11 @@ The commands are those of click's own tree, so that a new one cannot be left out
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +32,8 @@ WORDS = {
     "observe": ("a", "--timeout", "0s"),
     "register": ("b", "--pid", "1"), "update": ("a", "--state", "ready"),
     "remove": ("a", "--reason", "r"), "import": ("nothing.json",), "exec": ("c", "--", "true"),
-    "run": ("d", "--", "true"), "stop": ("nobody", "--reason", "r"), "diff": ("--from", "1"),
+    "run": ("d", "--", "true"), "start": ("e", "--log", "log", "--", "true"), "logs": ("a",),
+    "stop": ("nobody", "--reason", "r"), "diff": ("--from", "1"),
     "watch": ("--timeout", "0s"), "top": ("--help",), "demo": ("--help",), "cursor": ("ls",),
     "schedule": ("cron",), "completion": ("bash",), "backup": ("copy",),
     "timeline": ("--html", "-"),
@@ -114,6 +117,26 @@ def _small() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
+_PIDFD_OPEN = 434  # on every machine
+
+
+def _no_pidfd() -> None:
+    """Let the kernel refuse pidfd_open(2), as sandboxes do: seccomp(2), bpf(4)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    load, equal, refuse, allow = (
+        (0x20, 0, 0, 0),
+        (0x15, 0, 1, _PIDFD_OPEN),
+        0x00050000 | 1,
+        0x7FFF0000,
+    )
+    rules = [load, equal, (0x06, 0, 0, refuse), (0x06, 0, 0, allow)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    program = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(code))
+    held = ctypes.create_string_buffer(program)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+    assert libc.prctl(22, 2, held, 0, 0) == 0, "PR_SET_SECCOMP"
+
+
 SURROUNDINGS: dict[str, tuple[dict[str, str] | None, Callable[[], None] | None]] = {
     "no stdin": (None, _closed(0)),
     "no stdout": (None, _closed(1)),
@@ -123,6 +146,7 @@ SURROUNDINGS: dict[str, tuple[dict[str, str] | None, Callable[[], None] | None]]
     "LC_ALL=C": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, None),
     "a small file size": (None, _small),
     "few descriptors": (None, _few(14)),
+    "no pidfd": (None, _no_pidfd),
 }
 
 
@@ -207,3 +231,27 @@ def test_the_harness_notices_a_fault(tmp_path: Path) -> None:
     """Negative control: a command that ends with 70 fails."""
     with pytest.raises(AssertionError):
         run(["sh", "-c", "exit 70"], tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs seccomp")
+def test_worker_is_started_and_its_end_recorded_without_pidfds(place: Path) -> None:
+    """A sandbox that refuses them: by its start time, and by wait(2)."""
+    code = """
+import sys, time, crewlog
+with crewlog.open(sys.argv[1]) as reg:
+    worker = reg.spawn("a", ["sh", "-c", "exit 7"])
+    assert worker.identity.pidfd_id is None
+    while not reg.get("a").final:
+        time.sleep(0.05)
+    assert reg.get("a").exit.code == 7
+    sleeper = reg.spawn("b", ["sleep", "300"])
+    assert reg.liveness("b").cause == "start_time"
+    with reg.observe_all() as observer:
+        assert observer.wait(20)
+        print(reg.stop("b", reason="done").data["signal"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(place)], preexec_fn=_no_pidfd, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("15\n", "")

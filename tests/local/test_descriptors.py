@@ -82,7 +82,7 @@ def test_registry_that_is_only_closed_closes_nothing_of_others(place: Path, tmp_
 def test_daemon_that_has_workers_hears_of_their_ends(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waits for them is closed, too; it is looked at instead, and no file of others is used."""
+    """What waits for them is closed, too: each is looked at, and no file of others is used."""
     monkeypatch.setattr(reaper, "_CLOSED_LOOK_S", 0.2)
     monkeypatch.setattr(reaper, "_LOOK_S", 0.1)
 

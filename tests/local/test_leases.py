@@ -398,3 +398,27 @@ def test_beat_and_look_race_never_sees_a_torn_beat(place: Path) -> None:
         joined(pid)
     assert {seen.state for seen in looks} == {"held"}
     assert all(seen.beat_age_s is not None and seen.beat_age_s < 60 for seen in looks)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare(1)"
+)
+def test_beat_by_a_clock_of_another_namespace_tells_no_age(reg: Registry, place: Path) -> None:
+    """A worker in a time namespace is not stalled, nor ever young, by a clock that is not its own."""
+    code = "import signal, sys, crewlog\nreg = crewlog.open(sys.argv[1])\n"
+    code += "reg.register('a', heartbeat_s=0.5)\nreg.beat('a')\n"
+    code += "print(sorted(reg.liveness('a').flags), flush=True)\nsignal.pause()"
+    words = ["unshare", "--time", "--monotonic", "500000", "--fork", "--kill-child"]
+    process = subprocess.Popen(
+        [*words, sys.executable, "-c", code, str(place)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != "[]\n":
+        pytest.skip("no time namespace can be made here")
+    over = time.monotonic() + 0.8
+    until(lambda: time.monotonic() > over)
+    found = reg.liveness("a")
+    assert found.evidence.beat_age_s is None
+    assert found.flags == frozenset()
+    process.kill()
+    process.communicate()

@@ -1,17 +1,22 @@
 """The recipes run as they stand, against the libraries that they are for."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import crewlog
+import crewlog_compactor
 from crewlog.registry import Registry
 from procs import Crew, kill, until
 
@@ -97,23 +102,32 @@ def test_gunicorn_hooks_register_workers_and_note_their_ends(kitchen: Path, reg:
     assert [event.sid for event in ended if event.crashed] == [first.sid]
 
 
+def spec(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the kernel of the recipe known to Jupyter."""
+    page = (RECIPES / "jupyter.md").read_text()
+    kind = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
+    kind["argv"][0] = sys.executable
+    kernels = kitchen / "share" / "jupyter" / "kernels" / "remembered"
+    kernels.mkdir(parents=True)
+    (kernels / "kernel.json").write_text(json.dumps(kind))
+    known = kitchen / "crewlog_kernels-1.dist-info"
+    known.mkdir()
+    entry = re.findall(r"```toml\n\[project.entry-points.\"(.*?)\"\]\n(\w+) = \"(.*?)\"", page)[0]
+    (known / "entry_points.txt").write_text(f"[{entry[0]}]\n{entry[1]} = {entry[2]}\n")
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: crewlog-kernels\nVersion: 1\n")
+    monkeypatch.setenv("JUPYTER_PATH", str(kitchen / "share" / "jupyter"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(kitchen / "runtime"))
+    monkeypatch.setenv("IPYTHONDIR", str(kitchen / "ipython"))
+    monkeypatch.setenv("PYTHONPATH", str(kitchen))
+
+
 @needs("jupyter_client")
 @needs("ipykernel")
 def test_jupyter_provisioner_registers_a_kernel_and_records_its_end(
     kitchen: Path, reg: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real kernel, started through the provisioner, computes and is shut down."""
-    page = (RECIPES / "jupyter.md").read_text()
-    spec = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
-    spec["argv"][0] = sys.executable
-    kernels = kitchen / "share" / "jupyter" / "kernels" / "remembered"
-    kernels.mkdir(parents=True)
-    (kernels / "kernel.json").write_text(json.dumps(spec))
-    known = kitchen / "crewlog_kernels-1.dist-info"
-    known.mkdir()
-    entry = re.findall(r"```toml\n\[project.entry-points.\"(.*?)\"\]\n(\w+) = \"(.*?)\"", page)[0]
-    (known / "entry_points.txt").write_text(f"[{entry[0]}]\n{entry[1]} = {entry[2]}\n")
-    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: crewlog-kernels\nVersion: 1\n")
+    spec(kitchen, monkeypatch)
     code = """
 import asyncio
 
@@ -132,10 +146,6 @@ async def main():
 
 asyncio.run(main())
 """
-    monkeypatch.setenv("JUPYTER_PATH", str(kitchen / "share" / "jupyter"))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(kitchen / "runtime"))
-    monkeypatch.setenv("IPYTHONDIR", str(kitchen / "ipython"))
-    monkeypatch.setenv("PYTHONPATH", str(kitchen))
     status, kernel = cook(kitchen, "-c", code).split()[-2:]
     assert status == "ok"
     assert story(reg, f"kernel-{kernel}") == ["registered", "stop_requested", "exited"]
@@ -183,3 +193,209 @@ def test_manager_finds_its_workers_again_and_hears_of_their_ends(
     assert second.stdout.readline().split()[1] == "job-a"
     assert list(reg.history(sid="job-a"))[-1].crashed
     reg.stop("job-b", reason="the test is over")
+
+
+# -- pools ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[str]:
+    """Run a Redis of the test's own, on a Unix socket; return the path of that."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server")
+    home = Path(tempfile.mkdtemp())  # a socket's path is short
+    words = ["redis-server", "--port", "0", "--unixsocket", str(home / "s"), "--save", ""]
+    server = subprocess.Popen([*words, "--dir", str(home)], stdout=subprocess.DEVNULL)
+    until((home / "s").exists)
+    yield str(home / "s")
+    server.terminate()
+    server.wait()
+    shutil.rmtree(home)
+
+
+class Pool:
+    """A program that has workers of a kind, from its start to its end."""
+
+    def __init__(self, kitchen: Path, words: Sequence[str], **more: str) -> None:
+        """Start it in a session of its own."""
+        self.process = subprocess.Popen(
+            words, cwd=kitchen, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(kitchen), **more},
+        )  # fmt: skip
+
+    def end(self, number: int | None) -> None:
+        """End it in order: by a signal, or by the end of its stdin."""
+        if number is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        else:
+            self.process.send_signal(number)
+        try:
+            self.process.wait(60)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End what is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def living(reg: Registry, prefix: str) -> dict[str, int]:
+    """Return the pids of the living workers whose sid begins so."""
+    found = [w for w in reg.workers() if w.sid.startswith(prefix)]
+    return {w.sid: w.pid for w, j in zip(found, reg.judge(found), strict=True) if j.alive}
+
+
+def catches(pid: int, number: int) -> bool:
+    """Say whether a process has a handler for a signal by now."""
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(row for row in rows if row.startswith("SigCgt:")).split()[1]
+    return bool(int(caught, 16) & 1 << (number - 1))
+
+
+def is_collected(reg: Registry, sid: str) -> bool:
+    """Collect, and say whether a worker's end is on record."""
+    crewlog_compactor.collect(reg)
+    worker = reg.get(sid)
+    return worker is not None and worker.final
+
+
+CELERY = ["-m", "celery", "-A", "celery_tasks", "worker", "-P", "prefork", "-c", "2", "-l", "error"]
+POOLS = {
+    "executor": (["executor.py"], None, 2, "concurrent.futures"),
+    "loky": (["loky_pool.py"], None, 2, "loky"),
+    "joblib": (["joblib_jobs.py"], None, 2, "joblib"),
+    "celery": (CELERY, signal.SIGTERM, 2, "celery"),
+    "rq": (["-m", "rq.cli", "worker", "-w", "rq_crew.CrewWorker", "-u", "{rq}"], signal.SIGTERM, 1,
+           "rq"),
+    "dramatiq": (["-m", "dramatiq", "dramatiq_crew", "-p", "2"], signal.SIGTERM, 2, "dramatiq"),
+    "dask": (["dask_crew.py"], None, 2, "distributed"),
+    "uvicorn": (["-m", "uvicorn", "asgi_app:app", "--workers", "2", "--uds", "{sock}"],
+                signal.SIGTERM, 2, "uvicorn"),
+    "gw": (["-m", "pytest", "-q", "-p", "conftest_crew", "-n", "2", "waits.py"], None, 2, "xdist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("how", ["in order", "killed"])
+def test_workers_of_a_pool_are_listed_and_their_ends_recorded(
+    kitchen: Path, reg: Registry, request: pytest.FixtureRequest, name: str, how: str
+) -> None:
+    """One sid a process; ended in order none is a crash, one that is killed is told as one."""
+    words, number, count, module = POOLS[name]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {module}: pip install '.[recipes]'")
+    more = {}
+    if name in {"celery", "rq", "dramatiq"}:
+        path = request.getfixturevalue("broker")
+        more["BROKER"] = f"{'redis+socket' if name == 'celery' else 'unix'}://{path}"
+    (kitchen / "waits.py").write_text(
+        "import os, time\n"
+        + "".join(
+            f"def test_{n}():\n    until = time.time() + 30\n"
+            "    while not os.path.exists('go') and time.time() < until: time.sleep(0.05)\n"
+            for n in range(2)
+        )
+    )
+    filled = [word.format(rq=more.get("BROKER", ""), sock=kitchen / "u") for word in words]
+    pool = Pool(kitchen, [sys.executable, *filled], **more)
+    try:
+        until(lambda: len(living(reg, name)) >= count, wait_s=60)
+        crew = living(reg, name)
+        if how == "killed":
+            victim, pid = next(iter(crew.items()))
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: is_collected(reg, victim))
+            assert [e.crashed for e in reg.history(sid=victim)][-1]
+            return
+        (kitchen / "go").touch()
+        until(lambda: number is None or catches(pool.process.pid, number))
+        pool.end(number)
+    finally:
+        pool.kill()
+    until(lambda: all(w.final for w in reg.workers(all=True) if w.sid.startswith(name)))
+    told = {w.sid: w.state.value for w in reg.workers(all=True) if w.sid in crew}
+    assert told == dict.fromkeys(crew, "exited")
+
+
+@needs("supervisor")
+def test_programs_of_supervisord_are_workers(kitchen: Path, reg: Registry) -> None:
+    """Stopped in order none is a crash; started again under the same name."""
+    page = (RECIPES / "pools.md").read_text()
+    program = re.findall(r"```ini\n(.*?)```", page, re.DOTALL)[0]
+    (kitchen / "web.py").write_text("import signal\nsignal.pause()\n")
+    head = "[supervisord]\nnodaemon=true\nlogfile=/dev/null\nlogfile_maxbytes=0\npidfile=pid\n"
+    (kitchen / "conf").write_text(
+        head + program.replace("python web.py", f"{sys.executable} web.py")
+    )
+    for life in (1, 2):
+        pool = Pool(kitchen, [sys.executable, "-m", "supervisor.supervisord", "-c", "conf"])
+        try:
+            until(lambda: len(living(reg, "web-")) == 2, wait_s=60)
+            pool.end(signal.SIGTERM)
+        finally:
+            pool.kill()
+        found = [w for w in reg.workers(all=True) if w.sid.startswith("web-")]
+        assert [(w.state.value, w.generation) for w in found] == [("exited", life)] * 2
+
+
+@needs("jupyter_client")
+@needs("ipykernel")
+def test_kernel_is_found_again_after_its_server_was_killed(
+    kitchen: Path, reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the registry holds alone; its end is one that was asked for."""
+    spec(kitchen, monkeypatch)
+    server = """
+import asyncio, os, signal
+from jupyter_client.manager import AsyncKernelManager
+async def main():
+    kernel = AsyncKernelManager(kernel_name="remembered")
+    await kernel.start_kernel(independent=True)
+    client = kernel.client()
+    client.start_channels()
+    await client.wait_for_ready(timeout=60)
+    await client.execute_interactive("x = 41", timeout=60, allow_stdin=False)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    killed = subprocess.run([sys.executable, "-c", server], cwd=kitchen, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (worker,) = reg.workers()
+    assert reg.liveness(worker.sid).alive
+    assert cook(kitchen, "kernels_again.py").splitlines() == ["42", f"{worker.sid} worker.exited"]
+    assert story(reg, worker.sid) == ["registered", "stop_requested", "exited"]
+    assert not any(event.crashed for event in reg.history(sid=worker.sid))
+
+
+@needs("jupyter_client")
+@needs("ipykernel")
+def test_shutdown_during_start_is_no_crash_and_a_crash_is_no_shutdown(
+    kitchen: Path, reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shutdown begins by SIGINT; a restarter kills what had ended."""
+    spec(kitchen, monkeypatch)
+    code = """
+import asyncio, os, signal
+from jupyter_client.manager import AsyncKernelManager
+async def main(crash):
+    kernel = AsyncKernelManager(kernel_name="remembered")
+    await kernel.start_kernel()
+    if crash:
+        os.kill(kernel.provisioner.pid, signal.SIGKILL)
+        while await kernel.is_alive():
+            await asyncio.sleep(0.05)
+    await kernel.shutdown_kernel(now=crash)
+    print(kernel.kernel_id)
+asyncio.run(main(CRASH))
+"""
+    for crash in (False, True):
+        kernel = cook(kitchen, "-c", code.replace("CRASH", str(crash))).split()[-1]
+        ends = [e.crashed for e in reg.history(sid=f"kernel-{kernel}")]
+        assert ends[-1] is crash, story(reg, f"kernel-{kernel}")

@@ -422,7 +422,7 @@ def test_spawn_without_descriptors_is_refused_by_type_and_leaks_none(place: Path
                 except CrewlogError as error:
                     codes.add(error.code)
                 until(lambda: threading.active_count() == 1)
-                assert len(os.listdir("/proc/self/fd")) == before
+                assert len(os.listdir("/proc/self/fd")) <= before
             assert "spawn_failed" in codes
             until(lambda: all(w.final for w in reg.workers(all=True)))
 

@@ -13,6 +13,7 @@ import crewlog
 from commands import CREWLOG, Cli
 from crewlog.errors import SpawnFailed, StopRefused, StorageFull, WaitTimeout
 from crewlog.local import disk, layout
+from crewlog.process.forkserver import Refused
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
 from procs import Crew, until
@@ -21,14 +22,33 @@ from stores import opened
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
 
-def test_interpreter_that_does_not_start_is_no_success(reg: Registry, tmp_path: Path) -> None:
+def test_interpreter_that_does_not_start_is_no_success(
+    reg: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Silence means nothing: only the word that the program comes next does."""
     (tmp_path / "libc.so.6").write_text("no library")
     broken = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+
+    def refuse(*_: object) -> int:
+        raise Refused("an interpreter is started for each")
+
+    monkeypatch.setattr("crewlog.process.launch._server.fork", refuse)
     with pytest.raises(SpawnFailed, match="LD_LIBRARY_PATH") as caught:
         reg.spawn("j", ["/bin/true"], env=broken)
     assert (caught.value.outcome == "written") == (reg.get("j") is not None)
     assert reg.workers() == []
+
+
+def test_what_breaks_the_program_is_its_own_end(reg: Registry, tmp_path: Path) -> None:
+    """Its environment reaches the program only: it is started, and ends as it would by a shell."""
+    (tmp_path / "libc.so.6").write_text("no library")
+    broken = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    reg.spawn("j", ["/bin/true"], env=broken)
+    until(lambda: (worker := reg.get("j")) is not None and worker.final)
+    worker = reg.get("j")
+    assert worker is not None
+    assert worker.exit is not None
+    assert (worker.state.value, worker.exit.code) == ("failed", 127)
 
 
 @pytest.mark.parametrize("name", ["python-that-is-none", "sh", "true"])

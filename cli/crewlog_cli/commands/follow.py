@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 import click
 
 from crewlog.model import arguments
-from crewlog.model.events import Item, State, Worker
+from crewlog.model.events import Event, Item, State, Worker
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch.feed import After
@@ -108,7 +108,7 @@ def watch(
     )
     with items:
         task = _Task(argv, retries, sids, types, crashed=crashed)
-        left = _deliver(sh, items, task, count=count, limit_s=limit_s)
+        left = _deliver(sh, reg, items, task, count=count, limit_s=limit_s)
     if left:
         raise SystemExit(shell.EXIT_TIMEOUT)
 
@@ -135,7 +135,7 @@ class _Task:
 
 
 def _deliver(
-    sh: Shell, items: Watch, task: _Task, *, count: int | None, limit_s: float | None
+    sh: Shell, reg: Registry, items: Watch, task: _Task, *, count: int | None, limit_s: float | None
 ) -> int | None:
     """Print or run for each item until enough; return how many changes were still wanted."""
     deadline = None if limit_s is None else time.monotonic() + limit_s
@@ -148,9 +148,9 @@ def _deliver(
         if task.passes_over(item):
             continue
         if task.argv:
-            _hand_over(sh, items, item, task, deadline)
+            _hand_over(sh, reg, items, item, task, deadline)
         else:
-            _print(sh, item, task)
+            _print(sh, reg, item, task)
             if items.has_cursor:
                 items.ack(item)  # it is printed and flushed
         if item.kind == "change" and left is not None:
@@ -158,7 +158,9 @@ def _deliver(
     return left
 
 
-def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task, deadline: float | None) -> None:
+def _hand_over(
+    sh: Shell, reg: Registry, items: Watch, item: Item, task: _Task, deadline: float | None
+) -> None:
     """Run the program for a change until it succeeds, then acknowledge; 124 when time is up."""
     if item.kind == "change":
         line = json.dumps({"kind": "change", **render.event_json(item.event)}) + "\n"
@@ -173,7 +175,7 @@ def _hand_over(sh: Shell, items: Watch, item: Item, task: _Task, deadline: float
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
     elif item.kind == "reset":
-        _print(sh, item, task)  # a loss is never passed over, whatever is run for the rest
+        _print(sh, reg, item, task)  # a loss is never passed over, whatever is run for the rest
     if items.has_cursor:
         items.ack(item)
 
@@ -187,13 +189,22 @@ def _run(argv: Sequence[str], line: str) -> int:
         raise SystemExit(shell.EXIT_NOT_FOUND if missing else shell.EXIT_NOT_RUN) from error
 
 
-def _print(sh: Shell, item: Item, task: _Task) -> None:
+def _print_last_lines(sh: Shell, reg: Registry, event: Event) -> None:
+    """Print what a worker that crashed wrote last, if it is still the one of that sid."""
+    worker = reg.get(event.sid)
+    if worker is not None and worker.rev == event.seq:
+        render.print_last_lines(sh, worker)
+
+
+def _print(sh: Shell, reg: Registry, item: Item, task: _Task) -> None:
     match item.kind:
         case "change":
             if sh.json:
                 sh.stream({"kind": "change", **render.event_json(item.event)})
             else:
                 render.print_line(sh, item.event)
+                if item.event.crashed:
+                    _print_last_lines(sh, reg, item.event)
         case "synced":
             workers = task.shown(item.state)
             if sh.json:

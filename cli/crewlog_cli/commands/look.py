@@ -263,6 +263,8 @@ _CAUSES: Final = {
     "lease_released": "nobody holds its lease any more; the kernel took it back at its end",
     "foreign_host": "it was registered in another boot or on another host, and nothing of it is "
     "to be seen from here",
+    "clock_disputed": "it was registered in another boot of this host, and by the clock that was "
+    "later than this one began: the clock was set since",
     "lease": "its lease is held, and only it can hold it",
     "found_in_namespace": "its very process was found among all that run, under another pid",
     "not_found": "its process is not among all that run, and from here all can be seen",
@@ -286,6 +288,8 @@ _ASSUME: Final = "crewlog gc --assume-dead SID --reason R"
 _REMEDIES: Final = {
     "foreign_pid_namespace": "Look from its namespace, or as root from the first one; a worker "
     "with a lease is judged from anywhere",
+    "clock_disputed": "Two compactions of this boot settle it: crewlog compact. If you know that it "
+    f"is dead: {_ASSUME}",
     "foreign_host": f"Look on its host; if it is gone for good: {_ASSUME}",
     "identity_unverifiable": f"Look at the process; if it is another: {_ASSUME}",
 }
@@ -309,6 +313,7 @@ def explain(sh: Shell, *, sid: str) -> None:
                 "cause": found.cause,
                 "because": because(found.cause),
                 "flags": sorted(flag.value for flag in found.flags),
+                "tree": [] if found.alive else list(reg.trees([worker]).get(sid, ())),
                 "recorded": None if worker.identity is None else worker.identity.as_json(),
                 "evidence": found.evidence.seen(),
                 "worker": render.worker_json(worker, found),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -37,6 +38,24 @@ _STORE_LOOK_S: Final = 1.0
 _FROM_KERNEL: Final = 0x80  # SI_KERNEL: the terminal sent it to the whole group already
 
 
+def _signal(ctx: click.Context, param: click.Parameter, value: str) -> signal.Signals:
+    """Read a signal by its name, with or without SIG, or by its number."""
+    word = value.upper()
+    try:
+        if word.isdigit():
+            return signal.Signals(int(word))
+        return signal.Signals["SIG" + word.removeprefix("SIG")]
+    except (KeyError, ValueError) as error:
+        message = f"{value!r} is no signal: TERM, SIGINT, 15"
+        raise click.BadParameter(message, ctx, param) from error
+
+
+def _signals(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[signal.Signals, ...]:
+    return tuple(_signal(ctx, param, value) for value in values)
+
+
 def _options(function: Callable[P, None]) -> Callable[P, None]:
     for option in (
         click.argument("argv", metavar="-- CMD…", nargs=-1, type=click.UNPROCESSED, required=True),
@@ -52,7 +71,19 @@ def _options(function: Callable[P, None]) -> Callable[P, None]:
         ),
         click.option("--heartbeat", metavar="SPAN", help="Stalled without a beat for so long."),
         click.option("--ok", "ok", metavar="CODES", help="Exit codes that are no crash: 0,143."),
+        click.option(
+            "--ends-on",
+            multiple=True,
+            metavar="SIGNAL",
+            callback=_signals,
+            help="A signal that is meant to end it, and no crash; repeatable.",
+        ),
         click.option("--ends-with-owner", is_flag=True, help="Stop it once its owner is dead."),
+        click.option(
+            "--replace",
+            is_flag=True,
+            help="End the same program first, left by a supervisor that is dead.",
+        ),
         click.option(
             "--owner", type=click.IntRange(min=1), metavar="PID", help="Who answers for it."
         ),
@@ -73,19 +104,37 @@ class _Options(TypedDict):
     lease: bool
     heartbeat: str | None
     ok: str | None
+    ends_on: tuple[signal.Signals, ...]
+    replace: bool
     ends_with_owner: bool
     owner: int | None
     record_argv: bool
     log: str | None
 
 
-def _codes(words: str | None) -> tuple[int, ...]:
-    """Read exit codes given as 0,143."""
+def _ends(words: str | None, numbers: Sequence[signal.Signals]) -> tuple[int, ...]:
+    """Read exit codes given as 0,143, and signals, which are 128 + N."""
     try:
-        return tuple(int(word) for word in (words or "").split(",") if word.strip())
+        codes = [int(word) for word in (words or "").split(",") if word.strip()]
+        return (*codes, *(128 + number for number in numbers))
     except ValueError as error:
         message = f"--ok takes exit codes: 0,143, not {words!r}"
         raise click.UsageError(message) from error
+
+
+def _require_free(reg: Registry, sid: str, argv: Sequence[str]) -> None:
+    """End what holds a sid, if it is this very program and its supervisor is proven dead.
+
+    A supervisor that is killed leaves its program; the next one would find the sid in use for ever.
+    """
+    holder = reg.get(sid)
+    if holder is None or holder.final:
+        return
+    found = reg.judge([holder])[0]
+    path = shutil.which(argv[0])
+    same = path is not None and reg.runs(holder, path)
+    if found.alive and Flag.ORPHANED in found.flags and same:
+        reg.stop(sid, reason="replaced: its supervisor is dead", tree=True)
 
 
 def _wished(options: _Options) -> WorkerOptions:
@@ -97,7 +146,7 @@ def _wished(options: _Options) -> WorkerOptions:
         "ready": not options["starting"],
         "lease": options["lease"],
         "heartbeat_s": None if spoken is None else inputs.span_s(spoken),
-        "ok_codes": _codes(options["ok"]),
+        "ok_codes": _ends(options["ok"], options["ends_on"]),
         "ends_with": "owner" if options["ends_with_owner"] else None,
         "owner": options["owner"],
         "record_argv": options["record_argv"],
@@ -137,7 +186,11 @@ def exec_(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Opti
     wished = _wished(options)
     if wished["ends_with"] and wished["owner"] is None:
         wished["owner"] = os.getppid()
+    if wished["owner"] is None and options["replace"]:
+        wished["owner"] = os.getppid()  # by whose death the next one may replace this one
     with sh.registry() as reg, logs.opened(options["log"], bytes_max=None) as log:
+        if options["replace"]:
+            _require_free(reg, sid, argv)
         tried(lambda: reg.become(sid, log, **wished))
         output.flush()
         with output.redirected(None if log is None else log.fd):
@@ -177,6 +230,8 @@ def run(sh: Shell, *, sid: str, argv: tuple[str, ...], **options: Unpack[_Option
     if wished["owner"] is None:
         wished["owner"] = os.getpid()
     with sh.registry() as reg:
+        if options["replace"]:
+            _require_free(reg, sid, argv)
         with ExitStack() as turn:
             into: LogOptions = {"log": options["log"]}
             waits = reg.child(sid, argv, before=_prepare, after=_hold_signals, log=into, **wished)
@@ -316,6 +371,8 @@ def start(
         wished |= {"sock": inputs.safe(os.path.abspath(ready_when)), "ready": False}
     deadline = time.monotonic() + wait_s
     with sh.registry() as reg:
+        if options["replace"]:
+            _require_free(reg, sid, argv)
         before = reg.get(sid)
         worker = tried(
             lambda: reg.ensure(
@@ -353,18 +410,6 @@ def _listens(reg: Registry, worker: Worker) -> bool:
 
 
 _AT_ONCE: Final = 32
-
-
-def _signal(ctx: click.Context, param: click.Parameter, value: str) -> signal.Signals:
-    """Read a signal by its name, with or without SIG, or by its number."""
-    word = value.upper()
-    try:
-        if word.isdigit():
-            return signal.Signals(int(word))
-        return signal.Signals["SIG" + word.removeprefix("SIG")]
-    except (KeyError, ValueError) as error:
-        message = f"{value!r} is no signal: TERM, SIGINT, 15"
-        raise click.BadParameter(message, ctx, param) from error
 
 
 @command(

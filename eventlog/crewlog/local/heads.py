@@ -170,7 +170,7 @@ def decode_slots(data: bytes) -> Slot | None:
 
 
 class Beat(NamedTuple):
-    """The last beat of a worker: when, by the monotonic clock of that boot."""
+    """The last beat of a worker: when, by which monotonic clock (identity.clock_bytes)."""
 
     boot: bytes
     at_ns: int

@@ -144,7 +144,7 @@ def beat(directory: Directory, name: str, said: bytes | None = None) -> bool:
             return False
         try:
             disk.require_one_name(fd, where=where)
-            now = Beat(identity.boot_bytes(), time.monotonic_ns())
+            now = Beat(identity.clock_bytes(), time.monotonic_ns())
             more = b"" if said is None else heads.encode_said(said)
             directory.disk.overwrite(fd, heads.encode_beat(now) + more)
         finally:
@@ -185,7 +185,7 @@ def _last_beat(fd: int) -> tuple[float | None, bytes]:
         data = disk.read_at(fd, 0, heads.LEASE_BYTES_MAX)
         last, said = heads.decode_beat(data), heads.decode_said(data)
         if last is not None and said is not None:
-            if last.boot != identity.boot_bytes():
+            if last.boot != identity.clock_bytes():
                 return None, b""
             return max(0, time.monotonic_ns() - last.at_ns) / 1e9, said
         if not data:

@@ -141,6 +141,8 @@ class HeadChannel:
 
     def unheard(self) -> str:
         """Return why it must be polled."""
+        if host.is_green():  # watchdog does not run on them, and no thread of ours may block
+            return "threads are another library's (gevent, eventlet)"
         return "" if self._local else "this is a network file system"
 
     def source(self, backend: Backend, rings: Rings) -> Source:

@@ -158,7 +158,7 @@ class ForkServer:
 
         Raises: Refused; OSError for its working directory.
         """
-        now = _born_with()
+        now = (interpreter, *_born_with())
         line = self._line
         if line is None or now != self._began_with or not self._is_whole(line):
             line = self._begin(interpreter, now)

@@ -37,6 +37,7 @@ _HOST_KEY: Final = b"crewlog host 1"
 # The inodes of the first namespaces. Source: include/uapi/linux/nsfs.h
 _FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
 _FIRST_USER_NAMESPACE: Final = 0xEFFFFFFD
+_FIRST_TIME_NAMESPACE: Final = 0xEFFFFFFA
 # _IOWR(0xFF, 11, struct pidfd_info), 64 bytes; bit 3 of `mask` asks for and announces exit_code,
 # the last field, a wait status. Source: include/uapi/linux/pidfd.h, Linux ≥ 6.15
 _PIDFD_GET_INFO: Final = 0xC040FF0B
@@ -107,6 +108,20 @@ def boot_id() -> str:
 def boot_bytes() -> bytes:
     """Return the boot id as 16 bytes, as the state files carry it."""
     return bytes.fromhex(boot_id().replace("-", ""))
+
+
+def clock_bytes() -> bytes:
+    """Name the monotonic clock that we read: the boot's own, or that of a time namespace.
+
+    Source: time_namespaces(7).
+    """
+    try:
+        inode = os.stat("/proc/self/ns/time").st_ino
+    except OSError:  # before Linux 5.6, or not Linux
+        return boot_bytes()
+    if inode == _FIRST_TIME_NAMESPACE:
+        return boot_bytes()
+    return hashlib.sha256(boot_bytes() + b"%d" % inode).digest()[:16]
 
 
 @cache
@@ -227,6 +242,29 @@ def command(pid: int) -> JsonObject:
         "argv": [word.decode(errors="backslashreplace") for word in words],
         "cwd": cwd.encode(errors="surrogateescape").decode(errors="backslashreplace"),
     }
+
+
+def runs(who: Identity, path: str) -> bool:
+    """Say whether a process of this scope runs the program of that file, as our user.
+
+    A script is run by its interpreter: then the file that is its first word is compared.
+    """
+    here = scope()
+    ours = _uid_of(who.pid) == os.geteuid()  # asked now: it was recorded as its namespace counts
+    if (who.boot_id, who.pid_ns) != (here.boot_id, here.pid_ns) or not ours:
+        return False
+    words = command(who.pid).get("argv")
+    try:
+        same = os.path.samefile(f"/proc/{who.pid}/exe", path)
+        if not same and isinstance(words, list):
+            same = any(_is_file(word, path) for word in words[:2])
+        return same and capture(who.pid).start_ticks == who.start_ticks
+    except (OSError, ProcessNotFound):  # gone, or hidden
+        return False
+
+
+def _is_file(word: object, path: str) -> bool:
+    return isinstance(word, str) and os.path.isabs(word) and os.path.samefile(word, path)
 
 
 def is_exiting(pid: int) -> bool:

@@ -207,7 +207,7 @@ class Reaper:
         look_at = time.monotonic() + pause_s
         while True:
             ready = self._wait(look_at)
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.thread_time()
             with self._lock:
                 if began >= look_at:
                     ready += self._looked
@@ -215,8 +215,8 @@ class Reaper:
             ended = [charge for charge in ready if self._has_ended(charge)]
             self._hand_on(ended)
             if began >= look_at:
-                now = time.monotonic()
-                look_at = now + max(pause_s, (now - began) * _LOOK_SHARE)
+                took_s = 0.0 if host.is_green() else time.thread_time() - spent
+                look_at = time.monotonic() + max(pause_s, took_s * _LOOK_SHARE)
             with self._lock:
                 if not (ready or self._owners):
                     self._stop()
