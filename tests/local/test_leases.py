@@ -404,7 +404,7 @@ def test_beat_and_look_race_never_sees_a_torn_beat(place: Path) -> None:
     os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare(1)"
 )
 def test_beat_by_a_clock_of_another_namespace_tells_no_age(reg: Registry, place: Path) -> None:
-    """A worker in a time namespace is not stalled, nor ever young, by a clock that is not its own."""
+    """A worker in a time namespace is not called stalled by a clock that is not its own."""
     code = "import signal, sys, crewlog\nreg = crewlog.open(sys.argv[1])\n"
     code += "reg.register('a', heartbeat_s=0.5)\nreg.beat('a')\n"
     code += "print(sorted(reg.liveness('a').flags), flush=True)\nsignal.pause()"
