@@ -15,6 +15,8 @@ from crewlog import host
 from crewlog.errors import ProcessNotFound, WorkerExists
 from crewlog.model.events import Status
 from crewlog.process import evidence, identity
+from crewlog.process.handle import Process
+from crewlog.process.liveness import judge
 from crewlog.registry import Registry
 from crewlog_compactor import compact
 from procs import (
@@ -325,3 +327,43 @@ def test_reboot_is_told_by_the_order_of_the_log_where_the_clock_was_ahead(
         mine.register("b")
         assert mine.judge([same])[0].cause == "rebooted"
         assert mine.judge([same])[0].evidence.log_of_this_boot_follows is True
+
+
+@LINUX
+def test_short_way_says_what_the_table_says(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A living one, a zombie, one that is gone, one whose pid is another's; without a pidfd, too."""
+    sleeper, zombie = crew.sleeper(), crew.sleeper()
+    living, dead = identity.capture(sleeper.pid), identity.capture(zombie.pid)
+    zombie.kill()
+    until(lambda: (found := identity.read_stat(zombie.pid)) is not None and found.state == "Z")
+    another = replace(living, pidfd_id=dead.pidfd_id, start_ticks=1)
+    found = [identity.look_once(who) for who in (living, dead, another)]
+    assert found == [False, True, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
+        assert identity.look_once(living) is None
+        with Process(living) as held:
+            assert not held.wait(0)
+        with pytest.raises(ProcessNotFound):
+            Process(another)
+    zombie.wait()
+    assert identity.look_once(dead) is True
+    assert identity.look_once(replace(living, pidfd_id=None)) is None
+
+
+@LINUX
+def test_zombie_has_ended_with_a_pidfd_and_without(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Process.wait`, stop and the table are of one mind."""
+    process = crew.sleeper()
+    who = identity.capture(process.pid)
+    monkeypatch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
+    with Process(who) as held:
+        assert held.fd == -1
+        process.kill()
+        until(lambda: held.wait(0))
+        seen = evidence.witness().look(who, last_event_at=datetime.now(UTC))
+        assert judge(who, seen, final=False).dead

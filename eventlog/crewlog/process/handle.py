@@ -83,6 +83,9 @@ class Process(Closing):
 
     def _has_ended(self) -> bool:
         """Judge as everybody does, by the table: a zombie has ended, with a pidfd and without."""
+        told = identity.look_once(self.who)
+        if told is not None:
+            return told
         seen = witness().look(self.who, last_event_at=host.now())
         return judge(self.who, seen, final=False).dead
 

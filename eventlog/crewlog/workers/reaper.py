@@ -42,7 +42,7 @@ PASSING: Final = (LockBusy, Unavailable, UnknownOutcome)
 _PASSING: Final = (*PASSING, StorageFull, StorageFailed, AppendUncertain)
 
 _LOOK_S: Final = 1.0  # at charges without a descriptor
-_LOOK_SHARE: Final = 100  # a look at all of them is followed by so many times its own time
+_LOOK_SHARE: Final = 70  # a look at all of them is followed by so many times its own time
 _SOON_S: Final = 0.01  # an end is known, but not yet how
 _GREEN_S: Final = 0.05  # where a wait must let other tasks of the thread go on
 _IDLE_S: Final = 0.5  # a thread without a charge ends after so long
