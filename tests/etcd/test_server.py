@@ -34,13 +34,15 @@ from crewlog.etcd import layout as keys
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.append import EtcdLog, is_sound, outdated
 from crewlog.etcd.client import Client
+from crewlog.etcd.layout import Room
 from crewlog.etcd.state import Part
 from crewlog.model.events import JsonObject, Reset
 from crewlog.model.steps import loss_step
 from crewlog.place import locate
 from crewlog_compactor import KeepEvents, compact, repair, verify
 from crewlog_compactor.etcd import compact as job
-from procs import Crew, until
+from procs import Crew, forked, joined, until
+from stores import opened
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
@@ -907,3 +909,50 @@ def test_records_of_many_pages_are_of_one_moment(url: str, monkeypatch: pytest.M
             assert len(reg.workers(all=True)) == 1100
             assert not todo
             assert reg.state() == other.state()
+
+
+# -- the queue of writers -------------------------------------------------------------------
+
+
+def test_writers_that_are_beaten_take_turns(url: str) -> None:
+    """Eight at once: none waits for ever, none is refused, and nothing of the queue is left."""
+
+    def work(number: int) -> None:
+        with opened(url, lock_timeout_s=20) as mine:
+            for step in range(10):
+                mine.update("a", meta={str(number): step})
+
+    with opened(url) as reg:
+        reg.register("a")
+        joined(*[forked(lambda n=n: work(n)) for n in range(8)])  # type: ignore[misc]
+        worker = reg.get("a")
+        assert worker is not None
+        assert worker.meta == {str(n): 9 for n in range(8)}
+        assert [e.seq for e in reg.history()] == list(range(2, 83))
+        store = reg.store()
+        assert isinstance(store, EtcdLog)
+        begin, end = store.keys.room(Room.QUEUE)
+        left = store.client.call("kv/range", keys.page(begin, end, limit=0))
+        assert keys.pairs(left) == []
+
+
+def test_who_stands_before_is_waited_for_and_named(url: str) -> None:
+    """A newcomer does not push past; one that is stopped in the queue gives way with its lease."""
+    with opened(url) as reg, opened(url, lock_timeout_s=0.3) as hasty:
+        reg.register("a")
+        hasty.update("a", meta={"n": 0})
+        store = reg.store()
+        assert isinstance(store, EtcdLog)
+        place = store._waiters.enter()
+        with pytest.raises(
+            crewlog.LockBusy, match="stand before us in the cluster's queue"
+        ) as busy:
+            hasty.update("a", meta={"n": 1})
+        assert busy.value.outcome == "not_written"
+        assert reg.last_seq == 3
+        place.leave()
+        hasty.update("a", meta={"n": 2})
+        store._waiters.enter()  # and is killed
+        with opened(url, lock_timeout_s=30) as patient:
+            patient.update("a", meta={"n": 3})
+        assert reg.last_seq == 5

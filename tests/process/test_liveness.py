@@ -333,7 +333,7 @@ def test_reboot_is_told_by_the_order_of_the_log_where_the_clock_was_ahead(
 def test_short_way_says_what_the_table_says(
     reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A living one, a zombie, one that is gone, one whose pid is another's; without a pidfd, too."""
+    """A living one, a zombie, one that is gone, one with another's pid; without a pidfd."""
     sleeper, zombie = crew.sleeper(), crew.sleeper()
     living, dead = identity.capture(sleeper.pid), identity.capture(zombie.pid)
     zombie.kill()

@@ -14,6 +14,7 @@ Format
     P/:l/<sid>~<id>         there while that lease is kept, and P/:beat/… while its beat is fresh
     P/:t/<sid>              the turn to start a worker, on a lease of who has it
     P/:c/<name> P/:o/<name> a subscriber's position, and its owner, on a lease
+    P/:q/<random>           a writer's place in the queue, on a short lease
     P/:m                    a migration into here has begun and not ended
 
 Valid if and only if
@@ -23,7 +24,8 @@ Valid if and only if
 Writer
     Read head and the records it is about; decide; IF head is still those bytes, byte for byte, THEN
     put head, the lines and the records, ELSE look again. **The commit point is that transaction.**
-    No lock: who loses the race tries again, after a random pause that grows.
+    No lock: who loses the race twice, or finds others waiting, takes a place in a queue
+    (waiters.py), and a transaction also needs that nobody stands before its writer.
 
 Exactly once
     Head holds the seq and the hash of the whole history, so its bytes never come back: an attempt

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,6 +14,7 @@ from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.layout import KeyValue, Room
 from crewlog.etcd.reader import Head, begin_of, encode_head, token_of
 from crewlog.etcd.state import EtcdReading
+from crewlog.etcd.waiters import Place, Waiters
 from crewlog.model import codec, events, fold
 from crewlog.model.codec import Draft
 from crewlog.model.events import JsonObject, Record
@@ -24,7 +24,6 @@ from crewlog.queue import Commits, Done, Request, Start
 from crewlog.store import new_identity
 
 GROUP_EVENTS_MAX: Final = 40  # of callers that share a transaction
-RACE_PAUSE_MAX_S: Final = 0.02  # of a writer that others were faster than
 
 _logger = logging.getLogger("crewlog.etcd")
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -147,6 +146,7 @@ class EtcdLog(EtcdReading):
         # What the last append left, so that the next one need not look first. A look is due where
         # the answer would rest on it alone.
         self._left: tuple[Head, dict[str, Record | None]] | None = None
+        self._waiters = Waiters(self.client, self.keys)  # of who leads a group: one thread
         host.renew_in_child(self, rank=host.STORES)
 
     # -- life -------------------------------------------------------------------------------
@@ -214,6 +214,7 @@ class EtcdLog(EtcdReading):
     def after_fork(self) -> None:
         """Begin anew in a forked child: another thread of the parent may have held a mutex."""
         self.renew_mutex()
+        self._waiters.forget()
         self.commits.after_fork()
 
     # -- append -----------------------------------------------------------------------------
@@ -272,30 +273,60 @@ class EtcdLog(EtcdReading):
         attempt = None if left is None else self._composed(self._written(*left), compose)
         if attempt is None or attempt.doubtful:  # what was left over proves nothing: look
             attempt = self._composed(self._looked(sids), compose)
+        place: Place | None = None
         lost = False
-        while attempt.raws:
-            try:
-                passed = self._commit(attempt, sids)
-            except BaseException:
-                _tell(_refused_first(attempt.units))
-                raise
-            if passed is None:
-                break
-            _forget(attempt.units)
-            if time.monotonic() > deadline:
-                raise LockBusy(
-                    self.where,
-                    waited_s=self.wait_s,
-                    holder="other writers, who were first each time,",
-                    remedy="Try again, or wait longer (lock_timeout_s); a batch needs one turn",
-                )
-            if lost:  # more than once: others are many, and what was seen grows old in a pause
-                time.sleep(random.uniform(0, RACE_PAUSE_MAX_S))  # noqa: S311 (no secret)
-                passed = self._looked(sids)
-            lost = True
-            attempt = self._composed(passed, compose)
+        try:
+            while attempt.raws:
+                try:
+                    passed = self._commit(attempt, sids, place)
+                except BaseException:
+                    _tell(_refused_first(attempt.units))
+                    raise
+                if passed is None:
+                    place = None  # it went with the transaction
+                    break
+                _forget(attempt.units)
+                if time.monotonic() > deadline:
+                    raise self._busy("other writers, who were first each time,")
+                if lost or passed.head.raw == attempt.written.head.raw:  # or others stand before us
+                    place = place or self._waiters.enter()
+                    passed, place = self._first(place, sids, deadline)
+                lost = True
+                attempt = self._composed(passed, compose)
+        finally:
+            if place is not None:
+                place.leave()
         self._keep(attempt)
         return attempt
+
+    def _first(self, place: Place, sids: Sequence[str], deadline: float) -> tuple[EtcdTip, Place]:
+        """Wait until nobody stands before us; return the state that was seen then, and our place.
+
+        Raises: LockBusy.
+        """
+        while True:
+            head, (queue, *rows) = self.look(place.look(), *self._records_of(sids))
+            before = place.before(queue)
+            if before == 0:
+                return self._written(head, self._by_sid(sids, rows)), place
+            if time.monotonic() > deadline:
+                place.leave()
+                count = "others" if before is None else f"{before} others"
+                raise self._busy(f"{count}, who stand before us in the cluster's queue of writers,")
+            if before is None:  # we were stopped, and our lease ran out
+                place = self._waiters.enter()
+            else:
+                place.wait(before)
+                while (before := place.peek()) and time.monotonic() <= deadline:
+                    place.wait(before)
+
+    def _busy(self, holder: str) -> LockBusy:
+        return LockBusy(
+            self.where,
+            waited_s=self.wait_s,
+            holder=holder,
+            remedy="Try again, or wait longer (lock_timeout_s); a batch needs one turn",
+        )
 
     def _composed(self, written: EtcdTip, compose: Callable[[Attempt], None]) -> Attempt:
         attempt = Attempt(written)
@@ -324,7 +355,7 @@ class EtcdLog(EtcdReading):
         found = zip(sids, rows, strict=True)
         return {sid: self.decoded(row[0]) if row else None for sid, row in found}
 
-    def _commit(self, attempt: Attempt, sids: Sequence[str]) -> EtcdTip | None:
+    def _commit(self, attempt: Attempt, sids: Sequence[str], place: Place | None) -> EtcdTip | None:
         """Send the transaction; None if it is done, else the state that has passed it by for good.
 
         Raises: UnknownOutcome where that cannot be known; Beaten.
@@ -337,6 +368,7 @@ class EtcdLog(EtcdReading):
             *(keys.put(names.event(seq), value) for seq, value in attempt.values()),
             *(self._record(sid, written.records[sid]) for sid in sorted(attempt.touched)),
             *attempt.extra,
+            *([] if place is None else [keys.delete(place.key)]),
         ]
         passed: list[JsonObject] = [
             {
@@ -350,7 +382,8 @@ class EtcdLog(EtcdReading):
         ]
         for unit in attempt.units:
             unit.request.composed = bool(unit.lines)
-        compare = [keys.is_value(names.head, before.raw)]
+        turn = self._waiters.is_empty() if place is None else place.is_first()
+        compare = [keys.is_value(names.head, before.raw), turn]
         if attempt.absent is not None:
             compare.append(keys.is_absent(attempt.absent))
         answer = self.client.commit(keys.transaction(compare, then, passed))
@@ -370,7 +403,7 @@ class EtcdLog(EtcdReading):
         before = attempt.written.head
         if next_ and begin_of(next_[0]) <= before.seq + 1:
             return token_of(next_[0]) == attempt.token
-        if attempt.absent is not None and now.raw == before.raw:
+        if now.raw == before.raw:  # others stand before us in the queue, or a key is there
             return False
         why = f"the history after seq {before.seq} went meanwhile; it is at {now.seq}"
         raise UnknownOutcome(self.where, why=why)

@@ -34,6 +34,7 @@ class Room(StrEnum):
     TURN = "t"
     CURSOR = "c"
     OWNER = "o"
+    QUEUE = "q"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,18 @@ def is_value(key: bytes, value: bytes) -> JsonObject:
 def is_absent(key: bytes) -> JsonObject:
     """Compare: the key is not there."""
     return {"key": text(key), "target": "VERSION", "result": "EQUAL", "version": "0"}
+
+
+def none_in(begin: bytes, end: bytes) -> JsonObject:
+    """Compare: no key is in a range."""
+    room = {"key": text(begin), "rangeEnd": text(end)}
+    return {**room, "target": "VERSION", "result": "EQUAL", "version": "0"}
+
+
+def none_older(begin: bytes, end: bytes, revision: int) -> JsonObject:
+    """Compare: every key in a range is there since that revision, or later."""
+    room = {"key": text(begin), "rangeEnd": text(end)}
+    return {**room, "target": "CREATE", "result": "GREATER", "createRevision": str(revision - 1)}
 
 
 def is_created(key: bytes, revision: int) -> JsonObject:

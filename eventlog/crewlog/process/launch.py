@@ -87,6 +87,10 @@ BROKEN: Final = "the Python that starts it ended by itself (sys.executable, LD_L
 class Launch:
     """A process that waits for the word to become the program."""
 
+    __slots__ = (
+        *("_before", "_child", "_go", "_gone_at", "_pidfd", "_told", "argv", "error", "pid"),
+    )
+
     def __init__(
         self,
         argv: Words,
