@@ -69,6 +69,8 @@ class Shell:
             place = locate(self.place)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+        if "$" in str(place) or str(self.place or "").startswith("~"):
+            output.warn(f"crewlog: {place} holds a word that no shell has replaced ($ or ~)")
         reg = Registry(place, lock_timeout_s=self.wait_s, via="cli")
         self.opened.append(reg)
         return reg

@@ -5,12 +5,12 @@ What one engine's check and the other's have in common. A finding never stops th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 from crewlog.model import chain, codec, events, fold
 from crewlog.model.events import JsonObject, JsonValue, Line, Record
 from crewlog.model.fold import Fold, FoldError
-from crewlog.model.snapshot import Snapshot, fold_of
+from crewlog.model.snapshot import RECORD_RARE, Snapshot, fold_of
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.reports import Finding
 
@@ -182,6 +182,7 @@ class History:
             )
         elif not self.hole and records is not None:
             kept = {record["sid"]: record for record in (*found.sessions, *found.ended)}
+            records = {sid: _as_kept(record, kept.get(sid)) for sid, record in records.items()}
             if kept != records or dict(found.totals) != totals:
                 wrong = sorted(
                     sid for sid in {*kept, *records} if kept.get(sid) != records.get(sid)
@@ -207,3 +208,9 @@ class History:
         else:
             message = f"event {anchor.seq} was anchored and is no longer kept, or is lost"
             self.report("anchor_unverifiable", self.log_name, message, seq=anchor.seq)
+
+
+def _as_kept(record: Record, kept: Record | None) -> Record:
+    """Leave out what the snapshot has not: one that an older version wrote keeps less."""
+    lacking = RECORD_RARE.keys() - (record if kept is None else kept).keys()
+    return cast("Record", {key: value for key, value in record.items() if key not in lacking})

@@ -259,3 +259,11 @@ def test_compaction_sums_up_and_doctor_warns_of_none(cli: Cli, reg: Registry) ->
             for number in range(600):
                 batch.exited(f"w{part}-{number}", code=0)
     assert len(cli("compact").stdout.splitlines()) <= 2
+
+
+def test_place_that_no_shell_has_made_whole_is_warned_of(tmp_path: Path) -> None:
+    """A unit or a crontab in which `$` and `~` stand as they are."""
+    for place in (tmp_path / "$HOME", tmp_path / "${X}" / "reg"):
+        done = Cli(place)("ls", code=66)
+        assert "that no shell has replaced" in done.stderr
+    assert "no shell" not in Cli(tmp_path / "plain")("ls", code=66).stderr

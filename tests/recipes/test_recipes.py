@@ -296,10 +296,11 @@ def test_workers_of_a_pool_are_listed_and_their_ends_recorded(
         path = request.getfixturevalue("broker")
         more["BROKER"] = f"{'redis+socket' if name == 'celery' else 'unix'}://{path}"
     (kitchen / "waits.py").write_text(
-        "import os, time\n"
+        "import os, threading, time\n"
         + "".join(
             f"def test_{n}():\n    until = time.time() + 30\n"
-            "    while not os.path.exists('go') and time.time() < until: time.sleep(0.05)\n"
+            "    while not os.path.exists('go') and time.time() < until:\n"
+            "        threading.Event().wait(0.05)\n"
             for n in range(2)
         )
     )

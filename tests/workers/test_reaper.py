@@ -276,3 +276,21 @@ def test_launch_without_a_pidfd_is_looked_at(
     assert worker is not None
     assert worker.exit is not None
     assert worker.exit.code == 9
+
+
+@pytest.mark.parametrize(("number", "state"), [(11, "failed"), (15, "exited"), (9, "exited")])
+def test_fault_of_one_that_survived_a_request_to_end_is_a_crash(
+    reg: Registry, number: int, state: str
+) -> None:
+    """A TERM that it lived through is no reason of a SEGV later; what was asked for is none."""
+    reg.spawn("a", ["sh", "-c", "trap '' TERM; sleep 300"])
+    reg.update("a", state="stopping", reason="SIGTERM passed on")
+    reg.exited("a", signal=number, source="wait")
+    assert reg.get("a").state.value == state  # type: ignore[union-attr] # it is there
+    os.kill(reg.get("a").pid, signal.SIGKILL)  # type: ignore[union-attr] # as above
+
+
+def test_fault_that_was_asked_for_is_no_crash(reg: Registry) -> None:
+    """stop(signal=ABRT)."""
+    reg.spawn("a", ["sleep", "300"])
+    assert not reg.stop("a", reason="a core, please", signal=signal.SIGABRT).crashed

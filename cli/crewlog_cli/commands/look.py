@@ -288,7 +288,7 @@ _ASSUME: Final = "crewlog gc --assume-dead SID --reason R"
 _REMEDIES: Final = {
     "foreign_pid_namespace": "Look from its namespace, or as root from the first one; a worker "
     "with a lease is judged from anywhere",
-    "clock_disputed": f"Two compactions of this boot settle it: crewlog compact; or: {_ASSUME}",
+    "clock_disputed": f"If the machine has booted since: {_ASSUME}",
     "foreign_host": f"Look on its host; if it is gone for good: {_ASSUME}",
     "identity_unverifiable": f"Look at the process; if it is another: {_ASSUME}",
 }

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from queue import SimpleQueue
+from shutil import which
 from typing import Final, NoReturn, ParamSpec, TypedDict, Unpack
 
 import click
@@ -131,7 +131,7 @@ def _require_free(reg: Registry, sid: str, argv: Sequence[str]) -> None:
     if holder is None or holder.final:
         return
     found = reg.judge([holder])[0]
-    path = shutil.which(argv[0])
+    path = which(argv[0])
     same = path is not None and reg.runs(holder, path)
     if found.alive and Flag.ORPHANED in found.flags and same:
         reg.stop(sid, reason="replaced: its supervisor is dead", tree=True)

@@ -156,6 +156,7 @@ class Record(TypedDict):
     argv: NotRequired[list[str]]
     cwd: NotRequired[str]
     end: NotRequired[JsonObject]
+    asked: NotRequired[int]  # the signal by which it was last asked to end
 
 
 # The fields of a registration that a record takes over as they are, where they are there.

@@ -106,8 +106,19 @@ def _differs(record: Record, patch: JsonObject) -> bool:
     return False
 
 
-def expects_end(record: Record) -> bool:
-    """Say whether the end of this worker, now, would be an orderly one."""
+# Signals that tell of a fault of the program: ILL, TRAP, ABRT, BUS, FPE, SEGV, SYS on Linux.
+_FAULTS: Final = frozenset({4, 5, 6, 7, 8, 11, 31})
+
+
+def expects_end(record: Record, data: JsonObject) -> bool:
+    """Say whether this end of a worker, now, is one that it was asked for.
+
+    It is not where a fault of its own ends one that has survived the request, unless that very
+    signal was asked for.
+    """
+    number = data.get("signal")
+    if number in _FAULTS and number != record.get("asked"):
+        return False
     return record["state"] in _EXPECTING
 
 
@@ -192,6 +203,8 @@ def _moved(old: Record, line: Line) -> Record:
     fresh["updated_at"] = line["ts"]
     if kind in _NEXT:
         fresh["state"] = _NEXT[kind].value
+    if kind == events.STOP_REQUESTED and "signal" in data:
+        fresh["asked"] = cast("int", data["signal"])
     if kind == events.EXITED:
         fresh["state"] = exit_state(data).value
         fresh["exit"] = _exit(data, cast("str", data.get("source", "self")))

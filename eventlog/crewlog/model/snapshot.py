@@ -134,7 +134,7 @@ _RECORD_OPTIONAL: Final[Mapping[str, type | tuple[type, ...]]] = {
     "sock_id": str,
 }
 # There only where it says something.
-_RECORD_RARE: Final[Mapping[str, type]] = {
+RECORD_RARE: Final[Mapping[str, type]] = {
     "ok_codes": list,
     "ends_with": str,
     "log": dict,
@@ -142,6 +142,7 @@ _RECORD_RARE: Final[Mapping[str, type]] = {
     "argv": list,
     "cwd": str,
     "end": dict,
+    "asked": int,
 }
 
 
@@ -159,8 +160,8 @@ def _record(row: object, what: str) -> Record:
     for key, kind in _RECORD_OPTIONAL.items():
         if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
             raise DocumentError(f"{what} has no proper {key!r}")
-    for key in _RECORD_RARE.keys() & row.keys():
-        if not isinstance(row[key], _RECORD_RARE[key]):
+    for key in RECORD_RARE.keys() & row.keys():
+        if not isinstance(row[key], RECORD_RARE[key]):
             raise DocumentError(f"{what} has no proper {key!r}")
     return cast("Record", row)
 

@@ -350,7 +350,7 @@ def exit_step(
             return None
         fold.refuse(events.EXITED, sid, record)
         assert record is not None  # refuse() would have raised
-        told: JsonObject = {"expected": fold.expects_end(record)}
+        told: JsonObject = {"expected": fold.expects_end(record, data)}
         if fold.is_ok(record, data):  # for this worker it is no crash: readers of 0.1 see that, too
             told = {"expected": True, "ok": True}
         return author.draft(events.EXITED, sid, {**data, **told})
