@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import crewlog
+from crewlog import host
 from crewlog.process import identity
 from crewlog.registry import Registry
+from crewlog.workers.reaper import REAPER
 from crewlog_compactor import collect
 from procs import Crew, forked, joined, kill, slay, until
 from stores import opened
@@ -147,8 +151,6 @@ def test_observer_waits_for_a_store(place: Path) -> None:
 
 def test_closed_observer_gives_everything_back(reg: Registry, crew: Crew) -> None:
     """Descriptors and threads; it records no more."""
-    import threading
-
     worker = crew.sleeper()
     reg.register("a", pid=worker.pid)
     until(lambda: threading.active_count() == 1)
@@ -235,8 +237,6 @@ def test_worker_ends_with_its_owner_where_that_was_asked_for(
     else:
         assert collect(reg).stopped == ()
         kill(owner)
-        import threading
-
         threading.Thread(target=tied.wait, daemon=True).start()
         assert collect(reg).stopped == ("tied",)
     assert free.poll() is None
@@ -261,3 +261,38 @@ def test_observer_of_a_forked_child_is_the_parents(reg: Registry) -> None:
         assert observer.wait(20)
         joined(forked(observer.close))
         assert observer.leads
+
+
+def test_no_thread_to_be_had_loses_no_end_and_no_observer(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An owner's workers cannot be stopped then; those that end beside it are recorded."""
+    owner, tied, other = crew.sleeper(), crew.sleeper(), crew.sleeper()
+    reg.register("tied", pid=tied.pid, owner=owner.pid, ends_with="owner")
+    reg.register("other", pid=other.pid)
+    start = host.start_thread
+
+    def scarce(work: Callable[[], None], *, name: str) -> threading.Thread:
+        if name == "crewlog-left-behind":
+            raise OSError(11, "no more threads")
+        return start(work, name=name)
+
+    with reg.observe_all() as observer:
+        assert observer.wait(20)
+        monkeypatch.setattr(host, "start_thread", scarce)
+        kill(owner)
+        until(lambda: "no more threads" in caplog.text)
+        kill(other)
+        until(lambda: (worker := reg.get("other")) is not None and worker.final)
+        assert observer.leads
+    assert reg.liveness("tied").alive
+    monkeypatch.setattr(REAPER, "add", lambda *_: start_nothing())
+    with reg.observe_all() as observer:
+        until(lambda: "is interrupted" in caplog.text)
+        monkeypatch.undo()
+        assert observer.wait(20), "it tries again"
+
+
+def start_nothing() -> None:
+    """Refuse, as a system does at its limit of threads."""
+    raise OSError(11, "no more threads")

@@ -90,7 +90,7 @@ class Observer(Closing):
                         self._lead()
             except LockBusy:  # another one leads
                 pass
-            except CrewlogError as error:
+            except (CrewlogError, OSError) as error:  # OSError: no thread is to be had just now
                 _logger.warning("observing %s is interrupted: %s", self._session.where, error)
             finally:
                 self._let_go()

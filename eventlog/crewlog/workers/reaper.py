@@ -427,7 +427,7 @@ class Scribe:
     def _step(self, charge: Charge) -> Step | None:
         try:
             return charge.step(self.session)
-        except CrewlogError as error:
+        except (CrewlogError, OSError) as error:  # no thread, no descriptor: the others go on
             _logger.warning("the end of worker %s is not recorded: %s", charge.sid, error)
             return None
 
