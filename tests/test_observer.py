@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import crewlog
 from crewlog import host
 from crewlog.process import identity
 from crewlog.registry import Registry
+from crewlog.workers import judge
 from crewlog.workers.reaper import REAPER
 from crewlog_compactor import collect
 from procs import Crew, forked, joined, kill, slay, until
@@ -296,3 +298,54 @@ def test_no_thread_to_be_had_loses_no_end_and_no_observer(
 def start_nothing() -> None:
     """Refuse, as a system does at its limit of threads."""
     raise OSError(11, "no more threads")
+
+
+def test_starter_that_lives_tells_the_end_itself(reg: Registry, place: Path, crew: Crew) -> None:
+    """It knows what the worker took; an observer beside it gives it the time to say so."""
+    code = """
+import sys, threading, crewlog
+from crewlog.workers.reaper import Scribe
+record = Scribe._record
+def slow(self, part):
+    threading.Event().wait(0.2)
+    record(self, part)
+Scribe._record = slow
+reg = crewlog.open(sys.argv[1])
+print(reg.spawn("a", ["sleep", "300"]).pid, flush=True)
+sys.stdin.read()
+"""
+    reg.register("first")
+    starter = crew.python(code, place)
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    with reg.observe_all() as observer:
+        assert observer.wait(20)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: (worker := reg.get("a")) is not None and worker.final)
+    worker = reg.get("a")
+    assert worker is not None
+    assert worker.exit is not None
+    assert (worker.exit.signal, worker.exit.source) == (9, "wait")
+
+
+def test_worker_of_another_namespace_that_seems_dead_once_is_left_alone(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who can hold it is faster, and knows more: it is looked at twice."""
+    reg.register("boxed", pid=crew.sleeper().pid)
+    here = identity.scope()
+    elsewhere = identity.Scope(here.boot_id, here.host_id, "4026532999:77")
+    monkeypatch.setattr(identity, "scope", lambda: elsewhere)
+    monkeypatch.setattr(identity, "sees_every_process", lambda: False)
+    looks: list[str] = []
+
+    def once(session: object, workers: list[crewlog.Worker]) -> list[crewlog.Liveness]:
+        looks.extend(worker.sid for worker in workers)
+        found = judge.judge(session, workers)  # type: ignore[arg-type] # as it came
+        dead = replace(found[0], verdict=crewlog.Verdict.DEAD) if found else None
+        return [dead] if dead and len(looks) == 1 else found
+
+    monkeypatch.setattr("crewlog.observer.judge", once)
+    with reg.observe_all():
+        until(lambda: len(looks) >= 3)
+    assert ends(reg) == []

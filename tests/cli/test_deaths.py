@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from commands import CREWLOG, Cli
+from crewlog import Flag
 from crewlog.registry import Registry
 from procs import Crew, kill, state_of, until
 
@@ -321,9 +322,11 @@ def test_supervisor_that_died_is_followed_by_the_next(
         kill(owner)
     else:
         cli(command, "web", "--", "sleep", "300", code=1)
-        second = subprocess.run([*words[:-4], "--", "true"], capture_output=True, check=False)
-        assert second.returncode == 1, "another program"
+        cli(command, "web", "--replace", "--", "sleep", "300", code=1)
         os.kill(before.owner.pid if before.owner else 0, signal.SIGKILL)
+        until(lambda: Flag.ORPHANED in reg.liveness("web").flags)
+        cli(command, "web", "--replace", "--", "true", code=1)  # another program
+        assert state_of(before.pid) not in {"", "Z"}
     next_one = running(cli, command, "web", "--replace", "--", "sleep", "300")
     until(lambda: (w := reg.get("web")) is not None and w.generation == 2 and not w.final)
     until(lambda: state_of(before.pid) in {"", "Z"})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog.process import cgroup
+from crewlog.process import cgroup, identity
 from crewlog.process.cgroup import Memory
 from crewlog.registry import Registry
 from procs import Crew, until
@@ -136,8 +136,6 @@ def test_count_that_rose_long_ago_is_no_evidence(monkeypatch: pytest.MonkeyPatch
             memory.look()
             now = time.monotonic
             monkeypatch.setattr(time, "monotonic", lambda: now() + 60)
-            from crewlog.process import identity
-
             assert memory.about(identity.capture()) is None
         finally:
             memory.close()
@@ -177,3 +175,35 @@ def test_text_that_is_no_cgroup_file_says_nothing() -> None:
     assert cgroup.path_of(2**22 + 5) is None
     assert cgroup.is_frozen(b"") is False
     assert cgroup._kills(b"") == 0
+
+
+def test_kill_counts_near_an_end_and_not_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As version 2 tells it, by the time of its word."""
+    who = identity.capture()
+    told = tmp_path / "memory.events.local"
+    told.write_text("oom 0\noom_kill 0\n")
+    memory = Memory(cgroup.Place("/job", str(tmp_path), v2=True))
+    try:
+        assert memory.about(who) is None
+        told.write_text("oom 1\noom_kill 2\n")
+        memory.look()  # as the kernel bids
+        found = memory.about(who)
+        assert found is not None
+        assert (found.kills, found.proven) == (2, False)
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 2 * cgroup.NEAR_S)
+        assert memory.about(who) is None
+        (tmp_path / "memory.oom.group").write_text("1\n")
+    finally:
+        memory.close()
+    told.write_text("oom 1\noom_kill 2\n")
+    memory = Memory(cgroup.Place("/job", str(tmp_path), v2=True))
+    try:
+        told.write_text("oom 2\noom_kill 3\n")
+        found = memory.about(who)
+        assert found is not None
+        assert (found.kills, found.proven) == (1, True), "the whole group goes at once"
+    finally:
+        memory.close()

@@ -67,6 +67,8 @@ def test_renamed_and_cut_logs_are_found(reg: Registry, tmp_path: Path) -> None:
     with log.open("a") as file:
         file.write("later\n")
     assert said(worker) == "later\n"
+    assert worker.log is not None
+    assert output.last_lines(worker.log, 5) == ["later"]
 
 
 def test_long_log_is_set_aside_between_two_lives(reg: Registry, tmp_path: Path) -> None:

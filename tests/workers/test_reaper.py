@@ -6,19 +6,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import crewlog
 from crewlog.local.disk import Disk
+from crewlog.model.steps import Appended, Step
 from crewlog.process.wait import look
 from crewlog.registry import Registry
 from crewlog.session import Session
 from crewlog.workers import reaper
-from crewlog.workers.reaper import REAPER
-from procs import Crew, forked, joined, slay, until
+from crewlog.workers.reaper import REAPER, Charge, Scribe
+from procs import Crew, forked, joined, slay, state_of, until
 from stores import opened
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfds and epoll")
@@ -294,3 +295,44 @@ def test_fault_that_was_asked_for_is_no_crash(reg: Registry) -> None:
     """stop(signal=ABRT)."""
     reg.spawn("a", ["sleep", "300"])
     assert not reg.stop("a", reason="a core, please", signal=signal.SIGABRT).crashed
+
+
+def test_child_is_let_go_only_when_its_end_is_durable(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is being written whoever looks sees the zombie, and how it ended."""
+    worker = reg.spawn("a", ["sh", "-c", "sleep 0.2; exit 7"])
+    append, seen = Session.append, []
+
+    def look_first(self: Session, steps: Sequence[Step]) -> Appended:
+        seen.append(state_of(worker.pid))
+        return append(self, steps)
+
+    monkeypatch.setattr(Session, "append", look_first)
+    until(lambda: (found := reg.get("a")) is not None and found.final)
+    assert seen == ["Z"]
+    until(lambda: state_of(worker.pid) == "")
+
+
+def test_end_that_others_have_recorded_is_no_matter_to_those_beside_it(
+    reg: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One unit for the rest; nobody is told that an end is not recorded."""
+    gate, go_on, record = tmp_path / "gate", threading.Event(), Scribe._record
+
+    def wait(self: Scribe, part: list[Charge]) -> None:
+        assert go_on.wait(60)
+        record(self, part)
+
+    monkeypatch.setattr(Scribe, "_record", wait)
+    for sid in "abc":
+        reg.spawn(sid, ["sh", "-c", f"until [ -e {gate} ]; do sleep 0.02; done; exit 5"])
+    gate.touch()
+    until(lambda: all(state_of(worker.pid) == "Z" for worker in reg.workers()))
+    reg.exited("b", code=9)
+    go_on.set()
+    until(lambda: all(worker.final for worker in reg.workers(all=True)))
+    until(lambda: REAPER.counts() == (0, 0))
+    codes = {w.sid: w.exit and w.exit.code for w in reg.workers(all=True)}
+    assert codes == {"a": 5, "b": 9, "c": 5}
+    assert "not recorded" not in caplog.text
