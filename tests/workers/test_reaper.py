@@ -332,7 +332,7 @@ def test_end_that_others_have_recorded_is_no_matter_to_those_beside_it(
     reg.exited("b", code=9)
     go_on.set()
     until(lambda: all(worker.final for worker in reg.workers(all=True)))
-    until(lambda: REAPER.counts() == (0, 0))
+    until(lambda: {state_of(w.pid) for w in reg.workers(all=True)} == {""})  # it is done with all
     codes = {w.sid: w.exit and w.exit.code for w in reg.workers(all=True)}
     assert codes == {"a": 5, "b": 9, "c": 5}
     assert "not recorded" not in caplog.text
