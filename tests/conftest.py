@@ -1,5 +1,6 @@
 """Give tests a store of their own, real workers, and nothing of the user's."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import stores
 from cluster import MISSING, Cluster
 from commands import Cli
 from crewlog.registry import Registry
-from procs import Crew, kernel_keeps_status
+from crewlog.workers.reaper import REAPER
+from crewlog.workers.start import _Started
+from procs import Crew, kernel_keeps_status, until
 
 pytest_plugins = ["crewlog.testing"]
 # A machine that pauses makes no property false.
@@ -104,3 +107,14 @@ def pytest_sessionfinish() -> None:
             continue
     except ChildProcessError:
         return
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_left() -> Iterator[None]:
+    """End the workers that a test has started and left: what waits for them is the process's."""
+    yield
+    for charge in list(REAPER._owners):
+        if charge.who is not None and isinstance(charge, _Started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(charge.who.pid, signal.SIGKILL)
+    until(lambda: REAPER.counts() == (0, 0))

@@ -265,6 +265,26 @@ def test_observer_of_a_forked_child_is_the_parents(reg: Registry) -> None:
         assert observer.leads
 
 
+def test_forked_child_has_no_descriptors_of_what_is_observed(reg: Registry, crew: Crew) -> None:
+    """Nor does its parent lose one."""
+    reg.register("a", pid=crew.sleeper().pid)
+
+    def pidfds() -> int:
+        names = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return sum("pidfd" in os.readlink(name) for name in names if os.path.lexists(name))
+
+    with reg.observe_all() as observer:
+        assert observer.wait(20)
+        held = pidfds()
+        assert held
+
+        def child() -> None:
+            assert pidfds() == 0
+
+        joined(forked(child))
+        assert pidfds() == held
+
+
 def test_no_thread_to_be_had_loses_no_end_and_no_observer(
     reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

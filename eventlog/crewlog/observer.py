@@ -153,12 +153,25 @@ class Observer(Closing):
         if not _is_here(worker.identity):
             self._afar[worker.sid] = worker
             return
-        charge = self._charges[worker.sid] = _Observed(worker)
-        REAPER.add(charge, self._session)
+        charge = _Observed(worker)
+        self._hand(charge)
+        self._charges[worker.sid] = charge
         owner = worker.owner if worker.ends_with == "owner" else None
         if owner is not None and _is_here(owner) and owner not in self._owners:
-            self._owners[owner] = _Owner(owner)
-            REAPER.add(self._owners[owner], self._session)
+            tied = _Owner(owner)
+            self._hand(tied)
+            self._owners[owner] = tied
+
+    def _hand(self, charge: "_Held") -> None:
+        """Give a charge to the reaper, or let it go.
+
+        Raises: OSError where no thread is to be had.
+        """
+        try:
+            REAPER.add(charge, self._session)
+        except OSError:
+            charge.release()
+            raise
 
     def _look_afar(self) -> None:
         """Record the ends of those that cannot be waited for, once they are seen dead twice."""

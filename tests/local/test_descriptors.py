@@ -87,6 +87,7 @@ def test_daemon_that_has_workers_hears_of_their_ends(
     monkeypatch.setattr(reaper, "_LOOK_S", 0.1)
 
     def daemon() -> None:
+        logging.disable()  # the runner's own log is a file that is closed here, too
         with opened(place) as reg:
             gate = tmp_path / "gate"
             wait = ["sh", "-c", f"until [ -e {gate} ]; do sleep 0.1; done; exit 5"]
@@ -100,6 +101,7 @@ def test_daemon_that_has_workers_hears_of_their_ends(
                 until(lambda: (w := reg.get("job")) is not None and w.final)
                 reg.spawn("next", ["sh", "-c", "exit 6"])
                 until(lambda: (w := reg.get("next")) is not None and w.final)
+                until(lambda: observer.leads)
             ended = {w.sid: w.exit and w.exit.code for w in reg.workers(all=True)}
             assert ended == {"job": 5, "next": 6}
         for fd in own:

@@ -340,9 +340,11 @@ class Reaper:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: the charges are the parent's, and so is the thread."""
-        memories = list(self._memories.values())
+        memories, charges = list(self._memories.values()), list(self._owners)
         self._unpoll_all()
         self._begin()
+        for charge in charges:
+            charge.spare()
         for memory in memories:
             memory.close()
 
