@@ -1,5 +1,6 @@
 """Descriptors that a program closed under us: never written to, never closed a second time."""
 
+import logging
 import os
 import shutil
 import sys
@@ -126,3 +127,30 @@ def test_number_that_is_opened_anew_is_its_new_owners(tmp_path: Path) -> None:
     assert host.is_still(again, new)
     host.close_own(again, new)
     assert not host.is_still(again, new)
+
+
+@pytest.mark.parametrize("backend", ["watchdog", "inotify"])
+def test_daemon_that_watches_hears_on_and_loses_no_file(
+    place: Path, tmp_path: Path, backend: str
+) -> None:
+    """What wakes it is a library's, which closes by number: it is left alone, and polled."""
+    if backend == "inotify":
+        pytest.importorskip("inotify_simple")
+
+    def daemon() -> None:
+        logging.disable()  # as above
+        with opened(place) as reg:
+            reg.register("svc")
+            with reg.watch(after="now", backend=backend) as items:  # type: ignore[arg-type] # either
+                items.drain()
+                os.closerange(3, 1000)
+                names = [tmp_path / str(n) for n in range(60)]
+                own = [os.open(name, os.O_RDWR | os.O_CREAT) for name in names]
+                reg.update("svc", meta={"n": 1})
+                until(lambda: any(item.kind == "change" for item in items.drain()))
+        for fd in own:
+            os.write(fd, b"mine")  # not closed by us
+            assert os.pread(fd, 9, 0) == b"mine", "nothing of ours is in it"
+
+    joined(forked(daemon))
+    assert verify(place).ok

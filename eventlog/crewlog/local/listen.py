@@ -15,6 +15,33 @@ from crewlog.local import layout
 from crewlog.store import Backend, Rings, Source
 
 
+class _Canary:
+    """A descriptor beside those of a library that closes by number: it tells whose they are.
+
+    A program that becomes a daemon closes every number that it does not know, ours and the
+    library's at once; those are soon its own files.
+    """
+
+    def __init__(self) -> None:
+        """Open it.
+
+        Raises: OSError.
+        """
+        self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = host.own(self._fd)
+
+    def lives(self) -> bool:
+        """Say whether nobody has closed it."""
+        return host.is_still(self._fd, self._file)
+
+    def close(self) -> None:
+        """Close it."""
+        host.close_own(self._fd, self._file)
+
+
+_abandoned: "list[object]" = []  # for as long as the process lives: their ends would close numbers
+
+
 class WatchdogSource:
     """watchdog: one schedule, for modified files only, that rings and does nothing else.
 
@@ -39,6 +66,7 @@ class WatchdogSource:
             def on_any_event(self, _: FileSystemEvent) -> None:
                 rings()
 
+        self._canary = _Canary()
         self._observer = Observer()
         self._observer.schedule(
             Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
@@ -46,14 +74,20 @@ class WatchdogSource:
         try:
             self._observer.start()
         except RuntimeError as error:
+            self._canary.close()
             raise OSError(errno.EAGAIN, str(error)) from error
 
     def healthy(self) -> bool:
-        """Say whether its threads run."""
-        return self._observer.is_alive() and all(e.is_alive() for e in self._observer.emitters)
+        """Say whether its threads run, and can hear."""
+        runs = self._observer.is_alive() and all(e.is_alive() for e in self._observer.emitters)
+        return runs and self._canary.lives()
 
     def close(self) -> None:
-        """Stop its threads."""
+        """Stop its threads; where a host has closed all numbers under us, leave them alone."""
+        if not self._canary.lives():
+            _abandoned.append(self)  # watchdog closes by number alone, and those are others' now
+            return
+        self._canary.close()
         self._observer.stop()
         self._observer.join()
 
@@ -80,6 +114,7 @@ class InotifySource:
         self._rings = rings
         # rung, not closed: a forked child would hold a pipe open, and the thread wait for ever
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._canary = _Canary()
         try:
             self._thread = host.start_thread(self._run, name="crewlog-inotify")
         except BaseException:
@@ -102,16 +137,20 @@ class InotifySource:
             self._rings()
 
     def healthy(self) -> bool:
-        """Say whether its thread runs."""
-        return self._thread.is_alive()
+        """Say whether its thread runs, and can hear."""
+        return self._thread.is_alive() and self._canary.lives()
 
     def close(self) -> None:
-        """Stop its thread."""
+        """Stop its thread; where a host has closed all numbers under us, leave it alone."""
+        if not self._canary.lives():
+            _abandoned.append(self)
+            return
         os.eventfd_write(self._stop, 1)
         self._thread.join()
         self._let_go()
 
     def _let_go(self) -> None:
+        self._canary.close()
         os.close(self._stop)
         self._inotify.close()
 
