@@ -178,6 +178,10 @@ class Store(Protocol):
         """
         ...
 
+    def mark(self) -> Hashable:
+        """Return what no other store has, not even a copy of it in its place; None: not known."""
+        ...
+
     def identity(self) -> bytes:
         """Return what says who the store is, the bytes that its first line's `prev` is of."""
         ...

@@ -141,7 +141,8 @@ def test_daemon_that_watches_hears_on_and_loses_no_file(
         logging.disable()  # as above
         with opened(place) as reg:
             reg.register("svc")
-            with reg.watch(after="now", backend=backend) as items:  # type: ignore[arg-type] # either
+            with reg.watch(after="now", sids=["svc"], backend=backend) as items:  # type: ignore[arg-type] # either
+                reg.register("another")  # looked at, and passed over
                 items.drain()
                 os.closerange(3, 1000)
                 names = [tmp_path / str(n) for n in range(60)]

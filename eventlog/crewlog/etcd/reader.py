@@ -287,6 +287,9 @@ class EtcdLines:
             raise CompactedError(requested=after + 1, oldest=oldest)
         return EtcdTail(self, after, sieve)
 
+    def mark(self) -> None:
+        """Say that it is not known; this store is opened once, and lines can be compared."""
+
     def identity(self) -> bytes:
         """Return what says who the store is."""
         return self._identity

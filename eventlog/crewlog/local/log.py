@@ -6,7 +6,7 @@ recovery would find. What changes the log is in append.py, which argues why it i
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TypeGuard
@@ -264,6 +264,14 @@ class Log:
         oldest = self.first_seq()
         if error.first < oldest:
             raise CompactedError(requested=after + 1, oldest=oldest) from error
+
+    def mark(self) -> Hashable:
+        """Return which file store.json is, and since when: nobody can set that, nor copy it."""
+        try:
+            file = os.stat(layout.STORE, dir_fd=self.directory.root)
+        except OSError:  # it was removed, or the number is no longer ours
+            return None
+        return file.st_dev, file.st_ino, file.st_ctime_ns
 
     def identity(self) -> bytes:
         """Return the bytes of store.json."""

@@ -92,6 +92,7 @@ class Feed:
         self._announced = False
         self._replaced = False
         self._passed: tuple[int, bytes] | None = None  # the last line that was looked at
+        self._mark = store.mark()
         self.position = self._begin(after)
 
     def _begin(self, after: After) -> int:
@@ -235,12 +236,14 @@ class Feed:
         """Go on with the store that is in place now; a Reset unless it continues this one."""
         continues = self._is_continued_by(store)
         reset = None if continues else self._reset("replaced")  # may raise: then nothing has moved
-        self.store = store
+        self.store, self._mark = store, store.mark()
         self._drop_tail()
         return reset
 
     def _is_continued_by(self, store: Store) -> bool:
-        """Say whether the last line that was looked at is in that store too, at its place."""
+        """Say whether it is the same, opened anew, or has the last line that was looked at."""
+        if self._mark is not None and store.mark() == self._mark:
+            return store.last_seq() >= self.position
         if store.id != self.store.id or self._passed is None:
             return False
         seq, raw = self._passed
