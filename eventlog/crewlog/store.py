@@ -196,6 +196,10 @@ class Store(Protocol):
         """Return the time of a part's first line, as the log writes it."""
         ...
 
+    def since_boot(self, boot: str) -> int | None:
+        """Return from which seq on all was written in a boot, None where nothing tells."""
+        ...
+
     def snapshots(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""
         ...

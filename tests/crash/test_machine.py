@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-import crewlog
 import stores
 from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
 from crewlog.local import layout
+from crewlog.model.events import LIVING
 from crewlog.registry import Registry
 from crewlog_compactor import compact, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
@@ -42,6 +42,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.home = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
         self.place = self.home / "store"
         self.model: dict[str, tuple[str, str | None]] = {}
+        self.former: set[str] = set()  # of an earlier boot: dead, whether that is proven or not
         self.boot = 1
         self.booted = ExitStack()
         stores.limit(segment_bytes=3000)
@@ -54,14 +55,17 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def _change(self, writer: int, sid: str, wish: str, number: int) -> None:
         reg = self.writers[writer]
+        may_replace = wish == "register" and sid in self.former
+        after = _next(None if may_replace else self.model.get(sid), wish, number)
         try:
             _wish(reg, sid, wish, number)
         except REFUSED:
-            assert _next(self.model.get(sid), wish, number) is None
+            assert after is None or may_replace
             return
-        after = _next(self.model.get(sid), wish, number)
         assert after is not None
         self.model[sid] = after
+        if wish == "register":
+            self.former.discard(sid)
 
     @rule(
         writer=st.integers(0, 1),
@@ -86,6 +90,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert first is None
         else:
             self.model[sid] = ("starting", "7")
+            self.former.discard(sid)
 
     @rule(sid=SIDS, call=st.integers(1, 6))
     def killed_inside_a_change(self, sid: str, call: int) -> None:
@@ -99,6 +104,8 @@ class RegistryMachine(RuleBasedStateMachine):
 
         disk.fault = deadly
         before = self.model.get(sid)
+        held = before is not None and before[0] in LIVING
+        refused = held and sid not in self.former
         try:
             registry_on(self.place, disk).register(sid)
         except (Killed, WorkerExists):
@@ -106,15 +113,17 @@ class RegistryMachine(RuleBasedStateMachine):
         except REFUSED:  # pragma: no cover (only registrations are asked for)
             return
         with opened(self.place) as fresh:
-            if before is None or before[0] not in crewlog.model.events.LIVING:
+            if not refused:
                 fresh.register("sync")  # what was written becomes durable with it
                 fresh.remove("sync", reason="only to sync")
             worker = fresh.get(sid)
         if worker is not None:
             shown = (worker.state.value, worker.labels.get("n"))
-            assert shown in {before, ("starting", None)}
+            assert shown in {before, ("starting", None)} or (shown[0] == "lost" and held)
             self.model[sid] = shown
-        if before is None or before[0] not in crewlog.model.events.LIVING:
+            if shown != before:
+                self.former.discard(sid)
+        if not refused:
             self.model["sync"] = ("released", None)
 
     @rule(tail=st.sampled_from([b"{", b'{"v":1,"seq":9', b"\0" * 700, b"\n", b"null\n"]))
@@ -136,6 +145,7 @@ class RegistryMachine(RuleBasedStateMachine):
             reg.close()
         self.booted.close()
         self.boot += 1
+        self.former = {sid for sid, now in self.model.items() if now[0] in LIVING}
         self.begin()
 
     @rule(keep=st.booleans())

@@ -6,17 +6,19 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from crewlog import host
 from crewlog.errors import ProcessNotFound, WorkerExists
 from crewlog.model.events import Status
 from crewlog.process import evidence, identity
 from crewlog.process.handle import Process
 from crewlog.process.liveness import judge
 from crewlog.registry import Registry
+from crewlog_compactor import compact
 from procs import (
     LAST_PID,
     Crew,
@@ -26,6 +28,7 @@ from procs import (
     stranger_with,
     until,
 )
+from stores import opened
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and pidfd")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused as another user")
@@ -298,6 +301,32 @@ def test_without_pidfd_the_start_time_decides(
     assert found.cause == "start_time"
     kill(worker)
     assert reg.liveness("a").cause == "no_such_process" or reg.liveness("a").dead
+
+
+def test_reboot_is_told_by_the_order_of_the_log_where_the_clock_was_ahead(
+    reg: Registry, crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered 400 days ahead, the clock set right, a reboot: two compactions settle it."""
+    ahead = datetime.now(UTC) + timedelta(days=400)
+    monkeypatch.setattr(host, "now", lambda: ahead)
+    reg.register("a", pid=crew.sleeper().pid)
+    monkeypatch.undo()
+    here = identity.scope()
+    boot = "11111111-0000-4000-8000-000000000000"
+    monkeypatch.setattr(identity, "boot_id", lambda: boot)
+    monkeypatch.setattr(
+        identity, "scope", lambda: identity.Scope(boot, "the same host", here.pid_ns)
+    )
+    worker = reg.get("a")
+    assert worker is not None
+    assert worker.identity is not None
+    same = replace(worker, identity=replace(worker.identity, host_id="the same host"))
+    with opened(reg.path) as mine:
+        assert mine.judge([same])[0].cause == "clock_disputed"
+        compact(mine, gc=False)
+        mine.register("b")
+        assert mine.judge([same])[0].cause == "rebooted"
+        assert mine.judge([same])[0].evidence.log_of_this_boot_follows is True
 
 
 @LINUX

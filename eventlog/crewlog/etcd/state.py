@@ -174,6 +174,10 @@ class EtcdReading(EtcdLines):
         parts = self.parts()
         return [*(p.first for p in parts), parts[-1].last + 1 if parts else self.first_seq()]
 
+    def since_boot(self, boot: str) -> int | None:  # noqa: ARG002 (it is of many hosts)
+        """Return None: the history of many hosts tells nothing of the boots of one."""
+        return None
+
     def begins(self, first: int) -> str:
         """Return the time of a part's first line, as the log writes it."""
         return next((line["ts"] for line, _ in self.lines(first - 1, first)), "")

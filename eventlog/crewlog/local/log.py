@@ -295,6 +295,19 @@ class Log:
             raise
         return "" if line is None else line["ts"]
 
+    def since_boot(self, boot: str) -> int | None:
+        """Return from which seq on all was written in a boot, as the headers say; None if none."""
+        found: int | None = None
+        for first in reversed(self.firsts()):
+            try:
+                line = first_line(self.segments, first)
+            except SegmentMissing:  # retention took it
+                break
+            if line is None or line["data"].get("boot") != boot:
+                break
+            found = first
+        return found
+
     def snapshots(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""
         return snapshot.every(self.directory)

@@ -37,16 +37,19 @@ class Witness:
         began_at: datetime,
         local_file_system: bool = True,
         leases: LeaseLook | None = None,
+        since_boot: int | None = None,
     ) -> None:
         """Look from `here`, in a boot that began at `began_at` by the clock of `now`.
 
-        `leases` is None where none can be looked at.
+        `leases` is None where none can be looked at; `since_boot` is the seq from which on the log
+        was written in this boot, None where that is not known.
         """
         self._here = here
         self._now = now
         self._began_at = began_at - _BOOT_SLACK
         self._local = local_file_system
         self._leases = leases
+        self._since_boot = since_boot
         self._owners: dict[Identity, bool] = {}
         self._frozen: dict[bytes, bool] = {}  # by control group
         self._scanned: tuple[set[int], set[int], bool] | None = None
@@ -59,6 +62,7 @@ class Witness:
         owner: Identity | None = None,
         lease: str | None = None,
         heartbeat_s: float | None = None,
+        rev: int | None = None,
     ) -> Evidence:
         """Gather what the decision table may need about one worker, and nothing more."""
         here = self._here
@@ -70,6 +74,7 @@ class Witness:
             local_file_system=self._local,
             record_age_s=(self._now - last_event_at).total_seconds(),
             boot_began_after_record=self._began_at > last_event_at,
+            log_of_this_boot_follows=self._follows(rev),
             owner_dead=owner is not None and self._owner_dead(owner),
         )
         elsewhere = who is not None and not self._is_here(who)
@@ -85,6 +90,11 @@ class Witness:
         if not identity.LINUX:
             return _look_portable(who.pid, seen)
         return self._look_elsewhere(who, seen) if elsewhere else self._look_here(who, seen)
+
+    def _follows(self, rev: int | None) -> bool | None:
+        """Say whether what this boot wrote comes after an event; None where nothing tells."""
+        known = rev is not None and self._since_boot is not None
+        return True if known and (self._since_boot or 0) > (rev or 0) else None
 
     def _is_here(self, who: Identity) -> bool:
         return who.boot_id == self._here.boot_id and same_scope(who.pid_ns, self._here.pid_ns)
@@ -165,6 +175,7 @@ def witness(
     *,
     local_file_system: bool = True,
     leases: LeaseLook | None = None,
+    since_boot: int | None = None,
 ) -> Witness:
     """Return a witness for this process's own place and time."""
     return Witness(
@@ -173,6 +184,7 @@ def witness(
         began_at=identity.booted_at(),
         local_file_system=local_file_system,
         leases=leases,
+        since_boot=since_boot,
     )
 
 

@@ -65,6 +65,7 @@ class Evidence(NamedTuple):
     host_id: str = ""
     pid_ns: str | None = None
     boot_began_after_record: bool = False
+    log_of_this_boot_follows: bool | None = None
     local_file_system: bool = True
     owner_dead: bool = False
     record_age_s: float = 0.0
@@ -194,9 +195,10 @@ def same_scope(recorded: str | None, here: str | None) -> bool:
 
 def _other_boot(identity: Identity, seen: Evidence) -> _Row:
     same_host = identity.host_id == seen.host_id != ""
+    older = seen.boot_began_after_record or seen.log_of_this_boot_follows is True
     if seen.lease == "held" and seen.local_file_system:  # 7: somebody holds it, whatever ids say
         return _UNKNOWN, "foreign_host"
-    if same_host and seen.boot_began_after_record and seen.local_file_system:  # 5
+    if same_host and older and seen.local_file_system:  # 5
         return _DEAD, "rebooted"
     if seen.lease == "free":  # 6
         return _DEAD, "lease_released"

@@ -21,6 +21,7 @@ from crewlog.process.evidence import witness
 from crewlog.process.handle import Process
 from crewlog.process.liveness import Evidence, Liveness, Verdict
 from crewlog.session import Session
+from crewlog.store import Store
 from crewlog.workers.reaper import END_WAIT_S, PASSING
 
 # A sid whose dead holder is replaced, or whose record changes, under us again and again.
@@ -45,6 +46,7 @@ def judge(session: Session, workers: Collection[Worker]) -> list[Liveness]:
     living = names or any(not worker.final for worker in workers)
     store = session.require() if living else None
     look = witness(
+        since_boot=None if store is None else _since_boot(store, workers),
         local_file_system=store is None or store.one_host,
         leases=store.leases.look(names) if store is not None and names else None,
     ).look
@@ -59,11 +61,22 @@ def judge(session: Session, workers: Collection[Worker]) -> list[Liveness]:
                 owner=worker.owner,
                 lease=worker.lease,
                 heartbeat_s=worker.heartbeat_s,
+                rev=worker.rev,
             ),
             final=worker.final,
         )
         for worker in workers
     ]
+
+
+def _since_boot(store: Store, workers: Collection[Worker]) -> int | None:
+    """Return since which seq this boot has written, if a worker of another one is to be judged."""
+    here = identity.scope()
+    for worker in workers:
+        who = worker.identity
+        if who is not None and not worker.final and who.boot_id != here.boot_id:
+            return store.since_boot(here.boot_id)
+    return None
 
 
 def burial(session: Session, sid: str) -> list[Step]:
