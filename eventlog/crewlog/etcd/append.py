@@ -14,7 +14,7 @@ from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.layout import KeyValue, Room
 from crewlog.etcd.reader import Head, begin_of, encode_head, token_of
 from crewlog.etcd.state import EtcdReading
-from crewlog.etcd.waiters import Place, Waiters
+from crewlog.etcd.waiters import BEATEN_S, Place, Waiters
 from crewlog.model import codec, events, fold
 from crewlog.model.codec import Draft
 from crewlog.model.events import JsonObject, Record
@@ -283,6 +283,7 @@ class EtcdLog(EtcdReading):
                     _tell(_refused_first(attempt.units))
                     raise
                 if passed is None:
+                    self._waiters.served(place)
                     place = None  # it went with the transaction
                     break
                 _forget(attempt.units)
@@ -304,6 +305,8 @@ class EtcdLog(EtcdReading):
 
         Raises: LockBusy.
         """
+        if place.is_next:  # one in its turn was faster, which soon ends
+            time.sleep(BEATEN_S)
         while True:
             head, (queue, *rows) = self.look(place.look(), *self._records_of(sids))
             before = place.before(queue)
@@ -382,8 +385,7 @@ class EtcdLog(EtcdReading):
         ]
         for unit in attempt.units:
             unit.request.composed = bool(unit.lines)
-        turn = self._waiters.is_empty() if place is None else place.is_first()
-        compare = [keys.is_value(names.head, before.raw), turn]
+        compare = [keys.is_value(names.head, before.raw), *self._waiters.let_pass(place)]
         if attempt.absent is not None:
             compare.append(keys.is_absent(attempt.absent))
         answer = self.client.commit(keys.transaction(compare, then, passed))

@@ -4,7 +4,8 @@ A place is a key on a short lease; its create revision is its number. A transact
 only if nobody stands before its writer: who has no place needs the queue to be empty, who has one
 needs it to be the oldest. So a writer cannot be beaten for ever, however many there are; one that
 is killed or stopped in the queue gives way when its lease runs out. The key goes with the
-transaction that it was taken for.
+transaction that it was taken for. Who has waited then has a turn: for a moment it need not mind
+the queue, so that one wait serves many changes. Who is next tries beside it, and soon is first.
 """
 
 import contextlib
@@ -23,7 +24,9 @@ from crewlog.model.events import JsonObject
 
 PLACE_TTL_S: Final = 5  # who is stopped in the queue holds up all others for so long, at most
 _NEXT_S: Final = 0.0005  # so long who is next waits between two looks
-_STEP_S: Final = 0.003  # and so much longer, for each more who stands before
+TURN_S: Final = 0.03  # so long a writer goes on past the queue, once it has waited in it
+BEATEN_S: Final = 0.004  # and so long who is next waits, where that one was faster
+_STEP_S: Final = 0.028  # and so much longer, for each more who stands before: nearly a turn
 _PAUSE_MAX_S: Final = 0.5
 _LEFT_MAX: Final = 64
 
@@ -37,6 +40,7 @@ class Waiters:
         self._keys = names
         self._lease = 0
         self._granted_at = 0.0
+        self._turn_until = 0.0  # until then we need not mind who waits
         self._left: deque[bytes] = deque(maxlen=_LEFT_MAX)  # the keys of our last places
 
     def enter(self) -> "Place":
@@ -50,12 +54,21 @@ class Waiters:
         return Place(self._client, self._keys, key, self._lease, left=self._left)
 
     def forget(self) -> None:
-        """Use no lease of the parent's, in a forked child."""
-        self._granted_at = 0.0
+        """Use no lease of the parent's, nor its turn, in a forked child."""
+        self._granted_at = self._turn_until = 0.0
 
-    def is_empty(self) -> JsonObject:
-        """Compare: nobody stands in it."""
-        return keys.none_in(*self._keys.room(Room.QUEUE))
+    def let_pass(self, place: "Place | None") -> list[JsonObject]:
+        """Return what a transaction compares: it is first, nobody waits, or nothing in its turn."""
+        if place is not None:
+            return [place.is_first()]
+        if time.monotonic() < self._turn_until:
+            return []
+        return [keys.none_in(*self._keys.room(Room.QUEUE))]
+
+    def served(self, place: "Place | None") -> None:
+        """Begin our turn, if a transaction was carried out that had waited for it."""
+        if place is not None:
+            self._turn_until = time.monotonic() + TURN_S
 
 
 class Place:
@@ -71,14 +84,16 @@ class Place:
         self._client = client
         self._keys = names
         self._lease = lease
+        self.is_next = False  # nobody stood before us when we last looked
         self._number = 0  # the revision of the key's creation, once it was seen
         self._kept_at = time.monotonic()
 
     def peek(self) -> int:
         """Return how many stood before a moment ago, as one server knows; 0 if it does not."""
         room = keys.page(*self._keys.room(Room.QUEUE), limit=0)
-        answer = self._client.call("kv/range", {**room, "keysOnly": True, "serializable": True})
-        return self.before(keys.pairs(answer)) or 0
+        older: JsonObject = {"maxCreateRevision": str(self._number - 1), "keysOnly": True}
+        answer = self._client.call("kv/range", {**room, **older, "serializable": True})
+        return len(keys.pairs(answer))
 
     def look(self) -> JsonObject:
         """Ask who stands in the queue."""
@@ -98,7 +113,9 @@ class Place:
         if mine is None:
             return None
         self._number = mine.create_revision
-        return sum(row.create_revision < self._number for row in rows)
+        before = sum(row.create_revision < self._number for row in rows)
+        self.is_next = before == 0
+        return before
 
     def is_first(self) -> JsonObject:
         """Compare: nobody stands before."""
