@@ -53,16 +53,20 @@ def test_interrupts_leave_nothing_taken(place: Path) -> None:
                 armed = False
                 raise KeyboardInterrupt
 
+        def change_until_interrupted(reg: Registry) -> None:  # 3.13.0: no loop right inside a with
+            nonlocal armed, number
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.00002, 0.0012))
+            while armed:
+                number += 1
+                reg.update("a", meta={"n": number})
+
         signal.signal(signal.SIGALRM, interrupt)
         with crewlog.open(place, lock_timeout_s=1) as reg:
             reg.register("a")
             for _ in range(INTERRUPTS):
                 with contextlib.suppress(KeyboardInterrupt):
-                    armed = True
-                    signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.00002, 0.0012))
-                    while armed:
-                        number += 1
-                        reg.update("a", meta={"n": number})
+                    change_until_interrupted(reg)
                 armed = False
                 assert _in_another_thread(functools.partial(reg.get, "a"))
                 change = functools.partial(reg.update, "a", labels={"n": str(number)})
@@ -202,11 +206,15 @@ def test_limit_of_threads_lets_a_watch_poll_and_a_spawn_go_on(
         with pytest.raises(Unsupported, match="no thread"):
             reg.subscribe(print)
         assert len(os.listdir("/proc/self/fd")) <= before
-        worker = reg.spawn("b", ["sleep", "300"])
-    assert reg.liveness("b").alive
-    assert "nobody waits for the end of worker b" in caplog.text
-    os.kill(worker.pid, signal.SIGKILL)
-    until(lambda: reg.liveness("b").dead)
+
+        def child() -> None:  # where no reaper is left of another test
+            worker = reg.spawn("b", ["sleep", "300"])
+            assert reg.liveness("b").alive
+            assert "nobody waits for the end of worker b" in caplog.text
+            os.kill(worker.pid, signal.SIGKILL)
+            until(lambda: reg.liveness("b").dead)
+
+        joined(forked(child))
 
 
 @pytest.mark.skipif(

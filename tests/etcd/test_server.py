@@ -251,9 +251,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("openssl is not installed")
     at = tmp_path_factory.mktemp("certificates")
     openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem",
-            "-subj", "/CN=authority", "-days", "2", at=at)  # fmt: skip
+            "-subj", "/CN=authority", "-days", "2",
+            "-addext", "keyUsage=critical,keyCertSign,cRLSign", at=at)  # fmt: skip
     (at / "more").write_text(
         "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\n"
+        "authorityKeyIdentifier=keyid\n"  # Python 3.13 asks for it
     )
     for name, subject in (("server", "/CN=server"), ("client", "/O=crewlog"), ("ann", "/CN=ann")):
         openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key",

@@ -517,3 +517,11 @@ def test_program_is_started_from_a_directory_that_is_gone(tmp_path: Path) -> Non
         assert ended.status.code == 3
 
     joined(forked(child))
+
+
+def test_program_that_ends_without_closing_is_not_warned(place: Path) -> None:
+    """Python warns at its end of processes and sockets that are left open."""
+    code = "import sys, crewlog; reg = crewlog.open(sys.argv[1]); reg.spawn('a', ['true'])"
+    words = [sys.executable, "-W", "error", "-c", code, str(place)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -10,6 +10,7 @@ interpreter for each.
 """
 
 import array
+import atexit
 import functools
 import marshal
 import os
@@ -147,7 +148,8 @@ class ForkServer:
     """The server of this process; one thread at a time asks it, under the host's `no_fork`."""
 
     def __init__(self) -> None:
-        """Have no server yet."""
+        """Have no server yet; the last one ends with the process, and is not waited for."""
+        atexit.register(self.leave)
         self._line: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._file = host.NO_FILE
@@ -253,12 +255,12 @@ class ForkServer:
         if line is not None:
             host.close_own(line.detach(), self._file)
 
-    def after_fork(self) -> None:
-        """Leave the server to the parent, in a forked child."""
+    def leave(self) -> None:
+        """Hang up, and forget it: at our end; in a forked child, where it is the parent's."""
         self._hang_up()
         process, self._process = self._process, None
         if process is not None:
-            process.returncode = 0  # it is not our child
+            process.returncode = 0  # nobody asks for it any more
 
 
 def _born_with() -> tuple[object, ...]:

@@ -342,7 +342,7 @@ def _directory(cwd: str | os.PathLike[str] | None) -> str:
 
 
 _server: Final = ForkServer()
-host.call_in_child(_server.after_fork, rank=host.DESCRIPTORS)
+host.call_in_child(_server.leave, rank=host.DESCRIPTORS)
 
 
 def _numbers(*streams: Stream) -> list[int] | None:
