@@ -656,9 +656,10 @@ class CursorCorrupt(DataDamaged):
     code = "cursor_corrupt"
     WHAT = "the cursor is damaged"
     WHY = "neither of its slots is whole"
-    REMEDY = "Set it anew: crewlog cursor rm NAME, then crewlog cursor set NAME SEQ"
+    REMEDY = "Set it anew: crewlog cursor rm {name}, then crewlog cursor set {name} SEQ"
 
     where: str
+    name: str = "NAME"
 
 
 @dataclass(eq=False, repr=False)

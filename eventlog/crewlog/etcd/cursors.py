@@ -31,7 +31,7 @@ class EtcdCursors:
             return None
         standing = _standing(found[0])
         if standing.damaged:
-            raise CursorCorrupt(f"{self._client.where}: {name}")
+            raise CursorCorrupt(f"{self._client.where}: {name}", name)
         return standing
 
     def every(self) -> list[Standing]:

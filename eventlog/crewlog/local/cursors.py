@@ -34,7 +34,7 @@ def read(directory: Directory, name: str) -> Standing | None:
             return None
     newest = heads.decode_slots(data)
     if newest is None:
-        raise CursorCorrupt(where)
+        raise CursorCorrupt(where, name)
     return Standing(name, newest.seq)
 
 
@@ -78,7 +78,7 @@ class Cursor:
         newest = heads.decode_slots(disk.read_at(self._fd, 0, 2 * heads.SLOT_BYTES))
         if newest is None:
             self.close()
-            raise CursorCorrupt(where)
+            raise CursorCorrupt(where, name)
         self._generation, self.seq = newest
 
     def advance(self, seq: int) -> None:
