@@ -26,6 +26,7 @@ crewlog logs -f web-1""",
 def logs(sh: Shell, *, sid: str, lines: int | None, follow: bool) -> None:
     """Print what a worker wrote in its last life, as far as its --log is still there."""
     reg = sh.existing()
+    since = reg.last_seq  # before the look: the life that begins after it is heard of
     worker = render.known(reg, sid)
     if worker.log is None:
         message = f"the output of {sid} goes to no log: start it with --log FILE"
@@ -37,7 +38,7 @@ def logs(sh: Shell, *, sid: str, lines: int | None, follow: bool) -> None:
             raise SystemExit(shell.EXIT_NO)
         _print(sh, found)
         if follow:
-            _follow(sh, reg, worker, found)
+            _follow(sh, reg, worker, found, since=since)
     finally:
         found.close()
 
@@ -54,11 +55,11 @@ def _print(sh: Shell, found: Follower) -> bool:
     return some
 
 
-def _follow(sh: Shell, reg: Registry, worker: Worker, found: Follower) -> None:
-    """Go on with this life and the next ones."""
+def _follow(sh: Shell, reg: Registry, worker: Worker, found: Follower, *, since: int) -> None:
+    """Go on with this life and the next ones, those that began after seq `since`."""
     with (
         ExitStack() as lives,
-        reg.watch(after="now", sids=[worker.sid], types=[REGISTERED]) as items,
+        reg.watch(after=since, sids=[worker.sid], types=[REGISTERED]) as items,
     ):
         while True:
             begun = items.next(0 if _print(sh, found) else _LOOK_S)
