@@ -128,7 +128,7 @@ def test_registry_closed_by_a_handler_within_a_change_breaks_nothing(
     log = files(reg)
     step = (log._appender, "_put") if phase == "write" else (log._appender.sync, "certain")
     closing = _interrupted_in(monkeypatch, step, lambda *_: reg.close())
-    with closing, contextlib.suppress(crewlog.RegistryClosed):
+    with closing, contextlib.suppress(crewlog.errors.RegistryClosed):
         reg.update("a", meta={"n": 1})
     with crewlog.open(place) as other:
         assert other.update("a", meta={"n": 2}).meta == {"n": 2}

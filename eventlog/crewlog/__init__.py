@@ -1,8 +1,21 @@
 """Remember worker processes: who started, who lives, who ended, and who did it.
 
-See `crewlog.open` for the registry; every error is a `CrewlogError`. Names are loaded when they are
-first asked for, so that a command that needs few of them starts quickly.
+    with crewlog.open() as reg:
+        reg.ensure("web-1", ["python", "-m", "http.server"], labels={"role": "web"})
+        for worker in reg.living(labels={"role": "web"}):
+            print(worker.sid, worker.pid, worker.state)
+
+find the living     living, workers, get, liveness
+be in the list      crewlog.worker, presence, register, update, exited, beat
+start, find again   ensure, spawn, stop
+hear of it          watch, subscribe, wait, mirror, observe_all
+ask the past        history, at, lives
+
+All are methods of `Registry`, which `open` returns, and of `AsyncRegistry`, which `aopen` returns.
+Every error is a `CrewlogError`; the ten that programs catch stand here, all of them in
+`crewlog.errors`. `help(crewlog.Registry.watch)` says what a verb takes, promises and raises.
 """
+# Names are loaded when they are first asked for: a command that needs few of them starts quickly.
 # General layout, from the face down; each room imports only what stands below it.
 #   registry.py   what users hold, one verb a method; aio/ is the same for asyncio
 #   history.py    what was, and what the state was then
@@ -17,54 +30,24 @@ first asked for, so that a command that needs few of them starts quickly.
 
 import importlib
 import logging
+import warnings
 from typing import TYPE_CHECKING, Final
 
 from crewlog.host import no_fork
 
 if TYPE_CHECKING:
+    from crewlog import errors
     from crewlog.aio.registry import AsyncRegistry, aopen
     from crewlog.aio.watch import AsyncWatch
     from crewlog.errors import (
-        AppendUncertain,
-        ArchiveDamaged,
-        AuthFailed,
-        CollectRefused,
-        CompactedError,
         CrewlogError,
-        CursorBusy,
-        CursorCorrupt,
-        DataDamaged,
-        FormatTooNew,
-        HistoryDiverged,
-        HistoryRewound,
-        IdentityMismatch,
         InvalidTransition,
-        LeaseMissing,
-        LegacyCorrupt,
         LockBusy,
-        LogCorrupt,
-        LogRegressed,
-        LossRefused,
-        NotAStore,
-        PlanInvalid,
-        ProcessNotFound,
-        QuotaExceeded,
-        RegistryClosed,
-        SegmentMissing,
-        SnapshotCorrupt,
         SpawnFailed,
         StaleRevision,
         StopRefused,
-        StorageFailed,
-        StorageFull,
         StoreMissing,
-        StorePoisoned,
-        Unavailable,
-        UnknownOutcome,
-        UnsafePermissions,
-        Unsupported,
         WaitTimeout,
-        WorkerEnded,
         WorkerExists,
         WorkerNotFound,
     )
@@ -72,11 +55,13 @@ if TYPE_CHECKING:
         Change,
         Diff,
         Event,
+        EventType,
         Exit,
         Identity,
         Past,
         Reset,
         State,
+        StateName,
         Synced,
         Worker,
         WorkerState,
@@ -88,82 +73,56 @@ if TYPE_CHECKING:
     from crewlog.watch.watch import Watch
     from crewlog.workers.batch import Batch
 
+    __all__ = [
+        "AsyncRegistry",
+        "AsyncWatch",
+        "Batch",
+        "Change",
+        "CrewlogError",
+        "Diff",
+        "Event",
+        "EventType",
+        "Evidence",
+        "Exit",
+        "Flag",
+        "Identity",
+        "InvalidTransition",
+        "Life",
+        "Liveness",
+        "LockBusy",
+        "Mirror",
+        "Past",
+        "Registry",
+        "Reset",
+        "SpawnFailed",
+        "StaleRevision",
+        "State",
+        "StateName",
+        "StopRefused",
+        "StoreMissing",
+        "Subscription",
+        "Synced",
+        "Verdict",
+        "WaitTimeout",
+        "Watch",
+        "Worker",
+        "WorkerExists",
+        "WorkerNotFound",
+        "WorkerState",
+        "aopen",
+        "errors",
+        "open",
+        "worker",
+    ]
+else:
+    # What `help(crewlog)` shows in full; `dir(crewlog)` lists all that is offered.
+    __all__ = ["aopen", "open", "worker"]  # they are loaded when they are asked for
+
 logging.getLogger("crewlog").addHandler(logging.NullHandler())
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "AppendUncertain",
-    "ArchiveDamaged",
-    "AsyncRegistry",
-    "AsyncWatch",
-    "AuthFailed",
-    "Batch",
-    "Change",
-    "CollectRefused",
-    "CompactedError",
-    "CrewlogError",
-    "CursorBusy",
-    "CursorCorrupt",
-    "DataDamaged",
-    "Diff",
-    "Event",
-    "Evidence",
-    "Exit",
-    "Flag",
-    "FormatTooNew",
-    "HistoryDiverged",
-    "HistoryRewound",
-    "Identity",
-    "IdentityMismatch",
-    "InvalidTransition",
-    "LeaseMissing",
-    "LegacyCorrupt",
-    "Life",
-    "Liveness",
-    "LockBusy",
-    "LogCorrupt",
-    "LogRegressed",
-    "LossRefused",
-    "Mirror",
-    "NotAStore",
-    "Past",
-    "PlanInvalid",
-    "ProcessNotFound",
-    "QuotaExceeded",
-    "Registry",
-    "RegistryClosed",
-    "Reset",
-    "SegmentMissing",
-    "SnapshotCorrupt",
-    "SpawnFailed",
-    "StaleRevision",
-    "State",
-    "StopRefused",
-    "StorageFailed",
-    "StorageFull",
-    "StoreMissing",
-    "StorePoisoned",
-    "Subscription",
-    "Synced",
-    "Unavailable",
-    "UnknownOutcome",
-    "UnsafePermissions",
-    "Unsupported",
-    "Verdict",
-    "WaitTimeout",
-    "Watch",
-    "Worker",
-    "WorkerEnded",
-    "WorkerExists",
-    "WorkerNotFound",
-    "WorkerState",
-    "aopen",
-    "open",
-    "worker",
-]
-
-# module -> the public names that are not its errors
+# module -> the public names in it
 _ROOMS: Final = {
     "aio.registry": ("AsyncRegistry", "aopen"),
     "aio.watch": ("AsyncWatch",),
@@ -172,35 +131,94 @@ _ROOMS: Final = {
         "Change",
         "Diff",
         "Event",
+        "EventType",
         "Exit",
         "Identity",
         "Past",
         "Reset",
         "State",
+        "StateName",
         "Synced",
         "Worker",
         "WorkerState",
     ),
     "process.liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
     "model.lives": ("Life",),
+    "errors": (
+        "CrewlogError",
+        "InvalidTransition",
+        "LockBusy",
+        "SpawnFailed",
+        "StaleRevision",
+        "StopRefused",
+        "StoreMissing",
+        "WaitTimeout",
+        "WorkerExists",
+        "WorkerNotFound",
+    ),
     "registry": ("Registry", "open", "worker"),
     "watch.callbacks": ("Mirror", "Subscription"),
     "watch.watch": ("Watch",),
 }
 
+_ROOM_OF: Final = {name: room for room, names in _ROOMS.items() for name in names}
+# What version 0.1 had here too.
+_MOVED: Final = frozenset(
+    {
+        "AppendUncertain",
+        "ArchiveDamaged",
+        "AuthFailed",
+        "CollectRefused",
+        "CompactedError",
+        "CursorBusy",
+        "CursorCorrupt",
+        "DataDamaged",
+        "FormatTooNew",
+        "HistoryDiverged",
+        "HistoryRewound",
+        "IdentityMismatch",
+        "LeaseMissing",
+        "LegacyCorrupt",
+        "LogCorrupt",
+        "LogRegressed",
+        "LossRefused",
+        "NotAStore",
+        "PlanInvalid",
+        "ProcessNotFound",
+        "QuotaExceeded",
+        "RegistryClosed",
+        "SegmentMissing",
+        "SnapshotCorrupt",
+        "StorageFailed",
+        "StorageFull",
+        "StorePoisoned",
+        "Unavailable",
+        "UnknownOutcome",
+        "UnsafePermissions",
+        "Unsupported",
+        "WorkerEnded",
+    }
+)
+
 
 def __getattr__(name: str) -> object:
     """Load a public name; from then on it is an attribute like any other."""
-    room = next((room for room, names in _ROOMS.items() if name in names), "errors")
-    if name not in __all__:
+    if name == "errors":
+        return importlib.import_module("crewlog.errors")
+    room = "errors" if name in _MOVED else _ROOM_OF.get(name)
+    if room is None:
         message = f"module 'crewlog' has no attribute {name!r}"
         raise AttributeError(message)
     with no_fork():
         found: object = getattr(importlib.import_module(f"crewlog.{room}"), name)
-    globals()[name] = found
+    if name in _MOVED:
+        message = f"crewlog.{name} is crewlog.errors.{name} now"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+    else:
+        globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
     """List the public names, loaded or not."""
-    return [*__all__, "__version__"]
+    return [*_ROOM_OF, "__version__", "errors"]

@@ -8,13 +8,14 @@ answer names them.
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, Unpack
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypedDict, Unpack
 
+from crewlog import host
 from crewlog.errors import CompactedError
 from crewlog.host import no_fork
-from crewlog.model import arguments, events
-from crewlog.model.events import Event, Line, Past, event_of, past_of
+from crewlog.model import arguments, events, times
+from crewlog.model.events import Event, EventType, Line, Past, event_of, past_of
 from crewlog.model.sieve import Sieve
 from crewlog.model.snapshot import Snapshot
 from crewlog.session import Session
@@ -26,14 +27,18 @@ if TYPE_CHECKING:
     from crewlog.model.lives import Life
 
 
+# A time: aware, or a span before now, or the words of the command line ("1h", "yesterday").
+When: TypeAlias = datetime | timedelta | str
+
+
 class HistoryOptions(TypedDict, total=False):
     """What `history` takes."""
 
     sid: str | None
     sids: Collection[str] | None
-    types: Collection[str] | None
-    since: datetime | None
-    until: datetime | None
+    types: Collection[EventType] | None
+    since: When | None
+    until: When | None
     after: int | None
     newest_first: bool
 
@@ -54,6 +59,8 @@ def history(session: Session, **options: Unpack[HistoryOptions]) -> Iterator[Eve
     arguments.check_options(options, HistoryOptions.__annotations__, of="history")
     sid, sids, after = options.get("sid"), options.get("sids"), options.get("after")
     newest_first = options.get("newest_first", False)
+    if sid is not None:
+        sid = arguments.check_one(sid, name="sid", many="sids")
     wanted = feed.filter_of(sids if sid is None else [sid, *(sids or ())], options.get("types"))
     first, last = (
         _moment(options.get("since"), name="since"),
@@ -70,12 +77,12 @@ def history(session: Session, **options: Unpack[HistoryOptions]) -> Iterator[Eve
     return _matching(store, wanted, first, last, after=after, newest_first=newest_first)
 
 
-def at(session: Session, when: datetime | int) -> Past:
+def at(session: Session, when: When | int) -> Past:
     """Return the state as it was at a seq or a time; see `Registry.at`."""
-    if isinstance(when, bool) or not isinstance(when, int | datetime):
-        message = f"a state is asked for by seq or by an aware time, not {when!r}"
+    if isinstance(when, bool) or not isinstance(when, int | datetime | timedelta | str):
+        message = f"a state is asked for by seq or by a time, not {when!r}"
         raise TypeError(message)
-    stamp = _moment(when, name="when") if isinstance(when, datetime) else ""
+    stamp = "" if isinstance(when, int) else _moment(when, name="when")
     seq = when if isinstance(when, int) else 0
     if seq < 0:
         message = f"there is no seq {seq}"
@@ -228,14 +235,7 @@ def _matching(
             yield event_of(line, raw)
 
 
-def _moment(when: object, *, name: str) -> str:
+def _moment(when: When | None, *, name: str) -> str:
     """Write a time as the log does, "" for none."""
-    if when is None:
-        return ""
-    if not isinstance(when, datetime):
-        message = f"{name} must be a datetime, not {type(when).__name__}"
-        raise TypeError(message)
-    if when.tzinfo is None:
-        message = f"{name} must be an aware time: give it a time zone"
-        raise ValueError(message)
-    return events.timestamp(when)
+    found = times.moment(when, now=host.now(), name=name)
+    return "" if found is None else events.timestamp(found)

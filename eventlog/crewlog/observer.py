@@ -34,7 +34,7 @@ from crewlog.workers.reaper import REAPER, Charge
 
 _STAND_BY_S: Final = 0.5  # who stands by asks for the lead so often
 _LOOK_S: Final = 1.0  # at workers whose pid means nothing here
-_TYPES: Final = (events.REGISTERED, *events.ENDING)
+_TYPES: Final[tuple[events.EventType, ...]] = (events.REGISTERED, *events.ENDING)
 _SIGKILL: Final = 9
 
 _logger = logging.getLogger("crewlog.observer")

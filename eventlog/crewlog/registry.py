@@ -1,9 +1,9 @@
 """Offer what users hold: a registry of workers, its changes, its reading and its history."""
 
+import contextlib
+import copy
 import inspect
 import os
-import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,9 +11,11 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar, Unpack
 
 from crewlog import history
-from crewlog.history import HistoryOptions
+from crewlog.errors import CrewlogError
+from crewlog.history import HistoryOptions, When
 from crewlog.host import Closing, no_fork
-from crewlog.model.events import FINAL, Event, Item, Past, State, Worker, worker_of
+from crewlog.model import choice
+from crewlog.model.events import Event, Item, Past, State, StateName, Worker, worker_of
 from crewlog.model.figures import Usage
 from crewlog.model.limits import DEFAULT, LOCK_WAIT_S, Limits
 from crewlog.model.steps import (
@@ -45,7 +47,7 @@ from crewlog.workers import judge, output, register, start, stop
 from crewlog.workers import tree as process_tree
 from crewlog.workers.batch import Batch
 from crewlog.workers.output import Opened
-from crewlog.workers.own import Own
+from crewlog.workers.own import NAME, Own, named
 from crewlog.workers.start import Child, LogOptions, SpawnOptions
 from crewlog.workers.stop import Outlook
 
@@ -118,6 +120,18 @@ class Registry(Closing):
         """Give every resource back; idempotent."""
         self._session.close()
 
+    def __repr__(self) -> str:
+        """Say where it is, and how far, as it knows: nothing is opened or asked for that."""
+        store, seq = self._session.opened, ""
+        with contextlib.suppress(CrewlogError):
+            if store is not None and not store.remote:
+                seq = f", seq {store.last_seq()}"
+        return f"<Registry {self.where}{seq}>"
+
+    def create(self) -> None:
+        """Create the store if there is none."""
+        self._session.make()
+
     @property
     def where(self) -> str:
         """Return the place: a path, or a URL."""
@@ -188,7 +202,9 @@ class Registry(Closing):
         """
         return self._session.change(exit_step(self._session.author(), sid, options))
 
-    def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
+    def remove(
+        self, sid: str, *, reason: str = "crewlog.remove", expect: int | None = None
+    ) -> Event:
         """Take a worker out of the registry and return the event; its process is left alone.
 
         Raises: WorkerNotFound, InvalidTransition, StaleRevision.
@@ -199,6 +215,18 @@ class Registry(Closing):
     def batch(self) -> Batch:
         """Collect changes in a `with` block; all of them become durable at its end, or none."""
         return Batch(self._session.author(), self._session.append, sock_of=self._sock_of)
+
+    @shows(_WISH, WorkerOptions)
+    def presence(self, sid: str = NAME, **options: Unpack[WorkerOptions]) -> Own:
+        """Register this process as a worker that is ready, and record how it ends.
+
+        A context manager, or one call for the life of the process; see `crewlog.worker`, which
+        opens a registry for it.
+        Raises: WorkerExists; ValueError and TypeError for bad arguments.
+        """
+        twin = copy.copy(self)  # which may be open for longer than this one
+        twin._session = self._session.twin()  # noqa: SLF001 (another face of the same registry)
+        return _present(twin, sid, options)
 
     # -- start, hear, end -------------------------------------------------------------------
 
@@ -255,7 +283,7 @@ class Registry(Closing):
         sid: str,
         *,
         grace_s: float = stop.GRACE_S,
-        reason: str,
+        reason: str = "crewlog.stop",
         signal: int = SIGTERM,
         tree: bool = False,
     ) -> Event:
@@ -327,14 +355,41 @@ class Registry(Closing):
         """Return one worker, final ones included; None if the registry holds none of that sid."""
         return self._session.get(sid)
 
-    def workers(self, *, all: bool = False) -> list[Worker]:  # noqa: A002 (the promised name)
-        """Return the workers that are not final, in order of registration; with `all` every one."""
+    def workers(
+        self,
+        *,
+        all: bool = False,  # noqa: A002 (the promised name)
+        states: Collection[StateName] | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        sids: Collection[str] | None = None,
+    ) -> list[Worker]:
+        """Return the workers that are not final, in order of registration; with `all` every one.
+
+        Args: `states` are those wanted, final ones too; `labels` what they must have, None for any
+        value; `sids` any of these, `*`, `?` and `[…]` as in names of files.
+        """
+        wish = choice.choice_of(all=all, states=states, labels=labels, sids=sids)
         store = self._session.find()
         if store is None:
             return []
         with store.state() as state:
-            records = [r for r in state.records.values() if all or r["state"] not in FINAL]
+            records = [record for record in state.records.values() if wish.wants(record)]
         return [worker_of(record) for record in records]
+
+    def living(
+        self,
+        *,
+        labels: Mapping[str, str | None] | None = None,
+        sids: Collection[str] | None = None,
+    ) -> list[Worker]:
+        """Return the workers that are not proven dead, now, as `crewlog ls` does.
+
+        One that cannot be judged from here is among them; `judge` tells which. Arguments as for
+        `workers`.
+        """
+        there = self.workers(labels=labels, sids=sids)
+        judged = self.judge(there)
+        return [one for one, found in zip(there, judged, strict=True) if not found.dead]
 
     def state(self) -> State:
         """Return every worker that is not pruned, and the seq that this is the state of."""
@@ -395,15 +450,16 @@ class Registry(Closing):
         """Yield the events that match, oldest first, through log and archive.
 
         The store's own events are left out unless `types` names them.
-        Args: `sid` is one worker, `sids` any of several; `since` and `until` are aware times, the
-        first included, the last not; `after` is a seq. With `newest_first` the first ones come at
+        Args: `sid` is one worker, `sids` any of several; `since` and `until` are times, the first
+        included, the last not: aware, or a timedelta before now, or the words of the command line
+        ("15m", "yesterday"); `after` is a seq. With `newest_first` the first ones come at
         once, however long the history is.
         Raises: DataDamaged where the history is; CompactedError where `after` is no longer kept.
         """
         return history.history(self._session, **options)
 
-    def at(self, when: datetime | int) -> Past:
-        """Return the state as it was at a seq, or after the last event up to an aware time.
+    def at(self, when: When | int) -> Past:
+        """Return the state as it was at a seq, or after the last event up to a time.
 
         Of a seq that is not reached yet, or a time to come, it is the state of now. It is folded
         from the nearest older state that is kept.
@@ -434,7 +490,8 @@ class Registry(Closing):
         worker tells of its death.
         Guarantee: in order, each once, none before it is durable, none left out but as a Reset
         says.
-        Raises: StoreMissing if there is no store yet; CursorBusy.
+        Raises: StoreMissing if there is no store yet, or not within the seconds that
+        `wait_for_store` gives (True: for ever); CursorBusy.
         """
         items = follow.watch(self._session, **options)
         if observe:
@@ -461,12 +518,12 @@ class Registry(Closing):
         """Call back for every item in a thread of its own; arguments as for `watch`."""
         return follow.subscribe(self._session, callback, on_error=on_error, **options)
 
-    def mirror(self, *, backend: Backend = "auto") -> Mirror:
+    def mirror(self, *, backend: Backend = "auto", wait_for_store: bool | float = False) -> Mirror:
         """Return the state of now as an object that can be waited on."""
-        return follow.mirror(self._session, backend=backend)
+        return follow.mirror(self._session, backend=backend, wait_for_store=wait_for_store)
 
-    def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
-        """Return the worker once it is in `state`; it need not be registered yet.
+    def wait(self, sid: str, *, state: StateName, timeout_s: float | None = None) -> Worker:
+        """Return the worker once it is in `state`; it, and the store, need not be there yet.
 
         Raises: WaitTimeout after `timeout_s` seconds; WorkerEnded if it ends, from now on, as
         something else.
@@ -553,8 +610,9 @@ class Registry(Closing):
         return start.child(self._session, sid, argv, wish, before=before, after=after, log=log)
 
 
+@shows(_WISH, WorkerOptions)
 def worker(
-    sid: str = "{program}-{pid}",
+    sid: str = NAME,
     *,
     where: str | os.PathLike[str] | None = None,
     **options: Unpack[WorkerOptions],
@@ -569,12 +627,14 @@ def worker(
     finds its end.
     Raises: WorkerExists; ValueError and TypeError for bad arguments; all that writing raises.
     """
-    program = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.")
-    registry = open(where)
+    return _present(open(where), sid, options)
+
+
+def _present(registry: Registry, sid: str, options: WorkerOptions) -> Own:
+    """Be a worker of a registry that is closed with it."""
     try:
-        named = sid.replace("{pid}", str(os.getpid())).replace("{program}", program or "python")
         options.setdefault("ready", True)
-        return Own(registry, registry.register(named, **options))
+        return Own(registry, registry.register(named(sid), **options))
     except BaseException:
         registry.close()
         raise
@@ -586,14 +646,23 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
     lock_timeout_s: float = LOCK_WAIT_S,
     actor: str | None = None,
     redact: Redact | None = None,
+    create: bool = False,
 ) -> Registry:
     """Open the registry at `where`: a directory, a file:// or etcd:// URL, None: the default place.
 
-    Nothing is created before the first change.
+    Nothing is created before the first change, unless `create` says so: then there is something to
+    read and watch at once.
     Args: `lock_timeout_s` is how long a change waits for other writers, in seconds; `actor` names
     who acts, for the history; `redact` is called with each event's type and what the caller gave
     (sock, version, labels, meta, reason) before anything is written, and returns what is to be
     written instead: a chain of hashes cannot forget.
     """
     place = locate(where)
-    return Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
+    registry = Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
+    if create:
+        try:
+            registry.create()
+        except BaseException:
+            registry.close()
+            raise
+    return registry

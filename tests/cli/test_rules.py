@@ -23,8 +23,9 @@ import crewlog
 from commands import Cli
 from crewlog import errors
 from crewlog.errors import CrewlogError
+from crewlog.model import times
 from crewlog.registry import Registry
-from crewlog_cli import inputs, main, output, shell
+from crewlog_cli import main, output, shell
 from crewlog_cli.shell import Shell
 from procs import Crew, until
 
@@ -214,7 +215,7 @@ BERLIN = ZoneInfo("Europe/Berlin")
 )
 def test_times_are_read_as_people_type_them(words: str, found: datetime) -> None:
     """In the zone of the machine where they name none."""
-    assert inputs.read_time(words, now=NOW, zone=BERLIN) == (found, "")
+    assert times.read_time(words, now=NOW, zone=BERLIN) == (found, "")
 
 
 @pytest.mark.parametrize(
@@ -224,23 +225,23 @@ def test_times_are_read_as_people_type_them(words: str, found: datetime) -> None
 )  # fmt: skip
 def test_what_is_no_time_is_refused_with_examples(words: str) -> None:
     """Never guessed."""
-    with pytest.raises(inputs.TimeError, match=r"a (time|duration) is: "):
-        inputs.read_time(words, now=NOW, zone=BERLIN)
+    with pytest.raises(times.TimeError, match=r"a (time|duration) is: "):
+        times.read_time(words, now=NOW, zone=BERLIN)
 
 
 def test_today_begins_with_its_first_moment_where_midnight_is_skipped() -> None:
     """In Santiago the clock goes from 24:00 to 01:00."""
     zone, noon = ZoneInfo("America/Santiago"), datetime(2026, 9, 6, 15, tzinfo=UTC)
     first = datetime(2026, 9, 6, 4, tzinfo=UTC)
-    assert inputs.read_time("today", now=noon, zone=zone) == (first, "")
-    assert inputs.read_time("yesterday", now=noon + timedelta(days=1), zone=zone) == (first, "")
+    assert times.read_time("today", now=noon, zone=zone) == (first, "")
+    assert times.read_time("yesterday", now=noon + timedelta(days=1), zone=zone) == (first, "")
 
 
 def test_local_time_that_a_clock_change_skips_or_repeats() -> None:
     """The skipped one is refused, of the repeated one the earlier is taken, and said."""
-    with pytest.raises(inputs.TimeError, match="does not exist"):
-        inputs.read_time("2026-03-29T02:30", now=NOW, zone=BERLIN)
-    found, said = inputs.read_time("2026-10-25T02:30", now=NOW, zone=BERLIN)
+    with pytest.raises(times.TimeError, match="does not exist"):
+        times.read_time("2026-03-29T02:30", now=NOW, zone=BERLIN)
+    found, said = times.read_time("2026-10-25T02:30", now=NOW, zone=BERLIN)
     assert found == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
     assert "came twice" in said
 

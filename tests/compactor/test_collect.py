@@ -13,6 +13,7 @@ from crewlog.errors import CollectRefused, LockBusy, PlanInvalid, StorageFailed
 from crewlog.local import archive, layout
 from crewlog.local.lock import Lock
 from crewlog.local.log import Log
+from crewlog.model.events import EventType
 from crewlog.registry import Registry
 from crewlog_compactor import apply_plan, collect, compact, make_plan, verify
 from crewlog_compactor import collect as collect_function
@@ -233,7 +234,7 @@ def test_compaction_keeps_the_whole_history(reg: Registry, place: Path) -> None:
         assert fresh.workers() == reg.workers()
 
 
-def _every_type(reg: Registry) -> list[str]:
+def _every_type(reg: Registry) -> list[EventType]:
     return ["_segment", "_seal", "_snapshot", "worker.registered", "worker.updated"]
 
 

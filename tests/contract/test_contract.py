@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 import crewlog
 from commands import Cli
 from crewlog.errors import CrewlogError
+from crewlog.model.events import EventType
 from crewlog.registry import Registry
 from crewlog_compactor import (
     KeepEvents,
@@ -41,7 +43,7 @@ def seqs(reg: Registry, *, after: int = 0) -> list[int]:
             "registered", "ready", "updated", "draining", "stop_requested", "exited", "lost",
             "released", "pruned")),
     ]  # fmt: skip
-    return [event.seq for event in reg.history(types=kinds, after=after)]
+    return [event.seq for event in reg.history(types=cast("list[EventType]", kinds), after=after)]
 
 
 def refolded(reg: Registry) -> dict[str, tuple[str, int]]:
@@ -121,12 +123,14 @@ def test_nothing_is_created_by_a_change_that_an_empty_store_refuses(
 def test_bad_questions_are_refused_at_once_and_say_what_is_right(reg: Registry) -> None:
     """Before anything is read, and not as an AttributeError of the first item."""
     reg.register("a")
-    with pytest.raises(TypeError, match="since must be a datetime, not str"):
-        reg.history(since="yesterday")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="since must be a datetime, a timedelta or words, not int"):
+        reg.history(since=7)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'soon' is no time"):
+        reg.history(since="soon")
     with pytest.raises(ValueError, match="after must be a seq, not 'x'"):
         reg.history(after="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"state is one of draining, exited, .*, not 'bogus'"):
-        reg.wait("a", state="bogus")
+        reg.wait("a", state="bogus")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a wait must be a number of seconds"):
         reg.wait("a", state="ready", timeout_s="1")  # type: ignore[arg-type]
     with pytest.raises(crewlog.WaitTimeout, match="state ready of worker 'a' did not happen"):
@@ -560,7 +564,7 @@ def test_cursor_goes_on_where_it_stood(reg: Registry) -> None:
         reg.update("a", meta={"n": number})
     with reg.watch(cursor="mailer", after=0) as items:
         assert [items.next(1).seq for _ in range(3)] == [2, 3, 4]  # type: ignore[union-attr]
-        with pytest.raises(crewlog.CursorBusy):
+        with pytest.raises(crewlog.errors.CursorBusy):
             reg.watch(cursor="mailer")
     with reg.watch(cursor="mailer") as items:
         assert [i.seq for i in items.drain() if i.kind == "change"] == [4, 5, 6]
@@ -600,7 +604,7 @@ def test_history_that_was_dropped_is_compacted_error(reg: Registry, where: str) 
         lambda: reg.at(datetime(2020, 1, 1, tzinfo=UTC)),
         watch,
     ):
-        with pytest.raises(crewlog.CompactedError) as caught:
+        with pytest.raises(crewlog.errors.CompactedError) as caught:
             ask()
         assert (caught.value.oldest, caught.value.snapshot_seq) == (oldest, oldest - 1)
     assert next(iter(reg.history())).seq >= oldest
@@ -706,7 +710,7 @@ def test_dry_run_foretells_a_refused_collection(reg: Registry, crew: Crew) -> No
     for process in doomed:
         kill(process)
     report = compact(reg, dry_run=True)
-    assert (report.collected, type(report.refused)) == (None, crewlog.CollectRefused)
+    assert (report.collected, type(report.refused)) == (None, crewlog.errors.CollectRefused)
     forced = compact(reg, dry_run=True, force=True).collected
     assert forced is not None
     assert len(forced.lost) == 12
@@ -797,7 +801,7 @@ def test_lease_is_held_while_the_worker_lives_and_beats_flag_it(reg: Registry) -
     assert reg.liveness("a").flags == frozenset()
     reg.beat("a")
     reg.register("b")
-    with pytest.raises(crewlog.LeaseMissing):
+    with pytest.raises(crewlog.errors.LeaseMissing):
         reg.beat("b")
 
 
@@ -810,7 +814,7 @@ def test_use_after_close_is_refused(reg: Registry) -> None:
     reg.close()
     reg.close()
     for use in (lambda: reg.get("a"), lambda: reg.register("b"), lambda: reg.last_seq):
-        with pytest.raises(crewlog.RegistryClosed):
+        with pytest.raises(crewlog.errors.RegistryClosed):
             use()
 
 

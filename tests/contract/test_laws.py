@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import stores
 from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
 from crewlog.model import codec, events, fold
-from crewlog.model.events import JsonObject, Line
+from crewlog.model.events import JsonObject, Line, NextState
 from crewlog.model.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from crewlog.registry import Registry
 from crewlog_cli import text
@@ -217,7 +218,7 @@ class RegistryMachine(RuleBasedStateMachine):
             state, {str(living) for living in events.LIVING}
         )
         try:
-            self.reg.update(sid, state=state)
+            self.reg.update(sid, state=cast("NextState", state))
         except (InvalidTransition, WorkerNotFound):
             assert self.model.get(sid) not in allowed
             return

@@ -159,7 +159,7 @@ def test_directory_of_something_else_is_named_as_that(tmp_path: Path) -> None:
     wrong.mkdir(mode=0o755)
     (wrong / "passwd").touch()
     for work in ("workers", "register"):
-        with crewlog.open(wrong) as reg, pytest.raises(crewlog.NotAStore) as caught:
+        with crewlog.open(wrong) as reg, pytest.raises(crewlog.errors.NotAStore) as caught:
             reg.workers() if work == "workers" else reg.register("a")
         assert "passwd" in caught.value.why
         assert "chmod" not in str(caught.value)

@@ -278,7 +278,7 @@ def test_full_file_system_refuses_and_goes_on_once_there_is_room(tmp_path: Path)
         with crewlog.open(small / "store") as reg:
             reg.register("a")
             acknowledged = 0
-            with pytest.raises(crewlog.StorageFull) as caught:
+            with pytest.raises(crewlog.errors.StorageFull) as caught:
                 while True:
                     reg.update("a", meta={"n": acknowledged + 1, "pad": "x" * 2000})
                     acknowledged += 1

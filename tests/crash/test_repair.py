@@ -350,7 +350,7 @@ def test_watcher_hears_of_a_gap(place: Path) -> None:
             assert list(reset.state.workers) == ["a", "c"]
         with reg.watch(after="oldest", on_compacted="raise") as items:
             items.next(timeout_s=5)
-            with pytest.raises(crewlog.CompactedError) as caught:
+            with pytest.raises(crewlog.errors.CompactedError) as caught:
                 items.next(timeout_s=5)
             assert (caught.value.requested, caught.value.oldest) == (3, 4)
         assert [e.sid for e in reg.history(sid="c")] == ["c"]

@@ -18,6 +18,7 @@ import pytest
 
 import crewlog
 from crewlog.errors import LockBusy
+from crewlog.model.events import EventType
 from crewlog_compactor import compact, verify
 from procs import forked, joined, slay
 from stores import opened
@@ -25,7 +26,7 @@ from stores import opened
 SECONDS = float(os.environ.get("SOAK_SECONDS", "3600"))
 HISTORY_BYTES = 32 * 1024 * 1024
 EVERY = 1000
-TYPES = ["_segment", "_seal", "_snapshot", "_recovered", "_archive_dropped",
+TYPES: list[EventType] = ["_segment", "_seal", "_snapshot", "_recovered", "_archive_dropped",
          "worker.registered", "worker.updated", "worker.released"]  # fmt: skip
 PAUSE_S = 0.001
 

@@ -273,7 +273,7 @@ def test_owner_of_a_cursor_and_of_a_turn_that_is_killed_gives_way(url: str) -> N
         reg.register("a")
         holder = forked(own)
         until(lambda: reg.store().cursors.is_owned("c"))
-        with pytest.raises(crewlog.CursorBusy, match=f"pid {holder}"):
+        with pytest.raises(crewlog.errors.CursorBusy, match=f"pid {holder}"):
             reg.watch(cursor="c")
         with (
             pytest.raises(crewlog.LockBusy, match=f"pid {holder}"),

@@ -866,7 +866,7 @@ def test_lines_that_are_missing_from_a_transaction_are_noticed_by_readers(
         lines = base64.b64decode(row["value"]).split(b"\n")
         cut = base64.b64encode(lines[0] + b"\n" + lines[2]).decode()
         ask(port, "kv/put", {"key": key, "value": cut})
-        with pytest.raises(crewlog.LogCorrupt, match="seq 3 is the last"):
+        with pytest.raises(crewlog.errors.LogCorrupt, match="seq 3 is the last"):
             list(reg.history())
 
 

@@ -140,9 +140,9 @@ def test_empty_active_segment_is_damage(place: Path) -> None:
         if remove:
             (place / layout.HEAD / layout.HEAD_DURABLE).unlink()
         with opened(place) as reg:
-            with pytest.raises(crewlog.DataDamaged):
+            with pytest.raises(crewlog.errors.DataDamaged):
                 reg.workers()
-            with pytest.raises(crewlog.DataDamaged):
+            with pytest.raises(crewlog.errors.DataDamaged):
                 reg.register("b")
 
 

@@ -304,9 +304,9 @@ def test_closed_registry_says_so_to_tasks(place: Path) -> None:
             areg.wait("a", state="ready"), areg.observe("a"), areg.watch().__aenter__(),
             anext(areg.history()),
         ):  # fmt: skip
-            with pytest.raises(crewlog.RegistryClosed):
+            with pytest.raises(crewlog.errors.RegistryClosed):
                 await use
-        with pytest.raises(crewlog.RegistryClosed):
+        with pytest.raises(crewlog.errors.RegistryClosed):
             async with areg.batch() as batch:
                 batch.update("a", state="ready")
 
@@ -367,4 +367,4 @@ def test_lead_that_is_handed_to_a_closed_registry_goes_on(place: Path) -> None:
         await areg.aclose()
         return [one if isinstance(one, BaseException) else None for one in found]
 
-    assert {type(error) for error in asyncio.run(main())} == {crewlog.RegistryClosed}
+    assert {type(error) for error in asyncio.run(main())} == {crewlog.errors.RegistryClosed}

@@ -31,7 +31,7 @@ from crewlog.errors import (
 from crewlog.local import cursors, layout, listen, snapshot
 from crewlog.local.disk import Disk
 from crewlog.model import events
-from crewlog.model.events import Change, Item, Reset, Synced
+from crewlog.model.events import Change, EventType, Item, Reset, Synced
 from crewlog.registry import Registry
 from crewlog.store import Backend
 from crewlog.watch import wake
@@ -343,7 +343,7 @@ def test_delivered_and_announced_losses_are_everything(reg: Registry) -> None:
     """A slow watcher beside a retention that keeps nothing: events plus lost ranges have no gap."""
     reg.register("a")
     covered: list[tuple[int, int]] = []
-    kinds = [*events.OWN_TYPES, "worker.registered", "worker.updated"]
+    kinds: list[EventType] = [*events.OWN_TYPES, "worker.registered", "worker.updated"]
     with reg.watch(after="oldest", types=kinds, backend="poll") as items:
         for number in range(60):
             reg.update("a", meta={"number": number})
@@ -422,7 +422,7 @@ def test_cursor_torn_in_one_slot_keeps_the_other(reg: Registry, place: Path) -> 
         assert found is not None
         assert found.seq in {7, 8}
     path.write_bytes(b"\0" * len(data))
-    with pytest.raises(crewlog.CursorCorrupt):
+    with pytest.raises(crewlog.errors.CursorCorrupt):
         cursors.read(directory, "c")
 
 

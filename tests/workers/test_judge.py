@@ -16,6 +16,7 @@ import pytest
 
 import crewlog
 from crewlog.errors import CrewlogError, InvalidTransition
+from crewlog.model.events import ENDING
 from crewlog.model.steps import Step
 from crewlog.process.handle import Process
 from crewlog.process.launch import Launch, _server
@@ -34,8 +35,7 @@ SEVEN = ["sh", "-c", "exit 7"]
 
 def ends(reg: Registry, sid: str) -> list[tuple[str, object]]:
     """Return the ends of a sid's workers, each with its code."""
-    types = ["worker.exited", "worker.lost", "worker.released"]
-    return [(e.type, e.data.get("code")) for e in reg.history(sid=sid, types=types)]
+    return [(e.type, e.data.get("code")) for e in reg.history(sid=sid, types=ENDING)]
 
 
 @contextmanager
@@ -236,7 +236,7 @@ def test_spawner_waits_for_a_lock_and_for_room(
     def appended(self: Session, steps: list[Step]) -> object:
         try:
             if why == "room" and len(refused) < 2:
-                raise crewlog.StorageFull(str(place), why="ENOSPC")
+                raise crewlog.errors.StorageFull(str(place), why="ENOSPC")
             return append(self, steps)
         except CrewlogError as error:
             refused.append(error.code)

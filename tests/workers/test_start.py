@@ -420,7 +420,7 @@ def test_spawner_that_is_stopped_by_a_full_disk_starts_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(files(reg).directory.disk), "write", full)
-    with pytest.raises(crewlog.StorageFull):
+    with pytest.raises(crewlog.errors.StorageFull):
         reg.spawn("a", marking(place), cwd=place.parent)
     monkeypatch.undo()
     until(lambda: not _waiting(place))

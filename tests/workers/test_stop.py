@@ -180,9 +180,9 @@ def test_pidfd_of_another_process_is_not_held(reg: Registry, crew: Crew) -> None
     mine, theirs = identity.capture(one.pid), identity.capture(other.pid)
     from dataclasses import replace
 
-    with pytest.raises(crewlog.ProcessNotFound):
+    with pytest.raises(crewlog.errors.ProcessNotFound):
         Process(replace(mine, pidfd_id=theirs.pidfd_id))
-    with pytest.raises(crewlog.ProcessNotFound):
+    with pytest.raises(crewlog.errors.ProcessNotFound):
         Process(replace(mine, pidfd_id=None, start_ticks=1))
 
 

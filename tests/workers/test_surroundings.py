@@ -182,7 +182,7 @@ def test_full_disk_for_states_poisons_nothing(place: Path) -> None:
         with pytest.raises(crewlog.CrewlogError) as caught:
             reg.register("b")
         failing.fault = lambda _: None
-    assert not isinstance(caught.value, crewlog.StorePoisoned)
+    assert not isinstance(caught.value, crewlog.errors.StorePoisoned)
     assert not (place / layout.POISON).exists()
     with opened(place) as reg:
         reg.register("c")

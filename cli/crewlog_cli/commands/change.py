@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from crewlog.model.events import JsonValue
+from crewlog.model.events import JsonValue, NextState
 from crewlog_cli import inputs, render, shell
 from crewlog_cli.inputs import safe, tried
 from crewlog_cli.shell import Shell, command
@@ -101,7 +101,7 @@ def update(
     sh: Shell,
     *,
     sid: str,
-    state: str | None,
+    state: NextState | None,
     sock: str | None,
     version: str | None,
     labels: tuple[str, ...],

@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 import click
 
 from crewlog.model import arguments
-from crewlog.model.events import Event, Item, State, Worker
+from crewlog.model.events import Event, EventType, Item, State, Worker
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch.feed import After
@@ -71,7 +71,7 @@ def watch(
     from_start: bool,
     now: bool,
     sids: tuple[str, ...],
-    types: tuple[str, ...],
+    types: tuple[EventType, ...],
     crashed: bool,
     count: int | None,
     timeout: str | None,

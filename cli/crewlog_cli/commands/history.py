@@ -16,7 +16,7 @@ import click
 
 from crewlog import Verdict
 from crewlog.model import events, figures
-from crewlog.model.events import Event, Worker, WorkerState, diff_of, timestamp
+from crewlog.model.events import Event, EventType, Worker, WorkerState, diff_of, timestamp
 from crewlog.model.lives import Life
 from crewlog.registry import Registry
 from crewlog_cli import inputs, metrics, output, render, shell, text
@@ -53,7 +53,7 @@ def history(
     until: str | None,
     names: tuple[str, ...],
     sids: tuple[str, ...],
-    types: tuple[str, ...],
+    types: tuple[EventType, ...],
     crashed: bool,
     actor: str | None,
     after: int | None,
@@ -128,7 +128,7 @@ def _follow(
     reg: Registry,
     *,
     sids: tuple[str, ...],
-    types: tuple[str, ...],
+    types: tuple[EventType, ...],
     crashed: bool,
     actor: str | None,
     after: int,
@@ -451,7 +451,7 @@ def export(
     until: str | None,
     after: int | None,
     sid: str | None,
-    types: tuple[str, ...],
+    types: tuple[EventType, ...],
 ) -> None:
     """Write the history to stdout, oldest first, one event a line; a seq names it for ever."""
     if sh.json and form == "csv":

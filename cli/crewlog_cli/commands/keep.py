@@ -19,6 +19,7 @@ from crewlog.errors import (
     WorkerExists,
     from_oserror,
 )
+from crewlog.model import times
 from crewlog.model.arguments import PACKINGS, Packing
 from crewlog.place import locate
 from crewlog.registry import Registry
@@ -71,9 +72,9 @@ def _keep(given: str) -> timedelta | int | KeepEvents | None:
             return int(number) * factor
     try:
         if given.isdigit():  # of what?
-            raise inputs.TimeError(given)
-        return inputs.duration(given)
-    except inputs.TimeError as error:
+            raise times.TimeError(given)
+        return times.duration(given)
+    except times.TimeError as error:
         message = f"--keep-history is 90d, 1GiB, 5000events or all, not {given!r}"
         raise click.UsageError(message) from error
 

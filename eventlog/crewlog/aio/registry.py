@@ -13,17 +13,19 @@ import functools
 import itertools
 import os
 import time
+import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, cast
+from pathlib import Path
+from typing import Concatenate, Final, Generic, ParamSpec, Self, TypeVar, Unpack, cast
 
 from crewlog import host
 from crewlog.aio.watch import AsyncWatch, LoopBell
-from crewlog.errors import RegistryClosed, WaitTimeout
+from crewlog.errors import RegistryClosed, StoreMissing, WaitTimeout
 from crewlog.history import HistoryOptions
 from crewlog.model import arguments
-from crewlog.model.events import Event, JsonObject, Worker
+from crewlog.model.events import Event, JsonObject, StateName, Worker
 from crewlog.model.limits import LOCK_WAIT_S
 from crewlog.model.steps import (
     Appended,
@@ -31,6 +33,7 @@ from crewlog.model.steps import (
     Redact,
     Step,
     UpdateOptions,
+    WorkerOptions,
     decide_all,
     exit_step,
     release_step,
@@ -45,9 +48,11 @@ from crewlog.watch.follow import WatchOptions
 from crewlog.watch.watch import Vigil
 from crewlog.workers import register
 from crewlog.workers.batch import Batch
+from crewlog.workers.own import NAME, Own
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _LEADERS: Final = 2  # one writes while the other syncs
 _CALLS_MAX: Final = 64
@@ -102,8 +107,9 @@ def _aside(
 class AsyncRegistry:
     """A registry for asyncio; see `Registry` for what each verb promises. Use `crewlog.aopen`."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, *, create: bool = False) -> None:
         """Take over a registry, which is closed with this one."""
+        self._create = create
         self.registry = registry
         self._session = registry._session  # noqa: SLF001 (another face of the same registry)
         self._closed = False
@@ -160,7 +166,9 @@ class AsyncRegistry:
         """Record that a worker ended, and return the event; see `Registry.exited`."""
         return await self._event(exit_step(self._session.author(), sid, options))
 
-    async def remove(self, sid: str, *, reason: str, expect: int | None = None) -> Event:
+    async def remove(
+        self, sid: str, *, reason: str = "crewlog.remove", expect: int | None = None
+    ) -> Event:
         """Take a worker out of the registry; see `Registry.remove`."""
         author = self._session.author()
         return await self._event(release_step(author, sid, reason=reason, expect=expect))
@@ -215,9 +223,34 @@ class AsyncRegistry:
     at = _threaded(Registry.at)
     lives = _threaded(Registry.lives)
 
-    async def last_seq(self) -> int:
-        """Return the seq of the last durable event, 0 where there is no store."""
-        return await self.call(lambda: self.registry.last_seq)
+    living = _threaded(Registry.living)
+
+    @property
+    def last_seq(self) -> "Asked[int]":
+        """Return the seq of the last durable event, 0 where there is no store: await it."""
+        return Asked(self, lambda: self.registry.last_seq)
+
+    @property
+    def exists(self) -> "Asked[bool]":
+        """Say whether there is a store at the place; reading creates none: await it."""
+        return Asked(self, lambda: self.registry.exists)
+
+    @property
+    def where(self) -> str:
+        """Return the place: a path, or a URL."""
+        return self.registry.where
+
+    @property
+    def path(self) -> Path:
+        """Return the directory.
+
+        Raises: Unsupported where the store is in none.
+        """
+        return self.registry.path
+
+    def __repr__(self) -> str:
+        """Say where it is."""
+        return f"<AsyncRegistry {self.where}>"
 
     async def history(self, **options: Unpack[HistoryOptions]) -> AsyncIterator[Event]:
         """Yield the events that match; see `Registry.history`."""
@@ -229,10 +262,15 @@ class AsyncRegistry:
             if len(part) < _EVENTS_A_STEP:
                 return
 
-    async def wait(self, sid: str, *, state: str, timeout_s: float | None = None) -> Worker:
+    async def wait(self, sid: str, *, state: StateName, timeout_s: float | None = None) -> Worker:
         """Return the worker once it is in `state`; see `Registry.wait`. No thread waits with it."""
         arrived = await self.call(lambda: follow.arrival(self._session, sid, state))
         deadline = None if timeout_s is None else time.monotonic() + arguments.check_wait(timeout_s)
+        what = f"state {state} of worker {sid!r}"
+        try:
+            await self._await_store(True if timeout_s is None else timeout_s)
+        except StoreMissing as error:
+            raise WaitTimeout(what, waited_s=timeout_s or 0) from error
         async with self.watch(after="now") as items:
             over = False
             while True:
@@ -241,10 +279,31 @@ class AsyncRegistry:
                 if arrived(now) and worker is not None:
                     return worker
                 if over:
-                    what = f"state {state} of worker {sid!r}"
                     raise WaitTimeout(what, waited_s=timeout_s or 0)
                 left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
                 over = await items.next(left_s) is None
+
+    async def _await_store(self, patience: bool | float) -> bool:  # noqa: FBT001 (a value)
+        """Wait, without a thread, until there is a store; say whether there was none at first."""
+        pauses = follow.awaited(self._session, patience)
+        waited = False
+        while (pause_s := await self.call(lambda: next(pauses, None))) is not None:
+            waited = True
+            await asyncio.sleep(pause_s)
+        return waited
+
+    @contextlib.asynccontextmanager
+    async def presence(
+        self, sid: str = NAME, **options: Unpack[WorkerOptions]
+    ) -> AsyncIterator[Own]:
+        """Be a worker for the length of an `async with` block; see `Registry.presence`."""
+        mine = await self.call(lambda: self.registry.presence(sid, **options))
+        try:
+            yield mine
+        except BaseException as error:
+            await self.call(functools.partial(mine.__exit__, type(error), error, None))
+            raise
+        await self.call(mine.end)
 
     @contextlib.asynccontextmanager
     async def watch(self, **options: Unpack[WatchOptions]) -> AsyncIterator[AsyncWatch]:
@@ -253,6 +312,8 @@ class AsyncRegistry:
         `async with reg.watch() as items`, then `async for item in items`. It is opened in a thread,
         for a server may not answer, and a large state takes a while to read.
         """
+        if await self._await_store(options.pop("wait_for_store", False)):
+            options["after"] = "oldest" if options.get("after") == "now" else options.get("after")
         bell, session = LoopBell(), self._session
         opening = self._begun(lambda: follow.vigil(session, lambda: bell, **options))
         try:
@@ -287,12 +348,38 @@ class AsyncRegistry:
         self._calls.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
-        """Return itself."""
+        """Return itself; create the store if that was asked for."""
+        if self._create:
+            await self.call(self._session.make)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         """Close."""
         await self.aclose()
+
+
+class Asked(Generic[T]):
+    """What a property of a `Registry` would say; it may take long, so it is awaited."""
+
+    def __init__(self, registry: AsyncRegistry, ask: Callable[[], T]) -> None:
+        """Ask nothing yet."""
+        self._registry = registry
+        self._ask = ask
+
+    def __await__(self) -> Generator[object, None, T]:
+        """Ask in a thread."""
+        return self._registry.call(self._ask).__await__()
+
+    def __bool__(self) -> bool:
+        """Refuse: it is not known yet."""
+        message = "await it"
+        raise TypeError(message)
+
+    def __call__(self) -> Self:
+        """Return itself: it was a method in version 0.1."""
+        message = "await reg.last_seq, without a call"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self
 
 
 class AsyncBatch(Batch):
@@ -352,10 +439,12 @@ def aopen(
     lock_timeout_s: float = LOCK_WAIT_S,
     actor: str | None = None,
     redact: Redact | None = None,
+    create: bool = False,
 ) -> AsyncRegistry:
     """Open the registry at `where` for asyncio: `async with crewlog.aopen() as reg`.
 
-    Arguments as for `crewlog.open`.
+    Arguments as for `crewlog.open`; with `create` the store is there when the block begins.
     """
     place = locate(where)
-    return AsyncRegistry(Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact))
+    registry = Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
+    return AsyncRegistry(registry, create=create)

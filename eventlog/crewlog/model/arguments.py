@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 from crewlog.model import codec
 from crewlog.model.events import JsonValue
@@ -34,6 +34,14 @@ def check_sid(sid: object, *, what: str = "sid") -> str:
         )
         raise ValueError(message)
     return text
+
+
+def check_one(value: object, *, name: str, many: str) -> str:
+    """Return one name; several have an argument of their own."""
+    if isinstance(value, str):
+        return value
+    message = f"{name} is one name, not {type(value).__name__}: for several give {many}=[…]"
+    raise TypeError(message)
 
 
 def check_options(options: Mapping[str, object], known: Collection[str], *, of: str) -> None:
@@ -95,6 +103,18 @@ def check_labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
             message = f"label {key!r} must be a string, not {type(text).__name__}"
             raise TypeError(message)
     return labels
+
+
+def check_wanted(labels: object) -> Mapping[str, str | None]:
+    """Return labels to look for; None stands for any value."""
+    found = check_labels({} if labels is None else labels, removing=True)
+    return cast("dict[str, str | None]", found)
+
+
+def check_patience(value: bool | float) -> None:  # noqa: FBT001 (a value, as callers give it)
+    """Raise TypeError or ValueError for what is neither yes, no nor so many seconds."""
+    if not isinstance(value, bool):
+        check_wait(value)
 
 
 def check_sock(value: object) -> str:

@@ -7,26 +7,39 @@ objects; what users hold are frozen dataclasses built from them.
 import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Final, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
+from typing import (
+    TYPE_CHECKING,
+    Final,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    NotRequired,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    cast,
+)
+
+T = TypeVar("T")
 
 JsonValue: TypeAlias = (
     "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 )
 JsonObject: TypeAlias = dict[str, JsonValue]
 
-REGISTERED = "worker.registered"
-READY = "worker.ready"
-UPDATED = "worker.updated"
-DRAINING = "worker.draining"
-STOP_REQUESTED = "worker.stop_requested"
-EXITED = "worker.exited"
-LOST = "worker.lost"
-RELEASED = "worker.released"
-PRUNED = "worker.pruned"
-WORKER_TYPES = (
+REGISTERED: Final = "worker.registered"
+READY: Final = "worker.ready"
+UPDATED: Final = "worker.updated"
+DRAINING: Final = "worker.draining"
+STOP_REQUESTED: Final = "worker.stop_requested"
+EXITED: Final = "worker.exited"
+LOST: Final = "worker.lost"
+RELEASED: Final = "worker.released"
+PRUNED: Final = "worker.pruned"
+WORKER_TYPES: Final = (
     REGISTERED,
     READY,
     UPDATED,
@@ -38,19 +51,46 @@ WORKER_TYPES = (
     PRUNED,
 )
 
-ENDS = (EXITED, LOST)
+# What callers write; of an event that is read, `known_type` is one of these or None.
+EventType: TypeAlias = Literal[
+    "worker.registered",
+    "worker.ready",
+    "worker.updated",
+    "worker.draining",
+    "worker.stop_requested",
+    "worker.exited",
+    "worker.lost",
+    "worker.released",
+    "worker.pruned",
+    "_segment",
+    "_seal",
+    "_snapshot",
+    "_recovered",
+    "_gap",
+    "_repaired",
+    "_archive_dropped",
+]
+StateName: TypeAlias = Literal[
+    "starting", "ready", "draining", "stopping", "exited", "failed", "lost", "released"
+]
+NextState: TypeAlias = Literal["ready", "draining", "stopping"]
+
+ENDS: Final = (EXITED, LOST)
 # What brings a worker to a final state.
-ENDING = frozenset({*ENDS, RELEASED})
+ENDING: Final = frozenset[EventType]({EXITED, LOST, RELEASED})
 
 # The store's own types; a reader skips an unknown `_x…` and refuses any other unknown `_…`.
-SEGMENT = "_segment"
-SEAL = "_seal"
-SNAPSHOT = "_snapshot"
-RECOVERED = "_recovered"
-GAP = "_gap"  # stands for the lost events data.first to data.last, the latter being its own seq
-REPAIRED = "_repaired"
-DROPPED = "_archive_dropped"
-OWN_TYPES = frozenset({SEGMENT, SEAL, SNAPSHOT, RECOVERED, GAP, REPAIRED, DROPPED})
+SEGMENT: Final = "_segment"
+SEAL: Final = "_seal"
+SNAPSHOT: Final = "_snapshot"
+RECOVERED: Final = "_recovered"
+# It stands for the lost events data.first to data.last, the latter being its own seq.
+GAP: Final = "_gap"
+REPAIRED: Final = "_repaired"
+DROPPED: Final = "_archive_dropped"
+OWN_TYPES: Final = frozenset[EventType](
+    {SEGMENT, SEAL, SNAPSHOT, RECOVERED, GAP, REPAIRED, DROPPED}
+)
 
 
 def is_failure(data: JsonObject) -> bool:
@@ -177,6 +217,23 @@ class Line(TypedDict):
     synced: int
     prev: str
     crc: str
+
+
+class ReadOnly(dict[str, T]):
+    """A mapping that only reads; JSON and pickle take it for the dict that it is."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        message = "a worker is what was recorded: change it by reg.update(sid, labels=…, meta=…)"
+        raise TypeError(message)
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, T]]]:
+        """Pickle as what it holds."""
+        return type(self), (dict(self),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +366,7 @@ class LogFile:
     offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Worker:
     """One worker as it was at `rev`, the seq of its last event; frozen, times aware and UTC.
 
@@ -347,14 +404,66 @@ class Worker:
     argv: tuple[str, ...] | None = None
     cwd: str | None = None
 
+    def __repr__(self) -> str:
+        """Say which worker it is, and as of when."""
+        return f"<Worker {self.sid} {self.state.value} pid {self.pid} rev {self.rev}>"
+
     @property
     def final(self) -> bool:
         """Say whether the worker has ended as far as the registry knows."""
         return self.state in FINAL
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class _Views:
+    """What an event's type and data say, each None where they do not."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def type(self) -> str: ...
+        @property
+        def data(self) -> JsonObject: ...
+
+    @property
+    def known_type(self) -> EventType | None:
+        """Return its type where this version knows it: type checkers see what it can be."""
+        known = self.type in WORKER_TYPES or self.type in OWN_TYPES
+        return cast("EventType", self.type) if known else None
+
+    @property
+    def crashed(self) -> bool:
+        """Return True if the worker ended without being asked to: failed or lost."""
+        return self.type == LOST or (self.type == EXITED and is_failure(self.data))
+
+    @property
+    def code(self) -> int | None:
+        """Return the exit code of a worker that ended."""
+        found = self.data.get("code") if self.type == EXITED else None
+        return found if isinstance(found, int) else None
+
+    @property
+    def signal(self) -> int | None:
+        """Return the signal that ended a worker, or by which it was asked to end."""
+        found = self.data.get("signal")
+        return found if isinstance(found, int) else None
+
+    @property
+    def reason(self) -> str | None:
+        """Return why, as who did it said."""
+        found = self.data.get("reason")
+        return found if isinstance(found, str) else None
+
+    @property
+    def expected(self) -> bool | None:
+        """Return whether a worker that ended had been asked to."""
+        found = self.data.get("expected")
+        return found if isinstance(found, bool) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Event(_Views):
     """One event of the log; `raw` is its line as it stands on disk, without the newline."""
 
     seq: int
@@ -363,12 +472,11 @@ class Event:
     sid: str
     actor: JsonObject
     data: JsonObject
-    raw: bytes = field(repr=False)
+    raw: bytes
 
-    @property
-    def crashed(self) -> bool:
-        """Return True if the worker ended without being asked to: failed or lost."""
-        return self.type == LOST or (self.type == EXITED and is_failure(self.data))
+    def __repr__(self) -> str:
+        """Say which event it is."""
+        return f"<Event {self.seq} {self.type}{' ' if self.sid else ''}{self.sid}>"
 
 
 class Workers(Mapping[str, Worker]):
@@ -432,9 +540,9 @@ class Diff:
     removed: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A watcher's item: one durable event."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Change(_Views):
+    """A watcher's item: one durable event, whose fields it has, too."""
 
     kind: Literal["change"] = "change"
     event: Event
@@ -453,6 +561,25 @@ class Change:
     def sid(self) -> str:
         """Return the sid of the worker that the event is about."""
         return self.event.sid
+
+    @property
+    def ts(self) -> datetime:
+        """Return when it was written."""
+        return self.event.ts
+
+    @property
+    def actor(self) -> JsonObject:
+        """Return who wrote it."""
+        return self.event.actor
+
+    @property
+    def data(self) -> JsonObject:
+        """Return what it says."""
+        return self.event.data
+
+    def __repr__(self) -> str:
+        """Say which event it is."""
+        return f"<Change {self.seq} {self.type}{' ' if self.sid else ''}{self.sid}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -523,8 +650,8 @@ def worker_of(record: Record) -> Worker:
         version=record["version"],
         created_at=utc(record["created_at"]),
         state=_STATES[record["state"]],
-        labels=dict(record["labels"]),
-        meta=copy.deepcopy(meta) if meta else {},
+        labels=ReadOnly(record["labels"]),
+        meta=ReadOnly(copy.deepcopy(meta) if meta else {}),
         rev=record["rev"],
         identity=identity_of(record["identity"]),
         owner=identity_of(record["owner"]),

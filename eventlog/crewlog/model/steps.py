@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
 from crewlog.errors import InvalidTransition, StaleRevision, WorkerNotFound
 from crewlog.model import arguments, codec, events, fold
 from crewlog.model.codec import Draft
-from crewlog.model.events import Identity, JsonObject, JsonValue, Record, Status
+from crewlog.model.events import Identity, JsonObject, JsonValue, NextState, Record, Status
 
 BATCH_EVENTS_MAX: Final = 10_000
 BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -247,7 +247,7 @@ _BY_STATE = {
 class UpdateOptions(TypedDict, total=False):
     """What an update may change, and on which condition."""
 
-    state: str | None
+    state: NextState | None
     sock: str | None
     version: str | None
     labels: Mapping[str, str | None] | None

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Final, Literal, TypeAlias
 
 from crewlog.errors import Unsupported, WaitTimeout
@@ -29,9 +30,10 @@ def check_on_error(on_error: object) -> None:
 class Subscription(Closing):
     """A thread that calls back for every item, in order, one at a time.
 
-    A callback that is slow or raises affects no other subscriber. `on_error`: "stop" ends the
-    subscription and keeps the error in `error`; "retry" calls again with the same item, ever
-    less often; "skip" logs the error and goes on.
+    A callback that is slow or raises affects no other subscriber; what it raises is logged always.
+    `on_error`: "stop" ends the subscription, keeps the error in `error`, and raises it again from
+    `close` and the end of the block, once; "retry" calls again with the same item, ever less often;
+    "skip" goes on.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Subscription(Closing):
     ) -> None:
         """Use `Registry.subscribe`."""
         self.error: Exception | None = None
+        self._raised = False  # `close` has told of the error
         self._watch = watch
         self._callback = callback
         self._on_error = on_error
@@ -61,7 +64,8 @@ class Subscription(Closing):
                 for item in items:
                     if not self._call(item):
                         return
-            except Exception as error:  # noqa: BLE001 (a damaged log must reach who asks for it)
+            except Exception as error:
+                _logger.exception("a subscription ends")
                 self.error = error
 
     def _call(self, item: Item) -> bool:
@@ -71,10 +75,10 @@ class Subscription(Closing):
             try:
                 self._callback(item)
             except Exception as error:
+                _logger.exception("a subscriber raised on seq %d", item.seq)
                 if self._on_error == "stop":
                     self.error = error
                     return False
-                _logger.exception("a subscriber raised on seq %d", item.seq)
                 if self._on_error == "skip":
                     return True
                 self._closing.wait(pause_s)
@@ -89,11 +93,32 @@ class Subscription(Closing):
         return self._thread.is_alive()
 
     def close(self, *, timeout_s: float | None = None) -> None:
-        """End it, and wait for a callback under way; from the callback itself, only end it."""
+        """End it, and wait for a callback under way; from the callback itself, only end it.
+
+        Raises: the error that had ended it, the first time.
+        """
+        self._end(timeout_s)
+        if self.error is not None and not self._raised:
+            self._raised = True
+            raise self.error
+
+    def _end(self, timeout_s: float | None = None) -> None:
         self._closing.set()
         self._watch.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close; an error of the block itself goes first."""
+        if error is None:
+            self.close()
+        else:
+            self._end()
 
 
 class Mirror(Closing):

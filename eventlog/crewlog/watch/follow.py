@@ -1,13 +1,15 @@
 """Follow a registry in every way that there is: watch, awatch, subscribe, mirror, wait."""
 
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from datetime import datetime
-from typing import TYPE_CHECKING, Final, TypedDict, Unpack
+from datetime import datetime, timedelta
+from typing import Final, TypedDict, Unpack
 
-from crewlog.errors import WorkerEnded, WorkerNotFound
+from crewlog import host
+from crewlog.errors import StoreMissing, WaitTimeout, WorkerEnded, WorkerNotFound
 from crewlog.model import arguments
-from crewlog.model.events import FINAL, Item, State, Worker, WorkerState
+from crewlog.model.events import FINAL, EventType, Item, State, StateName, Worker, WorkerState
 from crewlog.session import Session
 from crewlog.store import Backend, Cursor, Store
 from crewlog.watch import feed, wake
@@ -16,9 +18,6 @@ from crewlog.watch.feed import After, Feed, OnCompacted
 from crewlog.watch.wake import Bell, Waker
 from crewlog.watch.watch import Vigil, Watch
 
-if TYPE_CHECKING:
-    pass
-
 _STATES: Final = frozenset(state.value for state in WorkerState)
 _WORDS: Final = frozenset({"now", "oldest"})
 
@@ -26,12 +25,13 @@ _WORDS: Final = frozenset({"now", "oldest"})
 class WatchOptions(TypedDict, total=False):
     """What `watch` takes."""
 
-    after: After
+    after: After | timedelta
     sids: Collection[str] | None
-    types: Collection[str] | None
+    types: Collection[EventType] | None
     cursor: str | None
     on_compacted: OnCompacted
     backend: Backend
+    wait_for_store: bool | float
 
 
 DEFAULTS: Final[WatchOptions] = {
@@ -41,6 +41,7 @@ DEFAULTS: Final[WatchOptions] = {
     "cursor": None,
     "on_compacted": "reset",
     "backend": "auto",
+    "wait_for_store": False,
 }
 
 
@@ -61,20 +62,46 @@ def subscribe(
     return Subscription(watch(session, **options), callback, on_error=on_error)
 
 
-def mirror(session: Session, *, backend: Backend = "auto") -> Mirror:
+def mirror(
+    session: Session, *, backend: Backend = "auto", wait_for_store: bool | float = False
+) -> Mirror:
     """Return the state of now as an object that can be waited on."""
-    return Mirror(watch(session, after="now", backend=backend), session.state)
+    items = watch(session, after="now", backend=backend, wait_for_store=wait_for_store)
+    return Mirror(items, session.state)
 
 
-def wait(session: Session, sid: str, *, state: str, timeout_s: float | None) -> Worker:
+def wait(session: Session, sid: str, *, state: StateName, timeout_s: float | None) -> Worker:
     """Return the worker once it is in `state`; see `Registry.wait`."""
     arrived = arrival(session, sid, state)
-    with mirror(session) as now:
-        what = f"state {state} of worker {sid!r}"
+    what = f"state {state} of worker {sid!r}"
+    began = time.monotonic()
+    try:
+        now = mirror(session, wait_for_store=True if timeout_s is None else timeout_s)
+    except StoreMissing as error:
+        raise WaitTimeout(what, waited_s=timeout_s or 0) from error
+    with now:
+        if timeout_s is not None:
+            timeout_s = max(0.0, timeout_s - (time.monotonic() - began))
         worker = now.wait(arrived, timeout_s=timeout_s, what=what).get(sid)
     if worker is None:
         raise WorkerNotFound(sid)
     return worker
+
+
+def awaited(session: Session, patience: bool | float) -> Iterator[float]:  # noqa: FBT001 (a value)
+    """Yield pauses, in seconds, until there is a store; see `Registry.watch`.
+
+    Raises: StoreMissing once patience is at its end.
+    """
+    arguments.check_patience(patience)
+    deadline = None if patience is True else time.monotonic() + patience
+    pause_s = wake.POLL_MIN_S
+    while session.find() is None:
+        left_s = pause_s if deadline is None else deadline - time.monotonic()
+        if left_s <= 0:
+            session.require()
+        yield min(pause_s, max(left_s, 0.0))
+        pause_s = min(pause_s * 2, wake.POLL_MAX_S)
 
 
 def arrival(session: Session, sid: str, state: str) -> Callable[[State], bool]:
@@ -101,20 +128,24 @@ def vigil(
     session: Session,
     bell: Callable[[], Bell],
     *,
-    after: After = None,
+    after: After | timedelta = None,
     sids: Collection[str] | None = None,
-    types: Collection[str] | None = None,
+    types: Collection[EventType] | None = None,
     cursor: str | None = None,
     on_compacted: OnCompacted = "reset",
     backend: Backend = "auto",
+    wait_for_store: bool | float = False,
 ) -> Vigil:
     """Check the options, take the cursor, arm the waker, and find the beginning, in that order."""
-    _check_after(after)
+    after = _checked(after)
     if on_compacted not in {"reset", "raise"}:
         message = f"on_compacted is reset or raise, not {on_compacted!r}"
         raise ValueError(message)
     backend = wake.check_backend(backend)
     wanted = feed.filter_of(sids, types)
+    for pause_s in awaited(session, wait_for_store):
+        after = "oldest" if after == "now" else after  # all of it is to come
+        time.sleep(pause_s)
     store = session.require()
 
     def arm() -> Waker:
@@ -157,10 +188,13 @@ def _own(session: Session, store: Store, name: str, after: After) -> tuple[Curso
     return owned, after if after is None else owned.seq
 
 
-def _check_after(after: After) -> None:
+def _checked(after: After | timedelta) -> After:
+    """Return where to begin, a span before now as the time that it means."""
+    if isinstance(after, timedelta):
+        return host.now() - after
     if after is None or after in _WORDS or (type(after) is int and after >= 0):
-        return
+        return after
     if isinstance(after, datetime) and after.tzinfo is not None:
-        return
+        return after
     message = f"after must be a seq, an aware datetime, 'now', 'oldest' or None, not {after!r}"
     raise ValueError(message)

@@ -56,7 +56,9 @@ class Batch:
         """Add an end; see `Registry.exited`."""
         self._add(exit_step(self._author, sid, options))
 
-    def remove(self, sid: str, *, reason: str, expect: int | None = None) -> None:
+    def remove(
+        self, sid: str, *, reason: str = "crewlog.remove", expect: int | None = None
+    ) -> None:
         """Add a removal; see `Registry.remove`."""
         self._add(release_step(self._author, sid, reason=reason, expect=expect))
 

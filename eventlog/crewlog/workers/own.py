@@ -10,13 +10,23 @@ nothing either.
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 from crewlog.errors import CrewlogError
 from crewlog.model.events import Worker
+
+NAME: Final = "{program}-{pid}"
+
+
+def named(sid: str) -> str:
+    """Put this process's own program and pid where a name asks for them."""
+    program = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.")
+    return sid.replace("{pid}", str(os.getpid())).replace("{program}", program or "python")
 
 
 class Recorder(Protocol):
