@@ -107,7 +107,7 @@ def test_exit_codes_named_are_those_of_the_errors() -> None:
     named = {int(code) for code in re.findall(r"\b(\d{1,3}) [a-z\"]", section)}
     used = {
         kind.exit_code
-        for kind in (getattr(crewlog, name) for name in dir(crewlog))
+        for kind in vars(crewlog.errors).values()
         if isinstance(kind, type) and issubclass(kind, crewlog.CrewlogError)
     }
     assert used <= named

@@ -7,7 +7,8 @@ from typing import Final
 from crewlog import Liveness
 from crewlog.errors import WorkerNotFound
 from crewlog.model import figures
-from crewlog.model.events import EXITED, Event, Exit, Reset, Worker, WorkerState, timestamp
+from crewlog.model.events import EXITED, Event, Exit, Worker, WorkerState, timestamp
+from crewlog.model.items import Reset
 from crewlog.registry import Registry
 from crewlog.workers import output as logs
 from crewlog_cli.shell import Shell

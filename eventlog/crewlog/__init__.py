@@ -52,20 +52,17 @@ if TYPE_CHECKING:
         WorkerNotFound,
     )
     from crewlog.model.events import (
-        Change,
-        Diff,
         Event,
         EventType,
         Exit,
         Identity,
         Past,
-        Reset,
         State,
         StateName,
-        Synced,
         Worker,
         WorkerState,
     )
+    from crewlog.model.items import Change, Diff, Reset, Synced
     from crewlog.model.lives import Life
     from crewlog.process.liveness import Evidence, Flag, Liveness, Verdict
     from crewlog.registry import Registry, open, worker  # noqa: A004 (crewlog.open is promised)
@@ -128,20 +125,17 @@ _ROOMS: Final = {
     "aio.watch": ("AsyncWatch",),
     "workers.batch": ("Batch",),
     "model.events": (
-        "Change",
-        "Diff",
         "Event",
         "EventType",
         "Exit",
         "Identity",
         "Past",
-        "Reset",
         "State",
         "StateName",
-        "Synced",
         "Worker",
         "WorkerState",
     ),
+    "model.items": ("Change", "Diff", "Reset", "Synced"),
     "process.liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
     "model.lives": ("Life",),
     "errors": (

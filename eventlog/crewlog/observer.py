@@ -22,7 +22,8 @@ from crewlog import host
 from crewlog.errors import CrewlogError, LockBusy, ProcessNotFound
 from crewlog.host import Closing
 from crewlog.model import events
-from crewlog.model.events import Identity, Item, JsonObject, Oom, Status, Worker
+from crewlog.model.events import Identity, JsonObject, Oom, Status, Worker
+from crewlog.model.items import Item
 from crewlog.model.steps import Step, unless_changed
 from crewlog.process import handle, identity
 from crewlog.process.handle import Process

@@ -15,8 +15,9 @@ from crewlog.errors import CrewlogError
 from crewlog.history import HistoryOptions, When
 from crewlog.host import Closing, no_fork
 from crewlog.model import choice
-from crewlog.model.events import Event, Item, Past, State, StateName, Worker, worker_of
+from crewlog.model.events import Event, Past, State, StateName, Worker, worker_of
 from crewlog.model.figures import Usage
+from crewlog.model.items import Item
 from crewlog.model.limits import DEFAULT, LOCK_WAIT_S, Limits
 from crewlog.model.steps import (
     Appended,
@@ -127,10 +128,6 @@ class Registry(Closing):
             if store is not None and not store.remote:
                 seq = f", seq {store.last_seq()}"
         return f"<Registry {self.where}{seq}>"
-
-    def create(self) -> None:
-        """Create the store if there is none."""
-        self._session.make()
 
     @property
     def where(self) -> str:
@@ -661,7 +658,7 @@ def open(  # noqa: A001 (crewlog.open is the promised name)
     registry = Registry(place, lock_timeout_s=lock_timeout_s, actor=actor, redact=redact)
     if create:
         try:
-            registry.create()
+            registry._session.make()  # noqa: SLF001 (of its own module)
         except BaseException:
             registry.close()
             raise

@@ -91,6 +91,16 @@ def test_changes_show_at_once_and_q_leaves(terminal: Terminal, reg: Registry) ->
     assert terminal.is_given_back()
 
 
+def test_command_shows_where_it_was_recorded(terminal: Terminal, reg: Registry) -> None:
+    """Only then is there a column for it."""
+    assert "COMMAND" not in terminal.text
+    reg.spawn("job-7", ["sleep", "77"], record_argv=True)
+    terminal.wait_for(lambda text: "COMMAND" in text and "sleep 77" in text)
+    reg.stop("job-7")
+    os.write(terminal.fd, b"q")
+    assert terminal.end() == 0
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )

@@ -22,7 +22,7 @@ from crewlog.errors import (
 )
 from crewlog.local import directory, layout
 from crewlog.model import codec
-from crewlog.model.events import Reset
+from crewlog.model.items import Reset
 from crewlog_compactor import Anchor, RepairReport, anchor, compact, repair, verify
 from faults import EIO, FailingDisk, active_segment, another_boot, empty_redo, only, registry_on
 from procs import files, forked, tree

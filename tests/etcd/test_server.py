@@ -36,7 +36,8 @@ from crewlog.etcd.append import EtcdLog, is_sound, outdated
 from crewlog.etcd.client import Client
 from crewlog.etcd.layout import Room
 from crewlog.etcd.state import Part
-from crewlog.model.events import JsonObject, Reset
+from crewlog.model.events import JsonObject
+from crewlog.model.items import Reset
 from crewlog.model.steps import loss_step
 from crewlog.place import locate
 from crewlog_compactor import KeepEvents, compact, repair, verify

@@ -217,7 +217,7 @@ def test_tasks_share_syncs(place: Path, syncs: Counter[str]) -> None:
             revs = await asyncio.gather(*(change(reg, number) for number in range(64)))
             assert len({rev for own in revs for rev in own}) == 320
             assert syncs["sync"] <= 320 / 16
-            assert await reg.last_seq() == 385
+            assert await reg.last_seq == 385
 
     asyncio.run(main())
     assert verify(place).ok

@@ -400,3 +400,62 @@ asyncio.run(main(CRASH))
         kernel = cook(kitchen, "-c", code.replace("CRASH", str(crash))).split()[-1]
         ends = [e.crashed for e in reg.history(sid=f"kernel-{kernel}")]
         assert ends[-1] is crash, story(reg, f"kernel-{kernel}")
+
+
+def test_runner_finds_its_jobs_again_and_stops_what_goes(
+    kitchen: Path, reg: Registry, crew: Crew
+) -> None:
+    """Killed by -9, its jobs go on, and the next one starts none of them twice."""
+    jobs = kitchen / "jobs"
+    jobs.write_text("one sleep 300\ntwo sleep 300\nnone /not/there\n")
+
+    def started() -> subprocess.Popen[str]:
+        runner = subprocess.Popen(
+            [sys.executable, "runner.py", "jobs"], cwd=kitchen, stdout=subprocess.PIPE, text=True
+        )
+        crew.processes.append(runner)
+        return runner
+
+    first = started()
+    until(lambda: {"one", "two", "runner"} <= {w.sid for w in reg.living()})
+    pids = {w.sid: w.pid for w in reg.living(sids=["one", "two"])}
+    kill(first)
+    second = started()
+    until(lambda: (w := reg.get("runner")) is not None and w.pid == second.pid)
+    assert {w.sid: w.pid for w in reg.living(sids=["one", "two"])} == pids
+    os.kill(pids["one"], signal.SIGKILL)
+    until(lambda: (w := reg.get("one")) is not None and not w.final and w.pid != pids["one"])
+    jobs.write_text("one sleep 300\n")
+    until(lambda: (w := reg.get("two")) is not None and w.final)
+    jobs.write_text("")
+    until(lambda: (w := reg.get("one")) is not None and w.final)
+    second.terminate()
+
+
+def test_service_tells_of_each_crash_once_across_restarts(kitchen: Path, place: Path) -> None:
+    """It begins before there is a store; what crashed while it was down is told, too."""
+
+    def service() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-u", "crashes.py"], cwd=kitchen, stdout=subprocess.PIPE, text=True
+        )
+
+    def told(one: subprocess.Popen[str]) -> list[str]:
+        assert one.stdout is not None
+        return one.stdout.readline().split()[1:]
+
+    with service() as first, crewlog.open(place) as reg:
+        reg.spawn("a", ["sh", "-c", "exit 3"])
+        assert told(first) == ["a", "code", "3"]
+        until(lambda: reg.cursors.read("crashes") is not None)
+        reg.spawn("b", ["sh", "-c", "kill -SEGV $$"])
+        assert told(first) == ["b", "signal", "11"]
+        first.terminate()
+        assert first.wait(20) == 0
+        reg.spawn("ok", ["true"])
+        reg.spawn("c", ["sh", "-c", "exit 4"])
+        until(lambda: (w := reg.get("c")) is not None and w.final)
+    with service() as second:
+        assert told(second) == ["c", "code", "4"]
+        second.terminate()
+        assert second.wait(20) == 0

@@ -94,7 +94,7 @@ async def awaits() -> None:
         assert_type(await reg.register("a"), crewlog.Worker)
         assert_type(await reg.update("a", state="ready"), crewlog.Worker)
         assert_type(await reg.get("a"), crewlog.Worker | None)
-        assert_type(await reg.last_seq(), int)
+        assert_type(await reg.last_seq, int)
         async for event in reg.history(sid="a"):
             assert_type(event, crewlog.Event)
         async with reg.watch(after="now") as items:

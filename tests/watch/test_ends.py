@@ -13,7 +13,7 @@ import pytest
 from crewlog.errors import (
     WaitTimeout,
 )
-from crewlog.model.events import Change, Synced
+from crewlog.model.items import Change, Synced
 from crewlog.registry import Registry
 from crewlog.watch import wake
 from procs import Crew, forked, joined, until

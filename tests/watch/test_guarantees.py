@@ -31,7 +31,8 @@ from crewlog.errors import (
 from crewlog.local import cursors, layout, listen, snapshot
 from crewlog.local.disk import Disk
 from crewlog.model import events
-from crewlog.model.events import Change, EventType, Item, Reset, Synced
+from crewlog.model.events import EventType
+from crewlog.model.items import Change, Diff, Item, Reset, Synced
 from crewlog.registry import Registry
 from crewlog.store import Backend
 from crewlog.watch import wake
@@ -236,7 +237,7 @@ def test_g11_another_store_under_the_same_path_is_a_reset(
             assert isinstance(item, Reset)
             assert item.reason == "replaced"
             assert list(item.state.workers) == ["new"]
-            assert item.diff == events.Diff(added=("new",), changed=(), removed=("old",))
+            assert item.diff == Diff(added=("new",), changed=(), removed=("old",))
             with crewlog.open(place) as other:
                 other.update("new", state="ready")
             assert changes([i for i in [items.next(10)] if i is not None]) == [3]

@@ -10,7 +10,7 @@ from crewlog.errors import (
     CrewlogError,
 )
 from crewlog.local import cursors, layout
-from crewlog.model.events import Reset
+from crewlog.model.items import Reset
 from crewlog.registry import Registry
 from crewlog_compactor import compact
 from procs import files, until

@@ -12,7 +12,8 @@ import pytest
 import crewlog
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
 from crewlog.local import layout
-from crewlog.model.events import Change, JsonObject, JsonValue, State, Synced
+from crewlog.model.events import JsonObject, JsonValue, State
+from crewlog.model.items import Change, Synced
 from crewlog.registry import Registry
 from crewlog.store import Backend
 from crewlog.watch.callbacks import Mirror

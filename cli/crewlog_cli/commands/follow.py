@@ -10,7 +10,8 @@ from typing import Final, NoReturn
 import click
 
 from crewlog.model import arguments
-from crewlog.model.events import Event, EventType, Item, State, Worker
+from crewlog.model.events import Event, EventType, State, Worker
+from crewlog.model.items import Item
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch.feed import After

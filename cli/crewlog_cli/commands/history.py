@@ -16,7 +16,8 @@ import click
 
 from crewlog import Verdict
 from crewlog.model import events, figures
-from crewlog.model.events import Event, EventType, Worker, WorkerState, diff_of, timestamp
+from crewlog.model.events import Event, EventType, Worker, WorkerState, timestamp
+from crewlog.model.items import diff_of
 from crewlog.model.lives import Life
 from crewlog.registry import Registry
 from crewlog_cli import inputs, metrics, output, render, shell, text

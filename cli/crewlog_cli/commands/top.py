@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import select
+import shlex
 import signal
 import sys
 import termios
@@ -240,7 +241,11 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], height: int) -> "Grou
     for title in ("AGE", "CPU", "MEM"):
         table.add_column(title, no_wrap=True, justify="right")
     table.add_column("LAST EVENT", no_wrap=True, overflow="ellipsis", ratio=1)
-    for row in rows[: max(1, height - 4)]:
+    shown = rows[: max(1, height - 4)]
+    recorded = any(row.worker.argv for row in shown)  # only who asked for it has its words there
+    if recorded:
+        table.add_column("COMMAND", no_wrap=True, overflow="ellipsis", ratio=1)
+    for row in shown:
         worker = row.worker
         event = state.last.get(worker.sid)
         cells = [
@@ -252,6 +257,7 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], height: int) -> "Grou
             "-" if row.cpu is None else f"{row.cpu:.0%}",
             "-" if row.rss_bytes is None else figures.size(row.rss_bytes),
             "" if event is None else f"{sh.when(event.ts)[11:19]} {event.type}",
+            *([shlex.join(worker.argv or ())] if recorded else []),
         ]
         style = "" if row.found.alive else "red" if row.found.dead else "yellow"
         table.add_row(*(Text(text.visible(cell)) for cell in cells), style=style)

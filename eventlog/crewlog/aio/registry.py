@@ -312,7 +312,8 @@ class AsyncRegistry:
         `async with reg.watch() as items`, then `async for item in items`. It is opened in a thread,
         for a server may not answer, and a large state takes a while to read.
         """
-        if await self._await_store(options.pop("wait_for_store", False)):
+        patience = options.pop("wait_for_store", False)
+        if patience is not False and await self._await_store(patience):
             options["after"] = "oldest" if options.get("after") == "now" else options.get("after")
         bell, session = LoopBell(), self._session
         opening = self._begun(lambda: follow.vigil(session, lambda: bell, **options))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
-from crewlog.model.events import Item
+from crewlog.model.items import Item
 from crewlog.watch import wake
 from crewlog.watch.wake import Bell
 from crewlog.watch.watch import Vigil

@@ -15,15 +15,13 @@ from typing import (
     Final,
     Literal,
     NamedTuple,
-    NoReturn,
     NotRequired,
     TypeAlias,
     TypedDict,
-    TypeVar,
     cast,
 )
 
-T = TypeVar("T")
+from crewlog.model.readonly import ReadOnly
 
 JsonValue: TypeAlias = (
     "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -219,23 +217,6 @@ class Line(TypedDict):
     crc: str
 
 
-class ReadOnly(dict[str, T]):
-    """A mapping that only reads; JSON and pickle take it for the dict that it is."""
-
-    __slots__ = ()
-
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        message = "a worker is what was recorded: change it by reg.update(sid, labels=…, meta=…)"
-        raise TypeError(message)
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __reduce__(self) -> tuple[type, tuple[dict[str, T]]]:
-        """Pickle as what it holds."""
-        return type(self), (dict(self),)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """Tell one process from every other that ever bore its pid.
@@ -414,7 +395,7 @@ class Worker:
         return self.state in FINAL
 
 
-class _Views:
+class Views:
     """What an event's type and data say, each None where they do not."""
 
     __slots__ = ()
@@ -422,9 +403,12 @@ class _Views:
     if TYPE_CHECKING:
 
         @property
-        def type(self) -> str: ...
+        def type(self) -> str:
+            """Return the event's type."""
+
         @property
-        def data(self) -> JsonObject: ...
+        def data(self) -> JsonObject:
+            """Return what it says."""
 
     @property
     def known_type(self) -> EventType | None:
@@ -463,7 +447,7 @@ class _Views:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Event(_Views):
+class Event(Views):
     """One event of the log; `raw` is its line as it stands on disk, without the newline."""
 
     seq: int
@@ -529,87 +513,6 @@ class Past(State):
     since: datetime | None
     until: datetime | None
     disputed: tuple[int, int] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diff:
-    """How a state differs from the one that a watcher had last, by sid."""
-
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Change(_Views):
-    """A watcher's item: one durable event, whose fields it has, too."""
-
-    kind: Literal["change"] = "change"
-    event: Event
-
-    @property
-    def seq(self) -> int:
-        """Return the event's seq, the position after this item."""
-        return self.event.seq
-
-    @property
-    def type(self) -> str:
-        """Return the event's type."""
-        return self.event.type
-
-    @property
-    def sid(self) -> str:
-        """Return the sid of the worker that the event is about."""
-        return self.event.sid
-
-    @property
-    def ts(self) -> datetime:
-        """Return when it was written."""
-        return self.event.ts
-
-    @property
-    def actor(self) -> JsonObject:
-        """Return who wrote it."""
-        return self.event.actor
-
-    @property
-    def data(self) -> JsonObject:
-        """Return what it says."""
-        return self.event.data
-
-    def __repr__(self) -> str:
-        """Say which event it is."""
-        return f"<Change {self.seq} {self.type}{' ' if self.sid else ''}{self.sid}>"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Synced:
-    """A watcher's item: everything up to `seq` was delivered; `state` where it began with one."""
-
-    kind: Literal["synced"] = "synced"
-    seq: int
-    state: State | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reset:
-    """A watcher's item: events were not delivered and will not be; go on from `state`.
-
-    Their reason: `compacted` by retention, `lost` to damage that a repair gave up, or `replaced` by
-    another store. `lost` is their exact range (first, last), None where another store took the
-    place of this one. `diff` compares with what the watcher had, None where it had not begun with a
-    state.
-    """
-
-    kind: Literal["reset"] = "reset"
-    seq: int
-    reason: Literal["compacted", "lost", "replaced"]
-    lost: tuple[int, int] | None
-    state: State
-    diff: Diff | None
-
-
-Item: TypeAlias = Change | Synced | Reset
 
 
 @functools.lru_cache(maxsize=1024)  # a worker's times are asked for again and again
@@ -784,13 +687,4 @@ def past_of(
         since=None if since is None else utc(since),
         until=None if until is None else utc(until),
         disputed=disputed,
-    )
-
-
-def diff_of(before: Mapping[str, int], after: Mapping[str, int]) -> Diff:
-    """Compare two states by the revs of their workers."""
-    return Diff(
-        added=tuple(sid for sid in after if sid not in before),
-        changed=tuple(sid for sid in after if sid in before and before[sid] != after[sid]),
-        removed=tuple(sid for sid in before if sid not in after),
     )

@@ -10,7 +10,8 @@ from typing import Final, Literal, TypeAlias
 from crewlog.errors import Unsupported, WaitTimeout
 from crewlog.host import Closing
 from crewlog.model import arguments
-from crewlog.model.events import Item, State, Worker
+from crewlog.model.events import State, Worker
+from crewlog.model.items import Item
 from crewlog.watch import wake
 from crewlog.watch.watch import Watch
 

@@ -10,17 +10,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.model import events
-from crewlog.model.events import (
-    Change,
-    Item,
-    Line,
-    Reset,
-    State,
-    Synced,
-    diff_of,
-    event_of,
-    state_of,
-)
+from crewlog.model.events import Line, State, event_of, state_of
+from crewlog.model.items import Change, Item, Reset, Synced, diff_of
 from crewlog.model.sieve import Sieve, sid_needle
 from crewlog.store import Store, Tail, oldest_state, retried
 

@@ -9,7 +9,8 @@ from typing import Final, TypedDict, Unpack
 from crewlog import host
 from crewlog.errors import StoreMissing, WaitTimeout, WorkerEnded, WorkerNotFound
 from crewlog.model import arguments
-from crewlog.model.events import FINAL, EventType, Item, State, StateName, Worker, WorkerState
+from crewlog.model.events import FINAL, EventType, State, StateName, Worker, WorkerState
+from crewlog.model.items import Item
 from crewlog.session import Session
 from crewlog.store import Backend, Cursor, Store
 from crewlog.watch import feed, wake

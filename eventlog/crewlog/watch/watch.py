@@ -14,7 +14,7 @@ from typing import Self
 
 from crewlog.errors import HistoryRewound, RegistryClosed, StoreMissing, Unavailable
 from crewlog.host import Closing
-from crewlog.model.events import Item, Reset
+from crewlog.model.items import Item, Reset
 from crewlog.store import Cursor, Store
 from crewlog.watch import wake
 from crewlog.watch.feed import Feed
