@@ -510,6 +510,7 @@ def test_subscribers_do_not_affect_each_other(reg: Registry) -> None:
         raise RuntimeError(item.seq)
 
     with (
+        pytest.raises(RuntimeError, match="2"),  # told again at the end of the block
         reg.subscribe(raising, after="now") as stopped,
         reg.subscribe(skipping, after="now", on_error="skip"),
         reg.subscribe(lambda _: slow_may_go_on.wait(20), after="now") as slow,
