@@ -299,8 +299,9 @@ def test_closed_registry_says_so_to_tasks(place: Path) -> None:
         await areg.aclose()
         await areg.aclose()
         for use in (
-            areg.get("a"), areg.workers(), areg.last_seq, areg.living(), areg.update("a", state="ready"),
-            areg.exited("a", code=0), areg.remove("a", reason="x"), areg.register("b"),
+            areg.get("a"), areg.workers(), areg.last_seq, areg.living(),
+            areg.update("a", state="ready"), areg.exited("a", code=0),
+            areg.remove("a", reason="x"), areg.register("b"),
             areg.wait("a", state="ready"), areg.observe("a"), areg.watch().__aenter__(),
             anext(areg.history()),
         ):  # fmt: skip
