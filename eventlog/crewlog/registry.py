@@ -497,7 +497,13 @@ class Registry(Closing):
 
     @shows(follow.DEFAULTS, WatchOptions)
     def awatch(self, **options: Unpack[WatchOptions]) -> "AsyncWatch":
-        """Deliver events to asyncio, like `watch`; call it with a running loop."""
+        """Deliver events to asyncio, like `watch`; call it with a running loop.
+
+        It does not wait for a store, which would hold the loop up; `AsyncRegistry.watch` does.
+        """
+        if options.get("wait_for_store"):
+            message = "awatch does not wait for a store: use crewlog.aopen(…).watch"
+            raise ValueError(message)
         with no_fork():
             from crewlog.aio.watch import AsyncWatch, LoopBell  # noqa: PLC0415 (slow to import)
 
