@@ -101,6 +101,7 @@ def run(arguments: list[str] | None = None) -> int:
     own = words[: words.index("--")] if "--" in words else words
     sh = Shell(json="--json" in own)  # known even where the rest cannot be parsed
     sh.own, sh.separated = tuple(own), "--" in words
+    sh.program_words = max(0, len(words) - len(own) - 1)
     output.prepare()
     try:
         crewlog.main(args=arguments, prog_name="crewlog", obj=sh, standalone_mode=False)

@@ -55,6 +55,7 @@ class Shell:
     color: Literal["auto", "always", "never"] = "auto"
     own: tuple[str, ...] = ()  # the words before a "--"
     separated: bool = False  # there was one
+    program_words: int = 0  # how many stand behind it
     wait_s: float = LOCK_WAIT_S  # for other writers, and for servers
     opened: "list[Registry]" = field(default_factory=list)
 

@@ -1,6 +1,7 @@
 """What a newcomer stumbled over stays mended: streams, endings, words, the past."""
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -279,3 +280,31 @@ def test_grace_beyond_what_poll_counts(reg: Registry, crew: Crew) -> None:
     process = crew.sleeper()
     reg.register("a", pid=process.pid)
     assert reg.stop("a", grace_s=30 * 86_400, reason="r").data["signal"] == 15
+
+
+def test_names_and_globs_choose_what_ls_and_watch_show(cli: Cli, crew: Crew) -> None:
+    """One that is named is shown, ended or not; of one that is not there, the nearest is."""
+    cli("register", "web-1", "--pid", crew.sleeper().pid)
+    cli("register", "web-2", "--pid", crew.sleeper().pid)
+    cli("run", "job", "--", "true")
+    assert cli("ls", "web-*", "--sids").stdout.split() == ["web-1", "web-2"]
+    assert cli("ls", "web-1", "job", "--sids").stdout.split() == ["web-1", "job"]
+    assert cli("ls", "j*", "--sids").stdout == "", "it has ended, and was not named"
+    assert cli("ls", "j*", "-a", "--sids").stdout.split() == ["job"]
+    assert "Did you mean" in cli("ls", "web1", code=1).stderr
+    rows = cli("watch", "web-2", "--from-start", "--count", "1", "--json").stdout.splitlines()
+    assert [json.loads(row)["sid"] for row in rows if '"sid"' in row] == ["web-2"]
+    script = "cat >/dev/null; echo heard"
+    heard = cli(
+        "watch", "web-2", "--from-start", "--count", "1", "--exec", "--", "sh", "-c", script
+    )
+    assert heard.stdout.count("heard") == 1
+
+
+def test_cron_before_the_first_worker_sends_no_mail(tmp_path: Path) -> None:
+    """Quiet with -q; without it, a place where there is nothing is said to be that."""
+    nowhere = Cli(tmp_path / "store")
+    done = nowhere("compact", "-q")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not nowhere.place.exists()
+    assert "no registry" in nowhere("compact", code=66).stderr

@@ -26,6 +26,7 @@ _RETRY_MAX_S: Final = 30.0
 @command(
     "watch",
     examples="""crewlog watch
+crewlog watch web-1
 crewlog watch --after 120 --json | jq -r .sid
 crewlog watch --type worker.lost --count 1 --timeout 1h
 crewlog watch --cursor mailer --crashed --exec -- ./send-mail""",
@@ -62,7 +63,8 @@ crewlog watch --cursor mailer --crashed --exec -- ./send-mail""",
     help="What wakes.",
 )
 @click.option("--observe", is_flag=True, help="Record deaths meanwhile, as observe --all does.")
-@click.argument("argv", metavar="[-- CMD…]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("words", metavar="[SID…] [-- CMD…]", nargs=-1, type=click.UNPROCESSED,
+                shell_complete=shell.complete_sid)  # fmt: skip
 def watch(
     sh: Shell,
     *,
@@ -80,7 +82,7 @@ def watch(
     run: bool,
     retries: int | None,
     backend: str,
-    argv: tuple[str, ...],
+    words: tuple[str, ...],
 ) -> None:
     """Print changes as they become durable, in order, each once; or run CMD for each.
 
@@ -90,6 +92,8 @@ def watch(
     if sum([after is not None, since is not None, from_start, now]) > 1:
         message = "--after, --since, --from-start and --now exclude each other"
         raise click.UsageError(message)
+    named = len(words) - sh.program_words if sh.separated else 0 if run else len(words)
+    sids, argv = (*sids, *words[:named]), words[named:]
     if run != bool(argv):
         message = "--exec goes with -- CMD…, and CMD with --exec"
         raise click.UsageError(message)

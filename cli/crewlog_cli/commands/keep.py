@@ -16,6 +16,7 @@ from crewlog.errors import (
     CrewlogError,
     LockBusy,
     PlanInvalid,
+    StoreMissing,
     WorkerExists,
     from_oserror,
 )
@@ -214,6 +215,16 @@ def _read_plan(path: Path) -> Plan:
     return plan.decode(data, where=str(path))
 
 
+def _there(sh: Shell) -> Registry:
+    """Open the registry; with -q it is no fault that cron was set up before the first worker."""
+    try:
+        return sh.existing()
+    except StoreMissing:
+        if sh.quiet:
+            raise SystemExit(0) from None
+        raise
+
+
 @command(
     "compact",
     examples="""crewlog compact
@@ -227,7 +238,7 @@ crewlog schedule cron                # the line for a crontab""",
     "--keep-history",
     default="all",
     show_default=True,
-    metavar="90d|1GiB|100000|all",
+    metavar="90d|1GiB|5000events|all",
     help="Drop archived history that is older, or beyond so many bytes or events.",
 )
 @click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
@@ -268,7 +279,7 @@ def compact_(
     if prometheus is not None:
         output.require_place(Path(prometheus), option="--prometheus")
     wait_s = 0.0 if jitter is None else random.uniform(0.0, _jitter_s(jitter))  # noqa: S311 (no secret)
-    reg = sh.existing()
+    reg = _there(sh)
     time.sleep(0.0 if dry_run else wait_s)
     with _metered(reg, prometheus) as told:
         report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack, dry_run=dry_run)

@@ -13,6 +13,7 @@ import click
 from crewlog import Flag, Liveness
 from crewlog.errors import Unavailable, WorkerNotFound
 from crewlog.model import figures
+from crewlog.model.choice import GLOB, matcher
 from crewlog.model.events import (
     FINAL,
     Identity,
@@ -38,6 +39,7 @@ crewlog ls --all --state lost
 crewlog ls -l role=web --json | jq -r '.workers[].sid'
 crewlog ls --at yesterday""",
 )
+@click.argument("names", metavar="[SID|GLOB]…", nargs=-1, shell_complete=shell.complete_sid)
 @click.option("-a", "--all", "all_", is_flag=True, help="Show the dead and the ended too.")
 @click.option(
     "--state",
@@ -53,6 +55,7 @@ crewlog ls --at yesterday""",
 def ls(
     sh: Shell,
     *,
+    names: tuple[str, ...],
     all_: bool,
     states: tuple[str, ...],
     labels: tuple[str, ...],
@@ -65,12 +68,17 @@ def ls(
     wanted = inputs.pairs(labels).items()
     seen: State = reg.state() if at_ is None else inputs.at(sh, reg, at_)
     final = all_ or any(WorkerState(state) in FINAL for state in states)
+    exact = {name for name in names if not GLOB.search(name)}  # shown, dead or alive
+    for name in exact - seen.workers.keys():
+        render.known(reg, name)
+    matches = matcher(names or ("*",))
     workers = [
         worker
         for worker in seen.workers.values()
-        if (final or not worker.final)
+        if (final or not worker.final or worker.sid in exact)
         and (not states or worker.state.value in states)
         and wanted <= worker.labels.items()
+        and matches(worker.sid)
     ]
     judged: list[Liveness | None] = [None] * len(workers)
     if at_ is None and not no_probe:
@@ -78,7 +86,7 @@ def ls(
     shown = [
         (worker, found)
         for worker, found in zip(workers, judged, strict=True)
-        if final or found is None or not found.dead
+        if final or found is None or not found.dead or worker.sid in exact
     ]
     if sids and sh.json:
         sh.document({"seq": seen.seq, "sids": [worker.sid for worker, _ in shown]})

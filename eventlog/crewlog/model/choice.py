@@ -1,12 +1,14 @@
 """Choose workers by state, labels and names, as callers and people say it."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import translate
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from crewlog.model import arguments
 from crewlog.model.events import FINAL, Record, StateName, WorkerState
+
+GLOB: Final = re.compile(r"[*?\[]")  # a name with one of these is a glob
 
 
 class Choice(NamedTuple):
@@ -14,13 +16,13 @@ class Choice(NamedTuple):
 
     states: frozenset[str] | None
     labels: Mapping[str, str | None]
-    sids: re.Pattern[str] | None
+    sids: Callable[[str], object] | None
 
     def wants(self, record: Record) -> bool:
         """Say whether a worker is among them."""
         if self.states is not None and record["state"] not in self.states:
             return False
-        if self.sids is not None and self.sids.fullmatch(record["sid"]) is None:
+        if self.sids is not None and not self.sids(record["sid"]):
             return False
         have = record["labels"]
         return all(k in have and v in {None, have[k]} for k, v in self.labels.items())
@@ -40,11 +42,13 @@ def choice_of(
     wanted = None if all else frozenset(state.value for state in WorkerState if state not in FINAL)
     if states is not None:
         wanted = frozenset(WorkerState(state).value for state in _several(states, name="states"))
-    pattern = None
-    if sids is not None:
-        globs = [translate(glob) for glob in _several(sids, name="sids")]
-        pattern = re.compile("|".join(globs) or "(?!)")  # of none: nothing
-    return Choice(wanted, arguments.check_wanted(labels), pattern)
+    matches = None if sids is None else matcher(_several(sids, name="sids"))
+    return Choice(wanted, arguments.check_wanted(labels), matches)
+
+
+def matcher(sids: Collection[str]) -> Callable[[str], object]:
+    """Return what says of a sid whether it is one of these names or globs."""
+    return re.compile("|".join(map(translate, sids)) or "(?!)").fullmatch  # of none: nothing
 
 
 def _several(given: Collection[str], *, name: str) -> Collection[str]:
