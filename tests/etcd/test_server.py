@@ -31,6 +31,7 @@ from crewlog.errors import (
     Unsupported,
 )
 from crewlog.etcd import layout as keys
+from crewlog.etcd import waiters
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.append import EtcdLog, is_sound, outdated
 from crewlog.etcd.client import Client
@@ -959,3 +960,26 @@ def test_who_stands_before_is_waited_for_and_named(url: str) -> None:
         with opened(url, lock_timeout_s=30) as patient:
             patient.update("a", meta={"n": 3})
         assert reg.last_seq == 5
+
+
+def test_who_was_served_has_a_turn_past_the_queue_and_then_waits_again(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wait serves many changes, for a moment; a newcomer has no turn."""
+    monkeypatch.setattr(waiters, "TURN_S", 60.0)
+    with opened(url, lock_timeout_s=0.3) as reg, opened(url) as other:
+        reg.register("a")
+        mine, theirs = reg.store(), other.store()
+        assert isinstance(mine, EtcdLog)
+        assert isinstance(theirs, EtcdLog)
+        place = mine._waiters.enter()
+        theirs._waiters.enter()
+        place.leave()
+        with pytest.raises(crewlog.LockBusy):
+            reg.update("a", meta={"n": 0})
+        mine._waiters.served(place)
+        reg.update("a", meta={"n": 1})
+        reg.update("a", meta={"n": 2})
+        mine._waiters._turn_until = 0.0  # it is over
+        with pytest.raises(crewlog.LockBusy):
+            reg.update("a", meta={"n": 3})
