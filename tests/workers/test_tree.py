@@ -105,9 +105,10 @@ def test_session_of_a_stranger_with_the_same_number_is_not_ours(
     # as if the stranger's session had the number of our worker
     from dataclasses import replace
 
+    earlier = (worker.identity.start_ticks or 0) - 1  # both may have begun within one tick
     same = replace(
         worker,
-        identity=replace(worker.identity, pid=stranger.pid),
+        identity=replace(worker.identity, pid=stranger.pid, start_ticks=earlier),
         group=replace(worker.group, session=stranger.pid, pgid=stranger.pid),
     )
     assert tree.members([same]) == {}
@@ -124,9 +125,10 @@ def test_pid_that_is_anothers_now_owns_no_session_of_ours(reg: Registry) -> None
     worker = reg.spawn("a", ["sleep", "300"])
     assert worker.identity is not None
     assert worker.group is not None
+    earlier = (worker.identity.start_ticks or 0) - 1  # as above
     same = replace(
         worker,
-        identity=replace(worker.identity, pid=stranger.pid),
+        identity=replace(worker.identity, pid=stranger.pid, start_ticks=earlier),
         group=replace(worker.group, session=stranger.pid, pgid=stranger.pid),
     )
     assert tree.members([same]) == {}
