@@ -14,7 +14,7 @@ from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.layout import KeyValue, Room
 from crewlog.etcd.reader import Head, begin_of, encode_head, token_of
 from crewlog.etcd.state import EtcdReading
-from crewlog.etcd.waiters import BEATEN_S, Place, Waiters
+from crewlog.etcd.waiters import Place, Waiters
 from crewlog.model import codec, events, fold
 from crewlog.model.codec import Draft
 from crewlog.model.events import JsonObject, Record
@@ -305,8 +305,7 @@ class EtcdLog(EtcdReading):
 
         Raises: LockBusy.
         """
-        if place.is_next:  # one in its turn was faster, which soon ends
-            time.sleep(BEATEN_S)
+        place.give_way()
         while True:
             head, (queue, *rows) = self.look(place.look(), *self._records_of(sids))
             before = place.before(queue)

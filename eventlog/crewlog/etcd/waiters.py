@@ -25,7 +25,7 @@ from crewlog.model.events import JsonObject
 PLACE_TTL_S: Final = 5  # who is stopped in the queue holds up all others for so long, at most
 _NEXT_S: Final = 0.0005  # so long who is next waits between two looks
 TURN_S: Final = 0.03  # so long a writer goes on past the queue, once it has waited in it
-BEATEN_S: Final = 0.004  # and so long who is next waits, where that one was faster
+_BEATEN_S: Final = 0.004  # and so long who is next waits, where that one was faster
 _STEP_S: Final = 0.028  # and so much longer, for each more who stands before: nearly a turn
 _PAUSE_MAX_S: Final = 0.5
 _LEFT_MAX: Final = 64
@@ -84,7 +84,7 @@ class Place:
         self._client = client
         self._keys = names
         self._lease = lease
-        self.is_next = False  # nobody stood before us when we last looked
+        self._is_next = False  # nobody stood before us when we last looked
         self._number = 0  # the revision of the key's creation, once it was seen
         self._kept_at = time.monotonic()
 
@@ -114,13 +114,18 @@ class Place:
             return None
         self._number = mine.create_revision
         before = sum(row.create_revision < self._number for row in rows)
-        self.is_next = before == 0
+        self._is_next = before == 0
         return before
 
     def is_first(self) -> JsonObject:
         """Compare: nobody stands before."""
         begin, end = self._keys.room(Room.QUEUE)
         return keys.none_older(begin, end, self._number)
+
+    def give_way(self) -> None:
+        """Pause where we were next and one in its turn was faster: that soon ends."""
+        if self._is_next:
+            time.sleep(_BEATEN_S)
 
     def wait(self, before: int) -> None:
         """Wait about as long as those who stand before will take, and keep the lease."""

@@ -73,9 +73,11 @@ class WatchdogSource:
         )
         try:
             self._observer.start()
-        except RuntimeError as error:
+        except BaseException as error:
             self._canary.close()
-            raise OSError(errno.EAGAIN, str(error)) from error
+            if isinstance(error, RuntimeError):  # no thread is to be had
+                raise OSError(errno.EAGAIN, str(error)) from error
+            raise
 
     def healthy(self) -> bool:
         """Say whether its threads run, and can hear."""

@@ -6,7 +6,7 @@ from fnmatch import translate
 from typing import Final, NamedTuple
 
 from crewlog.model import arguments
-from crewlog.model.events import FINAL, Record, StateName, WorkerState
+from crewlog.model.events import LIVING, Record, StateName, WorkerState
 
 GLOB: Final = re.compile(r"[*?\[]")  # a name with one of these is a glob
 
@@ -39,9 +39,9 @@ def choice_of(
 
     Raises: ValueError, TypeError.
     """
-    wanted = None if all else frozenset(state.value for state in WorkerState if state not in FINAL)
+    wanted: frozenset[str] | None = None if all else LIVING
     if states is not None:
-        wanted = frozenset(WorkerState(state).value for state in _several(states, name="states"))
+        wanted = frozenset(WorkerState(state) for state in _several(states, name="states"))
     matches = None if sids is None else matcher(_several(sids, name="sids"))
     return Choice(wanted, arguments.check_wanted(labels), matches)
 
