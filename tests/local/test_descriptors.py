@@ -1,5 +1,8 @@
 """Descriptors that a program closed under us: never written to, never closed a second time."""
 
+import errno
+import gc
+import importlib
 import logging
 import os
 import shutil
@@ -10,6 +13,7 @@ import pytest
 
 import crewlog
 from crewlog import host
+from crewlog.registry import Registry
 from crewlog.workers import reaper
 from crewlog_compactor import verify
 from procs import forked, joined, until
@@ -155,3 +159,29 @@ def test_daemon_that_watches_hears_on_and_loses_no_file(
 
     joined(forked(daemon))
     assert verify(place).ok
+
+
+@pytest.mark.parametrize("backend", ["watchdog", "inotify"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC])
+def test_limits_that_leave_a_watch_polling_cost_no_descriptor(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, backend: str, number: int
+) -> None:
+    """Whatever was opened before the failure is given back."""
+    if backend == "inotify":
+        inotify = pytest.importorskip("inotify_simple")
+        failing, name = inotify.INotify, "add_watch"
+    else:
+        emitters = importlib.import_module("watchdog.observers.inotify")
+        failing, name = emitters.InotifyEmitter, "on_thread_start"  # where it asks the kernel
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    reg.register("a")
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(failing, name, fail)
+    for _ in range(5):
+        with reg.watch(after="now", backend=backend) as items:  # type: ignore[arg-type] # either
+            assert items.stats()["source"] == "poll"
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before

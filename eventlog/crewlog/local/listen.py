@@ -7,6 +7,7 @@ import errno
 import os
 import select
 from collections.abc import Hashable
+from contextlib import ExitStack
 from pathlib import Path
 
 from crewlog import host
@@ -66,18 +67,19 @@ class WatchdogSource:
             def on_any_event(self, _: FileSystemEvent) -> None:
                 rings()
 
-        self._canary = _Canary()
-        self._observer = Observer()
-        self._observer.schedule(
-            Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
-        )
-        try:
-            self._observer.start()
-        except BaseException as error:
-            self._canary.close()
-            if isinstance(error, RuntimeError):  # no thread is to be had
+        with ExitStack() as undo:
+            self._canary = _Canary()
+            undo.callback(self._canary.close)
+            self._observer = Observer()
+            undo.callback(self._observer.stop)  # it may have opened something, started or not
+            self._observer.schedule(
+                Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
+            )
+            try:
+                self._observer.start()
+            except RuntimeError as error:
                 raise OSError(errno.EAGAIN, str(error)) from error
-            raise
+            undo.pop_all()
 
     def healthy(self) -> bool:
         """Say whether its threads run, and can hear."""
@@ -107,21 +109,18 @@ class InotifySource:
         with no_fork():
             from inotify_simple import INotify, flags  # noqa: PLC0415 (an extra)
 
-        self._inotify = INotify(nonblocking=True)
-        try:
-            self._inotify.add_watch(str(directory), flags.MODIFY)
-        except BaseException:
-            self._inotify.close()
-            raise
         self._rings = rings
-        # rung, not closed: a forked child would hold a pipe open, and the thread wait for ever
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._canary = _Canary()
-        try:
+        with ExitStack() as undo:
+            self._canary = _Canary()
+            undo.callback(self._canary.close)
+            self._inotify = INotify(nonblocking=True)
+            undo.callback(self._inotify.close)
+            self._inotify.add_watch(str(directory), flags.MODIFY)
+            # rung, not closed: a forked child would hold a pipe open, and the thread wait for ever
+            self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._stop)
             self._thread = host.start_thread(self._run, name="crewlog-inotify")
-        except BaseException:
-            self._let_go()
-            raise
+            self._open = undo.pop_all()
 
     def _run(self) -> None:
         poll = select.poll()
@@ -149,12 +148,7 @@ class InotifySource:
             return
         os.eventfd_write(self._stop, 1)
         self._thread.join()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._canary.close()
-        os.close(self._stop)
-        self._inotify.close()
+        self._open.close()
 
 
 class HeadChannel:
