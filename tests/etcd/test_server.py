@@ -977,9 +977,32 @@ def test_who_was_served_has_a_turn_past_the_queue_and_then_waits_again(
         place.leave()
         with pytest.raises(crewlog.LockBusy):
             reg.update("a", meta={"n": 0})
-        mine._waiters.served(place)
+        mine._waiters.begin_turn(place)
         reg.update("a", meta={"n": 1})
         reg.update("a", meta={"n": 2})
         mine._waiters._turn_until = 0.0  # it is over
         with pytest.raises(crewlog.LockBusy):
             reg.update("a", meta={"n": 3})
+
+
+def test_turn_ends_where_another_was_faster(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one's turn has begun, and two in their turns would lose half of what they try."""
+    monkeypatch.setattr(waiters, "TURN_S", 60.0)
+    with opened(url, lock_timeout_s=0.3) as reg, opened(url) as other:
+        reg.register("a")
+        mine, theirs = reg.store(), other.store()
+        assert isinstance(mine, EtcdLog)
+        assert isinstance(theirs, EtcdLog)
+        place = mine._waiters.enter()
+        place.leave()
+        mine._waiters.begin_turn(place)
+        reg.update("a", meta={"n": 0})
+        other.update("a", meta={"n": 1})
+        theirs._waiters.enter()
+        with pytest.raises(crewlog.LockBusy):  # it has what is left of the look before: beaten
+            reg.update("a", meta={"n": 2})
+
+
+def test_turn_is_longer_in_a_crowd() -> None:
+    """To change turns costs the most where many wait, and a wait is never without a bound."""
+    assert [round(waiters.turn_s(n) / waiters.TURN_S, 2) for n in (0, 3, 15, 500)] == [1, 1.2, 2, 2]

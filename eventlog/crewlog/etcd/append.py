@@ -283,10 +283,11 @@ class EtcdLog(EtcdReading):
                     _tell(_refused_first(attempt.units))
                     raise
                 if passed is None:
-                    self._waiters.served(place)
+                    self._waiters.begin_turn(place)
                     place = None  # it went with the transaction
                     break
                 _forget(attempt.units)
+                self._waiters.end_turn()
                 if time.monotonic() > deadline:
                     raise self._busy("other writers, who were first each time,")
                 if lost or passed.head.raw == attempt.written.head.raw:  # or others stand before us

@@ -25,9 +25,9 @@ from crewlog.model.events import JsonObject
 PLACE_TTL_S: Final = 5  # who is stopped in the queue holds up all others for so long, at most
 _NEXT_S: Final = 0.0005  # so long who is next waits between two looks
 TURN_S: Final = 0.03  # so long a writer goes on past the queue, once it has waited in it
-_BEATEN_S: Final = 0.004  # and so long who is next waits, where that one was faster
-_STEP_S: Final = 0.028  # and so much longer, for each more who stands before: nearly a turn
-_PAUSE_MAX_S: Final = 0.5
+_CROWD: Final = 15  # twice as long where so many stood before it: to change turns costs the most
+_BEATEN_S: Final = 0.006  # and so long who is next waits, where that one was faster
+_PAUSE_MAX_S: Final = 1.0
 _LEFT_MAX: Final = 64
 
 
@@ -65,10 +65,19 @@ class Waiters:
             return []
         return [keys.none_in(*self._keys.room(Room.QUEUE))]
 
-    def served(self, place: "Place | None") -> None:
+    def begin_turn(self, place: "Place | None") -> None:
         """Begin our turn, if a transaction was carried out that had waited for it."""
         if place is not None:
-            self._turn_until = time.monotonic() + TURN_S
+            self._turn_until = time.monotonic() + turn_s(place.crowd)
+
+    def end_turn(self) -> None:
+        """End our turn: another was first, whose turn has begun."""
+        self._turn_until = 0.0
+
+
+def turn_s(crowd: int) -> float:
+    """Return how long a turn is, in seconds, where so many stand before."""
+    return TURN_S * (1 + min(crowd, _CROWD) / _CROWD)
 
 
 class Place:
@@ -85,6 +94,7 @@ class Place:
         self._keys = names
         self._lease = lease
         self._is_next = False  # nobody stood before us when we last looked
+        self.crowd = 0  # how many stood before us at most
         self._number = 0  # the revision of the key's creation, once it was seen
         self._kept_at = time.monotonic()
 
@@ -115,6 +125,7 @@ class Place:
         self._number = mine.create_revision
         before = sum(row.create_revision < self._number for row in rows)
         self._is_next = before == 0
+        self.crowd = max(self.crowd, before)
         return before
 
     def is_first(self) -> JsonObject:
@@ -129,7 +140,7 @@ class Place:
 
     def wait(self, before: int) -> None:
         """Wait about as long as those who stand before will take, and keep the lease."""
-        time.sleep(min(_NEXT_S + _STEP_S * (before - 1), _PAUSE_MAX_S))
+        time.sleep(min(_NEXT_S + turn_s(self.crowd) * (before - 1), _PAUSE_MAX_S))
         if time.monotonic() - self._kept_at > PLACE_TTL_S / 3:
             claims.keep(self._client, self._lease)
             self._kept_at = time.monotonic()
