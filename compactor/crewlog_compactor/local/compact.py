@@ -129,8 +129,8 @@ def _foreseen(log: Log, packing: Packing, keep: Keep, added: int) -> _Foreseen:
 
 def _sweep(log: Log) -> None:
     """Remove what a killed compaction left; the compact lock proves that no other one runs."""
-    sweep(log.directory, log.directory.root)
-    sweep(log.directory, log.directory[layout.ARCHIVE])
+    sweep(log.directory, "")
+    sweep(log.directory, layout.ARCHIVE)
     cursors.sweep(log.directory, now=time.time())
 
 

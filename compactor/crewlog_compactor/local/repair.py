@@ -50,7 +50,8 @@ def repair(place: Place, *, yes: bool, accept_loss: list[Range]) -> RepairReport
     log = Log(directory.open_existing(place.path))
     try:
         if not yes:
-            return _report(_survey(log.segments), done=False)
+            with disk.failures("cannot look into the store", where=str(place.path)):
+                return _report(_survey(log.segments), done=False)
         with log.take_compact_lock():
             return _repair(log, accept_loss)
     finally:
@@ -353,7 +354,7 @@ def _rewrite(at: Directory, part: _Part) -> str:
         aside = _quarantine(at, f"{part.name}.before-repair", held)
     data = b"".join(part.lines)
     temporary = f"{layout.TEMPORARY_PREFIX}repair-{os.getpid()}"
-    sweep(at, folder)
+    sweep(at, part.folder)
     if part.archived:
         data = archive.pack(data, archive.packing_of(part.archived))
     disk.write_new(via, temporary, data, at=folder)
@@ -385,7 +386,7 @@ def _set_redo_aside(at: Directory) -> str:
 def _quarantine(at: Directory, stem: str, data: bytes) -> str:
     """Keep bytes, durable, before what held them goes; return the file's name."""
     folder = at[layout.QUARANTINE]
-    taken = set(disk.names(folder))
+    taken = set(at.names(layout.QUARANTINE))
     name = next(n for n in _numbered(stem) if n not in taken)
     disk.write_new(at.disk, name, data, at=folder)
     at.disk.sync_directory(folder)

@@ -6,6 +6,7 @@ state at any time that is still kept can be told; then `_archive_dropped` is mad
 verify can tell policy from loss; then the files go.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -84,7 +85,7 @@ def _archive(segments: Segments, keep: Keep, coming: Mapping[int, Callable[[], i
 
 def _bytes(directory: Directory, first: int) -> int:
     name = archive_of(directory, first)
-    return (directory.path / layout.ARCHIVE / name).stat().st_size
+    return os.stat(name, dir_fd=directory[layout.ARCHIVE]).st_size
 
 
 def _newest(segments: Segments, first: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from crewlog.errors import CrewlogError
+from crewlog.errors import CrewlogError, StorageFailed
 from crewlog.local import cursors, disk, layout, leases
 from crewlog.local.directory import Directory
 
@@ -26,7 +26,7 @@ def strays(directory: Directory, report: Callable[[str, str, str], None]) -> Non
     """Tell `report` (code, name, message) of each file that should not be there, or not so."""
     places = [("", directory.root), *((n, directory[n]) for n in layout.DIRECTORIES)]
     for folder, fd in places:
-        for name in disk.names(fd):
+        for name in directory.names(folder):
             _look(directory, folder, name, fd, report)
 
 
@@ -52,6 +52,8 @@ def _look(
                 os.close(disk.open_file(name, at=fd, where=directory.where(relative)))
         except FileNotFoundError:  # moved on meanwhile
             return
+        except StorageFailed:  # it could not be looked at, which says nothing about it
+            raise
         except CrewlogError as error:
             report(error.code, relative, error.why)
 

@@ -16,7 +16,7 @@ from crewlog.errors import (
     SegmentMissing,
     SnapshotCorrupt,
 )
-from crewlog.local import ages, directory, layout, recovery, redo, snapshot
+from crewlog.local import ages, directory, disk, layout, recovery, redo, snapshot
 from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead, States
 from crewlog.local.segments import Segments
@@ -52,7 +52,8 @@ def verify(
     for _ in range(VERIFY_TRIES):
         begun = _beginning(opened)
         try:
-            report = _check(opened, anchor=anchor, progress=progress)
+            with disk.failures("cannot verify", where=str(path)):
+                report = _check(opened, anchor=anchor, progress=progress)
         except SegmentMissing:  # a retention took it while we read; else it would be a finding
             if _beginning(opened) == begun:
                 raise

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Final, cast
 
-from crewlog.errors import CrewlogError, ProcessNotFound, SpawnFailed
+from crewlog.errors import CrewlogError, ProcessNotFound, SpawnFailed, not_started
 from crewlog.etcd import claims, client
 from crewlog.etcd import layout as keys
 from crewlog.etcd.address import EtcdAddress, environment
@@ -65,7 +65,7 @@ class Keeper:
                 start_new_session=True,
             )
         except OSError as error:
-            raise SpawnFailed("the keeper of the lease", why=str(error)) from error
+            raise not_started("the keeper of the lease", error) from error
         self._await()
 
     def _await(self) -> None:

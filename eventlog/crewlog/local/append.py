@@ -312,7 +312,7 @@ class Appender:
     def _require_one_name(self, active: Segment) -> None:
         """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
         where = self.directory.where(layout.LOG, active.name)
-        sweep(self.directory, self.directory[layout.LOG])
+        sweep(self.directory, layout.LOG)
         if os.fstat(active.fd).st_nlink == 0:
             raise StoreMissing(where, why="the active segment was removed")
         disk.require_one_name(active.fd, where=where)
@@ -415,6 +415,9 @@ class Appender:
         except OSError as error:
             self._take_back(active, state)
             raise from_oserror(error, "cannot append", where=active.name) from error
+        except CrewlogError:
+            self._take_back(active, state)
+            raise
         self._left = after
         return after
 

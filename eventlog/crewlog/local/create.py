@@ -135,7 +135,7 @@ def _create(blank: Blank, fill: Fill, *, wait_s: float) -> None:
     try:
         lock.acquire(wait_s=wait_s)
         if not disk.exists(layout.STORE, at=root):
-            _sweep_leftovers(opened, via)
+            _sweep_leftovers(opened, via, where=str(path))
             _finish(fill(blank), opened, via)
     finally:
         lock.close()
@@ -243,12 +243,12 @@ def _finish(made: Newborn, opened: Descriptors, via: Disk) -> None:
     via.sync_directory(root)
 
 
-def _sweep_leftovers(opened: Descriptors, via: Disk) -> None:
+def _sweep_leftovers(opened: Descriptors, via: Disk, *, where: str) -> None:
     """Remove what an interrupted creation left; require_newborn made sure that it is only that."""
     root = opened.fds[""]
-    for name in disk.names(root):
+    for name in disk.names(root, where=where):
         if name in layout.NEWBORN or layout.is_temporary(name):
             via.unlink(name, at=root)
     for directory in (layout.LOG, layout.HEAD):
-        for name in disk.names(opened.fds[directory]):
+        for name in disk.names(opened.fds[directory], where=where):
             via.unlink(name, at=opened.fds[directory])

@@ -41,7 +41,7 @@ def read(directory: Directory, name: str) -> Standing | None:
 def every(directory: Directory) -> list[Standing]:
     """Read every cursor; a damaged one hides no other."""
     found = []
-    for name in disk.names(directory[layout.CURSORS]):
+    for name in directory.names(layout.CURSORS):
         if layout.is_temporary(name):
             continue
         try:
@@ -138,7 +138,7 @@ def _put(via: Disk, temporary: str, name: str, data: bytes, *, at: int) -> None:
 def sweep(directory: Directory, *, now: float) -> None:
     """Remove what creations that were killed left, once it is so old that no living one has it."""
     at = directory[layout.CURSORS]
-    for name in filter(layout.is_temporary, disk.names(at)):
+    for name in filter(layout.is_temporary, directory.names(layout.CURSORS)):
         with suppress(FileNotFoundError):
             if now - os.stat(name, dir_fd=at).st_mtime > TEMPORARY_AGE_S:
                 directory.disk.unlink(name, at=at)

@@ -50,6 +50,10 @@ class Directory:
         """Return the full name of a file of the store, for messages."""
         return str(self.path.joinpath(*names))
 
+    def names(self, name: str) -> list[str]:
+        """List one of the directories in it, sorted."""
+        return disk.names(self[name], where=self.where(name))
+
     def is_at(self, path: Path) -> bool:
         """Say whether the directory at `path` is this one; True where nothing is there."""
         try:
@@ -118,7 +122,7 @@ def open_existing(path: Path, *, via: Disk | None = None, limits: Limits = DEFAU
                 opened.add(name, disk.open_directory(name, at=root, where=str(path / name)))
         except FileNotFoundError as error:
             raise incomplete(error, root=root, where=str(path)) from error
-    local = _require_local(root, path)
+        local = _require_local(root, path)
     return Directory(path, opened, store, digest, via or Disk(), local, limits)
 
 
@@ -188,14 +192,14 @@ _NEWBORN: Final = {
 
 def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
-    found = disk.names(root)
+    found = disk.names(root, where=str(path))
     known = {*layout.DIRECTORIES, *layout.NEWBORN}
     strangers = [name for name in found if name not in known and not layout.is_temporary(name)]
     for name in layout.DIRECTORIES:
         if name in found:
             strangers += _strangers(root, path, name)
     # Looked for last: another process may have finished its creation since the listing.
-    if not strangers or layout.STORE in disk.names(root):
+    if not strangers or layout.STORE in disk.names(root, where=str(path)):
         return
     remedy = "Choose an empty or a new directory"
     if layout.SNAPSHOT in strangers:
@@ -213,10 +217,10 @@ def require_newborn(root: int, path: Path) -> None:
 def _strangers(root: int, path: Path, name: str) -> list[str]:
     fd = disk.open_directory(name, at=root, where=str(path / name))
     try:
-        allowed = _NEWBORN.get(name, frozenset())
-        found = [n for n in disk.names(fd) if n not in allowed and not layout.is_temporary(n)]
+        allowed, there = _NEWBORN.get(name, frozenset()), disk.names(fd, where=str(path / name))
+        found = [n for n in there if n not in allowed and not layout.is_temporary(n)]
         first = layout.segment_name(1)
-        if name == layout.LOG and first in disk.names(fd):
+        if name == layout.LOG and first in there:
             where = str(path / name / first)
             data = disk.read_all(first, at=fd, where=where, limit=SNAPSHOT_BYTES_MAX)
             if data.count(b"\n") > 1:  # more than its header: it was a store once

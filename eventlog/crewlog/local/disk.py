@@ -397,17 +397,18 @@ def read_all(name: str, *, at: int, where: str, limit: int) -> bytes:
         os.close(fd)
 
 
-def names(fd: int) -> list[str]:
+def names(fd: int, *, where: str) -> list[str]:
     """List a directory, sorted.
 
     A descriptor of its own each time: the place in a listing belongs to the open file, so threads
     and forked children that listed through a shared one would take each other's names away.
     """
-    own = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-    try:
-        return sorted(os.listdir(own))
-    finally:
-        os.close(own)
+    with failures("cannot list the directory", where=where):
+        own = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+        try:
+            return sorted(os.listdir(own))
+        finally:
+            os.close(own)
 
 
 def is_network_file_system(fd: int) -> bool:

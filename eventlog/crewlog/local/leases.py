@@ -196,7 +196,7 @@ def _last_beat(fd: int) -> tuple[float | None, bytes]:
 def sweep(directory: Directory, *, needed: Callable[[str, str], bool]) -> int:
     """Remove the leases that nobody holds and no living worker needs; return how many."""
     at, swept = directory[layout.LEASES], 0
-    for name in disk.names(at):
+    for name in directory.names(layout.LEASES):
         if not is_lease(name):
             continue
         try:

@@ -91,7 +91,8 @@ class Lock(Closing):
         raise StoreMissing(self.where, why="its lock file is replaced again and again")
 
     def _open(self, *, change: bool) -> None:
-        self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
+        with disk.failures("cannot take the lock", where=self.where):
+            self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
         self._file = host.own(self._fd)
         self._inode = self._file[1]
         self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)

@@ -329,15 +329,15 @@ class Log:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of the log, the archive and the quarantine."""
-        found = {}
-        for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE):
-            found[name] = 0
-            for entry in (self.directory.path / name).iterdir():
-                try:
-                    found[name] += entry.stat().st_size
-                except FileNotFoundError:  # archived, or dropped, meanwhile
-                    continue
-        return found
+        return {
+            name: sum(self._bytes_in(name))
+            for name in (layout.LOG, layout.ARCHIVE, layout.QUARANTINE)
+        }
+
+    def _bytes_in(self, part: str) -> Iterator[int]:
+        for name in self.directory.names(part):
+            with suppress(FileNotFoundError):  # archived, or dropped, meanwhile
+                yield os.stat(name, dir_fd=self.directory[part], follow_symlinks=False).st_size
 
     @property
     def channel(self) -> HeadChannel:

@@ -193,7 +193,7 @@ def rebuild(
     call finds the same prefix. Held besides: both sync locks, so that no leader publishes.
     """
     directory = segments.directory
-    sweep(directory, directory[layout.LOG])
+    sweep(directory, layout.LOG)
     last, found, action = judge(segments, head, snapshot_seq=snapshot_seq)
     with segments.open_to_append(last) as source:
         disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
@@ -243,7 +243,7 @@ def _put_back(directory: Directory, source: Segment, data: bytes) -> None:
 def quarantine(directory: Directory, source: Segment, found: Scan, data: bytes) -> None:
     """Keep bytes that are about to be cut, durable before the cut, with a note beside them."""
     at = directory[layout.QUARANTINE]
-    taken = set(disk.names(at))
+    taken = set(directory.names(layout.QUARANTINE))
     stem = f"{source.first:020d}-{found.end}"
     number = next(n for n in range(len(taken) + 1) if f"{stem}.{n}.bytes" not in taken)
     note = {

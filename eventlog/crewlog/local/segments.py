@@ -8,7 +8,7 @@ import os
 from typing import Final
 
 from crewlog import host
-from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing
+from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing, from_oserror
 from crewlog.host import Closing
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
@@ -52,7 +52,12 @@ class Segment(Closing):
 
     def size(self) -> int:
         """Return how many bytes it has at this moment."""
-        return disk.size_of(self._fd) if self._data is None else len(self._data)
+        if self._data is not None:
+            return len(self._data)
+        try:
+            return disk.size_of(self._fd)
+        except OSError as error:
+            raise from_oserror(error, "cannot read the log", where=self.name) from error
 
     def is_copy(self) -> bool:
         """Say whether it is a segment of log/ in memory: as the redo completes it."""
@@ -65,10 +70,16 @@ class Segment(Closing):
         return self.is_copy()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Read up to `size` bytes at `offset`."""
-        if self._data is None:
+        """Read up to `size` bytes at `offset`.
+
+        Raises: StorageFailed.
+        """
+        if self._data is not None:
+            return self._data[offset : offset + size]
+        try:
             return disk.read_at(self._fd, offset, size)
-        return self._data[offset : offset + size]
+        except OSError as error:
+            raise from_oserror(error, "cannot read the log", where=self.name) from error
 
     def whole(self) -> bytes:
         """Read all that it has at this moment."""
@@ -97,13 +108,13 @@ class Segments:
 
     def in_log(self) -> list[int]:
         """List the segments in log/ by first seq; the last one is active."""
-        names = disk.names(self.directory[layout.LOG])
+        names = self.directory.names(layout.LOG)
         firsts = (layout.first_seq_of(name) for name in names)
         return [first for first in firsts if first is not None]
 
     def in_archive(self) -> list[int]:
         """List the archived segments by first seq."""
-        names = disk.names(self.directory[layout.ARCHIVE])
+        names = self.directory.names(layout.ARCHIVE)
         firsts = (layout.first_seq_of(name) for name in names)
         return sorted({first for first in firsts if first is not None})
 
@@ -221,7 +232,7 @@ def put(directory: Directory, first: int, header: bytes) -> None:
     """
     via, at = directory.disk, directory[layout.LOG]
     temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
-    sweep(directory, at)
+    sweep(directory, layout.LOG)
     disk.write_new(via, temporary, header, at=at)
     try:
         via.link(temporary, layout.segment_name(first), at=at, new_at=at)
@@ -229,8 +240,8 @@ def put(directory: Directory, first: int, header: bytes) -> None:
         via.unlink(temporary, at=at)
 
 
-def sweep(directory: Directory, at: int) -> None:
+def sweep(directory: Directory, part: str) -> None:
     """Remove temporary files; the lock that the caller holds proves that no writer has one open."""
-    for name in disk.names(at):
+    for name in directory.names(part):
         if layout.is_temporary(name):
-            directory.disk.unlink(name, at=at)
+            directory.disk.unlink(name, at=directory[part])

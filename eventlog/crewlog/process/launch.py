@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Final, TypeAlias, TypedDict
 
 from crewlog import host
-from crewlog.errors import SpawnFailed
+from crewlog.errors import SpawnFailed, not_started
 from crewlog.host import no_fork
 from crewlog.model.events import Status
 from crewlog.process import handle, identity
@@ -137,7 +137,7 @@ class Launch:
                 self._pidfd = _own(_pidfd(self._child.pid))
             except OSError as error:
                 self._close()
-                raise SpawnFailed(self.argv[0], why=str(error)) from error
+                raise not_started(self.argv[0], error) from error
             except BaseException:
                 self._close()
                 raise
@@ -208,7 +208,7 @@ class Launch:
         if reason := said[1:]:
             number = int(reason)
             self.error = errno.errorcode.get(number, str(number))
-            raise SpawnFailed(self.argv[0], why=f"{os.strerror(number)} ({self.error})")
+            raise not_started(self.argv[0], OSError(number, f"{os.strerror(number)} ({self.error})"))
 
     def _said(self) -> bytes:
         """Read what the waiting process says: "+", then nothing more, or why it could not go on."""
