@@ -13,26 +13,19 @@ braces, and names those fields; the one constructor fills them in.
 """
 
 import errno
-import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Final, Literal, TypeAlias
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 Outcome: TypeAlias = Literal["not_written", "unknown", "written"]
-# What helps where the system refuses for a reason that lies in its surroundings.
+# What helps where the system refuses for want of something.
 _HELP: Final = {
     errno.EMFILE: "Close files, or raise the limit (ulimit -n), then try again",
-    errno.ENFILE: "The whole system has too many files open: close some, then try again",
     errno.EAGAIN: "Raise the limit of processes (ulimit -u), or end some, then try again",
     errno.ENOMEM: "Free memory, then try again",
     errno.EROFS: "Mount it writable, or choose another place",
-    errno.ELOOP: "Its links lead to each other: correct them, or choose another place",
-    errno.ENAMETOOLONG: "Choose a shorter path",
-    errno.ENOTDIR: "A part of that path is a file: correct it",
-    errno.ENOENT: "Somebody removed it meanwhile: look what became of it, then try again",
 }
-_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 
 
 @dataclass(eq=False, repr=False)
@@ -702,9 +695,6 @@ def from_oserror(error: OSError, what: str, *, where: str) -> CrewlogError:
 
 def not_started(program: str, error: OSError) -> SpawnFailed:
     """Wrap what the system said when it was to start a program."""
-    why = error.strerror or type(error).__name__
-    if error.filename is not None:
-        why += f": {os.fsdecode(error.filename)}"
-    if error.errno in _SCARCE:
-        return SpawnFailed(program, why=why, remedy=_HELP[error.errno])
-    return SpawnFailed(program, why=why)
+    named = "" if error.filename is None else f": {error.filename}"
+    why = (error.strerror or type(error).__name__) + named
+    return SpawnFailed(program, why=why, remedy=_HELP.get(error.errno or 0, SpawnFailed.remedy))

@@ -275,12 +275,15 @@ class Tail(Protocol):
 class Standing(NamedTuple):
     """A cursor as anyone may see it: everything up to `seq` is acknowledged.
 
-    Of a damaged one that is not known: `seq` is then 0, and it holds back everything.
+    Of a damaged one that is not known: `seq` is then 0, and it holds back everything. `digest` is
+    codec.short_digest of the line `seq`, 0 where it is not known: by it a store that was restored
+    from a backup, and has grown since, is told from the one that the subscriber read.
     """
 
     name: str
     seq: int
     damaged: bool = False
+    digest: int = 0
 
 
 class Cursor(Protocol):
@@ -296,12 +299,17 @@ class Cursor(Protocol):
         """Return the seq up to which everything is acknowledged."""
         ...
 
-    def advance(self, seq: int) -> None:
+    @property
+    def digest(self) -> int:
+        """Return the digest of that line; 0 where it is not known."""
+        ...
+
+    def advance(self, seq: int, digest: int = 0) -> None:
         """Acknowledge everything up to `seq`; never moves back."""
         ...
 
-    def set(self, seq: int) -> None:
-        """Move to `seq`, also backwards.
+    def set(self, seq: int, digest: int = 0) -> None:
+        """Move to `seq`, also backwards; `digest` is that of its line.
 
         Raises: RegistryClosed once it is closed.
         """
@@ -323,8 +331,8 @@ class Cursors(Protocol):
         """Read every cursor; a damaged one hides no other."""
         ...
 
-    def own(self, name: str, *, start: int) -> Cursor:
-        """Take ownership; a new one is created at `start`.
+    def own(self, name: str, *, start: int, digest: int = 0) -> Cursor:
+        """Take ownership; a new one is created at `start`, whose line has that digest.
 
         Raises: CursorBusy.
         """

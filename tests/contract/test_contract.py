@@ -630,6 +630,34 @@ def test_watcher_of_dropped_history_gets_a_reset_and_the_exact_loss(reg: Registr
         assert found == [*kept, reg.last_seq]
 
 
+def test_cursor_knows_the_line_it_stood_at(reg: Registry) -> None:
+    """A store that was restored, and has grown past it since, is another: nothing is passed over."""
+    reg.register("a")
+    for n in range(3):
+        reg.update("a", meta={"n": n})
+    last = reg.last_seq
+    with reg.watch(cursor="c", after=0) as items:
+        items.drain()
+        assert items.next(0) is None  # the last one is acknowledged
+
+    def stand(digest: int) -> str:
+        owned = reg.store().cursors.own("c", start=0)
+        owned.set(last, digest)
+        owned.close()
+        with reg.watch(cursor="c") as items:
+            found = items.next(5)
+        return found.reason if isinstance(found, crewlog.Reset) else type(found).__name__
+
+    standing = reg.store().cursors.read("c")
+    assert standing is not None
+    assert (standing.seq, standing.damaged) == (last, False)
+    assert standing.digest != 0
+    reg.update("a", meta={"n": 3})
+    assert stand(standing.digest) == "Change"
+    assert stand(standing.digest ^ 2) == "replaced"  # what it saw there was another line
+    assert stand(0) == "Change"  # as version 0.1 left it: not known
+
+
 def test_cursor_holds_retention_back(reg: Registry) -> None:
     """What it has not read stays."""
     reg.register("a")

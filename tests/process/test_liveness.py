@@ -69,25 +69,39 @@ def test_living_sid_is_refused_and_a_dead_one_taken_over(reg: Registry, crew: Cr
 
 @LINUX
 @ROOT
-def test_process_of_another_user_is_alive(place: Path, crew: Crew) -> None:
-    """EPERM is not death: a living worker that we may not signal lives."""
-    worker = crew.sleeper()
-    os.chmod(place.parent, 0o755)  # noqa: S103 (the child must get there)
+@pytest.mark.parametrize("told", ["pidfd", "stat", "kill"])
+def test_process_of_another_user_is_alive(
+    place: Path, crew: Crew, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EPERM is not death: a living worker that we may not signal lives, by whatever tells.
 
-    def look_as_nobody() -> None:
+    Where pidfd_open is denied and /proc hides it, kill(2) alone is asked, and answers EPERM.
+    """
+    worker = crew.sleeper()
+    who = identity.capture(worker.pid)
+    os.chmod(place.parent, 0o755)  # noqa: S103 (the child must get there)
+    if told != "pidfd":
+        monkeypatch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
+    if told == "kill":
+        monkeypatch.setattr(identity, "read_stat", lambda _: None)
+
+    def look_as_nobody(pid: int) -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
         with pytest.raises(PermissionError):
             os.kill(worker.pid, 0)
-        who = identity.capture(worker.pid)
-        seen = evidence.witness().look(who, last_event_at=datetime.now(UTC))
-        from crewlog.process.liveness import judge
+        asked = replace(who, pid=pid)
+        seen = evidence.witness().look(asked, last_event_at=datetime.now(UTC))
+        assert judge(asked, seen, final=False).dead == (pid == gone.pid)
+        if pid == worker.pid and told == "kill":
+            assert seen.killed == "exists"
 
-        assert judge(who, seen, final=False).alive
-
-    pid = forked(look_as_nobody)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    gone = crew.sleeper()
+    kill(gone)
+    for pid in (worker.pid, gone.pid):  # the second: that the look can tell at all
+        child = forked(lambda pid=pid: look_as_nobody(pid))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @LINUX

@@ -107,6 +107,27 @@ def test_store_restored_from_a_backup_is_no_silent_gap(place: Path, tmp_path: Pa
             assert isinstance(items.next(5), Reset), "this store never was that far"
 
 
+def test_cursor_is_newer_than_a_restored_store_that_has_grown(place: Path, tmp_path: Path) -> None:
+    """It stood at an event that is no more, and another one has its seq: a Reset, no silent gap."""
+    with opened(place) as reg:
+        reg.register("a")
+        shutil.copytree(place, tmp_path / "backup")
+        for number in range(4):
+            reg.update("a", meta={"number": number})
+        with reg.watch(cursor="c", after="oldest") as items:
+            items.drain()
+            assert items.next(0) is None
+    with crewlog.open(tmp_path / "backup") as restored:
+        for number in range(9):
+            restored.update("a", meta={"other": number})
+    shutil.copy(place / "cursors" / "c", tmp_path / "backup" / "cursors" / "c")
+    with crewlog.open(tmp_path / "backup") as reg, reg.watch(cursor="c") as items:
+        found = items.next(5)
+        assert isinstance(found, Reset)
+        assert found.reason == "replaced"
+        assert found.state.workers["a"].meta["other"] == 8
+
+
 def reg_watch(reg: Registry) -> crewlog.Watch:
     reg.register("old")
     return reg.watch(after="oldest")

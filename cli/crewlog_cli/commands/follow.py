@@ -14,7 +14,7 @@ from crewlog.model.events import Event, EventType, State, Worker
 from crewlog.model.items import Item
 from crewlog.registry import Registry
 from crewlog.store import Standing
-from crewlog.watch.feed import After
+from crewlog.watch.feed import After, digest_at
 from crewlog.watch.watch import Watch
 from crewlog_cli import inputs, output, render, shell
 from crewlog_cli.shell import Shell, command
@@ -268,7 +268,7 @@ def cursor_(sh: Shell, *, action: str, name: str | None, seq: int | None) -> Non
             message = f"seq {seq} does not exist yet; the last one is {reg.last_seq}"
             raise click.UsageError(message)
         owned = cursors.own(name, start=seq)
-        owned.set(seq)
+        owned.set(seq, digest_at(reg.store(), seq))
         owned.close()
         known = cursors.read(name)
     if known is None:

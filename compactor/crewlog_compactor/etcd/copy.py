@@ -11,6 +11,7 @@ from typing import Final, cast
 from crewlog.errors import LockBusy, NotAStore
 from crewlog.etcd import layout as keys
 from crewlog.etcd.append import EtcdLog
+from crewlog.etcd.cursors import line_of
 from crewlog.etcd.layout import Room
 from crewlog.etcd.place import EtcdPlace
 from crewlog.etcd.reader import encode_head
@@ -62,6 +63,8 @@ class _Writer:
         for cursor in copy.source.cursors.every():
             if not cursor.damaged:
                 self._put(names.named(Room.CURSOR, cursor.name), b"%d" % cursor.seq)
+                line = line_of(cursor.seq, cursor.digest)
+                self._put(names.named(Room.LINE, cursor.name), line)
         self._flush()
         if copy.base.last_seq:
             put_base(self._target, copy.base)
@@ -105,7 +108,7 @@ class _Writer:
             left = [keys.is_value(names.migration, before[0].value), keys.is_absent(names.head)]
             self._send(left, [put], proof=(names.migration, self._claim))
             mine = [keys.is_value(names.migration, self._claim)]
-            for room in (Room.EVENT, Room.RECORD, Room.PART, Room.BASE, Room.CURSOR):
+            for room in (Room.EVENT, Room.RECORD, Room.PART, Room.BASE, Room.CURSOR, Room.LINE):
                 self._send(mine, [keys.delete(*names.room(room))])
         elif any(True for _ in target.all_keys(*names.whole())):
             raise NotAStore(

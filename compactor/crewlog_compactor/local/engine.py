@@ -63,4 +63,4 @@ def _segments(copy: Copy) -> Iterator[tuple[int, bytes]]:
 def _copy_cursors(source: Store, target: Store) -> None:
     for cursor in source.cursors.every():
         if not cursor.damaged:
-            target.cursors.own(cursor.name, start=cursor.seq).close()
+            target.cursors.own(cursor.name, start=cursor.seq, digest=cursor.digest).close()

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import threading
+from collections.abc import Sequence
 from typing import Final, cast
 
 from crewlog import host
@@ -111,18 +112,20 @@ class Claim:
             return None
         return found[0].value.decode(errors="replace") if found else "somebody"
 
-    def move(self, key: bytes, before: bytes | None, after: bytes) -> bool:
+    def move(
+        self, key: bytes, before: bytes | None, after: bytes, *, also: Sequence[JsonObject] = ()
+    ) -> bool:
         """Give a key another value if the claim is still ours; False if it is not.
 
         `before` is the value that it has (None: it is absent), so that a request which arrives a
-        second time, late, changes nothing.
+        second time, late, changes nothing. `also` is carried out with it.
         """
         held = [
             keys.is_created(self.key, self.revision),
             keys.is_absent(key) if before is None else keys.is_value(key, before),
         ]
         owner = [keys.get(self.key), keys.get(key)]
-        body = keys.transaction(held, [keys.put(key, after)], owner)
+        body = keys.transaction(held, [keys.put(key, after), *also], owner)
         answer = self._client.call("kv/txn", body)
         if answer.get("succeeded") is True:
             return True

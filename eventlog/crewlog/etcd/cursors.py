@@ -26,20 +26,21 @@ class EtcdCursors:
 
         Raises: CursorCorrupt.
         """
-        found = self._client.read(self._keys.named(Room.CURSOR, name))
+        asked = [self._keys.named(room, name) for room in (Room.CURSOR, Room.LINE)]
+        found, lines = keys.ranges(self._client.at_once(*map(keys.get, asked)))
         if not found:
             return None
         standing = _standing(found[0])
         if standing.damaged:
             raise CursorCorrupt(f"{self._client.where}: {name}", name)
-        return standing
+        return standing._replace(digest=_digest(lines[0].value, standing.seq)) if lines else standing
 
     def every(self) -> list[Standing]:
         """Read every cursor; a damaged one hides no other."""
         page = keys.page(*self._keys.room(Room.CURSOR), limit=0)
         return [_standing(row) for row in keys.pairs(self._client.call("kv/range", page))]
 
-    def own(self, name: str, *, start: int) -> "EtcdCursor":
+    def own(self, name: str, *, start: int, digest: int = 0) -> "EtcdCursor":
         """Take ownership, and create the cursor at `start` if there is none.
 
         Raises: CursorBusy.
@@ -59,10 +60,9 @@ class EtcdCursors:
                     name, holder=f"{holder}, or did within {self._limits.claim_ttl_s} s,"
                 )
             known = self.read(name)
-            seq = None if known is None else known.seq
-            owned = EtcdCursor(claim, name, self._keys.named(Room.CURSOR, name), seq)
+            owned = EtcdCursor(claim, name, self._keys, known)
             if known is None:
-                owned.set(start)
+                owned.set(start, digest)
         except BaseException:
             claim.close()
             raise
@@ -81,7 +81,8 @@ class EtcdCursors:
         if not self._client.read(key):
             return False
         free = [keys.is_absent(owner)]
-        body = keys.transaction(free, [keys.delete(key)], [keys.get(owner)])
+        gone = [keys.delete(key), keys.delete(self._keys.named(Room.LINE, name))]
+        body = keys.transaction(free, gone, [keys.get(owner)])
         answer = self._client.call("kv/txn", body)
         if answer.get("succeeded") is not True:
             holder = keys.ranges(answer)[0]
@@ -92,33 +93,37 @@ class EtcdCursors:
 class EtcdCursor:
     """A cursor that this process owns; `close` lets another one own it."""
 
-    __slots__ = ("_claim", "_closed", "_key", "_stored", "name", "seq")
+    __slots__ = ("_claim", "_closed", "_key", "_line", "_stored", "digest", "name", "seq")
 
-    def __init__(self, claim: Claim, name: str, key: bytes, seq: int | None) -> None:
+    def __init__(self, claim: Claim, name: str, names: Keys, known: Standing | None) -> None:
         """Use a claim that was taken; None: there is no position yet."""
         self.name = name
-        self.seq = seq or 0
-        self._stored = None if seq is None else b"%d" % seq
+        self.seq = 0 if known is None else known.seq
+        self.digest = 0 if known is None else known.digest
+        self._stored = None if known is None else b"%d" % known.seq
         self._claim = claim
-        self._key = key
+        self._key, self._line = names.named(Room.CURSOR, name), names.named(Room.LINE, name)
         self._closed = False
 
-    def advance(self, seq: int) -> None:
+    def advance(self, seq: int, digest: int = 0) -> None:
         """Acknowledge everything up to `seq`; never moves back."""
         if seq > self.seq:
-            self.set(seq)
+            self.set(seq, digest)
 
-    def set(self, seq: int) -> None:
-        """Move to `seq`, also backwards; durable on return.
+    def set(self, seq: int, digest: int = 0) -> None:
+        """Move to `seq`, also backwards; durable on return. `digest` is that of its line.
 
         Raises: RegistryClosed once it is closed; CursorBusy if it was lost to another owner.
         """
         if self._closed:
             raise RegistryClosed(f"cursor {self.name}")
         after = b"%d" % seq
-        if after != self._stored and not self._claim.move(self._key, self._stored, after):
+        line = keys.put(self._line, line_of(seq, digest))
+        if after == self._stored and digest == self.digest:
+            return
+        if not self._claim.move(self._key, self._stored, after, also=[line]):
             raise CursorBusy(self.name, holder="another subscriber, since we stood still,")
-        self.seq, self._stored = seq, after
+        self.seq, self.digest, self._stored = seq, digest, after
 
     def close(self) -> None:
         """Let go of it; idempotent."""
@@ -129,3 +134,17 @@ class EtcdCursor:
 def _standing(row: KeyValue) -> Standing:
     whole = row.value.isdigit()
     return Standing(row.name, int(row.value) if whole else 0, damaged=not whole)
+
+
+def line_of(seq: int, digest: int) -> bytes:
+    """Write which line stood at a cursor's seq: beside it, since version 0.1 knows the seq alone."""
+    return b"%d %08x" % (seq, digest)
+
+
+def _digest(value: bytes, seq: int) -> int:
+    """Return which line stood at `seq`; 0 where the value is another's, or none of ours."""
+    at, _, digest = value.partition(b" ")
+    try:
+        return int(digest, 16) if int(at) == seq else 0
+    except ValueError:
+        return 0

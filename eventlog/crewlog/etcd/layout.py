@@ -33,6 +33,7 @@ class Room(StrEnum):
     BEAT = "beat"
     TURN = "t"
     CURSOR = "c"
+    LINE = "d"  # of a cursor: which line stood there
     OWNER = "o"
     QUEUE = "q"
 

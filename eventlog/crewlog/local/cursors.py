@@ -35,7 +35,7 @@ def read(directory: Directory, name: str) -> Standing | None:
     newest = heads.decode_slots(data)
     if newest is None:
         raise CursorCorrupt(where, name)
-    return Standing(name, newest.seq)
+    return Standing(name, newest.seq, digest=newest.digest)
 
 
 def every(directory: Directory) -> list[Standing]:
@@ -56,7 +56,7 @@ def every(directory: Directory) -> list[Standing]:
 class Cursor:
     """A cursor that this process owns; `close` lets another one own it."""
 
-    def __init__(self, directory: Directory, name: str, *, start: int) -> None:
+    def __init__(self, directory: Directory, name: str, *, start: int, digest: int = 0) -> None:
         """Take ownership, and create the cursor at `start` if there is none.
 
         Raises: CursorBusy while another subscriber owns it.
@@ -65,7 +65,7 @@ class Cursor:
         self._directory = directory
         at, where = directory[layout.CURSORS], directory.where(layout.CURSORS, name)
         if not disk.exists(name, at=at):
-            _create(directory, name, start)
+            _create(directory, name, start, digest)
         try:
             self._lock = take(name, at=at, where=where)
         except LockBusy as error:
@@ -79,15 +79,15 @@ class Cursor:
         if newest is None:
             self.close()
             raise CursorCorrupt(where, name)
-        self._generation, self.seq = newest
+        self._generation, self.seq, self.digest = newest
 
-    def advance(self, seq: int) -> None:
+    def advance(self, seq: int, digest: int = 0) -> None:
         """Acknowledge everything up to `seq`; never moves back."""
         if seq > self.seq:
-            self.set(seq)
+            self.set(seq, digest)
 
-    def set(self, seq: int) -> None:
-        """Move to `seq`, also backwards.
+    def set(self, seq: int, digest: int = 0) -> None:
+        """Move to `seq`, also backwards; `digest` is that of its line.
 
         Raises: RegistryClosed once it is closed.
         """
@@ -95,11 +95,11 @@ class Cursor:
             raise RegistryClosed(f"cursor {self.name}")
         self._generation += 1
         slot = self._generation % 2
-        data = heads.encode_slot(Slot(self._generation, seq))
+        data = heads.encode_slot(Slot(self._generation, seq, digest))
         where = self._directory.where(layout.CURSORS, self.name)
         with disk.failures("cannot move the cursor", where=where):
             self._directory.disk.overwrite(self._fd, data, slot * heads.SLOT_BYTES)
-        self.seq = seq
+        self.seq, self.digest = seq, digest
 
     def close(self) -> None:
         """Make the position durable and let go of it; idempotent."""
@@ -114,13 +114,13 @@ class Cursor:
                 self._lock.close()
 
 
-def _create(directory: Directory, name: str, start: int) -> None:
+def _create(directory: Directory, name: str, start: int, digest: int) -> None:
     """Put a whole cursor in place at once: link never replaces one that another was faster with."""
     via, at = directory.disk, directory[layout.CURSORS]
     temporary = f"{layout.TEMPORARY_PREFIX}{os.urandom(8).hex()}"  # threads create cursors too
     where = directory.where(layout.CURSORS, name)
     with disk.failures("cannot create the cursor", where=where):
-        slots = (Slot(1, start), Slot(0, start))
+        slots = (Slot(1, start, digest), Slot(0, start, digest))
         _put(via, temporary, name, b"".join(map(heads.encode_slot, slots)), at=at)
         via.sync_directory(at)
 
@@ -194,9 +194,9 @@ class Cursors:
         """Read every cursor."""
         return every(self._directory)
 
-    def own(self, name: str, *, start: int) -> Cursor:
+    def own(self, name: str, *, start: int, digest: int = 0) -> Cursor:
         """Take ownership."""
-        return Cursor(self._directory, name, start=start)
+        return Cursor(self._directory, name, start=start, digest=digest)
 
     def is_owned(self, name: str) -> bool:
         """Say whether a subscriber owns it."""

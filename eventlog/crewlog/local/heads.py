@@ -111,7 +111,7 @@ def durable(state: AppendState, *, base: int, after: DurableHead | None) -> Dura
 # A magic word, the fields in order, and the CRC-32 of what stands before it.
 _APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3x")
 _DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
-_SLOT: Final = struct.Struct("<8sQQ4x")
+_SLOT: Final = struct.Struct("<8sQQI")
 _BEAT: Final = struct.Struct("<8s16sQ")
 _CRC: Final = struct.Struct("<I")
 _LENGTH: Final = struct.Struct("<H")
@@ -151,10 +151,14 @@ def decode_durable_head(data: bytes) -> DurableHead | None:
 
 
 class Slot(NamedTuple):
-    """One of the two positions of a cursor; that of the higher generation counts."""
+    """One of the two positions of a cursor; that of the higher generation counts.
+
+    `digest` is codec.short_digest of the line `seq`; version 0.1 left its bytes 0: not known.
+    """
 
     generation: int
     seq: int
+    digest: int = 0
 
 
 def encode_slot(slot: Slot) -> bytes:

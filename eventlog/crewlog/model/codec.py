@@ -197,6 +197,11 @@ def digest(raw: bytes) -> bytes:
     return hashlib.sha256(raw).digest()
 
 
+def short_digest(raw: bytes) -> int:
+    """Return 32 bits of a line's hash, never 0: enough to notice that another is in its place."""
+    return int.from_bytes(digest(raw)[:4], "little") or 1
+
+
 def parse(raw: bytes) -> Line:
     """Check and parse one line, given without its newline.
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
 from crewlog.errors import CompactedError, SegmentMissing
-from crewlog.model import events
+from crewlog.model import codec, events
 from crewlog.model.events import Line, State, event_of, state_of
 from crewlog.model.items import Change, Item, Reset, Synced, diff_of
 from crewlog.model.sieve import Sieve, sid_needle
@@ -67,8 +67,12 @@ class Feed:
         wanted: Filter,
         on_compacted: OnCompacted,
         state: Callable[[], State],
+        digest: int = 0,
     ) -> None:
-        """Begin after seq `after`; None: with the state of now, "now": with nothing before."""
+        """Begin after seq `after`; None: with the state of now, "now": with nothing before.
+
+        `digest` says which line a cursor saw at `after`; another one there is another store's.
+        """
         self.store = store
         self.seen_seq = 0  # the newest head that was looked at
         self.delivered = 0
@@ -84,9 +88,9 @@ class Feed:
         self._replaced = False
         self._passed: tuple[int, bytes] | None = None  # the last line that was looked at
         self._mark = store.mark()
-        self.position = self._begin(after)
+        self.position = self._begin(after, digest)
 
-    def _begin(self, after: After) -> int:
+    def _begin(self, after: After, digest: int) -> int:
         match after:
             case None:
                 self._first = self._state()
@@ -100,8 +104,19 @@ class Feed:
                 return self._before(events.timestamp(after))
             case _:
                 last = self.store.last_seq()
-                self._replaced = after > last  # this store never was that far
+                # this store never was that far, or has another past: a backup came back
+                self._replaced = after > last or not self._saw(after, digest)
                 return min(after, last)
+
+    def _saw(self, seq: int, digest: int) -> bool:
+        return not digest or digest_at(self.store, seq) in {0, digest}
+
+    @property
+    def digest(self) -> int:
+        """Return which line stands at the position; 0 where it was not looked at."""
+        if self._passed is None or self._passed[0] != self.position:
+            return 0
+        return codec.short_digest(self._passed[1])
 
     def _before(self, ts: str) -> int:
         sieve = Sieve(None, ts.encode())  # where the clock stepped back, the first is meant
@@ -256,6 +271,22 @@ class Feed:
     def close(self) -> None:
         """Close what is open."""
         self._drop_tail()
+
+
+def digest_at(store: Store, seq: int) -> int:
+    """Return which line stands at a seq; 0 where there is none any more, or a gap in its place."""
+    if seq < max(store.first_seq(), 1) or seq > store.last_seq():
+        return 0
+    try:
+        line, raw = next(store.read(seq - 1), (None, b""))
+    except (CompactedError, SegmentMissing):  # dropped meanwhile
+        return 0
+    return 0 if line is None or line["type"] == events.GAP else codec.short_digest(raw)
+
+
+def digest_of(item: Item) -> int:
+    """Return which line an item is; 0 for a state."""
+    return codec.short_digest(item.event.raw) if item.kind == "change" else 0
 
 
 def _bytes(name: str) -> bytes:

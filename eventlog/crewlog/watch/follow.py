@@ -164,6 +164,7 @@ def vigil(
             wanted=wanted,
             on_compacted=on_compacted,
             state=session.state,
+            digest=0 if owned is None else owned[0].digest,
         )
         undo.pop_all()
     return Vigil(
@@ -185,7 +186,8 @@ def _own(session: Session, store: Store, name: str, after: After) -> tuple[Curso
     begun = Feed(
         store, after=after, wanted=feed.Filter(), on_compacted="reset", state=session.state
     )
-    owned = store.cursors.own(name, start=begun.position)
+    digest = feed.digest_at(store, begun.position)
+    owned = store.cursors.own(name, start=begun.position, digest=digest)
     return owned, after if after is None else owned.seq
 
 

@@ -17,7 +17,7 @@ from crewlog.host import Closing
 from crewlog.model.items import Item, Reset
 from crewlog.store import Cursor, Store
 from crewlog.watch import wake
-from crewlog.watch.feed import Feed
+from crewlog.watch.feed import Feed, digest_at, digest_of
 from crewlog.watch.wake import Waker
 
 _logger = logging.getLogger("crewlog.watch")
@@ -48,14 +48,14 @@ class Vigil:
         self._last_look_for: float | None = None  # the deadline after which it was taken
         self._waiting: Reset | None = None
         self._unheard = False  # no server answers, and that was said
-        self._unacknowledged: int | None = None
+        self._unacknowledged: tuple[int, int] | None = None  # a seq, and which line stands there
 
     def begin(self) -> None:
         """Do what the next take has to do first: acknowledge the last item, mind a fork."""
         if self._pid != os.getpid():
             self._rearm()
         if self.cursor is not None and self._unacknowledged is not None:
-            self.cursor.advance(self._unacknowledged)
+            self.cursor.advance(*self._unacknowledged)
             self._unacknowledged = None
 
     def _rearm(self) -> None:
@@ -81,9 +81,9 @@ class Vigil:
         self._waiting = None
         if item is not None:
             self.waker.saw_change()
-            self._unacknowledged = item.seq
+            self._unacknowledged = item.seq, digest_of(item)
         elif self.cursor is not None and not self.feed.unfinished:
-            self.cursor.advance(self.feed.position)  # nothing is left that was not acknowledged
+            self.cursor.advance(self.feed.position, self.feed.digest)  # nothing is left that was not acknowledged
         return item
 
     def _look(self, lines_max: int | None) -> Item | None:
@@ -145,7 +145,7 @@ class Vigil:
                 name = self.cursor.name
                 self.cursor.close()
                 self.cursor = store.cursors.own(name, start=self.feed.position)
-                self.cursor.set(self.feed.position)
+                self.cursor.set(self.feed.position, digest_at(store, self.feed.position))
 
     def stats(self) -> dict[str, int | str]:
         """Return counts for a person: items and wakes so far, position, lag, what wakes."""
@@ -168,7 +168,7 @@ class Vigil:
         if self.cursor is None:
             message = "there is no cursor to acknowledge to: give watch(cursor=…)"
             raise ValueError(message)
-        self.cursor.advance(item.seq)
+        self.cursor.advance(item.seq, digest_of(item))
 
     def end(self) -> None:
         """Give every resource back."""
