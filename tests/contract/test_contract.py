@@ -631,7 +631,7 @@ def test_watcher_of_dropped_history_gets_a_reset_and_the_exact_loss(reg: Registr
 
 
 def test_cursor_knows_the_line_it_stood_at(reg: Registry) -> None:
-    """A store that was restored, and has grown past it since, is another: nothing is passed over."""
+    """A restored store that has grown past it since is another: nothing is passed over."""
     reg.register("a")
     for n in range(3):
         reg.update("a", meta={"n": n})

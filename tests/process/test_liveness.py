@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_process_of_another_user_is_alive(
     gone = crew.sleeper()
     kill(gone)
     for pid in (worker.pid, gone.pid):  # the second: that the look can tell at all
-        child = forked(lambda pid=pid: look_as_nobody(pid))
+        child = forked(partial(look_as_nobody, pid))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -33,7 +33,9 @@ class EtcdCursors:
         standing = _standing(found[0])
         if standing.damaged:
             raise CursorCorrupt(f"{self._client.where}: {name}", name)
-        return standing._replace(digest=_digest(lines[0].value, standing.seq)) if lines else standing
+        return (
+            standing._replace(digest=_digest(lines[0].value, standing.seq)) if lines else standing
+        )
 
     def every(self) -> list[Standing]:
         """Read every cursor; a damaged one hides no other."""
@@ -137,7 +139,7 @@ def _standing(row: KeyValue) -> Standing:
 
 
 def line_of(seq: int, digest: int) -> bytes:
-    """Write which line stood at a cursor's seq: beside it, since version 0.1 knows the seq alone."""
+    """Write which line stood at a cursor's seq, beside it: version 0.1 knows the seq alone."""
     return b"%d %08x" % (seq, digest)
 
 

@@ -208,7 +208,9 @@ class Launch:
         if reason := said[1:]:
             number = int(reason)
             self.error = errno.errorcode.get(number, str(number))
-            raise not_started(self.argv[0], OSError(number, f"{os.strerror(number)} ({self.error})"))
+            raise not_started(
+                self.argv[0], OSError(number, f"{os.strerror(number)} ({self.error})")
+            )
 
     def _said(self) -> bytes:
         """Read what the waiting process says: "+", then nothing more, or why it could not go on."""
