@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 VARYING = (
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "TIME"),
     (re.compile(r"\w+@crewlog\[\d+\]"), "WHO"),
-    (re.compile(r"pid=\d+|\b\d{2,}  ready"), "PID"),
+    (re.compile(r"pid \d+|(?<=ready   )\d{2,}"), "PID"),
     (re.compile(r"\b\d+s\b|\b\d+ seconds?\b"), "AGE"),
     (re.compile(r"(?: +|-{2,})"), " "),
 )

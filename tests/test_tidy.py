@@ -36,6 +36,7 @@ ROOMS = {
     "subprocess": {
         *("crewlog/process/", "crewlog/etcd/keeper.py", "crewlog/testing.py"),
         *("crewlog_cli/commands/demo.py", "crewlog_cli/commands/follow.py"),
+        "crewlog_cli/pager.py",
     },
     "pytest": {"crewlog/testing.py"},
 }

@@ -15,7 +15,7 @@ _INTERRUPTED: Final = 130
 
 def main() -> None:
     """Run `crewlog`."""
-    if sys.argv[1:] == ["--version"] and _tells_version():
+    if sys.argv[1:] in (["--version"], ["-V"]) and _tells_version():
         return
     gc.set_threshold(_COLLECT_AFTER)
     try:

@@ -59,6 +59,11 @@ def pairs(rows: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def wait_s(words: str) -> float:
+    """Read how long to wait, given on the command line; a bare number is seconds."""
+    return float(words) if words.replace(".", "", 1).isdigit() else span_s(words)
+
+
 def span_s(words: str) -> float:
     """Read a duration given on the command line, in seconds."""
     try:
@@ -103,6 +108,13 @@ def with_crashed(function: Callable[P, R]) -> Callable[P, R]:
     return option(function)
 
 
+def with_period(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the options that choose a period, with the short names of journalctl."""
+    until = click.option("-U", "--until", metavar="TIME", help="Only what is before this time.")
+    since = click.option("-S", "--since", metavar="TIME", help="Only what is from this time on.")
+    return since(until(function))
+
+
 def with_types(function: Callable[P, R]) -> Callable[P, R]:
     """Give a command the option that chooses types of event."""
     option = click.option(
@@ -129,7 +141,7 @@ def at(sh: Shell, reg: Registry, words: str) -> Past:
             sh.note(f"seq {seq} is not reached yet{hint}")
     else:
         found = reg.at(instant(words, sh))
-    _tell(sh, found)
+    tell_window(sh, found)
     return found
 
 
@@ -138,10 +150,14 @@ def moment_of(seen: State) -> datetime | None:
     return seen.until if isinstance(seen, Past) else None
 
 
-def _tell(sh: Shell, found: Past) -> None:
+def tell_window(sh: Shell, found: Past) -> None:
+    """Say what a past state is the state of."""
     unknown = "a time that is no longer kept" if found.seq else "the beginning"
     since = unknown if found.since is None else text.exact(found.since, utc=sh.utc)
     until = "now" if found.until is None else text.exact(found.until, utc=sh.utc)
+    if not found.workers and found.since is None and not found.seq and found.until is not None:
+        sh.note(f"the history begins at {until}: of the time before nothing is known")
+        return
     sh.note(f"as it was after seq {found.seq}, from {since} until {until}")
     if found.disputed is not None:
         first, last = found.disputed

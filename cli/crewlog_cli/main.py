@@ -12,43 +12,75 @@ from crewlog.errors import CrewlogError, from_oserror
 from crewlog_cli import output, shell
 from crewlog_cli.shell import Shell
 
-# command -> the module that holds it, loaded when it is called
-COMMANDS: Final = {
-    "ls": "look",
-    "show": "look",
-    "alive": "look",
-    "history": "history",
-    "stats": "history",
-    "diff": "history",
-    "timeline": "timeline",
-    "top": "top",
-    "export": "history",
-    "path": "look",
-    "watch": "follow",
-    "cursor": "follow",
-    "register": "change",
-    "update": "change",
-    "remove": "change",
-    "import": "change",
-    "logs": "logs",
-    "exec": "workers",
-    "run": "workers",
-    "start": "workers",
-    "gc": "keep",
-    "compact": "keep",
-    "verify": "keep",
-    "repair": "keep",
-    "anchor": "keep",
-    "backup": "keep",
-    "migrate": "keep",
-    "stop": "workers",
-    "beat": "workers",
-    "observe": "workers",
-    "explain": "look",
-    "doctor": "setup",
-    "schedule": "setup",
-    "completion": "setup",
-    "demo": "demo",
+# group of the help -> command -> the module that holds it, loaded when it is called; what it does
+GROUPS: Final[dict[str, dict[str, tuple[str, str]]]] = {
+    "Look": {
+        "ls": ("ls", "List the workers, and whether each lives"),
+        "show": ("look", "Show a worker: how it stands or ended, its last events"),
+        "explain": ("look", "Tell why a worker counts as alive, dead or unknown"),
+        "alive": ("look", "Tell by the exit code whether a worker lives"),
+        "logs": ("logs", "Print what a worker wrote (its --log)"),
+        "top": ("top", "Watch the living: processor, memory, last event"),
+        "watch": ("follow", "Print changes as they happen, or run a program for each"),
+    },
+    "Ask the history": {
+        "history": ("history", "Tell what happened, when, and who did it"),
+        "timeline": ("timeline", "Draw which worker lived when; --html makes a page"),
+        "stats": ("history", "Count lives, crashes, causes, restarts"),
+        "diff": ("history", "Compare two states, by time or seq"),
+        "export": ("history", "Write the history as JSON lines, CSV or CloudEvents"),
+    },
+    "Start and stop": {
+        "start": ("workers", "Start a program as a worker in the background"),
+        "run": ("workers", "Start a program as a worker and wait for its end"),
+        "exec": ("workers", "Become a program, as a worker"),
+        "stop": ("workers", "End workers, and record how each ended"),
+        "observe": ("workers", "Record the deaths of workers as they happen"),
+        "beat": ("workers", "Say that a worker is well, and what it does"),
+    },
+    "Change": {
+        "register": ("change", "Put a running process on record"),
+        "update": ("change", "Change a worker's state, labels or meta"),
+        "remove": ("change", "Forget a worker; its process is left alone"),
+        "cursor": ("follow", "List, set and remove positions of subscribers"),
+        "import": ("change", "Take over an older registry.json"),
+    },
+    "Keep in order": {
+        "compact": ("keep", "Collect the dead and fold the log: the command for cron"),
+        "gc": ("keep", "Collect the dead only"),
+        "verify": ("keep", "Check every line of the history"),
+        "repair": ("keep", "Make a damaged store usable, losing nothing in silence"),
+        "anchor": ("keep", "Print a proof of the history, to be kept elsewhere"),
+        "backup": ("keep", "Copy the registry while it is in use"),
+        "migrate": ("keep", "Move a registry, to or from etcd"),
+    },
+    "Set up": {
+        "init": ("setup", "Make an empty registry"),
+        "doctor": ("setup", "Check what crewlog depends on, and say what to do"),
+        "schedule": ("setup", "Print the cron line or systemd units"),
+        "completion": ("setup", "Print the completion of a shell"),
+        "path": ("look", "Print where the registry is"),
+        "mcp": ("mcp", "Answer agents (MCP), reading only"),
+        "demo": ("demo", "Play it through with real processes and kill -9"),
+        "help": ("setup", "Show the help of a command"),
+    },
+}
+COMMANDS: Final = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}
+# What hands of docker, kubectl, systemctl and pm2 type.
+ALIASES: Final = {
+    "ps": "ls",
+    "list": "ls",
+    "get": "ls",
+    "status": "show",
+    "describe": "show",
+    "events": "history",
+    "rm": "remove",
+}
+_HINTS: Final = {
+    "restart": "crewlog starts no worker again by itself: `crewlog start SID --replace -- CMD…`",
+    "kill": "To end a worker at once: `crewlog stop --signal KILL SID`",
+    "delete": "To end a worker: `crewlog stop SID`; to only forget it: `crewlog remove SID`",
+    "enable": "`crewlog schedule systemd-user` prints the units",
 }
 
 
@@ -59,12 +91,38 @@ class _Lazy(click.Group):
         return list(COMMANDS)
 
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"crewlog_cli.commands.{COMMANDS[name]}")
         found: object = module.COMMANDS[name]
         assert isinstance(found, click.Command)
         return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; where there is none, say what there is."""
+        word = args[0]
+        if self.get_command(ctx, word) is None and not word.startswith("-"):
+            ctx.fail(f"No such command {word!r}. {_hint(word)}")
+        return super().resolve_command(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands by what they are for, one line each; then the options."""
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<10}", told) for name, (_, told) in commands.items()])
+        click.Command.format_options(self, ctx, formatter)
+
+
+def _hint(word: str) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 (start-up)
+
+    if word in _HINTS:
+        return _HINTS[word]
+    near = get_close_matches(word, [*COMMANDS, *ALIASES], n=3)
+    return f"Did you mean {', '.join(near)}?" if near else "`crewlog --help` lists them"
 
 
 def _version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:  # noqa: FBT001 (click's)
@@ -84,11 +142,11 @@ def _version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None: 
     epilog="\b\nExamples:\n"
     "  crewlog run web-1 -- python -m http.server 8000\n"
     "  crewlog ls\n"
-    "  crewlog history --sid web-1\n"
+    "  crewlog history web-1\n"
     "  crewlog compact -q        # from cron",
 )
 @shell.with_globals
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+@click.option("-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
               help="Show the version and exit.")  # fmt: skip
 def crewlog(**values: object) -> None:
     """Remember worker processes: who lives, who ended, and who did it."""

@@ -25,6 +25,21 @@ class OutputFailedError(OSError):
     """stdout took no more: its reader is gone, or its disk is full."""
 
 
+def columns() -> int:
+    """Return how wide the terminal is that stdout is; 0 where it is none."""
+    if not sys.stdout.isatty():
+        return 0
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except OSError:
+        return 0
+
+
+def height() -> int:
+    """Return how many lines the terminal has that stdout is."""
+    return os.get_terminal_size(sys.stdout.fileno()).lines
+
+
 def put(row: str, *, flush: bool = False) -> None:
     """Write one line to stdout."""
     try:

@@ -1,13 +1,25 @@
-"""Say what workers and events are, as JSON and in the rows of tables."""
+"""Say what workers and events are, as JSON, and how a worker stands and ended in words."""
 
 import signal
+import time
 from collections.abc import Iterable
-from typing import Final
+from datetime import datetime
+from typing import Final, NamedTuple
 
-from crewlog import Liveness
+from crewlog import Flag, Liveness
 from crewlog.errors import WorkerNotFound
 from crewlog.model import figures
-from crewlog.model.events import EXITED, Event, Exit, Worker, WorkerState, timestamp
+from crewlog.model.events import (
+    ENDING,
+    EXITED,
+    LOST,
+    RELEASED,
+    Event,
+    Exit,
+    Worker,
+    WorkerState,
+    timestamp,
+)
 from crewlog.model.items import Reset
 from crewlog.registry import Registry
 from crewlog.workers import output as logs
@@ -96,62 +108,6 @@ def event_json(event: Event) -> dict[str, object]:
     }
 
 
-def event_row(shell: Shell, event: Event) -> list[str]:
-    """Return an event as a table shows it."""
-    return [
-        str(event.seq),
-        shell.when(event.ts),
-        event.type,
-        event.sid,
-        data_text(event),
-        actor_text(event),
-    ]
-
-
-def actor_text(event: Event) -> str:
-    """Name who did it: a given name, else user and program; and its process, for there are many."""
-    actor = event.actor
-    name, user, program = actor.get("name"), actor.get("user"), actor.get("program")
-    who = name if isinstance(name, str) else f"{user}@{program}"
-    return f"{who}[{actor.get('pid')}]" if user is not None else "crewlog"
-
-
-_TELLING: Final = (
-    *("pid", "code", "signal", "cause", "reason", "state", "labels", "version", "sock", "meta"),
-    *("error", "message"),
-)
-
-
-def data_text(event: Event) -> str:
-    """Say the telling part of an event's data in a few words."""
-    told = []
-    for key in _TELLING:
-        value = event.data.get(key)
-        if value is None or value in ("", {}):
-            continue
-        if isinstance(value, dict):
-            told += [f"-{k}" if v is None else f"{k}={_short(v)}" for k, v in value.items()]
-        else:
-            told.append(f"{key}={value}")
-    oom = event.data.get("oom")
-    if isinstance(oom, dict):
-        told.append("out of memory" if oom.get("proven") else "oom kills in its cgroup")
-    if event.type == EXITED:  # a crash must not read like an end that was asked for
-        told.append(
-            "crashed" if event.crashed else "as asked" if event.data.get("expected") else ""
-        )
-    return " ".join(filter(None, told))
-
-
-_VALUE_CHARS: Final = 40
-
-
-def _short(value: object) -> str:
-    """Write a value of labels or meta, cut where it is long: --json has all of it."""
-    words = str(value)
-    return words if len(words) <= _VALUE_CHARS else f"{words[: _VALUE_CHARS - 1]}…"
-
-
 def reset_json(item: Reset) -> dict[str, object]:
     """Return what a watcher did not get, as the CLI's JSON shows it."""
     return {"kind": "reset", "seq": item.seq, "reason": item.reason, "lost": item.lost}
@@ -174,11 +130,11 @@ def known(reg: Registry, sid: str) -> Worker:
     """
     worker = reg.get(sid)
     if worker is None:
-        raise _not_found(reg, sid)
+        raise not_found(reg, sid)
     return worker
 
 
-def _not_found(reg: Registry, sid: str) -> WorkerNotFound:
+def not_found(reg: Registry, sid: str) -> WorkerNotFound:
     """Return the error of an unknown sid, with the nearest names as the hint."""
     from difflib import get_close_matches  # noqa: PLC0415 (start-up)
 
@@ -198,6 +154,100 @@ def liveness_text(found: Liveness) -> str:
     if found.cause == "recorded":
         return found.verdict.value
     return f"{found.verdict.value} ({found.cause})"
+
+
+class Before(NamedTuple):
+    """What the history knows of a worker beside its record: None where it was not looked for."""
+
+    seen_at: datetime | None = None  # of a lost one: the last proof of its life
+    ended: Event | None = None  # how the life before this one ended
+
+
+_BEFORE_S: Final = 0.2  # a list waits no longer for what came before
+
+
+def before(reg: Registry, workers: Iterable[Worker]) -> dict[str, Before]:
+    """Look back: when lost workers were last heard of, how the lives before ended.
+
+    From the newest event on, for a moment: what lies further back is left out.
+    """
+    lost = {worker.sid: worker for worker in workers if worker.state == WorkerState.LOST}
+    again = {worker.sid: worker for worker in workers if worker.generation > 1}
+    found: dict[str, Before] = {}
+    deadline = time.monotonic() + _BEFORE_S
+    if not lost and not again:
+        return found
+    for event in reg.history(sids=[*lost, *again], newest_first=True):
+        sid = event.sid
+        known = found.get(sid, Before())
+        if sid in lost and known.seen_at is None and event.seq < lost[sid].rev:
+            known = found[sid] = known._replace(seen_at=event.ts)
+        if sid in again and event.seq < again[sid].registered_seq and event.type in ENDING:
+            found[sid] = known._replace(ended=event)
+            del again[sid]
+        done = all(found.get(sid, Before()).seen_at for sid in lost) and not again
+        if done or time.monotonic() > deadline:
+            break
+    return found
+
+
+def status_text(
+    worker: Worker, found: Liveness | None, now: datetime, seen_at: datetime | None = None
+) -> str:
+    """Say how a worker stands, in the words of docker and kubectl: ready, crashed (3) 5s ago.
+
+    `seen_at` is the last proof of life of a lost one, where that is known.
+    """
+    if worker.final:
+        return _ended_text(worker, now, seen_at)
+    words = [worker.state.value]
+    if worker.state == WorkerState.STARTING:
+        words[0] += f" {figures.duration(now - worker.created_at)}"
+    elif worker.state in {WorkerState.DRAINING, WorkerState.STOPPING}:
+        words[0] += f" {figures.duration(now - worker.updated_at)}"
+    if found is None:
+        return words[0]
+    if found.dead:
+        return f"dead, not collected ({found.cause})"
+    if not found.alive:
+        return f"{words[0]}, unknown ({found.cause})"
+    flags = {flag.value for flag in found.flags}
+    if Flag.PAUSED in found.flags:
+        words[0] = Flag.PAUSED.value
+    words += sorted(flags - {Flag.PAUSED.value})
+    if found.status:
+        words.append(found.status)
+    return ", ".join(words)
+
+
+def _ended_text(worker: Worker, now: datetime, seen_at: datetime | None) -> str:
+    ended, word = worker.exit, end_word(worker)
+    if worker.state == WorkerState.LOST and seen_at is not None:
+        return f"{word}, last seen {figures.duration(now - seen_at)} ago"
+    how = "" if ended is None else _code(ended.code, ended.signal)
+    if word == "stopped" or worker.state == WorkerState.RELEASED:
+        how = ""
+    return f"{word}{how} {figures.duration(now - worker.updated_at)} ago"
+
+
+def _code(code: object, number: object) -> str:
+    """Write how it ended in brackets: an exit code, or the name of a signal."""
+    if isinstance(number, int):
+        return f" ({signal_name(number)})"
+    return "" if code is None else f" ({code})"
+
+
+def restarts_text(worker: Worker, ended: Event | None, now: datetime) -> str:
+    """Say how often a sid was started again, and how its last life ended; "" for never."""
+    if worker.generation <= 1:
+        return ""
+    count = worker.generation - 1
+    if ended is None:
+        return str(count)
+    word = "removed" if ended.type == RELEASED else "lost" if ended.type == LOST else "exited"
+    word = "crashed" if ended.type == EXITED and ended.crashed else word
+    how = _code(ended.data.get("code"), ended.data.get("signal"))
+    return f"{count}, last {word}{how} {figures.duration(now - ended.ts)} ago"
 
 
 def end_text(worker: Worker) -> str:
@@ -277,14 +327,3 @@ def print_last_lines(sh: Shell, worker: Worker) -> None:
         sh.line("last lines of its output:")
         for row in rows:
             sh.line(f"  | {row}")
-
-
-def print_events(sh: Shell, found: Iterable[Event]) -> None:
-    """Print events as a table."""
-    rows = [event_row(sh, event) for event in found]
-    sh.table(["seq", f"time ({sh.offset()})", "event", "sid", "data", "by"], rows)
-
-
-def print_line(sh: Shell, event: Event) -> None:
-    """Print one event as a line of a stream, flushed."""
-    sh.line("  ".join(part for part in event_row(sh, event) if part), flush=True)

@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import (
@@ -25,6 +25,7 @@ from crewlog.model.limits import LOCK_WAIT_S
 from crewlog_cli import output, text
 
 if TYPE_CHECKING:
+    from crewlog.model.events import Worker
     from crewlog.registry import Registry
 
 P = ParamSpec("P")
@@ -52,6 +53,7 @@ class Shell:
     verbose: bool = False
     utc: bool = False
     debug: bool = False
+    no_pager: bool = False
     color: Literal["auto", "always", "never"] = "auto"
     own: tuple[str, ...] = ()  # the words before a "--"
     separated: bool = False  # there was one
@@ -96,16 +98,45 @@ class Shell:
         """Print one line of data for a person."""
         output.put(text.visible(words), flush=flush)
 
-    def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-        """Print a table, clipped only on a terminal."""
-        columns = os.get_terminal_size().columns if sys.stdout.isatty() else 0
-        titles, cells = list(header), [list(row) for row in rows]
-        if columns and "sid" in titles:  # a long name must not push away what is said of it
-            at = titles.index("sid")
-            for cell in cells:
-                cell[at] = text.clip(cell[at], text.SID_COLUMNS)
-        for row in text.table(titles, cells, columns=columns or None):
-            output.put(text.coloured(row) if self.colours() else row)
+    def table(
+        self,
+        header: Iterable[text.Column | str],
+        rows: Iterable[Iterable[str]],
+        *,
+        titles: bool = True,
+    ) -> None:
+        """Print a table; on a terminal in its width: columns go by their worth."""
+        for row in self.laid_out(header, rows, titles=titles):
+            output.put(row)
+
+    def laid_out(
+        self,
+        header: Iterable[text.Column | str],
+        rows: Iterable[Iterable[str]],
+        *,
+        titles: bool = True,
+    ) -> list[str]:
+        """Return a table's lines."""
+        heads, columns = list(header), output.columns()
+        if columns:  # a long name must not push away what is said of it
+            heads = [
+                text.Column("sid", shrinks_to=text.SID_COLUMNS) if head == "sid" else head
+                for head in heads
+            ]
+        cells = [list(row) for row in rows]
+        lines = text.table(heads, cells, columns=columns or None, titles=titles)
+        return list(map(text.coloured, lines)) if self.colours() else lines
+
+    def page(self, lines: Sequence[str]) -> None:
+        """Print lines; on a terminal that they do not fit on, through a pager as git does."""
+        height = 0 if self.no_pager or not output.columns() else output.height()
+        if height and len(lines) >= height:
+            from crewlog_cli import pager  # noqa: PLC0415 (start-up; few answers are so long)
+
+            if pager.show(lines):
+                return
+        for line in lines:
+            output.put(line)
 
     def colours(self) -> bool:
         """Say whether words that matter are coloured; colour says nothing that they do not.
@@ -171,7 +202,13 @@ def confirmed(question: str, what: str) -> bool:
 # -- options --------------------------------------------------------------------------------
 
 _GLOBAL: Final = (
-    click.option("-d", "--dir", "place", metavar="PLACE", help="The registry: directory or URL."),
+    click.option(
+        "-d",
+        "--dir",
+        "place",
+        metavar="PLACE",
+        help="The registry: directory or URL; else CREWLOG_DIR.",
+    ),
     click.option("--json", "json_", is_flag=True, help="Print JSON instead of text."),
     click.option("-q", "--quiet", is_flag=True, help="Print no notes; errors stay."),
     click.option("-v", "--verbose", is_flag=True, help="Print more notes."),
@@ -179,6 +216,7 @@ _GLOBAL: Final = (
         "--color", type=click.Choice(["auto", "always", "never"]), help="Colour words that matter."
     ),
     click.option("--utc", is_flag=True, help="Show times in UTC instead of local time."),
+    click.option("--no-pager", is_flag=True, help="Print long output without a pager."),
     click.option("--debug", is_flag=True, help="Show a traceback with an error."),
 )
 
@@ -193,19 +231,36 @@ def take_globals(shell: Shell, values: dict[str, object]) -> None:
     shell.verbose |= values.pop("verbose") is True
     shell.utc |= values.pop("utc") is True
     shell.debug |= values.pop("debug") is True
+    shell.no_pager |= values.pop("no_pager") is True
     color = values.pop("color")
     if color in {"auto", "always", "never"}:
         shell.color = color
 
 
 def complete_sid(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
-    """Name the sids that begin so, for a shell's completion."""
+    """Name the sids that begin so, or that a glob means, for a shell's completion."""
+    from fnmatch import fnmatchcase  # noqa: PLC0415 (start-up)
+
+    glob = any(char in begun for char in "*?[")
+    return [
+        worker.sid
+        for worker in _listed(ctx)
+        if worker.sid.startswith(begun) or (glob and fnmatchcase(worker.sid, begun))
+    ]
+
+
+def complete_label(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    """Name the labels that begin so, for a shell's completion."""
+    found = {f"{key}={value}" for worker in _listed(ctx) for key, value in worker.labels.items()}
+    return sorted(label for label in found if label.startswith(begun))
+
+
+def _listed(ctx: click.Context) -> "list[Worker]":
     before = {} if ctx.parent is None else ctx.parent.params
     place = ctx.params.get("place") or before.get("place")
     shell = Shell(place=place, wait_s=_PROMPT_WAIT_S)
     try:
-        reg = shell.registry()
-        return [worker.sid for worker in reg.workers(all=True) if worker.sid.startswith(begun)]
+        return shell.registry().workers(all=True)
     except (CrewlogError, click.UsageError):  # a prompt is no place for an error
         return []
     finally:
@@ -248,9 +303,34 @@ def command(
         vars(run)["__click_params__"] = getattr(function, "__click_params__", [])
         epilog = "\b\nExamples:\n" + "\n".join(f"  {row}" for row in examples.strip().splitlines())
         settings: dict[str, object] = {"help_option_names": ["-h", "--help"]}
-        return click.command(name, epilog=epilog, context_settings=settings)(with_globals(run))
+        made = click.command(name, cls=Command, epilog=epilog, context_settings=settings)
+        return made(with_globals(run))
 
     return wrap
+
+
+class Command(click.Command):
+    """A command whose help names its own options; the global ones are one line at the end."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options."""
+        names = {"place", "json_", "quiet", "verbose", "color", "utc", "debug", "no_pager"}
+        rows = [
+            row
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option)
+            and param.name not in names
+            and (row := param.get_help_record(ctx)) is not None
+        ]
+        with formatter.section("Options"):
+            formatter.write_dl(rows)
+        formatter.write(_EVERYWHERE)
+
+
+_EVERYWHERE: Final = (
+    "\nEverywhere: -d, --dir PLACE (or CREWLOG_DIR), --json, -q, -v, --utc, --no-pager,\n"
+    "--color WHEN, --debug; `crewlog --help` says more.\n"
+)
 
 
 class _Notes(logging.Handler):

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 SID_COLUMNS: Final = 24  # on a terminal, where a long one would push away what is said of it
 # Control, format (bidi among them), surrogate, private use, unassigned; line and paragraph ends.
@@ -58,27 +58,75 @@ def clip(text: str, columns: int) -> str:
     return kept + "…"
 
 
+class Column(NamedTuple):
+    """A column of a table: where there is no room, the one of the least worth goes first.
+
+    One that may shrink is clipped, cell by cell, down to so many columns before any column goes.
+    """
+
+    title: str
+    worth: int = 9
+    shrinks_to: int | None = None
+
+
 def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: int | None
+    header: Sequence[Column | str],
+    rows: Sequence[Sequence[str]],
+    *,
+    columns: int | None,
+    titles: bool = True,
 ) -> list[str]:
-    """Lay out rows under an upper-case header, two spaces apart; clipped if `columns` is given."""
+    """Lay out rows under an upper-case header, two spaces apart; in `columns`, if that is given."""
+    heads = [head if isinstance(head, Column) else Column(head) for head in header]
     shown = [[visible(cell) for cell in row] for row in rows]
-    cells = [[title.upper() for title in header], *shown]
-    widths = [max(width(row[i]) for row in cells) for i in range(len(header))]
+    cells = [[head.title.upper() for head in heads], *shown]
+    widths = [max(width(row[i]) for row in cells) for i in range(len(heads))]
+    kept = list(range(len(heads)))
+    if columns is not None:
+        kept, widths = _fitting(heads, widths, columns)
     lines = []
-    for row in cells:
-        padded = [cell + " " * (widths[i] - width(cell)) for i, cell in enumerate(row[:-1])]
-        line = "  ".join([*padded, row[-1]]).rstrip()
+    for row in cells if titles else shown:
+        fit = [clip(row[i], widths[i]) for i in kept]
+        pads = [cell + " " * (widths[i] - width(cell)) for i, cell in zip(kept, fit, strict=True)]
+        line = "  ".join(pads).rstrip()
         lines.append(line if columns is None else clip(line, columns))
     return lines
+
+
+def _fitting(
+    heads: Sequence[Column], widths: Sequence[int], columns: int
+) -> tuple[list[int], list[int]]:
+    """Return which columns are kept in so much room, and how wide each is."""
+    kept = list(range(len(heads)))
+    while True:
+        fit = list(widths)
+        over = sum(fit[i] for i in kept) + 2 * (len(kept) - 1) - columns
+        for i in sorted(kept, key=lambda i: -fit[i]):  # the widest gives first
+            least = heads[i].shrinks_to
+            if over > 0 and least is not None and fit[i] > least:
+                given = min(over, fit[i] - least)
+                fit[i] -= given
+                over -= given
+        worst = min(kept, key=lambda i: (heads[i].worth, -i))
+        if over <= 0 or heads[worst].worth >= _ALWAYS:
+            return kept, fit
+        kept.remove(worst)
+
+
+_ALWAYS: Final = 9  # columns of this worth never go
 
 
 _COLOURS: Final = {
     "alive": 32, "ready": 32, "ok": 32,
     "starting": 33, "draining": 33, "stopping": 33, "unknown": 33, "warn": 33, "note": 36,
-    "dead": 31, "failed": 31, "lost": 31, "fail": 31,
+    "paused": 33, "stopped": 2, "exited": 2, "released": 2, "removed": 2,
+    "dead": 31, "failed": 31, "lost": 31, "fail": 31, "crashed": 31,
+    "+": 32, "~": 33, "-": 31,
 }  # fmt: skip
-_WORDS: Final = re.compile(rf"(?<=  )({'|'.join(_COLOURS)})(?= |,|$)|^({'|'.join(_COLOURS)})(?=  )")
+_WORDS: Final = re.compile(
+    rf"(?<=  )({'|'.join(w for w in _COLOURS if w.isalpha())})(?= |,|$)"
+    rf"|^({'|'.join(map(re.escape, _COLOURS))})(?=  )"
+)
 
 
 def coloured(line: str) -> str:

@@ -18,6 +18,7 @@ from crewlog.model import arguments, events, times
 from crewlog.model.events import Event, EventType, Line, Past, event_of, past_of
 from crewlog.model.sieve import Sieve
 from crewlog.model.snapshot import Snapshot
+from crewlog.process import identity
 from crewlog.session import Session
 from crewlog.store import Store, oldest_state, retried
 from crewlog.watch import feed
@@ -93,6 +94,16 @@ def at(session: Session, when: When | int) -> Past:
     return retried(
         lambda: _at(store, _before(store, stamp) if stamp else _Place(seq, None)), CompactedError
     )
+
+
+def before_boot(session: Session) -> Past:
+    """Return the state when this machine went down last; see `Registry.before_boot`."""
+    store = session.find()
+    past = at(session, identity.booted_at())
+    since = None if store is None else store.since_boot(identity.scope().boot_id)
+    if since is not None and past.seq >= since:  # the clock was set: the log tells it exactly
+        return at(session, since - 1)
+    return past
 
 
 def lives(session: Session, progress: Callable[[int, int], None] | None) -> "list[Life]":

@@ -425,9 +425,12 @@ class Registry(Closing):
         """Judge many workers, now, in their order; no lock is held and nothing is written."""
         return judge.judge(self._session, workers)
 
-    def usage(self, worker: Worker) -> Usage | None:
-        """Return what a worker's process uses, now; None if it cannot be told from here."""
-        return None if worker.identity is None else identity.usage(worker.identity)
+    def usage(self, worker: Worker, *, tree: Collection[int] = ()) -> Usage | None:
+        """Return what a worker's process uses, now, and the pids of `tree` (see `trees`) with it.
+
+        None if it cannot be told from here.
+        """
+        return None if worker.identity is None else identity.usage(worker.identity, tree)
 
     def runs(self, worker: Worker, path: str) -> bool:
         """Say whether a worker's process runs that very program, as our own user."""
@@ -463,6 +466,14 @@ class Registry(Closing):
         Raises: CompactedError where the history that it needs was dropped; DataDamaged.
         """
         return history.at(self._session, when)
+
+    def before_boot(self) -> Past:
+        """Return the state as it was when this machine went down last.
+
+        In a directory what this boot wrote is told by the log itself, else by the clock.
+        Raises: CompactedError, DataDamaged.
+        """
+        return history.before_boot(self._session)
 
     def lives(self, *, progress: Callable[[int, int], None] | None = None) -> "list[Life]":
         """Return every worker's life that the kept history tells of, in order of registration.

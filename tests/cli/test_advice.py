@@ -87,7 +87,7 @@ def invalid_transition(cli: Cli, _: Crew, __: Path) -> None:
     cli("register", "a", "--pid", os.getpid())
     cli("remove", "a", "--reason", "x")
     advice = hint(cli, "update", "a", "--state", "ready", code="invalid_transition")
-    assert "released" in do(quoted(advice))
+    assert "removed: x" in do(quoted(advice))
 
 
 def process_not_found(cli: Cli, crew: Crew, _: Path) -> None:
@@ -180,7 +180,7 @@ def worker_ended(cli: Cli, _: Crew, __: Path) -> None:
         with crewlog.open(cli.place) as other, pytest.raises(errors.WorkerEnded) as ended:
             threading.Timer(0.2, lambda: reg.exited("a", code=3)).start()
             other.wait("a", state="ready", timeout_s=10)
-    assert "exited" in at(cli, quoted(ended.value.remedy))
+    assert "crashed code 3" in at(cli, quoted(ended.value.remedy))
 
 
 def closed(cli: Cli, _: Crew, __: Path) -> None:

@@ -142,7 +142,7 @@ def test_table_on_a_narrow_terminal_keeps_what_matters(place: Path, crew: Crew) 
         stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"},
     )  # fmt: skip
     os.close(below)
-    assert b"code=3" in os.read(above, 8192)
+    assert b"crashed code 3" in os.read(above, 8192)
     os.close(above)
 
 
@@ -254,7 +254,7 @@ def test_contradictions_are_usage_errors(cli: Cli, reg: Registry) -> None:
         cli(*words, code=2)
     assert reg.last_seq == before
     cli("update", "a", "--unlabel", "k")
-    assert "  -k  " in cli("history").stdout
+    assert "  updated -k  " in cli("history").stdout
 
 
 def test_watch_that_runs_a_program_minds_its_time(cli: Cli, reg: Registry) -> None:

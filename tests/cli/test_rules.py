@@ -37,14 +37,14 @@ FINITE: dict[str, tuple[str, ...]] = {
     "beat": ("leased",), "explain": ("a",), "gc": (), "compact": (), "verify": (), "repair": (),
     "anchor": (), "diff": ("--from", "2"), "timeline": (), "schedule": ("cron",),
     "stop": ("c", "--grace", "1s"), "observe": ("d",), "import": ("{old}",),
-    "remove": ("a", "--reason", "x"), "completion": ("bash",),
+    "remove": ("a", "--reason", "x"), "completion": ("bash",), "init": (),
 }  # fmt: skip
 STREAMS: dict[str, tuple[str, ...]] = {
     "history": (), "watch": ("--from-start", "--count", "2", "--timeout", "20s"), "export": (),
     "logs": ("logged",),
 }  # fmt: skip
 # A program of its own, a screen, positions, and a move: tested where they are.
-OTHERS = {"exec", "run", "start", "top", "demo", "cursor", "migrate", "backup"}
+OTHERS = {"exec", "run", "start", "top", "demo", "cursor", "migrate", "backup", "mcp", "help"}
 
 
 def test_every_command_tells_in_json(cli: Cli, reg: Registry, crew: Crew, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_times_are_read_as_people_type_them(words: str, found: datetime) -> None
 
 @pytest.mark.parametrize(
     "words",
-    ["", "soon", "yesterdayy", "12", "2026-13-01", "2026-02-30", "25:00", "-5m", "5 m", "1h 30m",
+    ["", "soon", "yesterdayy", "12", "2026-13-01", "2026-02-30", "25:00", "--5m", "7:5", "5 m", "1h 30m",
      "2 fortnights ago", "@", "@x", "@1e400", "tomorrow", "2026-11-24T99:00"],
 )  # fmt: skip
 def test_what_is_no_time_is_refused_with_examples(words: str) -> None:
@@ -269,8 +269,8 @@ def test_tables_are_local_with_the_offset_in_the_header(cli: Cli, reg: Registry)
     """And UTC on request; JSON is UTC always."""
     reg.register("a")
     env = {"TZ": "Asia/Kolkata", "PATH": os.environ["PATH"]}
-    assert "STARTED (+05:30)" in cli("ls", env=env).stdout
-    assert "STARTED (UTC)" in cli("ls", "--utc", env=env).stdout
+    assert "STARTED (+05:30)" in cli("ls", "--absolute", env=env).stdout
+    assert "STARTED (UTC)" in cli("ls", "--utc", "-o", "wide", env=env).stdout
     (row,) = json.loads(cli("ls", "--json", env=env).stdout)["workers"]
     assert row["created_at"].endswith("Z")
 

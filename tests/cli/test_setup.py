@@ -205,12 +205,12 @@ def test_commands_options_and_sids_are_completed(cli: Cli, reg: Registry, crew: 
 
 def test_colour_is_asked_for_or_left_out(cli: Cli, reg: Registry, crew: Crew) -> None:
     """Never in a pipe unless asked for; the option wins over NO_COLOR; words stay the same."""
-    reg.register("a", pid=crew.sleeper().pid)
+    reg.register("a", pid=crew.sleeper().pid, ready=True)
     plain = cli("ls").stdout
     assert "\x1b" not in plain
     assert "\x1b" not in cli("--color", "never", "ls", env={"FORCE_COLOR": "1"}).stdout
     forced = cli("ls", env={"FORCE_COLOR": "1"}).stdout
-    assert "\x1b[32malive\x1b[0m" in forced
+    assert "\x1b[32mready\x1b[0m" in forced
     assert "\x1b" not in cli("ls", env={"FORCE_COLOR": "1", "NO_COLOR": "1"}).stdout
     assert "\x1b" in cli("ls", "--color", "always", env={"NO_COLOR": "1"}).stdout
     words = forced.replace("\x1b[32m", "").replace("\x1b[33m", "").replace("\x1b[0m", "")
@@ -220,7 +220,7 @@ def test_colour_is_asked_for_or_left_out(cli: Cli, reg: Registry, crew: Crew) ->
 
 def test_colour_on_a_terminal(place: Path, reg: Registry, crew: Crew) -> None:
     """There it needs no asking."""
-    reg.register("a", pid=crew.sleeper().pid)
+    reg.register("a", pid=crew.sleeper().pid, ready=True)
     above, below = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR"}}
     subprocess.run(
@@ -228,7 +228,7 @@ def test_colour_on_a_terminal(place: Path, reg: Registry, crew: Crew) -> None:
          "ls"], stdout=below, env={**env, "TERM": "xterm"}, check=True,
     )  # fmt: skip
     os.close(below)
-    assert b"\x1b[32malive" in os.read(above, 4096)
+    assert b"\x1b[32mready" in os.read(above, 4096)
     os.close(above)
 
 

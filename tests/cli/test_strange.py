@@ -221,7 +221,7 @@ def test_options_that_select_mean_any_of_these(cli: Cli, reg: Registry) -> None:
     reg.exited("c", code=3)
     for words in (("--sid", "a", "--sid", "b"), ("a", "b"), ("a", "--sid", "b")):
         rows = cli("history", "-q", *words).stdout.splitlines()[1:]
-        assert [row.split()[4] for row in rows] == ["a", "b", "b"]
+        assert [row.split()[3] for row in rows] == ["a", "b", "b"]
     listed = cli("ls", "--sids", "--state", "failed", "--state", "draining").stdout.split()
     assert listed == ["b", "c"]
     assert [e.sid for e in reg.history(sids=["a", "c"])] == ["a", "c", "c"]

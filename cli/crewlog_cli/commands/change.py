@@ -37,6 +37,7 @@ def _done(sh: Shell, sid: str, seq: int, **more: object) -> None:
         sh.document({"seq": seq, "sid": sid, **more})
     else:
         sh.line(str(seq))
+        sh.note(f"{sid} is at rev {seq}: the seq of this change, which --expect takes")
 
 
 @command(
@@ -143,7 +144,11 @@ def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:
     with sh.existing() as reg:
         render.known(reg, sid)
         event = tried(lambda: reg.remove(sid, reason=safe(reason), expect=expect))
-    _done(sh, sid, event.seq)
+    if sh.json:
+        sh.document({"seq": event.seq, "sid": sid})
+    else:
+        sh.line(str(event.seq))
+        sh.note(f"{sid} was removed; that is event {event.seq} of the history")
 
 
 @command(

@@ -17,8 +17,9 @@ import click
 
 import crewlog
 from crewlog.registry import Registry
-from crewlog_cli import render, shell
+from crewlog_cli import shell
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.story import Story
 from crewlog_compactor import compact, verify
 
 _WAIT_S: Final = 20.0
@@ -241,7 +242,7 @@ def _history_tells(stage: _Stage, reg: Registry) -> None:
     stage.say("\n6. `crewlog history` tells what happened, and who did it:\n")
     found = list(reg.history())
     if not stage.sh.json:
-        render.print_events(stage.sh, found)
+        Story(stage.sh).tell(found)
     stage.say("")
     stage.claim("four events, each with its author", len(found) == len(_SIDS) + 1)
 

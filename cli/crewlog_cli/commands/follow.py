@@ -10,14 +10,17 @@ from typing import Final, NoReturn
 import click
 
 from crewlog.model import arguments
+from crewlog.model.choice import LabelTest
 from crewlog.model.events import Event, EventType, State, Worker
 from crewlog.model.items import Item
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch.feed import After, digest_at
 from crewlog.watch.watch import Watch
-from crewlog_cli import inputs, output, render, shell
+from crewlog_cli import choose, inputs, output, render, shell
+from crewlog_cli.choose import Chosen, Stream
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.story import Story
 
 _RETRY_MIN_S: Final = 0.1
 _RETRY_MAX_S: Final = 30.0
@@ -26,21 +29,25 @@ _RETRY_MAX_S: Final = 30.0
 @command(
     "watch",
     examples="""crewlog watch
-crewlog watch web-1
+crewlog watch 'web-*' -l tier=a
 crewlog watch --after 120 --json | jq -r .sid
 crewlog watch --type worker.lost --count 1 --timeout 1h
 crewlog watch --cursor mailer --crashed --exec -- ./send-mail""",
 )
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Begin after this seq.")
-@click.option("--since", metavar="TIME", help="Begin with the first event of this time or later.")
+@click.option(
+    "-S", "--since", metavar="TIME", help="Begin with the first event of this time or later."
+)
 @click.option("--from-start", is_flag=True, help="Begin with the oldest event that is kept.")
 @click.option(
     "--now", is_flag=True, help="Begin with the events to come; the default shows the state first."
 )
 @click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
               help="Only this worker; repeatable.")  # fmt: skip
+@choose.with_labels
 @inputs.with_types
 @inputs.with_crashed
+@click.option("--wait", is_flag=True, help="Wait for a registry where there is none yet.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 @click.option(
     "--timeout", metavar="SPAN", help="End after this long; 124 if --count was not reached."
@@ -63,7 +70,7 @@ crewlog watch --cursor mailer --crashed --exec -- ./send-mail""",
     help="What wakes.",
 )
 @click.option("--observe", is_flag=True, help="Record deaths meanwhile, as observe --all does.")
-@click.argument("words", metavar="[SID…] [-- CMD…]", nargs=-1, type=click.UNPROCESSED,
+@click.argument("words", metavar="[SID|GLOB]… [-- CMD…]", nargs=-1, type=click.UNPROCESSED,
                 shell_complete=shell.complete_sid)  # fmt: skip
 def watch(
     sh: Shell,
@@ -74,8 +81,10 @@ def watch(
     from_start: bool,
     now: bool,
     sids: tuple[str, ...],
+    labels: tuple[LabelTest, ...],
     types: tuple[EventType, ...],
     crashed: bool,
+    wait: bool,
     count: int | None,
     timeout: str | None,
     name: str | None,
@@ -93,18 +102,19 @@ def watch(
         message = "--after, --since, --from-start and --now exclude each other"
         raise click.UsageError(message)
     named = len(words) - sh.program_words if sh.separated else 0 if run else len(words)
-    sids, argv = (*sids, *words[:named]), words[named:]
+    chosen, argv = Chosen((*sids, *words[:named]), labels), words[named:]
     if run != bool(argv):
         message = "--exec goes with -- CMD…, and CMD with --exec"
         raise click.UsageError(message)
-    limit_s = None if timeout is None else inputs.span_s(timeout)
+    limit_s = None if timeout is None else inputs.wait_s(timeout)
     first = inputs.moment(since, sh)
-    reg = sh.existing()
+    reg = sh.registry() if wait else sh.existing()
     start: After = "oldest" if from_start else "now" if now else first or after
     items = inputs.tried(
         lambda: reg.watch(
             after=start,
-            sids=sids or None,
+            sids=chosen.exact if chosen.is_exact else None,
+            wait_for_store=True if wait and limit_s is None else limit_s or 0 if wait else False,
             types=(inputs.ends(types) if crashed else types) or None,
             cursor=name,
             backend=backend,  # type: ignore[arg-type] # click lets only these through
@@ -112,7 +122,7 @@ def watch(
         )
     )
     with items:
-        task = _Task(argv, retries, sids, types, crashed=crashed)
+        task = _Task(argv, retries, chosen, Stream(reg, chosen), types, crashed, Story(sh))
         left = _deliver(sh, reg, items, task, count=count, limit_s=limit_s)
     if left:
         raise SystemExit(shell.EXIT_TIMEOUT)
@@ -124,19 +134,23 @@ class _Task:
 
     argv: Sequence[str]
     retries: int | None
-    sids: Sequence[str]
+    chosen: Chosen
+    stream: Stream
     types: Sequence[str]
     crashed: bool
+    story: Story
 
     def passes_over(self, item: Item) -> bool:
         """Say whether a change is not one that was asked for."""
-        return self.crashed and item.kind == "change" and not item.event.crashed
+        if item.kind != "change":
+            return False
+        return (self.crashed and not item.event.crashed) or not self.stream.wants(item.event)
 
     def shown(self, state: State | None) -> list[Worker] | None:
         """Return the workers of a state that were asked for."""
         if state is None or self.types or self.crashed:
             return None
-        return [w for w in state.workers.values() if not self.sids or w.sid in self.sids]
+        return self.chosen.of(state.workers.values())
 
 
 def _deliver(
@@ -207,7 +221,7 @@ def _print(sh: Shell, reg: Registry, item: Item, task: _Task) -> None:
             if sh.json:
                 sh.stream({"kind": "change", **render.event_json(item.event)})
             else:
-                render.print_line(sh, item.event)
+                task.story.line(item.event)
                 if item.event.crashed:
                     _print_last_lines(sh, reg, item.event)
         case "synced":

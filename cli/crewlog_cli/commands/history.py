@@ -16,23 +16,26 @@ import click
 
 from crewlog import Verdict
 from crewlog.model import events, figures
+from crewlog.model.choice import LabelTest
 from crewlog.model.events import Event, EventType, Worker, WorkerState, timestamp
 from crewlog.model.items import diff_of
 from crewlog.model.lives import Life
 from crewlog.registry import Registry
-from crewlog_cli import inputs, metrics, output, render, shell, text
+from crewlog_cli import answers, choose, inputs, metrics, output, render, shell, text
+from crewlog_cli.choose import Chosen, Stream
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.story import Story
 
 
 @command(
     "history",
-    examples="""crewlog history web-1 web-2
-crewlog history --since yesterday --crashed
-crewlog history -n 20 -r""",
+    examples="""crewlog history web-1 'job-*'
+crewlog history -S yesterday --crashed
+crewlog history -l role=web -n 20 -r
+crewlog history -f""",
 )
-@click.option("--since", metavar="TIME", help="Only events from this time on.")
-@click.option("--until", metavar="TIME", help="Only events before this time.")
-@click.argument("names", metavar="[SID]…", nargs=-1, shell_complete=shell.complete_sid)
+@inputs.with_period
+@choose.with_names
 @click.option(
     "--sid",
     "sids",
@@ -53,6 +56,7 @@ def history(
     since: str | None,
     until: str | None,
     names: tuple[str, ...],
+    labels: tuple[LabelTest, ...],
     sids: tuple[str, ...],
     types: tuple[EventType, ...],
     crashed: bool,
@@ -68,12 +72,13 @@ def history(
         raise click.UsageError(message)
     first, last = inputs.moment(since, sh), inputs.moment(until, sh)
     reg = sh.existing()
-    types, sids = inputs.ends(types) if crashed else types, (*names, *sids)
-    last_seq = reg.last_seq
+    types = inputs.ends(types) if crashed else types
+    chosen = Chosen((*names, *sids), labels)
+    meant, last_seq = chosen.sids(reg), reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
-    found: Iterable[Event] = _by(
+    found: Iterable[Event] = answers.chosen_events(
         reg.history(
-            sids=sids or None,
+            sids=meant,
             types=types or None,
             since=first,
             until=last,
@@ -93,22 +98,20 @@ def history(
         for event in found:
             sh.stream(render.event_json(event))
     else:
-        render.print_events(sh, found)
-    for sid in dict.fromkeys(sids):
-        if reg.get(sid) is None and not any(reg.history(sid=sid)):
-            sh.note(f"no event of {sid!r} is kept")
+        Story(sh).tell(found)
+    _tell_missing(sh, reg, chosen, meant)
     _print_period(sh, reg)
     if follow:
-        _follow(sh, reg, sids=sids, types=types, crashed=crashed, actor=actor, after=last_seq)
+        _follow(sh, reg, chosen, types=types, crashed=crashed, actor=actor, after=last_seq)
 
 
-def _by(found: Iterable[Event], actor: str | None, *, crashed: bool) -> Iterator[Event]:
-    keys = ("name", "user", "program", "via", "pid")
-    for event in found:
-        if crashed and not event.crashed:
-            continue
-        if actor is None or actor in {str(event.actor[k]) for k in keys if k in event.actor}:
-            yield event
+def _tell_missing(sh: Shell, reg: Registry, chosen: Chosen, meant: list[str] | None) -> None:
+    """Say where a name means nobody: an empty answer must not be mistaken for peace."""
+    for sid in meant or ():
+        if reg.get(sid) is None and not any(reg.history(sid=sid)):
+            sh.note(f"no event of {sid!r} is kept")
+    if chosen and not meant:
+        sh.note("no worker is, or was, such a one")
 
 
 def _print_period(sh: Shell, reg: Registry) -> None:
@@ -127,25 +130,29 @@ def _print_period(sh: Shell, reg: Registry) -> None:
 def _follow(
     sh: Shell,
     reg: Registry,
+    chosen: Chosen,
     *,
-    sids: tuple[str, ...],
     types: tuple[EventType, ...],
     crashed: bool,
     actor: str | None,
     after: int,
 ) -> None:
-    with reg.watch(after=after, sids=sids or None, types=types or None) as items:
+    story, stream = Story(sh), Stream(reg, chosen)
+    sids = chosen.exact if chosen.is_exact else None
+    with reg.watch(after=after, sids=sids, types=types or None) as items:
         for item in items:
             if item.kind == "reset" and sh.json:
                 sh.stream(render.reset_json(item))
             elif item.kind == "reset":
                 output.warn(render.reset_text(item))
-            if item.kind != "change" or not any(_by([item.event], actor, crashed=crashed)):
+            if item.kind != "change" or not stream.wants(item.event):
+                continue
+            if not any(answers.chosen_events([item.event], actor, crashed=crashed)):
                 continue
             if sh.json:
                 sh.stream(render.event_json(item.event))
             else:
-                render.print_line(sh, item.event)
+                story.line(item.event)
 
 
 @command(
@@ -283,7 +290,7 @@ def _most(times: Sequence[datetime]) -> int:
 crewlog stats --since 7d --json | jq .lives.crash_ratio
 crewlog stats --prometheus /var/lib/node_exporter/crewlog.prom""",
 )
-@click.option("--since", metavar="TIME", help="Only lives that began from this time on.")
+@click.option("-S", "--since", metavar="TIME", help="Only lives that began from this time on.")
 @click.option("--prometheus", metavar="FILE", help="Write metrics for a textfile collector.")
 def stats(sh: Shell, *, since: str | None, prometheus: str | None) -> None:
     """Count workers by state and liveness, how long they live and how they end, and bytes.
@@ -439,10 +446,11 @@ crewlog export --after 120 | jq -c 'select(.type == "worker.lost")'""",
 )
 @click.option("--format", "form", type=click.Choice(["jsonl", "csv", "cloudevents"]),
               default="jsonl", show_default=True, help="What to write.")  # fmt: skip
-@click.option("--since", metavar="TIME", help="Only events from this time on.")
-@click.option("--until", metavar="TIME", help="Only events before this time.")
+@inputs.with_period
+@choose.with_names
 @click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Only after this seq.")
-@click.option("--sid", shell_complete=shell.complete_sid, help="Only this worker.")
+@click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
+              help="Only this worker; repeatable.")  # fmt: skip
 @inputs.with_types
 def export(
     sh: Shell,
@@ -451,7 +459,9 @@ def export(
     since: str | None,
     until: str | None,
     after: int | None,
-    sid: str | None,
+    names: tuple[str, ...],
+    labels: tuple[LabelTest, ...],
+    sids: tuple[str, ...],
     types: tuple[EventType, ...],
 ) -> None:
     """Write the history to stdout, oldest first, one event a line; a seq names it for ever."""
@@ -460,7 +470,8 @@ def export(
         raise click.UsageError(message)
     first, last = inputs.moment(since, sh), inputs.moment(until, sh)
     reg = sh.existing()
-    found = reg.history(sid=sid, types=types or None, since=first, until=last, after=after)
+    meant = Chosen((*names, *sids), labels).sids(reg)
+    found = reg.history(sids=meant, types=types or None, since=first, until=last, after=after)
     writers: dict[str, Callable[[Iterator[Event]], None]] = {
         "jsonl": _jsonl,
         "csv": _csv,

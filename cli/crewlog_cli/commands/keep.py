@@ -27,6 +27,7 @@ from crewlog.registry import Registry
 from crewlog_cli import inputs, metrics, output, render, shell
 from crewlog_cli.inputs import safe, tried
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.story import Story
 from crewlog_compactor import (
     Anchor,
     CollectReport,
@@ -190,7 +191,7 @@ def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
     if sh.json:
         sh.document(render.event_json(event))
     else:
-        render.print_line(sh, event)
+        Story(sh).line(event)
 
 
 def _write_plan(sh: Shell, made: Plan, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Final, Literal, TypeAlias
 import click
 from click.shell_completion import get_completion_class
 
+from crewlog import open as open_registry
 from crewlog.errors import from_oserror
 from crewlog.place import locate
 from crewlog_cli import shell
@@ -177,6 +178,38 @@ _HOW: Final = {
 
 
 @command(
+    "init",
+    examples="""crewlog init
+crewlog -d /var/lib/crewlog init && crewlog -d /var/lib/crewlog schedule cron""",
+)
+def init(sh: Shell) -> None:
+    """Make an empty registry where there is none: for cron and watchers before the first worker."""
+    reg = sh.registry()
+    fresh = not reg.exists
+    open_registry(sh.place, create=True).close()
+    if sh.json:
+        sh.document({"path": reg.where, "created": fresh})
+        return
+    sh.line(reg.where)
+    sh.note("an empty registry was made" if fresh else "there was a registry already")
+
+
+@command("help", examples="crewlog help\ncrewlog help history")
+@click.argument("name", metavar="[CMD]", required=False)
+def help_(_sh: Shell, *, name: str | None) -> None:
+    """Show the help of a command, or of all."""
+    from crewlog_cli.main import crewlog  # noqa: PLC0415 (it holds this command)
+
+    above = click.get_current_context().find_root()
+    if name is None:
+        put(above.get_help())
+        return
+    _, found, _ = crewlog.resolve_command(above, [name])
+    if found is not None:
+        put(found.get_help(click.Context(found, info_name=found.name, parent=above)))
+
+
+@command(
     "completion",
     examples="""eval "$(crewlog completion bash)"
 crewlog completion fish > ~/.config/fish/completions/crewlog.fish""",
@@ -224,6 +257,8 @@ def doctor(sh: Shell) -> None:
 
 
 COMMANDS: Final[dict[str, click.Command]] = {
+    "init": init,
+    "help": help_,
     "schedule": schedule,
     "completion": completion,
     "doctor": doctor,

@@ -12,10 +12,12 @@ import click
 
 from crewlog import Verdict
 from crewlog.model import figures
+from crewlog.model.choice import LabelTest
 from crewlog.model.events import WorkerState, timestamp
 from crewlog.model.lives import Life
 from crewlog.registry import Registry
-from crewlog_cli import inputs, output, shell, text
+from crewlog_cli import choose, inputs, output, shell, text
+from crewlog_cli.choose import Chosen
 from crewlog_cli.pages import page
 from crewlog_cli.shell import Shell, command
 
@@ -37,13 +39,13 @@ _LEGEND: Final = (
 @command(
     "timeline",
     examples="""crewlog timeline
-crewlog timeline --since 2d --sid web-1
+crewlog timeline -S 2d 'web-*' -l role=web
 crewlog timeline --html timeline.html && xdg-open timeline.html""",
 )
 @click.option("--html", "html", metavar="FILE",
               help="Write a page that needs no network; - is stdout.")  # fmt: skip
-@click.option("--since", metavar="TIME", help="Only lives that lasted until this time or later.")
-@click.option("--until", metavar="TIME", help="Only lives that began before this time.")
+@inputs.with_period
+@choose.with_names
 @click.option("--sid", "sids", multiple=True, shell_complete=shell.complete_sid,
               help="Only this worker; repeatable.")  # fmt: skip
 @click.option("-n", "count", type=click.IntRange(min=1), default=_ROWS, show_default=True,
@@ -54,6 +56,8 @@ def timeline(
     html: str | None,
     since: str | None,
     until: str | None,
+    names: tuple[str, ...],
+    labels: tuple[LabelTest, ...],
     sids: tuple[str, ...],
     count: int,
 ) -> None:
@@ -66,13 +70,14 @@ def timeline(
         raise click.UsageError(message)
     first, last = inputs.moment(since, sh), inputs.moment(until, sh)
     reg = sh.existing()
+    meant = Chosen((*names, *sids), labels).sids(reg)
     with output.progress("reading") as told:
         lives = reg.lives(progress=told)
     now = datetime.now(UTC)
     lives = [
         life
         for life in lives
-        if (not sids or life.sid in sids)
+        if (meant is None or life.sid in meant)
         and (first is None or (life.ended_at or now) >= first)
         and (last is None or life.began_at < last)
     ]

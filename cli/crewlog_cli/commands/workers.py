@@ -19,15 +19,18 @@ import click
 from crewlog import Flag, host, place
 from crewlog.errors import CrewlogError, SpawnFailed, WorkerEnded
 from crewlog.model import events
+from crewlog.model.choice import LabelTest
 from crewlog.model.events import Event, Status, Worker, WorkerState
 from crewlog.model.steps import WorkerOptions
 from crewlog.registry import Registry
 from crewlog.workers import output as logs
 from crewlog.workers.judge import STATUSES, BeatStatus
 from crewlog.workers.start import Child, LogOptions
-from crewlog_cli import inputs, output, render, shell
+from crewlog_cli import choose, inputs, output, render, shell
+from crewlog_cli.choose import Chosen
 from crewlog_cli.inputs import safe, tried
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.story import Story
 
 P = ParamSpec("P")
 
@@ -366,7 +369,7 @@ def start(
     """
     _require_separated(sh, sid)
     wished = _wished(options)
-    wait_s = inputs.span_s(timeout)
+    wait_s = inputs.wait_s(timeout)
     if ready_when is not None:
         wished |= {"sock": inputs.safe(os.path.abspath(ready_when)), "ready": False}
     deadline = time.monotonic() + wait_s
@@ -415,10 +418,10 @@ _AT_ONCE: Final = 32
 @command(
     "stop",
     examples="""crewlog stop web-1 --reason deploy
-crewlog stop web-1 web-2 --grace 30s
+crewlog stop 'web-*' -l role=web --grace 30s
 crewlog stop --all --yes --reason 'the host goes down'""",
 )
-@click.argument("sids", metavar="SID…", nargs=-1, shell_complete=shell.complete_sid)
+@choose.with_names
 @click.option("--grace", default="10s", show_default=True, metavar="SPAN",
               help="Kill it after this long.")  # fmt: skip
 @click.option(
@@ -430,12 +433,13 @@ crewlog stop --all --yes --reason 'the host goes down'""",
 @click.option("--orphaned", is_flag=True, help="Those whose owner is proven dead.")
 @click.option("--older", metavar="SPAN", help="Those that were started so long ago, or longer.")
 @click.option("--tree", is_flag=True, help="End those who belong to it, too: its session or group.")
-@click.option("--yes", is_flag=True, help="Do not ask before --all, --orphaned, --older.")
+@click.option("--yes", is_flag=True, help="Do not ask where more are meant than were named.")
 @click.option("--dry-run", is_flag=True, help="Only say whom it would signal.")
 def stop_(
     sh: Shell,
     *,
-    sids: tuple[str, ...],
+    names: tuple[str, ...],
+    labels: tuple[LabelTest, ...],
     grace: str,
     number: signal.Signals,
     reason: str,
@@ -451,28 +455,26 @@ def stop_(
     Only the recorded process is ever signalled, with --tree also those that are shown to belong to
     it; the request is durable before the signal is sent.
     """
-    chosen = all_ or orphaned or older is not None
-    if chosen == bool(sids):
-        message = "name workers, or choose them: --all, --orphaned, --older SPAN"
+    meant = Chosen(names, labels)
+    chosen = all_ or orphaned or older is not None or not meant.is_exact
+    if (all_ and bool(meant)) or not (all_ or orphaned or older is not None or meant):
+        message = "name workers, or choose them: 'web-*', -l, --all, --orphaned, --older SPAN"
         raise click.UsageError(message)
-    grace_s = inputs.span_s(grace)
+    grace_s = inputs.wait_s(grace)
     reg = sh.existing()
     if chosen:
         span = None if older is None else timedelta(seconds=inputs.span_s(older))
         workers = _chosen(reg, orphaned=orphaned, older=span, tree=tree)
+        if meant:
+            meant.required(reg, reg.workers(all=True))
+            workers = meant.of(workers)
     else:
-        workers = [render.known(reg, sid) for sid in dict.fromkeys(sids)]
+        workers = meant.required(reg, reg.workers(all=True))
     if dry_run:
         _print_targets(sh, reg, workers, tree=tree)
         return
     if chosen and not yes:
-        count = len(workers) if tree else sum(_foreseen(reg, w)[0] == "signal" for w in workers)
-        if count and sys.stdin is not None and sys.stdin.isatty():
-            _print_targets(sh, reg, workers, tree=tree)
-        what = f"that would stop {count} workers"
-        if count and not shell.confirmed(f"Stop {count} workers?", what):
-            sh.note("nobody was stopped")
-            raise SystemExit(shell.EXIT_NO)
+        _confirm(sh, reg, workers, tree=tree)
 
     def end(worker: Worker) -> Event | CrewlogError:
         try:
@@ -488,6 +490,17 @@ def stop_(
         numbers = ", ".join(map(str, pids))
         sh.note(f"{sid} has left processes running: {numbers} (crewlog stop --tree {sid})")
     _print_ends(sh, reg, ended)
+
+
+def _confirm(sh: Shell, reg: Registry, workers: list[Worker], *, tree: bool) -> None:
+    """Ask a person, who sees whom it would stop; 1 where the answer is no."""
+    count = len(workers) if tree else sum(_foreseen(reg, w)[0] == "signal" for w in workers)
+    if count and sys.stdin is not None and sys.stdin.isatty():
+        _print_targets(sh, reg, workers, tree=tree)
+    what = f"that would stop {count} workers"
+    if count and not shell.confirmed(f"Stop {count} workers?", what):
+        sh.note("nobody was stopped")
+        raise SystemExit(shell.EXIT_NO)
 
 
 def _chosen(reg: Registry, *, orphaned: bool, older: timedelta | None, tree: bool) -> list[Worker]:
@@ -583,7 +596,7 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
         sh.document({"seq": reg.last_seq, "stopped": stopped, "failed": failed})
     else:
         for event in events:
-            render.print_line(sh, event)
+            Story(sh).line(event)
     for error in list(errors.values())[:-1]:
         if not sh.json:  # there, the document names them all
             shell.complain_of(sh, error)
@@ -628,7 +641,7 @@ def observe(sh: Shell, *, sid: str | None, all_: bool, timeout: str | None) -> N
     if all_ == (sid is not None):
         message = "name a worker, or --all"
         raise click.UsageError(message)
-    wait_s = None if timeout is None else inputs.span_s(timeout)
+    wait_s = None if timeout is None else inputs.wait_s(timeout)
     if sid is None:
         _observe_all(sh, wait_s)
         return
@@ -638,7 +651,7 @@ def observe(sh: Shell, *, sid: str | None, all_: bool, timeout: str | None) -> N
     if sh.json:
         sh.document({"sid": sid, **render.event_json(event)})
     else:
-        render.print_line(sh, event)
+        Story(sh).line(event)
 
 
 def _observe_all(sh: Shell, wait_s: float | None) -> None:
@@ -655,6 +668,7 @@ def _observe_all(sh: Shell, wait_s: float | None) -> None:
         if ended.is_set():
             return
         sh.note(f"crewlog: observing {reg.where}")
+        story = Story(sh)
         with reg.watch(after="now", types=events.ENDING) as items:
             while not ended.is_set():
                 left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -663,7 +677,7 @@ def _observe_all(sh: Shell, wait_s: float | None) -> None:
                     if sh.json:
                         sh.stream({"kind": "change", **render.event_json(item.event)})
                     else:
-                        render.print_line(sh, item.event)
+                        story.line(item.event)
                 elif left_s == 0:
                     raise SystemExit(shell.EXIT_TIMEOUT)
 

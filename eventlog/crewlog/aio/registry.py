@@ -221,6 +221,7 @@ class AsyncRegistry:
     judge = _threaded(Registry.judge)
     trees = _threaded(Registry.trees)
     at = _threaded(Registry.at)
+    before_boot = _threaded(Registry.before_boot)
     lives = _threaded(Registry.lives)
 
     living = _threaded(Registry.living)

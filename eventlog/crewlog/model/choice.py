@@ -11,6 +11,34 @@ from crewlog.model.events import LIVING, Record, StateName, WorkerState
 GLOB: Final = re.compile(r"[*?\[]")  # a name with one of these is a glob
 
 
+class LabelTest(NamedTuple):
+    """What a worker's labels must say: `k`, `k=v` or `k!=v`; the last holds without a `k`, too."""
+
+    key: str
+    value: str | None
+    negated: bool = False
+
+    def holds(self, labels: Mapping[str, str]) -> bool:
+        """Say whether labels are so."""
+        if self.negated:
+            return labels.get(self.key) != self.value
+        return self.key in labels and self.value in {None, labels[self.key]}
+
+
+def read_label(words: str) -> LabelTest:
+    """Read a test of a label as people write it.
+
+    Raises: ValueError.
+    """
+    key, equals, value = words.partition("=")
+    negated = key.endswith("!") and bool(equals)
+    key = key.removesuffix("!") if negated else key
+    if not key:
+        message = f"a label is K=V, K!=V or K, not {words!r}"
+        raise ValueError(message)
+    return LabelTest(key, value if equals else None, negated)
+
+
 class Choice(NamedTuple):
     """Which workers are wanted; None: whatever it is."""
 

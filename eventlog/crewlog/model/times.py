@@ -22,9 +22,10 @@ _LONGEST_S: Final = 1000 * 366 * 86_400
 _COMPACT: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhdw])+")
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _AGO: Final = re.compile(r"(\d+)\s*([a-z]+?)s?\s+ago")
+_CLOCK: Final = re.compile(r"\d{1,2}:\d\d(:\d\d)?")
 _EXAMPLES: Final = (
     "a time is: now, today, yesterday, @1764000000, 2026-11-24, 2026-11-24T07:26:36+01:00, "
-    "15m, 1h30m, '2 hours ago'"
+    "20:43, 15m, 1h30m, '2 hours ago'"
 )
 
 
@@ -56,16 +57,12 @@ def read_time(text: str, *, now: datetime, zone: tzinfo | None = None) -> tuple[
     local = now.astimezone(zone)
     midnight = local.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
     try:
-        if word == "now":
-            return now.astimezone(UTC), ""
-        if word == "today":
-            return _at(midnight, zone, 0), ""  # where the clock skips it: the day's first moment
-        if word == "yesterday":
-            return _at(midnight - timedelta(days=1), zone, 0), ""
+        if (known := _spoken(word, now, midnight, zone)) is not None:
+            return known
         if word.startswith("@"):
             return datetime.fromtimestamp(float(word[1:]), UTC), ""
-        if _COMPACT.fullmatch(word):
-            return now.astimezone(UTC) - duration(word), ""
+        if _COMPACT.fullmatch(word.removeprefix("-")):  # journalctl has it with a minus
+            return now.astimezone(UTC) - duration(word.removeprefix("-")), ""
         ago = _AGO.fullmatch(word)
         if ago is not None and ago[2] in _UNITS:
             return now.astimezone(UTC) - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]]), ""
@@ -91,6 +88,27 @@ def _zoned(when: datetime, zone: tzinfo | None) -> tuple[datetime, str]:
         message = f"{when.isoformat()} does not exist here: the clock was put forward over it"
         raise TimeError(message)
     return earlier, f"{when.isoformat()} came twice here; the earlier one was taken"
+
+
+def _spoken(
+    word: str, now: datetime, midnight: datetime, zone: tzinfo | None
+) -> tuple[datetime, str] | None:
+    """Read now, today, yesterday, or a time of the day: the latest one that is not to come."""
+    match word:
+        case "now":
+            return now.astimezone(UTC), ""
+        case "today":
+            return _at(midnight, zone, 0), ""  # where the clock skips it: the day's first moment
+        case "yesterday":
+            return _at(midnight - timedelta(days=1), zone, 0), ""
+    if _CLOCK.fullmatch(word) is None:
+        return None
+    clock = word if word[2] == ":" else f"0{word}"
+    found = _zoned(datetime.fromisoformat(f"{midnight.date()} {clock}"), zone)
+    if found[0] <= now:
+        return found
+    before = midnight - timedelta(days=1)
+    return _zoned(datetime.fromisoformat(f"{before.date()} {clock}"), zone)
 
 
 def _at(when: datetime, zone: tzinfo | None, fold: int) -> datetime:

@@ -17,8 +17,8 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -562,8 +562,10 @@ def look_portable(pid: int) -> Portable:
         return Portable(denied=True)
 
 
-def usage(who: Identity) -> Usage | None:
+def usage(who: Identity, also: Collection[int] = ()) -> Usage | None:
     """Return what a process of this boot and pid namespace uses; None if it cannot be told.
+
+    `also` are pids of those who belong to it: what they use is added, as far as they are there.
 
     The process is named again after the look, so that no stranger's figures are taken for its own.
     """
@@ -581,4 +583,11 @@ def usage(who: Identity) -> Usage | None:
             return None
     except (psutil.Error, ProcessNotFound):
         return None
-    return Usage(cpu_s=times.user + times.system, rss_bytes=memory.rss)
+    cpu_s, rss_bytes = times.user + times.system, memory.rss
+    for pid in also:
+        with suppress(psutil.Error):
+            member = psutil.Process(pid)
+            with member.oneshot():
+                times, memory = member.cpu_times(), member.memory_info()
+            cpu_s, rss_bytes = cpu_s + times.user + times.system, rss_bytes + memory.rss
+    return Usage(cpu_s=cpu_s, rss_bytes=rss_bytes)

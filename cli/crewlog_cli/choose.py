@@ -1,0 +1,136 @@
+"""Choose workers as every command takes them: ids, globs, and labels as k, k=v or k!=v."""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import click
+
+from crewlog.model import events
+from crewlog.model.choice import GLOB, LabelTest, matcher, read_label
+from crewlog.model.events import Event, Worker
+from crewlog.registry import Registry
+from crewlog_cli import render, shell
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _read(
+    _ctx: click.Context, _param: click.Parameter, rows: tuple[str, ...]
+) -> tuple[LabelTest, ...]:
+    try:
+        return tuple(map(read_label, rows))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def with_labels(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the option that chooses by labels."""
+    return click.option(
+        "-l", "--label", "labels", multiple=True, metavar="K[=V]", callback=_read,
+        shell_complete=shell.complete_label,
+        help="Only with this label: k=v, k!=v or k; repeatable.",
+    )(function)  # fmt: skip
+
+
+def with_names(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command ids and globs as its arguments, and the option that chooses by labels."""
+    names = click.argument(
+        "names", metavar="[SID|GLOB]…", nargs=-1, shell_complete=shell.complete_sid
+    )
+    return names(with_labels(function))
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which workers are wanted: any of the names, and all of the labels; without either, all."""
+
+    names: tuple[str, ...] = ()
+    labels: tuple[LabelTest, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Say whether it is a choice at all."""
+        return bool(self.names or self.labels)
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """Return the names that are no globs."""
+        return frozenset(name for name in self.names if not GLOB.search(name))
+
+    @property
+    def is_exact(self) -> bool:
+        """Say whether whom it means is known without a look: by ids alone."""
+        return bool(self.names) and not self.labels and len(self.exact) == len(set(self.names))
+
+    def wants_sid(self) -> Callable[[str], object]:
+        """Return what says of a sid whether it is among the names."""
+        return matcher(self.names or ("*",))
+
+    def of(self, workers: Iterable[Worker]) -> list[Worker]:
+        """Return those that are wanted."""
+        wants = self.wants_sid()
+        return [
+            worker
+            for worker in workers
+            if wants(worker.sid) and all(test.holds(worker.labels) for test in self.labels)
+        ]
+
+    def required(self, reg: Registry, workers: Collection[Worker]) -> list[Worker]:
+        """Return those that are wanted, in the order of the names where those are ids.
+
+        Raises: WorkerNotFound, with the nearest, for a name that means nobody.
+        """
+        found = self.of(workers)
+        for name in self.names:
+            means = matcher((name,))
+            if not any(means(worker.sid) for worker in workers):
+                raise render.not_found(reg, name)
+        if self.is_exact:
+            place = {name: at for at, name in enumerate(dict.fromkeys(self.names))}
+            found.sort(key=lambda worker: place[worker.sid])
+        return found
+
+    def sids(self, reg: Registry) -> list[str] | None:
+        """Return the sids that are meant, also of workers that are no longer listed; None: all."""
+        if not self:
+            return None
+        if self.is_exact:
+            return list(dict.fromkeys(self.names))
+        listed = {worker.sid: worker.labels for worker in reg.workers(all=True)}
+        wants = self.wants_sid()
+        found = dict.fromkeys(name for name in self.exact if not self.labels)
+        for sid, labels in listed.items():
+            if wants(sid) and all(test.holds(labels) for test in self.labels):
+                found[sid] = None
+        for event in reg.history(types=[events.REGISTERED]):  # who was pruned since
+            given = event.data.get("labels")
+            known = event.sid in found or event.sid in listed or not wants(event.sid)
+            if not known and isinstance(given, dict):
+                have = {key: str(value) for key, value in given.items()}
+                if all(test.holds(have) for test in self.labels):
+                    found[event.sid] = None
+        return list(found)
+
+
+class Stream:
+    """Say of one event after the other whether its worker is wanted, by its labels as of then."""
+
+    def __init__(self, reg: Registry, chosen: Chosen) -> None:
+        """Know the labels of those who are listed."""
+        self._reg = reg
+        self._chosen = chosen
+        self._wants = chosen.wants_sid()
+        self._labels: dict[str, dict[str, str]] = {}
+
+    def wants(self, event: Event) -> bool:
+        """Say whether it is of a worker that is wanted."""
+        if not self._wants(event.sid):
+            return False
+        if not self._chosen.labels:
+            return True
+        worker = self._reg.get(event.sid)
+        if worker is not None:
+            self._labels[event.sid] = dict(worker.labels)
+        have = self._labels.get(event.sid, {})
+        return all(test.holds(have) for test in self._chosen.labels)
