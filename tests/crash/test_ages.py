@@ -12,7 +12,7 @@ import pytest
 
 import crewlog
 from crewlog import host
-from crewlog.errors import CrewlogError, HistoryRewound, LogCorrupt
+from crewlog.errors import CrewlogError, HistoryRewound, LogCorrupt, LogRegressed
 from crewlog.local import ages, directory, layout
 from crewlog.local.heads import States
 from crewlog.local.segments import Segments
@@ -415,3 +415,49 @@ def test_writer_reads_anew_what_went_on_from_an_older_copy(place: Path) -> None:
         assert worker is not None
         assert worker.meta == {"n": 4}
     assert verify(place).ok
+
+
+@pytest.mark.limits(segment_bytes=2000)
+def test_successor_whose_predecessors_seal_is_not_durable_is_a_proof(place: Path) -> None:
+    """I4 alone tells it: the new segment has no witness yet, and the states agree."""
+    with opened(place) as reg:
+        reg.register("w")
+        for number in range(20):
+            reg.update("w", meta={"n": number})
+        log = files(reg)
+        shutil.copy(place / HEAD, place.with_name("head"))
+        before = log.directory.names(layout.LOG)
+        log.rotate()
+        assert len(log.directory.names(layout.LOG)) == len(before) + 1
+    with (place / HEAD).open("r+b") as file:
+        file.write(place.with_name("head").read_bytes())
+    at = directory.open_existing(place)
+    found = ages.proof(Segments(at), States(at))
+    assert found is not None
+    assert "seal is not durable" in found
+    assert read(place) == 19
+    assert verify(place).ok
+
+
+def test_head_ahead_of_what_is_written_and_of_the_file_is_refused(place: Path) -> None:
+    """Nothing holds the lines any more: no seq of theirs is given out a second time."""
+    copy, segment = grown(place, 1, 10)
+    put_back(place, copy, STATE, segment)
+    (place / layout.REDO).write_bytes(bytes((place / layout.REDO).stat().st_size))
+    with opened(place) as reg:
+        with pytest.raises(LogRegressed, match="durable"):
+            reg.update("w", meta={"n": 1})
+        with pytest.raises(LogRegressed):
+            reg.workers()
+
+
+def test_writer_is_not_fooled_by_states_of_two_ages(place: Path) -> None:
+    """Each state by itself fits the log; that they are of different ages is what is proven."""
+    copy, _ = grown(place, 1, 10)
+    put_back(place, copy, STATE)
+    at = directory.open_existing(place)
+    states, segments = States(at), Segments(at)
+    state, head = states.append_state(), states.head()
+    assert state is not None
+    assert head is not None
+    assert "is durable, and only" in str(ages.proof_for_writer(segments, state, head))

@@ -1,6 +1,9 @@
 """One append: what it refuses, what it leaves behind, what it makes durable."""
 
+import fcntl
 import os
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ from crewlog.errors import (
 )
 from crewlog.local import disk, layout
 from crewlog.local.disk import Disk
+from crewlog.local.heads import StateFile
 from crewlog.registry import Registry
-from crewlog_compactor import verify
+from crewlog_compactor import repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
 from procs import files
 from stores import opened
@@ -144,3 +148,78 @@ def test_names_left_by_a_killed_creator_are_synced_by_the_next(place: Path) -> N
     assert place.stat().st_ino not in disk.synced
     reg.register("b")
     assert place.stat().st_ino in disk.synced
+
+
+def test_what_is_cut_off_is_kept_before_the_cut(place: Path) -> None:
+    """Half a line that a killed writer left behind the written end: quarantined, then cut."""
+    with opened(place) as reg:
+        reg.register("a")
+    with active_segment(place).open("ab") as file:
+        file.write(b'{"v":1,"half a line')
+    with opened(place) as reg:
+        reg.update("a", meta={"n": 1})
+    kept = [path.read_bytes() for path in (place / layout.QUARANTINE).glob("*.bytes")]
+    assert kept == [b'{"v":1,"half a line']
+    assert verify(place).ok
+
+
+def test_repair_keeps_what_it_takes_out_durably_before_it_goes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name in quarantine is synced before the segment is replaced."""
+    with opened(place) as reg:
+        reg.register("a")
+        seq = reg.update("a", meta={"n": 1}).rev
+        log = files(reg)
+        aside = os.fstat(log.directory[layout.QUARANTINE]).st_ino
+    path = active_segment(place)
+    path.write_bytes(path.read_bytes().replace(b'"n":1', b'"n":2'))
+    (place / layout.REDO).write_bytes(bytes((place / layout.REDO).stat().st_size))
+    order: list[str] = []
+    real, renamed = Disk.sync_directory, Disk.rename
+
+    def sync_directory(self: Disk, fd: int) -> None:
+        order.append("kept" if os.fstat(fd).st_ino == aside else "other")
+        real(self, fd)
+
+    def rename(self: Disk, name: str, new: str, *, at: int) -> None:
+        order.append(f"replaced {new}")
+        renamed(self, name, new, at=at)
+
+    monkeypatch.setattr(Disk, "sync_directory", sync_directory)
+    monkeypatch.setattr(Disk, "rename", rename)
+    assert repair(place, yes=True, accept_loss=[(seq, seq)]).done
+    assert "kept" in order
+    assert order.index("kept") < order.index(f"replaced {path.name}")
+
+
+def test_whoever_gives_the_lock_back_wakes_who_waits(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the lock to append, and for the sync that serves others."""
+    reg.register("a")
+    woken: list[str] = []
+    states = files(reg)._appender._heads
+
+    def wake(self: object, _count: int) -> None:
+        woken.append("lock" if self is states.written else "sync")
+
+    monkeypatch.setattr(StateFile, "wake", wake)
+    reg.update("a", meta={"n": 1})
+    assert woken == ["lock", "sync"]
+
+
+@pytest.mark.limits(sync_wait_s=0.4)
+def test_sync_leader_that_does_not_finish_is_named_in_time(place: Path) -> None:
+    """The change is written, and not known to be durable: "unknown", within the timeout."""
+    with opened(place, lock_timeout_s=0.4) as reg:
+        reg.register("a")
+        with ExitStack() as leaders:
+            for name in layout.LOCK_SYNC:
+                leader = leaders.enter_context((place / layout.LOCKS / name).open("rb"))
+                fcntl.flock(leader, fcntl.LOCK_EX)
+            began = time.monotonic()
+            with pytest.raises(AppendUncertain, match="does not finish"):
+                reg.update("a", meta={"n": 1})
+            assert time.monotonic() - began < 5
+        reg.update("a", meta={"n": 2})

@@ -355,27 +355,42 @@ def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
     covered = 0 if compacted is None else compacted[0]
     p50, p95 = found.quantile(0.50), found.quantile(0.95)
     ratio = found.crash_ratio
-    rows = [
-        ["last seq", str(reg.last_seq)],
-        ["last compaction", f"{when} up to seq {covered}" if covered else when],
-        *([f"workers {name}", str(count)] for name, count in population(reg).items() if count),
-        *([f"liveness {name}", str(count)] for name, count in _verdicts(reg).items() if count),
-        ["started", str(found.started)],
-        ["ended", str(found.ended)],
-        ["crashed", "0" if not ratio else f"{found.crashed} ({ratio:.1%} of the ended)"],
-    ]
+    sections: dict[str, list[list[str]]] = {
+        "store": [
+            ["last seq", str(reg.last_seq)],
+            ["last compaction", f"{when} up to seq {covered}" if covered else when],
+            *([name, figures.size(count)] for name, count in reg.sizes().items()),
+        ],
+        "workers": [
+            *([name, str(count)] for name, count in population(reg).items() if count),
+            *([name, str(count)] for name, count in _verdicts(reg).items() if count),
+        ],
+        "lives": [
+            ["started", str(found.started)],
+            ["ended", str(found.ended)],
+            ["crashed", "0" if not ratio else f"{found.crashed} ({ratio:.1%} of the ended)"],
+        ],
+        "how they ended": [[what, str(count)] for what, count in found.causes.most_common(_SHOWN)],
+        "started again": [[sid, str(n)] for sid, n in found.restarts.most_common(_SHOWN)],
+        "flapping": [
+            [sid, f"{most} starts in {figures.duration(_FLAP_SPAN)}"]
+            for sid, most in list(found.flapping.items())[:_SHOWN]
+        ],
+        "events": [[name, str(count)] for name, count in sorted(reg.totals().items())],
+    }
     if p50 is not None and p95 is not None:
-        rows.append(["lifetime p50", figures.duration(timedelta(seconds=p50))])
-        rows.append(["lifetime p95", figures.duration(timedelta(seconds=p95))])
-    rows += [[f"ended by {what}", str(count)] for what, count in found.causes.most_common(_SHOWN)]
-    rows += [[f"restarts {sid}", str(n)] for sid, n in found.restarts.most_common(_SHOWN)]
-    rows += [
-        [f"flapping {sid}", f"{most} starts in {figures.duration(_FLAP_SPAN)}"]
-        for sid, most in list(found.flapping.items())[:_SHOWN]
-    ]
-    rows += [[f"events {name}", str(count)] for name, count in sorted(reg.totals().items())]
-    rows += [[f"bytes {name}", figures.size(count)] for name, count in reg.sizes().items()]
-    sh.table(["what", "value"], rows)
+        sections["lives"].append(["lifetime p50", figures.duration(timedelta(seconds=p50))])
+        sections["lives"].append(["lifetime p95", figures.duration(timedelta(seconds=p95))])
+    first = True
+    for title, rows in sections.items():
+        if rows:
+            if not first:
+                sh.line("")
+            first = False
+            sh.line(title.upper())
+            sh.table(
+                ["what", "value"], [[f"  {name}", value] for name, value in rows], titles=False
+            )
     began = next((event.ts for event in reg.history(types=[events.SEGMENT])), datetime.now(UTC))
     sh.note(f"lives since {text.exact(began, utc=sh.utc)}; events since the store began")
 

@@ -471,10 +471,8 @@ class Appender:
         return after
 
     def _seal(self, state: AppendState, head: DurableHead) -> AppendState:
-        """Write the seal and make it durable: only then may a successor exist."""
-        sealed = self._put_own(events.SEAL, {"first": state.segment}, state, head)
-        self.sync.make_durable(sealed.seq)
-        return sealed
+        """Write the seal; `_begin_next` makes it durable before a successor may exist."""
+        return self._put_own(events.SEAL, {"first": state.segment}, state, head)
 
     def _begin_next(self, sealed: AppendState) -> AppendState:
         """Put the successor of a sealed segment in place, or find the one that is there.
