@@ -202,9 +202,9 @@ def status_text(
         return _ended_text(worker, now, seen_at)
     words = [worker.state.value]
     if worker.state == WorkerState.STARTING:
-        words[0] += f" {figures.duration(now - worker.created_at)}"
+        words[0] += f" {figures.brief(now - worker.created_at)}"
     elif worker.state in {WorkerState.DRAINING, WorkerState.STOPPING}:
-        words[0] += f" {figures.duration(now - worker.updated_at)}"
+        words[0] += f" {figures.brief(now - worker.updated_at)}"
     if found is None:
         return words[0]
     if found.dead:
@@ -223,11 +223,11 @@ def status_text(
 def _ended_text(worker: Worker, now: datetime, seen_at: datetime | None) -> str:
     ended, word = worker.exit, end_word(worker)
     if worker.state == WorkerState.LOST and seen_at is not None:
-        return f"{word}, last seen {figures.duration(now - seen_at)} ago"
+        return f"{word}, last seen {figures.brief(now - seen_at)} ago"
     how = "" if ended is None else _code(ended.code, ended.signal)
     if word == "stopped" or worker.state == WorkerState.RELEASED:
         how = ""
-    return f"{word}{how} {figures.duration(now - worker.updated_at)} ago"
+    return f"{word}{how} {figures.brief(now - worker.updated_at)} ago"
 
 
 def _code(code: object, number: object) -> str:
@@ -247,7 +247,7 @@ def restarts_text(worker: Worker, ended: Event | None, now: datetime) -> str:
     word = "removed" if ended.type == RELEASED else "lost" if ended.type == LOST else "exited"
     word = "crashed" if ended.type == EXITED and ended.crashed else word
     how = _code(ended.data.get("code"), ended.data.get("signal"))
-    return f"{count}, last {word}{how} {figures.duration(now - ended.ts)} ago"
+    return f"{count}, last {word}{how} {figures.brief(now - ended.ts)} ago"
 
 
 def end_text(worker: Worker) -> str:

@@ -98,6 +98,12 @@ class Shell:
         """Print one line of data for a person."""
         output.put(text.visible(words), flush=flush)
 
+    def prose(self, words: str, *, indent: int = 0) -> None:
+        """Print a sentence, on a terminal in lines of its width."""
+        columns, told = output.columns(), text.visible(words)
+        for row in text.wrapped(told, columns, indent=indent) if columns else [told]:
+            output.put(row)
+
     def table(
         self,
         header: Iterable[text.Column | str],

@@ -12,12 +12,18 @@ from crewlog_cli.shell import Shell
 from crewlog_cli.text import Column
 
 _VALUE_CHARS: Final = 40
+_ROOMY: Final = 100  # columns
 
 
 def actor_text(event: Event) -> str:
-    """Name who did it: a given name, else user and program; and its process, for there are many."""
+    """Name who did it: a given name, else user and program; and its process, for there are many.
+
+    On a narrow terminal the process is left out.
+    """
     who = _name(event)
-    return f"{who}[{event.actor.get('pid')}]" if event.actor.get("user") is not None else who
+    if event.actor.get("user") is None or 0 < output.columns() < _ROOMY:
+        return who
+    return f"{who}[{event.actor.get('pid')}]"
 
 
 def _name(event: Event) -> str:
@@ -65,6 +71,7 @@ class Story:
             by = "" if asked is None else f"by {_name(asked)}"
             why = "" if asked is None else str(asked.data.get("reason") or "")
             told = f"stopped {by}".strip() + (f": {why}" if why else "")
+            how = signal_name(number) if isinstance(number, int) else how
             return (told, f"({how})" if how else "", *more)
         return ("exited", how, *more)
 

@@ -58,6 +58,16 @@ def clip(text: str, columns: int) -> str:
     return kept + "…"
 
 
+def wrapped(words: str, columns: int, *, indent: int = 0) -> list[str]:
+    """Break a sentence into lines; those after the first are indented. A long word stays whole."""
+    from textwrap import wrap  # noqa: PLC0415 (start-up)
+
+    return wrap(
+        words, max(columns, indent + 20), subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    ) or [""]  # fmt: skip
+
+
 class Column(NamedTuple):
     """A column of a table: where there is no room, the one of the least worth goes first.
 

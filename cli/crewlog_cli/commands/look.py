@@ -117,7 +117,7 @@ def _show(sh: Shell, reg: Registry, seen: Past | None, worker: Worker) -> dict[s
     }
     for name, value in fields.items():
         if value:
-            sh.line(f"{name + ':':<10}{value}")
+            sh.prose(f"{name + ':':<10}{value}", indent=10)
     if seen is None and worker.exit is not None:
         render.print_last_lines(sh, worker)
     sh.line("")
@@ -230,21 +230,21 @@ def _explain(sh: Shell, reg: Registry, worker: Worker) -> dict[str, object] | No
     story = answers.story_of(reg, sid)
     if sh.json:
         return answers.explained(reg, worker, found, story)
-    sh.line(f"{sid} is {found.verdict.value} ({found.cause}): {answers.because(found.cause)}.")
+    sh.prose(f"{sid} is {found.verdict.value} ({found.cause}): {answers.because(found.cause)}.")
     for flag in sorted(found.flags):
-        sh.line(f"It is {_FLAGS[flag]}.")
+        sh.prose(f"It is {_FLAGS[flag]}.")
     if worker.exit is not None:
-        sh.line(f"It {render.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}.")
+        sh.prose(f"It {render.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}.")
         render.print_last_lines(sh, worker)
     if found.status or found.note:
-        sh.line(f"It says: {': '.join(filter(None, (found.status, found.note)))}.")
+        sh.prose(f"It says: {': '.join(filter(None, (found.status, found.note)))}.")
     left = reg.trees([worker]).get(sid, ()) if not found.alive else ()
     if left:
         numbers = ", ".join(map(str, left))
-        sh.line(f"It left processes running: {numbers}. End them: crewlog stop --tree {sid}.")
+        sh.prose(f"It left processes running: {numbers}. End them: crewlog stop --tree {sid}.")
     remedy = _REMEDIES.get(found.cause)
     if remedy is not None:
-        sh.line(f"{sh.advice(remedy.replace('SID', sid))}.")
+        sh.prose(f"{sh.advice(remedy.replace('SID', sid))}.")
     if sh.verbose:
         sh.line("")
         _print_evidence(sh, worker, found)

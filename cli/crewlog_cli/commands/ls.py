@@ -197,7 +197,7 @@ def _key(sort: str, now: datetime) -> Callable[[_Seen], tuple[object, ...]]:
 _COLUMNS: Final = {
     "sid": Column("sid", shrinks_to=text.SID_COLUMNS),
     "status": Column("status"),
-    "pid": Column("pid", 8),
+    "pid": Column("pid", 7),
     "age": Column("age", 8),
     "restarts": Column("restarts", 6),
     "labels": Column("labels", 5, shrinks_to=16),
@@ -285,7 +285,7 @@ def _cells(
         "sid": worker.sid,
         "status": render.status_text(worker, found, now, past.seen_at),
         "pid": str(worker.pid),
-        "age": figures.duration(now - worker.created_at),
+        "age": figures.brief(now - worker.created_at),
         "restarts": render.restarts_text(worker, past.ended, now),
         "labels": ",".join(f"{k}={v}" for k, v in worker.labels.items()),
         "version": worker.version,

@@ -379,7 +379,7 @@ def _table(sh: Shell, state: _Top, shown: Sequence[_Row], width: int) -> "Render
                 worker.sid,
                 render.status_text(worker, row.found, now),
                 str(worker.pid),
-                figures.duration(now - worker.created_at),
+                figures.brief(now - worker.created_at),
                 "-" if row.cpu is None else f"{row.cpu:.0%}",
                 "-" if row.rss_bytes is None else figures.size(row.rss_bytes),
                 "" if event is None else f"{sh.when(event.ts)[11:19]} {event.type}",

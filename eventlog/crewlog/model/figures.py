@@ -26,6 +26,23 @@ def duration(span: timedelta) -> str:
     return f"{seconds}s"
 
 
+def brief(span: timedelta) -> str:
+    """Write how long ago, as exactly as a person wants it. Source: kubectl's HumanDuration."""
+    seconds = max(0, int(span.total_seconds()))
+    minutes, hours, days = seconds // 60, seconds // 3_600, seconds // 86_400
+    if seconds < 120:  # noqa: PLR2004
+        return f"{seconds}s"
+    if minutes < 10:  # noqa: PLR2004
+        return duration(span)
+    if minutes < 180:  # noqa: PLR2004
+        return f"{minutes}m"
+    if hours < 8:  # noqa: PLR2004
+        return duration(timedelta(minutes=minutes))
+    if hours < 48:  # noqa: PLR2004
+        return f"{hours}h"
+    return duration(timedelta(hours=hours)) if days < 8 else f"{days}d"  # noqa: PLR2004
+
+
 def spoken(span: timedelta) -> str:
     """Write a duration in words, in its largest unit."""
     seconds = max(0, int(span.total_seconds()))

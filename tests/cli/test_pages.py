@@ -1,0 +1,170 @@
+"""Pages as a person sees them at 60, 80 and 120 columns, kept in golden/ to be looked at.
+
+To write them anew: GOLDEN_PAGES=write pytest tests/cli/test_pages.py
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import crewlog
+from crewlog import host
+from crewlog.model.events import Identity, Worker
+from crewlog.model.steps import Author
+from crewlog.process import identity
+from crewlog.process.liveness import Evidence, Flag, Liveness, Verdict
+from crewlog.registry import Registry
+from crewlog.session import Session
+from crewlog_cli import main, output, render, text
+from crewlog_cli.commands import look, ls
+
+GOLDEN = Path(__file__).parent / "golden"
+BEGAN = datetime(2026, 3, 4, 23, 50, 0, tzinfo=UTC)
+NOW = BEGAN + timedelta(hours=1)
+BOOT = "11111111-2222-3333-4444-555555555555"
+WIDTHS = (60, 80, 120)
+PAGES = {
+    "help": ("--help",),
+    "ls": ("ls",),
+    "ls-a": ("ls", "-a"),
+    "ls-wide": ("ls", "-o", "wide"),
+    "history": ("history",),
+    "show": ("show", "job-7"),
+    "explain": ("explain", "web-1"),
+    "stats": ("stats",),
+    "diff": ("diff", "--from", "4"),
+}
+
+
+class _Now(datetime):
+    """The clock of the pages."""
+
+    @classmethod
+    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+        return NOW
+
+
+def _who(pid: int | None = None) -> Identity:
+    return Identity(
+        pid=pid or 77, pidfd_id=9000 + (pid or 77), start_ticks=100, boot_id=BOOT,
+        pid_ns="4026531836:1", host_id="ab" * 16, uid=1000,
+    )  # fmt: skip
+
+
+def _judged(worker: Worker) -> Liveness:
+    here = Evidence(platform="linux", boot_id=BOOT, host_id="ab" * 16, pid_ns="4026531836:1")
+    if worker.final:
+        return Liveness(verdict=Verdict.DEAD, cause="recorded", evidence=here, flags=frozenset())
+    if worker.sid == "batch-of-the-night":
+        return Liveness(
+            verdict=Verdict.UNKNOWN, cause="foreign_host", evidence=here, flags=frozenset()
+        )
+    flags = frozenset({Flag.PAUSED} if worker.sid == "web-2" else set())
+    return Liveness(verdict=Verdict.ALIVE, cause="identity", evidence=here, flags=flags)
+
+
+class Scene:
+    """A store whose every time, pid and author is fixed."""
+
+    AUTHORS: ClassVar = {"ann": ("ann", "deploy"), "cron": ("root", "crewlog")}
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Begin at BEGAN, as ann."""
+        self.now, self.who = BEGAN, "ann"
+        self.reg = crewlog.open(place)
+        monkeypatch.setattr(host, "now", lambda: self.now)
+        monkeypatch.setattr(identity, "capture", _who)
+        monkeypatch.setattr(Session, "author", lambda *_: Author(actor=self._actor()))
+
+    def _actor(self) -> bytes:
+        user, program = self.AUTHORS[self.who]
+        return (
+            f'{{"pid":4711,"uid":1000,"user":"{user}","program":"{program}","via":"cli",'
+            f'"host":"here"}}'
+        ).encode()
+
+    def after(self, **span: float) -> Registry:
+        """Let time pass."""
+        self.now += timedelta(**span)
+        return self.reg
+
+
+@pytest.fixture
+def scene(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """Write workers in every condition."""
+    found = Scene(place, monkeypatch)
+    reg = found.reg
+    reg.register("web-1", pid=4801, ready=True, labels={"role": "web", "tier": "a"}, version="1.4")
+    found.after(seconds=2).register("web-2", pid=4802, ready=True, labels={"role": "web"})
+    found.after(seconds=5).register("job-7", pid=4803, labels={"queue": "mail"}, meta={"try": 1})
+    found.after(seconds=1).update("job-7", state="ready")
+    found.after(minutes=12).exited("job-7", code=1, message="disk quota exceeded")
+    found.after(minutes=3).register("job-7", pid=4903, ready=True, labels={"queue": "mail"})
+    found.after(minutes=4).exited("job-7", signal=11)
+    found.after(minutes=1).register("batch-of-the-night", pid=4950, ready=True)
+    found.after(minutes=2).register("old", pid=4960, ready=True)
+    found.after(minutes=1).update("old", state="stopping", reason="deploy of 1.4")
+    found.after(seconds=4).exited("old", signal=15)
+    found.who = "cron"
+    found.after(minutes=30).register("new", pid=5001)
+    for module in (ls, look):
+        monkeypatch.setattr(module, "datetime", _Now)
+    monkeypatch.setattr(Registry, "judge", lambda _, workers: list(map(_judged, workers)))
+    monkeypatch.setattr(Registry, "liveness", lambda reg, sid: _judged(render.known(reg, sid)))
+    monkeypatch.setattr(Registry, "usage", lambda *_, **__: None)
+    monkeypatch.setattr(Registry, "trees", lambda *_: {})
+    monkeypatch.setattr(text, "offset", lambda *_, **__: "+00:00")
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("NO_COLOR", "1")
+    yield found
+    reg.close()
+
+
+def shown(place: Path, words: tuple[str, ...], columns: int, patch: pytest.MonkeyPatch) -> str:
+    """Return what a command prints on a terminal of that width."""
+    out, err = io.StringIO(), io.StringIO()
+    patch.setattr(output, "columns", lambda: columns)
+    patch.setattr(output, "height", lambda: 0)
+    patch.setattr(output, "prepare", lambda: None)
+    patch.setenv("COLUMNS", str(columns))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main.run([*words[:1], "--utc", *words[1:], "--dir", str(place)]
+                        if words[0] != "--help" else ["--help"]) == 0, err.getvalue()  # fmt: skip
+    return "".join(f"{row}\n" for row in out.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_as_it_was_looked_at(
+    scene: Scene, place: Path, page: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is wider than the terminal, and what the product is for is there."""
+    found = shown(place, PAGES[page], columns, monkeypatch)
+    path = GOLDEN / f"{page}-{columns}.txt"
+    if os.environ.get("GOLDEN_PAGES") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found)
+    assert all(text.width(row) <= columns for row in found.splitlines())
+    assert found == path.read_text()
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_what_the_product_is_for_is_there_at_every_width(
+    scene: Scene, place: Path, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who lives, since when; how it ended; who did it."""
+    living = shown(place, ("ls", "-a"), columns, monkeypatch)
+    assert "web-1" in living
+    assert "AGE" in living
+    assert "crashed (SIGSEGV)" in living
+    told = shown(place, ("history",), columns, monkeypatch)
+    assert "crashed code 1" in told
+    assert "stopped by ann" in told
+    assert "ann@depl" in told
+    assert "-- 2026-03-05" in told
