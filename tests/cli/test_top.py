@@ -15,6 +15,7 @@ import pytest
 
 from commands import CREWLOG, Cli
 from crewlog.registry import Registry
+from procs import until
 
 pytest.importorskip("rich")
 import fcntl
@@ -30,6 +31,8 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "xterm"
+            os.environ.pop("COLUMNS", None)  # it would win over the terminal's own
+            os.environ.pop("LINES", None)
             os.execv(  # noqa: S606
                 CREWLOG[0], [*CREWLOG, "--dir", str(place), "top", *arguments]
             )
@@ -142,3 +145,91 @@ def test_without_a_terminal_it_says_what_to_use(cli: Cli, reg: Registry) -> None
     reg.register("a", pid=os.getpid())
     assert "ls --json" in cli("top", code=2, stdin=-3).stderr
     cli("top", "--interval", "0s", code=2)
+
+
+def resized(terminal: Terminal, rows: int, columns: int) -> None:
+    """Make the terminal another size, and begin to read anew."""
+    fcntl.ioctl(terminal.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    os.kill(terminal.pid, signal.SIGWINCH)
+    terminal.text = ""
+
+
+def press(terminal: Terminal, keys: str) -> None:
+    """Press keys, and read anew what is shown after them."""
+    terminal.text = ""
+    os.write(terminal.fd, keys.encode())
+
+
+def test_sixty_columns_show_who_and_how(terminal: Terminal, reg: Registry) -> None:
+    """The id and the status stay; what is worth less goes."""
+    reg.register("a-worker-with-a-long-name", pid=os.getpid())
+    resized(terminal, 20, 60)
+
+    def fits(shown: str) -> bool:
+        last = shown.rpartition("crewlog top")[2]  # the last picture
+        return "starting" in last and "web-1" in last and "LAST EVENT" not in last
+
+    terminal.wait_for(fits)
+    press(terminal, "q")
+    assert terminal.end() == 0
+
+
+def test_rows_are_walked_and_looked_into(terminal: Terminal, reg: Registry) -> None:
+    """Arrows and j, k move the mark; Enter tells why and what happened; Esc goes back."""
+    reg.register("web-2", pid=os.getpid(), ready=True)
+    terminal.wait_for(lambda text: "web-2" in text)
+    press(terminal, "i")  # by id
+    terminal.wait_for(lambda text: "by sid" in text)
+    press(terminal, "j\x1b[B\x1b[A")
+    press(terminal, "G")
+    press(terminal, "\r")
+    terminal.wait_for(lambda text: "web-2 is alive" in text and "registered pid" in text)
+    press(terminal, "\x1b")
+    terminal.wait_for(lambda text: "web-1" in text and "STATUS" in text)
+    press(terminal, "q")
+    assert terminal.end() == 0
+
+
+def test_more_workers_than_rows_can_be_scrolled(terminal: Terminal, reg: Registry) -> None:
+    """The mark is always in view."""
+    with reg.batch() as batch:
+        for number in range(60):
+            batch.register(f"w{number:02d}", pid=os.getpid())
+    press(terminal, "i")
+    terminal.wait_for(lambda text: "w00" in text and "more" in text)
+    assert "w59" not in terminal.text
+    press(terminal, "G")
+    press(terminal, "k")
+    terminal.wait_for(lambda text: "w59" in text)
+    press(terminal, "q")
+    assert terminal.end() == 0
+
+
+def test_filter_narrows_by_words(terminal: Terminal, reg: Registry) -> None:
+    """By id, label, state or pid; Esc drops it."""
+    reg.register("job-1", pid=os.getpid(), labels={"queue": "mail"})
+    terminal.wait_for(lambda text: "job-1" in text)
+    press(terminal, "/queue=mail\r")
+    terminal.wait_for(lambda text: "filter: queue=mail" in text and "1 alive" in text)
+    press(terminal, "\x1b")
+    terminal.wait_for(lambda text: "2 alive" in text)
+    press(terminal, "q")
+    assert terminal.end() == 0
+
+
+def test_stop_asks_first(terminal: Terminal, reg: Registry) -> None:
+    """Any key but y leaves it alone."""
+    reg.spawn("sleeper", ["sleep", "300"])
+    terminal.wait_for(lambda text: "sleeper" in text)
+    press(terminal, "/sleeper\r")
+    terminal.wait_for(lambda text: "1 alive" in text)
+    press(terminal, "x")
+    terminal.wait_for(lambda text: "Stop sleeper? y" in text)
+    press(terminal, "n")
+    terminal.wait_for(lambda text: "sleeper was not stopped" in text)
+    assert reg.liveness("sleeper").alive
+    press(terminal, "xy")
+    until(lambda: reg.liveness("sleeper").dead)
+    until(lambda: "crewlog top" in str([e.reason for e in reg.history(sid="sleeper")]))
+    press(terminal, "q")
+    assert terminal.end() == 0

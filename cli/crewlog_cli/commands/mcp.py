@@ -39,6 +39,7 @@ def mcp(sh: Shell) -> None:
     try:
         from mcp.server.mcpserver import MCPServer  # noqa: PLC0415 (an extra)
         from mcp.server.mcpserver.exceptions import ToolError  # noqa: PLC0415 (as above)
+        from mcp.types import ToolAnnotations  # noqa: PLC0415 (as above)
     except ImportError as error:
         raise Unsupported(
             "mcp needs the MCP SDK",
@@ -65,8 +66,9 @@ def mcp(sh: Shell) -> None:
         vars(answer)["__wrapped__"] = tool  # its parameters are what the server offers
         return answer
 
+    reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
     for tool in (asked.workers, asked.worker, asked.explain, asked.history):
-        server.tool(structured_output=False)(answered(tool))
+        server.tool(annotations=reads, structured_output=False)(answered(tool))
     logging.getLogger("mcp").setLevel(logging.ERROR)
     server.run("stdio")
 
