@@ -1,8 +1,7 @@
 """Choose workers as every command takes them: ids, globs, and labels as k, k=v or k!=v."""
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import click
 
@@ -42,8 +41,7 @@ def with_names(function: Callable[P, R]) -> Callable[P, R]:
     return names(with_labels(function))
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(NamedTuple):
     """Which workers are wanted: any of the names, and all of the labels; without either, all."""
 
     names: tuple[str, ...] = ()

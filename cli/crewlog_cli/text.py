@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import Final, NamedTuple
 
 SID_COLUMNS: Final = 24  # on a terminal, where a long one would push away what is said of it
@@ -133,15 +134,18 @@ _COLOURS: Final = {
     "dead": 31, "failed": 31, "lost": 31, "fail": 31, "crashed": 31,
     "+": 32, "~": 33, "-": 31,
 }  # fmt: skip
-_WORDS: Final = re.compile(
-    rf"(?<=  )({'|'.join(w for w in _COLOURS if w.isalpha())})(?= |,|$)"
-    rf"|^({'|'.join(map(re.escape, _COLOURS))})(?=  )"
-)
+
+
+@cache
+def _words() -> re.Pattern[str]:
+    words = "|".join(word for word in _COLOURS if word.isalpha())
+    first = "|".join(map(re.escape, _COLOURS))
+    return re.compile(rf"(?<=  )({words})(?= |,|$)|^({first})(?=  )")
 
 
 def coloured(line: str) -> str:
     """Colour the words of a table's row that tell how things stand."""
-    return _WORDS.sub(lambda found: f"\x1b[{_COLOURS[found[0]]}m{found[0]}\x1b[0m", line)
+    return _words().sub(lambda found: f"\x1b[{_COLOURS[found[0]]}m{found[0]}\x1b[0m", line)
 
 
 def moment(when: datetime, *, utc: bool) -> str:

@@ -2,9 +2,8 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import click
 
@@ -127,13 +126,11 @@ def _again(sh: Shell, reg: Registry, show: Callable[[State], None]) -> None:
             show(reg.state())
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """Which workers a list shows."""
 
     chosen: Chosen
     states: frozenset[str]
-    _: KW_ONLY
     final: bool
     probe: bool
 
@@ -222,12 +219,10 @@ _WIDE: Final = ("sid", "status", "pid", "age", "restarts", "mem", "cpu", "starte
 _BEFORE_BOOT: Final = ("sid", "status", "pid", "started", "labels", "command", "cwd")
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(NamedTuple):
     """How a list is printed; no columns: the usual ones, as far as they say something."""
 
     columns: tuple[str, ...]
-    _: KW_ONLY
     absolute: bool
     titles: bool
     looks_back: bool  # what came before is looked for: not of a past state
