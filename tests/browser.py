@@ -1,5 +1,6 @@
 """Drive a real headless Chromium through its debugging pipe: no package, no port, no network."""
 
+import base64
 import json
 import os
 import select
@@ -85,9 +86,9 @@ class Browser:
             case "Runtime.consoleAPICalled" | "Log.entryAdded":
                 self.complaints.append(json.dumps(given))
 
-    def open(self, path: Path) -> float:
+    def open(self, path: Path, *, url: str = "") -> float:
         """Load a page until it says that it is ready; return how long that took, in ms."""
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=url or path.as_uri())
         deadline = time.monotonic() + _WAIT_S
         while True:
             found = self.run("document.documentElement?.dataset.ready ?? ''")
@@ -106,6 +107,45 @@ class Browser:
     def type(self, words: str) -> None:
         """Type text where the focus is."""
         self.call("Input.insertText", text=words)
+
+    def mouse(self, kind: str, x: float, y: float, **more: object) -> None:
+        """Move, press, release or turn the wheel: mouseMoved, mousePressed, …, mouseWheel."""
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+    def click(self, x: float, y: float, count: int = 1) -> None:
+        """Click there with the left button."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self.mouse(kind, x, y, button="left", clickCount=count)
+
+    def drag(self, begin: tuple[float, float], end: tuple[float, float], steps: int = 8) -> None:
+        """Drag from one place to another with the left button."""
+        self.mouse("mousePressed", *begin, button="left", clickCount=1)
+        for step in range(1, steps + 1):
+            x, y = (a + (b - a) * step / steps for a, b in zip(begin, end, strict=True))
+            self.mouse("mouseMoved", x, y, button="left", buttons=1)
+        self.mouse("mouseReleased", *end, button="left", clickCount=1)
+
+    def resize(self, width: int, height: int, *, phone: bool = False) -> None:
+        """Make the window another size; a phone has a finger, too."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=phone)  # fmt: skip
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+
+    def tap(self, x: float, y: float) -> None:
+        """Touch a place for a moment."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def frames(self) -> None:
+        """Wait until what was asked for is drawn."""
+        twice = "requestAnimationFrame(() => requestAnimationFrame(done))"
+        self.call(
+            "Runtime.evaluate", expression=f"new Promise((done) => {twice})", awaitPromise=True
+        )
+
+    def picture(self, path: Path) -> None:
+        """Keep a picture of what is in the window."""
+        path.write_bytes(base64.b64decode(str(self.call("Page.captureScreenshot")["data"])))
 
     def press(self, key: str) -> None:
         """Press one key."""

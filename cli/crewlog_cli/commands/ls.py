@@ -44,7 +44,7 @@ crewlog ls --before-boot""",
 @click.option("--at", "at_", metavar="TIME|SEQ", help="As it was then; nothing is probed.")
 @click.option("--before-boot", is_flag=True, help="Who ran when the machine went down last.")
 @click.option("-o", "--output", "form", metavar="FORM", help="wide, name, json or columns=A,B,C.")
-@click.option("--sort", type=click.Choice(_SORTS), default="started", help="What stands first.")
+@click.option("--sort", type=click.Choice(_SORTS), default="started", help="Sort by this.")
 @click.option("--absolute", is_flag=True, help="Show times, not how long ago.")
 @click.option("--no-headers", is_flag=True, help="Print no header line.")
 @click.option("--no-probe", is_flag=True, help="Do not look at the processes.")

@@ -19,7 +19,9 @@ from crewlog.registry import Registry
 from crewlog_cli import choose, inputs, output, shell, text
 from crewlog_cli.choose import Chosen
 from crewlog_cli.pages import page
+from crewlog_cli.pages.stories import stories
 from crewlog_cli.shell import Shell, command
+from crewlog_cli.story import Story
 
 _COLUMNS: Final = 100  # where there is no terminal
 _ROWS: Final = 40
@@ -83,7 +85,14 @@ def timeline(
     ]
     unknown = _judge(reg, lives, now)
     if html is not None:
-        _write(sh, reg, lives, unknown, now, html)
+        made = page.page(
+            lives,
+            unknown=unknown,
+            now=now,
+            told=f"{reg.where}, up to seq {reg.last_seq}.",
+            stories=stories(reg.history(sids=meant), Story(sh)),
+        )
+        _write(sh, made, len(lives), html)
     elif sh.json:
         sh.document({"seq": reg.last_seq, "at": timestamp(now), "lives": _json(lives, unknown)})
     else:
@@ -129,25 +138,16 @@ def _json(lives: Sequence[Life], unknown: frozenset[int]) -> list[dict[str, obje
     ]
 
 
-def _write(
-    sh: Shell,
-    reg: Registry,
-    lives: Sequence[Life],
-    unknown: frozenset[int],
-    now: datetime,
-    html: str,
-) -> None:
-    told = f"{reg.where}, up to seq {reg.last_seq}."
-    made = page.page(lives, unknown=unknown, now=now, told=told)
+def _write(sh: Shell, made: bytes, count: int, html: str) -> None:
     if html == "-":
         output.put(made.decode())
         return
     path = Path(html)
     output.put_file(path, made, what="the page", option="--html")
     if sh.json:
-        sh.document({"html": str(path), "lives": len(lives), "bytes": len(made)})
+        sh.document({"html": str(path), "lives": count, "bytes": len(made)})
     else:
-        sh.note(f"{len(lives)} lives, {figures.size(len(made))}: {path}")
+        sh.note(f"{count} lives, {figures.size(len(made))}: {path}")
 
 
 # -- in the terminal ------------------------------------------------------------------------

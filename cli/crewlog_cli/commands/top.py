@@ -127,7 +127,7 @@ class _Top:
 @click.option("--interval", default="1s", show_default=True, metavar="SPAN",
               help="Measure this often; changes show at once.")  # fmt: skip
 @click.option("--sort", type=click.Choice(list(_SORTS)), default="cpu", show_default=True,
-              help="What stands first.")  # fmt: skip
+              help="Sort by this.")  # fmt: skip
 def top(sh: Shell, *, interval: str, sort: str) -> None:
     """Watch the living workers: state, age, processor, memory, last event.
 

@@ -1,14 +1,15 @@
 """Build the timeline page: one file, no network, and nothing in it that a worker's name can do.
 
-Names reach the page as JSON inside a script element that is never run, with every character that
-could end it escaped, and from there only as text. The policy in the page's head allows the one
-script and the one style by their hashes, and nothing else at all.
+What workers are called reaches the page packed (JSON, gzip, base64: letters and digits only) in a
+script element that is never run, and from there only as text. The policy in the page's head allows
+the one script and the one style by their hashes, and nothing else at all.
 """
 
 import base64
+import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from typing import Final
@@ -16,6 +17,7 @@ from typing import Final
 from crewlog.model.events import WorkerState
 from crewlog.model.lives import Life
 from crewlog_cli import text
+from crewlog_cli.pages.stories import Told
 
 _KINDS: Final = {
     None: 0,
@@ -25,59 +27,115 @@ _KINDS: Final = {
     WorkerState.RELEASED: 4,
 }
 _UNKNOWN: Final = 5
-# What could end a script element or be taken for the end of a line of it.
-_ESCAPED: Final = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+# The script, in the order in which its parts need each other.
+_SCRIPT: Final = ("data.js", "count.js", "rows.js", "draw.js", "pane.js", "hands.js", "page.js")
 
 
-def page(lives: Sequence[Life], *, unknown: frozenset[int], now: datetime, told: str) -> bytes:
-    """Return the page for these lives; `unknown` are the positions of those nobody can judge."""
+class _Words:
+    """Texts, each kept once; a life names them by number."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, int] = {}
+
+    def number(self, words: str) -> int:
+        return self.all.setdefault(words, len(self.all))
+
+
+def page(
+    lives: Sequence[Life],
+    *,
+    unknown: frozenset[int],
+    now: datetime,
+    told: str,
+    stories: Mapping[int, Told] | None = None,
+) -> bytes:
+    """Return the page for these lives; `unknown` are the positions of those nobody can judge.
+
+    `stories` are told of lives by the seq of their registration.
+    """
     begin = min((life.began_at for life in lives), default=now)
-    sids: dict[str, int] = {}
-    reasons: dict[str, int] = {}
-    versions: dict[str, int] = {}
-    rows = []
-    for index, life in enumerate(lives):
-        words = text.visible(life.reason()) if index not in unknown else "not known"
-        rows.append(
-            [
-                sids.setdefault(text.visible(life.sid), len(sids)),
-                life.pid,
-                life.generation,
-                _ms(life.began_at, begin),
-                _ms(life.proven_until, life.began_at),
-                -1 if life.ended_at is None else _ms(life.ended_at, life.began_at),
-                _UNKNOWN if index in unknown else _KINDS[life.end],
-                reasons.setdefault(words, len(reasons)),
-                versions.setdefault(text.visible(life.version), len(versions)),
-            ]
-        )
-    found = {
-        "from": round(begin.timestamp() * 1000),
-        "to": round(max(now, begin).timestamp() * 1000),
+    words, sets, told_of = _Words(), _Words(), stories or {}
+    rows = [
+        _row(life, words, sets, unknown=at in unknown, told=told_of.get(life.seq, _NOTHING))
+        for at, life in enumerate(lives)
+    ]
+    first = _ms(begin)
+    picture = {
+        "from": first,
+        "to": max(_ms(now), first),
         "told": text.visible(told),
-        "sids": list(sids),
-        "reasons": list(reasons),
-        "versions": list(versions),
-        "lives": rows,
+        "lives": _columns(rows, first),
+        "sets": [json.loads(labels) for labels in sets.all],
+        "words": list(words.all),
     }
-    return _filled(found)
+    known = len(words.all)
+    steps = [_steps(life, words, told_of.get(life.seq, _NOTHING)) for life in lives]
+    return _filled(picture, {"steps": steps, "words": list(words.all)[known:]})
 
 
-def _filled(found: dict[str, object]) -> bytes:
-    data = json.dumps(found, separators=(",", ":"))  # ASCII only, so no other line ends either
-    for char, escaped in _ESCAPED.items():
-        data = data.replace(char, escaped)
-    style, script = _asset("page.css"), _asset("page.js")
-    whole = _asset("page.html")
+_NOTHING: Final = Told()
+
+
+def _row(life: Life, words: _Words, sets: _Words, *, unknown: bool, told: Told) -> tuple[int, ...]:
+    """Return a life as the picture takes it; see data.js. Times are whole ms: order is kept."""
+    began = _ms(life.began_at)
+    labels = [words.number(text.visible(f"{k}={v}")) for k, v in sorted(told.labels.items())]
+    return (
+        words.number(text.visible(life.sid)),
+        life.pid,
+        life.generation,
+        began,
+        max(0, _ms(life.proven_until) - began),
+        -1 if life.ended_at is None else max(0, _ms(life.ended_at) - began),
+        _UNKNOWN if unknown else _KINDS[life.end],
+        words.number(text.visible("not known" if unknown else life.reason())),
+        words.number(text.visible(life.version)),
+        life.seq,
+        sets.number(json.dumps(labels)),
+        words.number(told.host),
+        words.number(told.owner),
+    )
+
+
+def _columns(rows: Sequence[tuple[int, ...]], begin: int) -> list[list[int]]:
+    """Return the fields of all rows one after the other: pids, times and seqs as differences."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for at, first in ((1, 0), (3, begin), (9, 0)):
+        if columns:
+            before = [first, *columns[at][:-1]]
+            columns[at] = [now - then for now, then in zip(columns[at], before, strict=True)]
+    return columns
+
+
+def _steps(life: Life, words: _Words, told: Told) -> list[int]:
+    """Return what happened in a life, and the number of what else is told of it."""
+    began, last = _ms(life.began_at), 0
+    found = [words.number(told.more)]
+    for when, step, what, who in told.steps:
+        at = max(last, _ms(when) - began)
+        found += [at - last, step, words.number(what), words.number(who)]
+        last = at
+    return found
+
+
+def _filled(picture: Mapping[str, object], stories: Mapping[str, object]) -> bytes:
+    script = "".join(['"use strict";\n(async () => {\n', *map(_asset, _SCRIPT), "})();\n"])
+    style, whole = _asset("page.css"), _asset("page.html")
     for mark, words in {
         "@STYLE_HASH@": _hash(style),
         "@SCRIPT_HASH@": _hash(script),
         "@STYLE@": style,
         "@SCRIPT@": script,
-        "@DATA@": data,  # last: nothing in it is a mark of ours
+        "@DATA@": _packed(picture),
+        "@STORIES@": _packed(stories),
     }.items():
         whole = whole.replace(mark, words, 1)
     return whole.encode()
+
+
+def _packed(found: Mapping[str, object]) -> str:
+    data = json.dumps(found, separators=(",", ":")).encode()
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 
 def _asset(name: str) -> str:
@@ -89,5 +147,6 @@ def _hash(words: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(words.encode()).digest()).decode()
 
 
-def _ms(when: datetime, since: datetime) -> int:
-    return max(0, round((when - since).total_seconds() * 1000))
+def _ms(when: datetime) -> int:
+    """Return whole ms since 1970: what comes after stays after."""
+    return int(when.timestamp() * 1000)

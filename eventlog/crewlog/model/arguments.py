@@ -29,8 +29,8 @@ def check_sid(sid: object, *, what: str = "sid") -> str:
     text = check_text(sid, name=what)
     if SID.fullmatch(text) is None:
         message = (
-            f"{text!r} is no {what}: 1 to 128 letters, digits or ._:@+- , "
-            "the first a letter or digit"
+            f"{text!r} cannot be a {what}: it has 1 to 128 letters, digits or ._:@+- , "
+            "and begins with a letter or a digit"
         )
         raise ValueError(message)
     return text

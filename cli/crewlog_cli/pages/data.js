@@ -1,0 +1,107 @@
+// -- the data: packed in the page, unpacked here ---------------------------------------------
+
+const $ = (id) => document.getElementById(id);
+
+async function unpack(packed) {
+  const text = atob(packed), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  const gunzip = new DecompressionStream("gzip"), writer = gunzip.writable.getWriter();
+  writer.write(bytes); // heard of by who reads
+  writer.close();
+  return JSON.parse(new TextDecoder().decode(await new Response(gunzip.readable).arrayBuffer()));
+}
+
+let data;
+try {
+  data = await unpack($("data").textContent);
+} catch (error) {
+  $("told").textContent = "This browser cannot unpack the page's data (DecompressionStream): " + error.message;
+  throw error;
+}
+
+// data.lives has a column for each field: texts are numbers of data.words, labels of data.sets; times
+// are whole ms, proof and end after began, end -1: it goes on; pid, began and seq are differences.
+// A life's steps (when, what it does to the bar, words, who) and what else is told come later.
+const [SID, PID, GENERATION, BEGAN, PROOF, END, KIND, REASON, VERSION, SEQ, LABELS, HOST, OWNER, STEPS, MORE] =
+  Array.from({ length: 15 }, (_, index) => index);
+for (const at of [PID, BEGAN, SEQ]) {
+  const column = data.lives[at] || [];
+  for (let i = 1; i < column.length; i++) column[i] += column[i - 1];
+}
+const NONE = [];
+const lives = [];
+for (let index = 0, fields = data.lives; index < (fields[SID] || []).length; index++) {
+  const life = new Array(15);
+  for (let at = 0; at < 13; at++) life[at] = fields[at][index];
+  life[STEPS] = NONE;
+  life[MORE] = -1;
+  lives.push(life);
+}
+const { words, sets } = data;
+
+const KINDS = ["alive", "exited", "failed", "lost", "released", "unknown"];
+const TITLES = ["alive", "ended orderly", "crashed", "lost", "released", "not known"];
+// What people type for a kind; the page's own words among them.
+const KIND_WORDS = [["alive", "living"], ["exited", "ended", "orderly", "stopped"], ["crashed", "failed"], ["lost"], ["released", "removed"], ["unknown"]];
+
+const span = Math.max(1, data.to - data.from);
+const began = Float64Array.from(lives, (life) => life[BEGAN]);
+const proof = Float64Array.from(lives, (life) => life[BEGAN] + life[PROOF]);
+const end = Float64Array.from(lives, (life) => (life[END] < 0 ? span : life[BEGAN] + life[END]));
+// Nobody saw the end of a lost one, nor knows of one that cannot be judged.
+const sure = (life) => life[KIND] !== 3 && life[KIND] !== 5;
+const known = Float64Array.from(lives, (life, index) => (sure(life) ? end[index] : Math.min(end[index], proof[index])));
+const crashed = (life) => life[KIND] === 2 || life[KIND] === 3;
+const labelsOf = (life) => sets[life[LABELS]].map((number) => words[number]);
+
+// What happened in the lives is unpacked once there is a picture.
+async function unpackStories() {
+  const found = await unpack($("stories").textContent);
+  words.push(...found.words);
+  found.steps.forEach((row, index) => {
+    const steps = row.slice(1);
+    for (let i = 4; i < steps.length; i += 4) steps[i] += steps[i - 4];
+    lives[index][STEPS] = steps;
+    lives[index][MORE] = row[0];
+  });
+}
+
+// -- times -----------------------------------------------------------------------------------
+
+const format = new Intl.DateTimeFormat("sv-SE", {
+  year: "numeric", month: "2-digit", day: "2-digit",
+  hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false,
+});
+const moment = (ms) => format.format(data.from + ms);
+
+function zone() {
+  const minutes = -new Date(data.to).getTimezoneOffset(), whole = Math.abs(minutes);
+  const two = (n) => String(n).padStart(2, "0");
+  return (minutes < 0 ? "-" : "+") + two(Math.floor(whole / 60)) + ":" + two(whole % 60);
+}
+
+function duration(ms) {
+  if (ms < 1000) return Math.round(ms) + "ms";
+  const s = Math.floor(ms / 1000);
+  if (s < 10) return (ms / 1000).toFixed(1) + "s";
+  const parts = [[Math.floor(s / 86400), "d"], [Math.floor(s / 3600) % 24, "h"], [Math.floor(s / 60) % 60, "m"], [s % 60, "s"]];
+  const first = parts.findIndex(([n]) => n > 0);
+  return parts.slice(first, first + 2).filter(([n]) => n > 0).map(([n, unit]) => n + unit).join("");
+}
+
+const STEP_MS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 30, 60, 300, 900, 1800, 3600, 10800, 21600, 43200, 86400, 172800, 604800, 1209600, 2592000, 7776000, 31536000]
+  .map((s) => s * 1000);
+
+// Return where the lines of a time axis stand, and what is written at them.
+function ticks(low, high, width) {
+  const step = STEP_MS.find((s) => (high - low) / s <= Math.max(2, width / 110)) || STEP_MS[STEP_MS.length - 1];
+  const shift = new Date(data.from).getTimezoneOffset() * 60000;
+  const found = [];
+  let at = Math.ceil((data.from + low - shift) / step) * step + shift - data.from;
+  for (; at <= high && found.length < 60; at += step) {
+    const text = moment(at);
+    const fine = text.slice(11) + (step < 1000 ? "." + String(Math.floor(data.from + at) % 1000).padStart(3, "0") : "");
+    found.push([at, step >= 86400000 ? text.slice(0, 10) : step >= 60000 ? text.slice(5, 16) : fine]);
+  }
+  return found;
+}

@@ -1,0 +1,173 @@
+// -- which lives are shown, in which rows --------------------------------------------------------
+
+const GROUPS = { none: "each id", prefix: "id prefix", owner: "owner", host: "host" };
+for (const key of new Set(sets.flat().map((number) => words[number].split("=")[0]))) {
+  GROUPS["label:" + key] = "label " + key;
+}
+const SORTS = { recent: "living, then ended last", start: "start", end: "end", id: "id", lifetime: "lifetime", crashes: "crashes" };
+
+const sidsOf = new Map(); // sid -> its lives, by index
+lives.forEach((life, index) => {
+  const every = sidsOf.get(life[SID]);
+  if (every) every.push(index); else sidsOf.set(life[SID], [index]);
+});
+
+// Everything that can be shared by a link; and what follows from it.
+const state = {
+  low: 0, high: span, filter: "", group: sidsOf.size > 300 ? "prefix" : "none", sort: "recent",
+  hidden: new Set(), open: new Set(), chosen: -1,
+};
+let matched = [];   // lives that the filter lets through, by index
+let inView = [];    // those of them that touch the period shown
+let rows = [];      // {title, lives, group: its name, or ""}: what is drawn, from the top
+const densities = new Map(); // group -> steps of all its lives that are matched
+let living;         // steps of what is certain, of matched
+let possible;       // and of what may be
+
+const lowered = new Map();
+const searched = (number) => { // many are never searched
+  if (!lowered.has(number)) lowered.set(number, words[number].toLowerCase());
+  return lowered.get(number);
+};
+
+// Return what says of a life whether it is wanted: every word must fit.
+function wanted(text) {
+  const tests = [];
+  let rest = text.trim().toLowerCase();
+  rest = rest.replace(/\b(code|signal)\s+(\d+)\b/g, (_, word, number) => {
+    const exact = word + " " + number;
+    tests.push((life) => searched(life[REASON]) === exact);
+    return " ";
+  });
+  for (const word of rest.split(/\s+/).filter(Boolean)) {
+    const kind = KIND_WORDS.findIndex((every) => every.includes(word));
+    const label = (life) => sets[life[LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
+    if (kind >= 0) tests.push((life) => life[KIND] === kind || searched(life[SID]).includes(word));
+    else tests.push((life) => searched(life[SID]).includes(word) || searched(life[REASON]).includes(word) || label(life));
+  }
+  return tests.length ? (life) => tests.every((test) => test(life)) : () => true;
+}
+
+function match() {
+  const wants = wanted(state.filter);
+  matched = [];
+  for (let index = 0; index < lives.length; index++) {
+    if (!state.hidden.has(lives[index][KIND]) && wants(lives[index])) matched.push(index);
+  }
+  densities.clear();
+  living = steps(matched, known);
+  possible = matched.every((index) => known[index] === end[index]) ? living : steps(matched, end);
+  arrange();
+}
+
+const PREFIX = /^(.*?)[-_.:@]?[0-9a-f]*\d[0-9a-f-]*$/i;
+
+const prefixes = new Map();
+function prefixOf(sid) {
+  if (!prefixes.has(sid)) {
+    const found = PREFIX.exec(words[sid]);
+    prefixes.set(sid, ((found && found[1]) || words[sid]) + "…");
+  }
+  return prefixes.get(sid);
+}
+
+function groupOf(life) {
+  if (state.group === "prefix") return prefixOf(life[SID]);
+  if (state.group === "owner") return words[life[OWNER]] || "no owner";
+  if (state.group === "host") return words[life[HOST]] || "no host";
+  const key = state.group.slice("label:".length) + "=";
+  return labelsOf(life).find((label) => label.startsWith(key)) || "no " + key.slice(0, -1);
+}
+
+// The steps of a group, of all its lives and not only of those in view: so they are made once.
+function densityOf(row) {
+  const group = row.group;
+  if (inView.length === matched.length && !densities.has(group)) densities.set(group, { indexes: row.lives, steps: null });
+  if (!densities.has(group)) {
+    const every = new Map();
+    for (const index of matched) {
+      const name = groupOf(lives[index]), found = every.get(name);
+      if (found) found.push(index); else every.set(name, [index]);
+    }
+    for (const [name, indexes] of every) if (!densities.has(name)) densities.set(name, { indexes, steps: null });
+  }
+  const found = densities.get(group);
+  found.steps ||= steps(found.indexes, known);
+  return found.steps;
+}
+
+// Sort so that what matters stands first; a row is what its lives in view say.
+function order(found) {
+  const latest = (row) => row.lives.reduce((most, index) => Math.max(most, lives[index][END] < 0 ? Infinity : end[index]), -Infinity);
+  const keys = {
+    recent: (row) => [-latest(row), -row.lives.reduce((most, index) => Math.max(most, began[index]), 0)],
+    start: (row) => [row.lives.reduce((least, index) => Math.min(least, began[index]), Infinity), 0],
+    end: (row) => [latest(row), 0],
+    lifetime: (row) => [-row.lives.reduce((sum, index) => sum + known[index] - began[index], 0), 0],
+    crashes: (row) => [-row.lives.reduce((sum, index) => sum + (crashed(lives[index]) ? 1 : 0), 0), -latest(row)],
+    id: () => [0, 0],
+  };
+  const key = keys[state.sort];
+  const keyed = found.map((row) => [key(row), row]);
+  keyed.sort(([a, x], [b, y]) => (a[0] === b[0] ? 0 : a[0] - b[0]) || (a[1] === b[1] ? 0 : a[1] - b[1]) || (x.title < y.title ? -1 : 1));
+  return keyed.map(([, row]) => row);
+}
+
+function perSid(indexes, group) {
+  const found = new Map();
+  for (const index of indexes) {
+    const sid = lives[index][SID], row = found.get(sid);
+    if (row) row.lives.push(index); else found.set(sid, { title: words[sid], lives: [index], group: "", inside: group });
+  }
+  return order([...found.values()]);
+}
+
+// Put the lives in view into rows: rows with nothing in view are not there.
+function arrange() {
+  inView = matched.filter((index) => began[index] <= state.high && end[index] >= state.low);
+  if (state.group === "none") {
+    rows = perSid(inView, "");
+    return;
+  }
+  const groups = new Map();
+  for (const index of inView) {
+    const name = groupOf(lives[index]), row = groups.get(name);
+    if (row) row.lives.push(index); else groups.set(name, { title: name, lives: [index], group: name });
+  }
+  rows = order([...groups.values()]).flatMap((row) => (state.open.has(row.group) ? [row, ...perSid(row.lives, row.group)] : [row]));
+}
+
+// -- a link: the fragment says what is shown ------------------------------------------------------
+
+function link() {
+  const found = new URLSearchParams();
+  if (state.low > 0 || state.high < span) found.set("view", Math.round(data.from + state.low) + "-" + Math.round(data.from + state.high));
+  if (state.filter) found.set("filter", state.filter);
+  found.set("group", state.group);
+  found.set("sort", state.sort);
+  if (state.hidden.size) found.set("without", [...state.hidden].map((kind) => KINDS[kind]).join(","));
+  if (state.open.size) found.set("open", JSON.stringify([...state.open]));
+  if (state.chosen >= 0) found.set("life", lives[state.chosen][SEQ] + ":" + words[lives[state.chosen][SID]]);
+  const hash = "#" + found;
+  if (location.hash !== hash) history.replaceState(null, "", hash);
+}
+
+function follow() {
+  const found = new URLSearchParams(location.hash.slice(1));
+  const view = /^(\d+)-(\d+)$/.exec(found.get("view") || "");
+  if (view) {
+    state.low = Math.max(0, Math.min(span, view[1] - data.from));
+    state.high = Math.max(state.low + 1, Math.min(span, view[2] - data.from));
+  }
+  state.filter = found.get("filter") || "";
+  if (found.get("group") in GROUPS) state.group = found.get("group");
+  if (found.get("sort") in SORTS) state.sort = found.get("sort");
+  state.hidden = new Set((found.get("without") || "").split(",").map((name) => KINDS.indexOf(name)).filter((kind) => kind >= 0));
+  try {
+    state.open = new Set(JSON.parse(found.get("open") || "[]"));
+  } catch (error) {
+    state.open = new Set(); // a link that was cut
+  }
+  const life = /^(\d+):(.*)$/s.exec(found.get("life") || "");
+  if (life) state.chosen = lives.findIndex((one) => one[SEQ] === Number(life[1]) && words[one[SID]] === life[2]);
+}
