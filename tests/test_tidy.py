@@ -20,7 +20,7 @@ ROOMS = {
     "asyncio": {"crewlog/aio/"},
     "fcntl": {"crewlog/local/lock.py", "crewlog/local/disk.py", "crewlog/process/identity.py"},
     "click": {"crewlog_cli/"},
-    "gzip": {"crewlog/local/archive.py"},
+    "gzip": {"crewlog/local/archive.py", "crewlog_cli/pages/page.py"},
     "rich": {"crewlog_cli/commands/top.py"},
     "urllib3": {"crewlog/etcd/client.py"},
     "termios": {"crewlog_cli/commands/top.py"},
