@@ -6,7 +6,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import click
 
 from crewlog.model import events
-from crewlog.model.choice import GLOB, LabelTest, matcher, read_label
+from crewlog.model.choice import GLOB, LabelTest, matcher, read_labels
 from crewlog.model.events import Event, Worker
 from crewlog.registry import Registry
 from crewlog_cli import render, shell
@@ -19,7 +19,7 @@ def _read(
     _ctx: click.Context, _param: click.Parameter, rows: tuple[str, ...]
 ) -> tuple[LabelTest, ...]:
     try:
-        return tuple(map(read_label, rows))
+        return tuple(test for row in rows for test in read_labels(row))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -29,7 +29,7 @@ def with_labels(function: Callable[P, R]) -> Callable[P, R]:
     return click.option(
         "-l", "--label", "labels", multiple=True, metavar="K[=V]", callback=_read,
         shell_complete=shell.complete_label,
-        help="Only with this label: k=v, k!=v or k; repeatable.",
+        help="Only with these: k=v, k!=v, k, !k; repeatable.",
     )(function)  # fmt: skip
 
 
@@ -80,6 +80,8 @@ class Chosen(NamedTuple):
         Raises: WorkerNotFound, with the nearest, for a name that means nobody.
         """
         found = self.of(workers)
+        if self.labels and not self.names and not found:
+            raise render.no_such_labels(self.labels)
         for name in self.names:
             means = matcher((name,))
             if not any(means(worker.sid) for worker in workers):
@@ -88,6 +90,18 @@ class Chosen(NamedTuple):
             place = {name: at for at, name in enumerate(dict.fromkeys(self.names))}
             found.sort(key=lambda worker: place[worker.sid])
         return found
+
+    @staticmethod
+    def require_names(reg: Registry, names: tuple[str, ...]) -> None:
+        """Refuse a name that no worker has, nor had as far as the history is kept.
+
+        Raises: WorkerNotFound, with the nearest.
+        """
+        for name in names:
+            if not Chosen((name,)).sids(reg):
+                raise render.not_found(reg, name)
+            if not GLOB.search(name) and reg.get(name) is None and not any(reg.history(sid=name)):
+                raise render.not_found(reg, name)
 
     def sids(self, reg: Registry) -> list[str] | None:
         """Return the sids that are meant, also of workers that are no longer listed; None: all."""
@@ -103,7 +117,7 @@ class Chosen(NamedTuple):
                 found[sid] = None
         for event in reg.history(types=[events.REGISTERED]):  # who was pruned since
             given = event.data.get("labels")
-            known = event.sid in found or event.sid in listed or not wants(event.sid)
+            known = event.sid in found or not wants(event.sid)
             if not known and isinstance(given, dict):
                 have = {key: str(value) for key, value in given.items()}
                 if all(test.holds(have) for test in self.labels):

@@ -36,6 +36,18 @@ def moment(words: str | None, sh: Shell) -> datetime | None:
     return None if words is None else instant(words, sh)
 
 
+def period(
+    sh: Shell, since: str | None, until: str | None
+) -> tuple[datetime | None, datetime | None]:
+    """Read --since and --until; what ends before it begins is a mistake."""
+    first, last = moment(since, sh), moment(until, sh)
+    if first is not None and last is not None and last <= first:
+        ends = [text.exact(when, utc=sh.utc) for when in (first, last)]
+        message = f"--until ({ends[1]}) is not after --since ({ends[0]})"
+        raise click.UsageError(message)
+    return first, last
+
+
 def instant(words: str, sh: Shell) -> datetime:
     """Read a time given on the command line."""
     try:
@@ -143,6 +155,15 @@ def at(sh: Shell, reg: Registry, words: str) -> Past:
         found = reg.at(instant(words, sh))
     tell_window(sh, found)
     return found
+
+
+def asked_at(words: str | None, seen: State) -> datetime | None:
+    """Return as of when ages of a past state are told: as of the time that was asked for."""
+    if words is None or not isinstance(seen, Past):
+        return None
+    if words.isascii() and words.isdigit():
+        return seen.since or seen.until
+    return read_time(words, now=datetime.now(UTC))[0]
 
 
 def moment_of(seen: State) -> datetime | None:

@@ -73,14 +73,19 @@ ALIASES: Final = {
     "get": "ls",
     "status": "show",
     "describe": "show",
+    "inspect": "show",
+    "info": "show",
     "events": "history",
     "rm": "remove",
 }
 _HINTS: Final = {
-    "restart": "crewlog starts no worker again by itself: `crewlog start SID --replace -- CMD…`",
+    "restart": "crewlog does not keep commands: `crewlog stop SID && crewlog start SID -- CMD…`",
     "kill": "To end a worker at once: `crewlog stop --signal KILL SID`",
     "delete": "To end a worker: `crewlog stop SID`; to only forget it: `crewlog remove SID`",
     "enable": "`crewlog schedule systemd-user` prints the units",
+    "version": "`crewlog --version`",
+    "prune": "`crewlog gc --keep 0` drops what has ended from the list; the history stays",
+    "tail": "`crewlog logs -f SID` follows its output, `crewlog history -f` what happens",
 }
 
 

@@ -9,11 +9,11 @@ from typing import Final, NamedTuple
 from crewlog import Flag, Liveness
 from crewlog.errors import WorkerNotFound
 from crewlog.model import figures
+from crewlog.model.choice import LabelTest
 from crewlog.model.events import (
     ENDING,
     EXITED,
     LOST,
-    RELEASED,
     Event,
     Exit,
     Worker,
@@ -23,6 +23,7 @@ from crewlog.model.events import (
 from crewlog.model.items import Reset
 from crewlog.registry import Registry
 from crewlog.workers import output as logs
+from crewlog_cli import text
 from crewlog_cli.shell import Shell
 
 
@@ -134,6 +135,14 @@ def known(reg: Registry, sid: str) -> Worker:
     return worker
 
 
+def no_such_labels(tests: Iterable[LabelTest]) -> WorkerNotFound:
+    """Return the error of labels that nobody has."""
+    error = WorkerNotFound(" ".join(map(str, tests)))
+    error.what = f"no worker has the labels {error.sid}"
+    error.remedy = "`crewlog ls -a -o columns=sid,labels` shows who has which"
+    return error
+
+
 def not_found(reg: Registry, sid: str) -> WorkerNotFound:
     """Return the error of an unknown sid, with the nearest names as the hint."""
     from difflib import get_close_matches  # noqa: PLC0415 (start-up)
@@ -208,7 +217,7 @@ def status_text(
     if found is None:
         return words[0]
     if found.dead:
-        return f"dead, not collected ({found.cause})"
+        return f"dead ({found.cause})"
     if not found.alive:
         return f"{words[0]}, unknown ({found.cause})"
     flags = {flag.value for flag in found.flags}
@@ -244,19 +253,33 @@ def restarts_text(worker: Worker, ended: Event | None, now: datetime) -> str:
     count = worker.generation - 1
     if ended is None:
         return str(count)
-    word = "removed" if ended.type == RELEASED else "lost" if ended.type == LOST else "exited"
-    word = "crashed" if ended.type == EXITED and ended.crashed else word
-    how = _code(ended.data.get("code"), ended.data.get("signal"))
+    if ended.type == LOST:  # when, nobody saw
+        return f"{count}, last lost"
+    word, how = "removed", ""
+    if ended.type == EXITED:
+        word, how = "exited", _code(ended.data.get("code"), ended.data.get("signal"))
+        if ended.crashed:
+            word = "crashed"
+        elif ended.data.get("expected") is True and ended.data.get("ok") is not True:
+            word, how = "stopped", ""
     return f"{count}, last {word}{how} {figures.brief(now - ended.ts)} ago"
 
 
-def end_text(worker: Worker) -> str:
-    """Say in one sentence how a worker ended, as far as anybody could tell."""
+def end_text(worker: Worker, seen_at: datetime | None = None, *, utc: bool = True) -> str:
+    """Say in one sentence how a worker ended, as far as anybody could tell.
+
+    `seen_at` is the last proof of life of a lost one, where that is known.
+    """
     ended = worker.exit
     if ended is None:
         return ""
-    after = figures.spoken(worker.updated_at - worker.created_at)
-    told = [_how(ended), _want(ended), f"{after} after its start"]
+    when = f"{figures.spoken(worker.updated_at - worker.created_at)} after its start"
+    if worker.state == WorkerState.LOST:
+        when = "nobody saw when"
+        if seen_at is not None:
+            first, last = (text.exact(t, utc=utc) for t in (seen_at, worker.updated_at))
+            when = f"it died between {first} and {last}"
+    told = [_how(ended), _want(ended), when]
     if ended.max_rss_bytes is not None:
         told.append(f"at most {figures.size(ended.max_rss_bytes)} of memory")
     if ended.cpu_s is not None and ended.cpu_s >= _CPU_MIN_S:

@@ -110,9 +110,10 @@ class Shell:
         rows: Iterable[Iterable[str]],
         *,
         titles: bool = True,
+        fit: bool = True,
     ) -> None:
-        """Print a table; on a terminal in its width: columns go by their worth."""
-        for row in self.laid_out(header, rows, titles=titles):
+        """Print a table, on a terminal to `fit` its width: columns go by their worth."""
+        for row in self.laid_out(header, rows, titles=titles, fit=fit):
             output.put(row)
 
     def laid_out(
@@ -121,9 +122,10 @@ class Shell:
         rows: Iterable[Iterable[str]],
         *,
         titles: bool = True,
+        fit: bool = True,
     ) -> list[str]:
         """Return a table's lines."""
-        heads, columns = list(header), output.columns()
+        heads, columns = list(header), output.columns() if fit else 0
         if columns:  # a long name must not push away what is said of it
             heads = [
                 text.Column("sid", shrinks_to=text.SID_COLUMNS) if head == "sid" else head

@@ -124,7 +124,7 @@ def test_stats_tell_of_lifetimes_ends_and_flapping(cli: Cli, reg: Registry) -> N
     assert 0 <= lives["lifetime_p50_s"] <= lives["lifetime_p95_s"]
     assert found["liveness"] == {"alive": 1, "dead": 0, "unknown": 0}
     told = cli("stats").stdout
-    assert "flapping flaps" in told
+    assert "FLAPPING\n  flaps  3 starts" in told
     assert "66.7%" in told
     later = cli.json("stats", "--since", "now")["lives"]
     assert isinstance(later, dict)

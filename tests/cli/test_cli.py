@@ -106,7 +106,7 @@ def test_dead_worker_is_not_alive_and_not_listed(cli: Cli, crew: Crew) -> None:
     assert cli("alive", "a", code=1).stdout == "dead (no_such_process)\n"
     done = cli("ls", "--sids")
     assert done.stdout == ""
-    assert "dead, not collected (no_such_process)" in cli("ls", "--all").stdout
+    assert "dead (no_such_process)" in cli("ls", "--all").stdout
     assert cli.json("stats")["last_seq"] == 2
     assert cli.json("gc")["lost"] == ["a"]
 

@@ -25,7 +25,7 @@ import pytest
 import crewlog
 from commands import CREWLOG, Cli
 from crewlog.model import figures, times
-from crewlog.model.choice import read_label
+from crewlog.model.choice import read_labels
 from crewlog.registry import Registry
 from crewlog_cli import main, text
 from crewlog_cli.text import Column
@@ -61,15 +61,25 @@ def test_labels_are_chosen_as_kubectl_does(cli: Cli, crowd: Registry) -> None:
     assert sids(cli, "-l", "tier!=a") == ["web-2", "job-1"]
     assert sids(cli, "-l", "role=web", "-l", "tier!=a") == ["web-2"]
     assert sids(cli, "web-*", "-l", "role") == ["web-1", "web-2"]
-    assert "K=V" in cli("ls", "-l", "=x", code=2).stderr
+    assert sids(cli, "-l", "role=web,tier!=a") == ["web-2"]
+    assert sids(cli, "-l", "role==web") == ["web-1", "web-2"]
+    assert sids(cli, "-l", "!tier") == ["web-2", "job-1"]
+    crowd.update("web-1", labels={"list": "a,b"})
+    assert sids(cli, "-l", "list=a,b") == ["web-1"]
+    for words in ("=x", " ", "", "role in (web,job)"):
+        assert "K=V" in cli("ls", "-l", words, code=2).stderr
     with pytest.raises(ValueError, match="a label is"):
-        read_label("!=v")
+        read_labels("!=v")
 
 
 def test_name_that_means_nobody_is_1_with_the_nearest(cli: Cli, crowd: Registry) -> None:
     """An id or a glob, in every command that takes them."""
     for words in (("ls",), ("show",), ("explain",), ("stop",)):
         assert "web-1" in cli(*words, "web-9", code=1).stderr, words
+    for command in ("history", "export", "timeline"):
+        assert "web-1" in cli(command, "web-9", code=1).stderr
+    for command in ("show", "explain", "stop"):
+        assert "no worker has the labels" in cli(command, "-l", "role=no", "-l", "k", code=1).stderr
     cli("ls", "nothing-*", code=1)
     cli("stop", "nothing-*", "--yes", code=1)
 
@@ -96,6 +106,8 @@ def test_history_and_export_take_globs_and_labels(cli: Cli, crowd: Registry) -> 
     assert "crashed code 3" in cli("history", "b*").stdout
     rows = cli("export", "job-*").stdout.splitlines()
     assert {json.loads(row)["sid"] for row in rows} == {"job-1"}
+    crowd.update("web-1", labels={"role": "other"})
+    assert "web-1" in cli("history", "-l", "role=web").stdout, "it was registered with it"
     assert "such a one" in cli("history", "-l", "no=body").stderr
     assert cli("history", "-l", "no=body").stdout.count("\n") == 1
     assert "bad" in cli("timeline", "-l", "role=web").stdout
@@ -154,7 +166,7 @@ def test_status_says_how_it_stands(cli: Cli, crowd: Registry, crew: Crew) -> Non
     slow.send_signal(signal.SIGSTOP)
     until(lambda: "paused" in cli("ls", "slow").stdout)
     kill(gone)
-    assert "dead, not collected (no_such_process)" in cli("ls", "gone").stdout
+    assert "dead (no_such_process)" in cli("ls", "gone").stdout
     cli("gc", "-q")
     told = {row.split()[0]: row for row in cli("ls", "-a").stdout.splitlines()}
     assert re.search(r"crashed \(3\) \d+s ago", told["bad"])
@@ -171,6 +183,38 @@ def test_restarts_and_last_end_stand_beside_a_life(cli: Cli, reg: Registry, crew
     reg.register("w", pid=crew.sleeper().pid, ready=True)
     assert re.search(r"2, last crashed \(4\) \d+s ago", cli("ls").stdout)
     assert "restarts: 2, last crashed (4)" in cli("show", "w").stdout
+    reg.update("w", state="stopping")
+    reg.exited("w", signal=15)
+    reg.register("w")
+    assert re.search(r"3, last stopped \d+s ago", cli("ls", "w").stdout)
+
+
+def test_ages_of_the_past_are_as_of_the_time_asked_for(cli: Cli, reg: Registry) -> None:
+    """Not as of when that state ended."""
+    reg.register("w")
+    begin = time.time()
+    until(lambda: time.time() > begin + 2.2)
+    reg.register("later")
+    assert re.search(r" 0s\b", cli("ls", "--at", f"@{begin + 0.4:.3f}").stdout)
+    assert " 2s" in cli("ls", "--at", f"@{begin + 2.1:.3f}").stdout
+
+
+def test_lost_worker_died_nobody_knows_when(cli: Cli, reg: Registry, crew: Crew) -> None:
+    """Between its last proof of life and the record."""
+    gone = crew.sleeper()
+    reg.register("w", pid=gone.pid)
+    kill(gone)
+    cli("gc", "-q")
+    assert "It was lost: no_such_process, it died between " in cli("explain", "w").stdout
+    reg.register("w")
+    assert "1, last lost\n" in cli("ls", "w").stdout
+
+
+def test_rm_of_what_has_ended_says_what_to_do(cli: Cli, crowd: Registry) -> None:
+    """And takes no reason where none is given."""
+    assert "gc --keep 0" in cli("rm", "bad", code=1).stderr
+    cli("rm", "web-1")
+    assert "removed: crewlog remove" in cli("history", "web-1").stdout
 
 
 def test_output_forms(cli: Cli, crowd: Registry) -> None:
@@ -187,17 +231,17 @@ def test_output_forms(cli: Cli, crowd: Registry) -> None:
     assert sids(cli, "--state", "failed") == ["bad"]
 
 
-def test_ls_prints_the_table_again_at_each_change(cli: Cli, crowd: Registry) -> None:
+def test_ls_prints_the_table_again_at_each_change(cli: Cli, crowd: Registry, crew: Crew) -> None:
     """`ls -w`."""
     shown = subprocess.Popen(
         [*CREWLOG, "-d", cli.where, "ls", "-w", "-o", "name"], stdout=subprocess.PIPE, text=True
     )
     assert shown.stdout is not None
     assert [shown.stdout.readline() for _ in range(3)][-1] == "job-1\n"
-    crowd.register("new")
-    rows = [shown.stdout.readline() for _ in range(5)]
-    assert rows[0] == "\n"
-    assert rows[-1] == "new\n"
+    crowd.register("new", pid=crew.sleeper().pid)
+    assert [shown.stdout.readline() for _ in range(4)][-1] == "new\n"
+    kill(next(iter(crew.processes)))  # a death is no event, and shows all the same
+    assert shown.stdout.readline() == "web-2\n"
     shown.kill()
     shown.communicate()
 
@@ -220,6 +264,7 @@ def test_short_flags_and_times_of_journalctl(cli: Cli, crowd: Registry) -> None:
     """-S, -U, -n, -f, -r; -10m; a time of the day."""
     assert cli("history", "-S", "-10m").stdout == cli("history", "--since", "10m").stdout
     assert cli("history", "-S", "-10m", "-U", "-9m").stdout.count("\n") == 1
+    assert "is not after" in cli("history", "-S", "5m", "-U", "10m", code=2).stderr
     now = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
     assert times.read_time("07:30", now=now, zone=UTC)[0] == now.replace(hour=7, minute=30)
     late = times.read_time("20:43:10", now=now, zone=UTC)[0]
@@ -283,7 +328,7 @@ def test_aliases_and_hints(cli: Cli, crowd: Registry) -> None:
             cli(alias, "--help").stdout.split("\n")[2] == cli(name, "--help").stdout.split("\n")[2]
         )
     assert cli("ps").stdout == cli("ls").stdout
-    assert "--replace" in cli("restart", "web-1", code=2).stderr
+    assert "crewlog stop SID && crewlog start" in cli("restart", "web-1", code=2).stderr
     assert "--signal KILL" in cli("kill", "web-1", code=2).stderr
     assert "history" in cli("histroy", code=2).stderr
     cli("log", code=2)

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -272,14 +272,15 @@ def test_groups_open_and_filters_know_labels_and_words(tmp_path: Path, browser: 
         put(browser, "group", group)
         assert set(rows(browser)) == titles
     put(browser, "group", "none")
-    for words, wanted in (
+    cases: tuple[tuple[str, Callable[[Life], object]], ...] = (
         ("role=web", lambda life: life.pid % 2), ("n=1001", lambda life: life.pid == 1001),
         ("crashed", lambda life: life.end == WorkerState.FAILED),
         ("lost", lambda life: life.end == WorkerState.LOST),
         ("code 1", lambda life: life.code == 1), ("code 137", lambda life: life.code == 137),
         ("crashed role=web", lambda life: life.end == WorkerState.FAILED and life.pid % 2),
         ("worker-00003", lambda life: life.sid == "worker-00003"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for words, wanted in cases:
         put(browser, "filter", words)
         assert browser.run("timeline.view()") == len([life for life in found if wanted(life)]), (
             words

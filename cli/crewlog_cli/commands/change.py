@@ -5,6 +5,7 @@ from typing import Final
 
 import click
 
+from crewlog.errors import InvalidTransition
 from crewlog.model.events import JsonValue, NextState
 from crewlog_cli import inputs, render, shell
 from crewlog_cli.inputs import safe, tried
@@ -137,13 +138,19 @@ def update(
 
 @command("remove", examples="crewlog remove web-1 --reason 'handed over to host b'")
 @click.argument("sid", shell_complete=shell.complete_sid)
-@click.option("--reason", required=True, help="Why, for the history.")
+@click.option("--reason", default="crewlog remove", show_default=True, help="Why, for the history.")
 @click.option("--expect", type=int, metavar="REV", help="Only if it is still at this rev.")
 def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:
     """Take a worker out of the registry; its process is left alone. Prints the seq."""
     with sh.existing() as reg:
-        render.known(reg, sid)
-        event = tried(lambda: reg.remove(sid, reason=safe(reason), expect=expect))
+        worker = render.known(reg, sid)
+        try:
+            event = tried(lambda: reg.remove(sid, reason=safe(reason), expect=expect))
+        except InvalidTransition as error:
+            if worker.final:
+                error.what = f"worker {sid!r} has ended already"
+                error.remedy = "The list drops it after a day; now: crewlog gc --keep 0"
+            raise
     if sh.json:
         sh.document({"seq": event.seq, "sid": sid})
     else:

@@ -18,6 +18,7 @@ import click
 import crewlog
 from crewlog.registry import Registry
 from crewlog_cli import shell
+from crewlog_cli.pages.page import names
 from crewlog_cli.shell import Shell, command
 from crewlog_cli.story import Story
 from crewlog_compactor import compact, verify
@@ -257,7 +258,7 @@ def _timeline_shows(stage: _Stage, killed: str) -> None:
                 all(row.endswith(">") == (sid != killed) for sid, row in rows.items()))  # fmt: skip
     page = stage.place.parent / "timeline.html"
     _crewlog(stage, "timeline", "-q", "--html", str(page))
-    stage.claim("the same as a page: --html timeline.html", killed in page.read_text())
+    stage.claim("the same as a page: --html timeline.html", killed in names(page.read_bytes()))
 
 
 def _crewlog(stage: _Stage, *arguments: str) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, NoReturn
 
 import click
@@ -230,11 +231,10 @@ def _print(sh: Shell, reg: Registry, item: Item, task: _Task) -> None:
                 shown = None if workers is None else [render.worker_json(w, None) for w in workers]
                 sh.stream({"kind": "synced", "seq": item.seq, "workers": shown})
             else:
-                for worker in workers or []:
-                    if not worker.final:
-                        sh.line(
-                            f"{worker.rev}  {worker.sid}  {worker.state.value}  pid={worker.pid}"
-                        )
+                here = [worker for worker in workers or [] if not worker.final]
+                for worker, found in zip(here, reg.judge(here), strict=True):
+                    status = render.status_text(worker, found, datetime.now(UTC))
+                    sh.line(f"{worker.rev}  {worker.sid}  {status}  pid={worker.pid}")
                 sh.note(f"-- in step at seq {item.seq}; waiting for changes --")
         case "reset":
             if sh.json:

@@ -70,10 +70,11 @@ def history(
     if follow and (until is not None or reverse):
         message = "--follow goes with neither --until nor --reverse"
         raise click.UsageError(message)
-    first, last = inputs.moment(since, sh), inputs.moment(until, sh)
+    first, last = inputs.period(sh, since, until)
     reg = sh.existing()
     types = inputs.ends(types) if crashed else types
     chosen = Chosen((*names, *sids), labels)
+    chosen.require_names(reg, names)
     meant, last_seq = chosen.sids(reg), reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
     found: Iterable[Event] = answers.chosen_events(
@@ -243,6 +244,7 @@ class _Ends:
     causes: Counter[str]
     restarts: Counter[str]
     flapping: dict[str, int]
+    removed: int
 
     @property
     def crash_ratio(self) -> float | None:
@@ -270,6 +272,7 @@ def _ends(lives: Sequence[Life]) -> _Ends:
         lifetimes_s=sorted(life.proven.total_seconds() for life in ended),
         causes=Counter(life.reason() for life in lives if life.end is not None),
         restarts=Counter({sid: len(times) - 1 for sid, times in starts.items() if len(times) > 1}),
+        removed=sum(life.end == WorkerState.RELEASED for life in lives),
         flapping={sid: most for sid, times in starts.items() if (most := _most(times)) >= _FLAPS},
     )
 
@@ -368,6 +371,7 @@ def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
         "lives": [
             ["started", str(found.started)],
             ["ended", str(found.ended)],
+            *([["removed", str(found.removed)]] if found.removed else []),
             ["crashed", "0" if not ratio else f"{found.crashed} ({ratio:.1%} of the ended)"],
         ],
         "how they ended": [[what, str(count)] for what, count in found.causes.most_common(_SHOWN)],
@@ -483,9 +487,11 @@ def export(
     if sh.json and form == "csv":
         message = "--json goes with the formats jsonl and cloudevents"
         raise click.UsageError(message)
-    first, last = inputs.moment(since, sh), inputs.moment(until, sh)
+    first, last = inputs.period(sh, since, until)
     reg = sh.existing()
-    meant = Chosen((*names, *sids), labels).sids(reg)
+    chosen = Chosen((*names, *sids), labels)
+    chosen.require_names(reg, names)
+    meant = chosen.sids(reg)
     found = reg.history(sids=meant, types=types or None, since=first, until=last, after=after)
     writers: dict[str, Callable[[Iterator[Event]], None]] = {
         "jsonl": _jsonl,

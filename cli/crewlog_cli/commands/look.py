@@ -49,7 +49,8 @@ def show(
     """Show workers one by one: whether each lives, how it ended, its last events."""
     reg = sh.existing()
     seen = None if at_ is None else inputs.at(sh, reg, at_)
-    _each(sh, _meant(reg, names, labels, seen), partial(_show, sh, reg, seen))
+    now = None if seen is None else inputs.asked_at(at_, seen) or inputs.moment_of(seen)
+    _each(sh, _meant(reg, names, labels, seen), partial(_show, sh, reg, seen, now))
 
 
 def _meant(
@@ -86,13 +87,15 @@ def _each(
         sh.document((told[0] or {}) if single else {"workers": told})
 
 
-def _show(sh: Shell, reg: Registry, seen: Past | None, worker: Worker) -> dict[str, object] | None:
+def _show(
+    sh: Shell, reg: Registry, seen: Past | None, now: datetime | None, worker: Worker
+) -> dict[str, object] | None:
     sid = worker.sid
     found = reg.liveness(sid) if seen is None else None
     last = answers.last_events(reg, sid, seen)
     if sh.json:
         return answers.shown(worker, found, seen, last)
-    now = (None if seen is None else inputs.moment_of(seen)) or datetime.now(UTC)
+    now = now or datetime.now(UTC)
     past = render.before(reg, [worker] if seen is None else []).get(sid, render.Before())
     fields = {
         "sid": worker.sid,
@@ -113,7 +116,7 @@ def _show(sh: Shell, reg: Registry, seen: Past | None, worker: Worker) -> dict[s
         if worker.final or seen is not None
         else figures.duration(now - worker.created_at),
         "restarts": render.restarts_text(worker, past.ended, now),
-        "ended": render.end_text(worker),
+        "ended": render.end_text(worker, past.seen_at, utc=sh.utc),
     }
     for name, value in fields.items():
         if value:
@@ -234,7 +237,10 @@ def _explain(sh: Shell, reg: Registry, worker: Worker) -> dict[str, object] | No
     for flag in sorted(found.flags):
         sh.prose(f"It is {_FLAGS[flag]}.")
     if worker.exit is not None:
-        sh.prose(f"It {render.end_text(worker)}, {text.exact(worker.updated_at, utc=sh.utc)}.")
+        past = render.before(reg, [worker]).get(sid, render.Before())
+        told = render.end_text(worker, past.seen_at, utc=sh.utc)
+        was = "was " if render.end_word(worker) in {"lost", "removed", "stopped"} else ""
+        sh.prose(f"It {was}{told}, {text.exact(worker.updated_at, utc=sh.utc)}.")
         render.print_last_lines(sh, worker)
     if found.status or found.note:
         sh.prose(f"It says: {': '.join(filter(None, (found.status, found.note)))}.")

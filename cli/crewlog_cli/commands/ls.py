@@ -88,20 +88,21 @@ def ls(
 
     def show(seen: State) -> None:
         shown, hidden = wanted.look(reg, seen, required=not watch)
-        shown.sort(key=_key(sort, inputs.moment_of(seen) or datetime.now(UTC)))
+        now = inputs.asked_at(at_, seen) or inputs.moment_of(seen) or datetime.now(UTC)
+        shown.sort(key=_key(sort, now))
         if sh.json:
-            _print_json(sh, seen, shown, name=form == "name")
+            _print_json(sh, seen, shown, now, name=form == "name")
         elif form == "name":
             for worker, _ in shown:
                 sh.line(worker.sid)
         else:
-            _print_workers(sh, reg, shown, inputs.moment_of(seen) or datetime.now(UTC), shape)
+            _print_workers(sh, reg, shown, now, shape)
             if hidden:
                 sh.note(f"{hidden} dead and not collected yet: crewlog ls --all, crewlog gc")
 
     show(past or reg.state())
     if watch:
-        _again(sh, reg, show)
+        _again(sh, reg, wanted, show, plain=not sh.json and form != "name")
 
 
 def _past(sh: Shell, reg: Registry, at_: str | None, *, before_boot: bool) -> Past | None:
@@ -112,17 +113,26 @@ def _past(sh: Shell, reg: Registry, at_: str | None, *, before_boot: bool) -> Pa
     return past
 
 
-def _again(sh: Shell, reg: Registry, show: Callable[[State], None]) -> None:
-    """Print the table again at each change, and when time has made another of it."""
+def _again(
+    sh: Shell, reg: Registry, wanted: "_Wanted", show: Callable[[State], None], *, plain: bool
+) -> None:
+    """Print the table again at each change; a death is none, so it is looked for."""
+
+    def stands() -> list[object]:
+        shown, _ = wanted.look(reg, reg.state(), required=False)
+        return [(w.rev, None if j is None else (j.verdict, j.flags, j.status)) for w, j in shown]
+
+    before = stands()
     with reg.watch(after="now") as items:
-        before = reg.last_seq
         while True:
             output.flush()
-            while reg.last_seq == before and items.next(_LOOK_S) is None:
-                continue
+            items.next(_LOOK_S)
             items.drain()
-            before = reg.last_seq
-            sh.line("")
+            if (now := stands()) == before:
+                continue
+            before = now
+            if plain:
+                sh.line("")
             show(reg.state())
 
 
@@ -156,14 +166,16 @@ class _Wanted(NamedTuple):
         return shown, len(workers) - len(shown)
 
 
-def _print_json(sh: Shell, seen: State, shown: Sequence[_Seen], *, name: bool) -> None:
+def _print_json(
+    sh: Shell, seen: State, shown: Sequence[_Seen], now: datetime, *, name: bool
+) -> None:
     if name:
         sh.document({"seq": seen.seq, "sids": [worker.sid for worker, _ in shown]})
         return
     sh.document(
         {
             "seq": seen.seq,
-            "at": timestamp(datetime.now(UTC)),
+            "at": timestamp(now),
             **(inputs.window(seen) if isinstance(seen, Past) else {}),
             "workers": [render.worker_json(worker, found) for worker, found in shown],
         }
@@ -233,7 +245,7 @@ def _columns_of(form: str) -> tuple[str, ...]:
         return ()
     if form == "wide":
         return _WIDE
-    columns = tuple(form.removeprefix("columns=").split(","))
+    columns = tuple(dict.fromkeys(form.removeprefix("columns=").split(",")))
     if not form.startswith("columns=") or not set(columns) <= _COLUMNS.keys():
         message = f"-o is wide, name, json or columns=A,B,C; columns are: {', '.join(_COLUMNS)}"
         raise click.UsageError(message)
@@ -265,7 +277,8 @@ def _print_workers(
     heads = [_COLUMNS[name] for name in names]
     if "started" in names:
         heads[names.index("started")] = Column(f"started ({sh.offset()})", 7)
-    sh.table(heads, [[row[name] for name in names] for row in rows], titles=shape.titles)
+    cells = [[row[name] for name in names] for row in rows]
+    sh.table(heads, cells, titles=shape.titles, fit=not shape.columns)  # what was asked for stays
 
 
 def _cells(

@@ -12,7 +12,7 @@ import click
 
 from crewlog import __version__
 from crewlog.errors import CrewlogError, Unsupported
-from crewlog.model.choice import read_label
+from crewlog.model.choice import read_labels
 from crewlog.model.events import EventType, Past, timestamp
 from crewlog.registry import Registry
 from crewlog_cli import answers, inputs, render
@@ -95,7 +95,9 @@ class Asked:
         ended; at: as it was at a time ("2h", "yesterday", RFC 3339) or seq.
         """
         reg = self._reg
-        chosen = Chosen(tuple(names or ()), tuple(map(read_label, labels or ())))
+        chosen = Chosen(
+            tuple(names or ()), tuple(test for row in labels or () for test in read_labels(row))
+        )
         seen = reg.state() if at is None else inputs.at(self._sh, reg, at)
         found = chosen.of(w for w in seen.workers.values() if ended or not w.final)
         judged = reg.judge(found) if at is None else [None] * len(found)

@@ -70,9 +70,11 @@ def timeline(
     if html == "-" and sh.json:
         message = "--html - and --json both want stdout"
         raise click.UsageError(message)
-    first, last = inputs.moment(since, sh), inputs.moment(until, sh)
+    first, last = inputs.period(sh, since, until)
     reg = sh.existing()
-    meant = Chosen((*names, *sids), labels).sids(reg)
+    chosen = Chosen((*names, *sids), labels)
+    chosen.require_names(reg, names)
+    meant = chosen.sids(reg)
     with output.progress("reading") as told:
         lives = reg.lives(progress=told)
     now = datetime.now(UTC)
@@ -193,6 +195,7 @@ def _bar(
     now: datetime,
 ) -> str:
     cells = [_NOTHING] * (columns + 1)
+    marks: dict[int, str] = {}  # they stand over the bar of who was started again at once
 
     def place(when: datetime) -> int:
         return min(columns - 1, max(0, int((when - begin) / span * columns)))
@@ -206,7 +209,9 @@ def _bar(
         known = place(life.seen_at) if unseen else high
         for column in range(low, high + 1):
             cells[column] = _SURE if column <= known else _SOMEWHERE
-        cells[high + 1 if high > low else high] = "?" if unknown else _MARKS[life.end]
+        marks[high + 1 if high > low else high] = "?" if unknown else _MARKS[life.end]
+    for column, mark in marks.items():
+        cells[column] = mark
     return "".join(cells).rstrip()
 
 

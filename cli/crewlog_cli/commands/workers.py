@@ -595,8 +595,9 @@ def _print_ends(sh: Shell, reg: Registry, ended: dict[str, Event | CrewlogError]
         stopped = [render.event_json(event) for event in events]
         sh.document({"seq": reg.last_seq, "stopped": stopped, "failed": failed})
     else:
+        story = Story(sh)
         for event in events:
-            Story(sh).line(event)
+            story.line(event)
     for error in list(errors.values())[:-1]:
         if not sh.json:  # there, the document names them all
             shell.complain_of(sh, error)

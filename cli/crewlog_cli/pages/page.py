@@ -138,6 +138,13 @@ def _packed(found: Mapping[str, object]) -> str:
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 
+def names(made: bytes) -> list[str]:
+    """Return what a page names: ids, labels, words; packed, no search finds them in the file."""
+    data = made.split(b'id="data">', 1)[1].split(b"<", 1)[0]
+    found: list[str] = json.loads(gzip.decompress(base64.b64decode(data)))["words"]
+    return found
+
+
 def _asset(name: str) -> str:
     return resources.files("crewlog_cli.pages").joinpath(name).read_text("utf-8")
 

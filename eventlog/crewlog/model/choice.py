@@ -12,7 +12,7 @@ GLOB: Final = re.compile(r"[*?\[]")  # a name with one of these is a glob
 
 
 class LabelTest(NamedTuple):
-    """What a worker's labels must say: `k`, `k=v` or `k!=v`; the last holds without a `k`, too."""
+    """What a worker's labels must say: `k`, `!k`, `k=v`, or `k!=v`, which holds without a `k`."""
 
     key: str
     value: str | None
@@ -20,21 +20,37 @@ class LabelTest(NamedTuple):
 
     def holds(self, labels: Mapping[str, str]) -> bool:
         """Say whether labels are so."""
-        if self.negated:
-            return labels.get(self.key) != self.value
-        return self.key in labels and self.value in {None, labels[self.key]}
+        has = self.key in labels and self.value in {None, labels[self.key]}
+        return has != self.negated
+
+    def __str__(self) -> str:
+        """Write it as people do."""
+        if self.value is None:
+            return f"{'!' if self.negated else ''}{self.key}"
+        return f"{self.key}{'!' if self.negated else ''}={self.value}"
 
 
-def read_label(words: str) -> LabelTest:
-    """Read a test of a label as people write it.
+_SETS: Final = re.compile(r"\s(in|notin)\s*\(")
 
+
+def read_labels(words: str) -> list[LabelTest]:
+    """Read tests of labels as kubectl writes them: k=v,k2!=v2; `==` is `=`.
+
+    A comma parts tests only where each part is one with an equals sign: values may have commas.
     Raises: ValueError.
     """
+    parts = words.split(",")
+    whole = parts if all("=" in part for part in parts) else [words]
+    return [_read_label(part) for part in whole]
+
+
+def _read_label(words: str) -> LabelTest:
     key, equals, value = words.partition("=")
-    negated = key.endswith("!") and bool(equals)
-    key = key.removesuffix("!") if negated else key
-    if not key:
-        message = f"a label is K=V, K!=V or K, not {words!r}"
+    value = value.removeprefix("=")
+    negated = key.endswith("!") if equals else key.startswith("!")
+    key = key.removesuffix("!") if equals else key.removeprefix("!")
+    if not key.strip() or _SETS.search(words):
+        message = f"a label is K=V, K!=V, K or !K, not {words!r}"
         raise ValueError(message)
     return LabelTest(key, value if equals else None, negated)
 
