@@ -8,7 +8,7 @@ and the append survives. Sockets and leases come last, when the deaths are durab
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final
+from typing import Final, TypeAlias
 
 from crewlog import host
 from crewlog.errors import (
@@ -33,6 +33,8 @@ from crewlog_compactor import sockets as orphans
 from crewlog_compactor.plan import Plan, Task
 
 KEEP: Final = timedelta(days=1)
+ENDED_MAX: Final = 20_000  # unless the caller says how many: all of them stand in registry.json
+Ended: TypeAlias = timedelta | int | None
 _STEPS_A_COMMIT: Final = 1000
 
 
@@ -65,10 +67,12 @@ class CollectReport:
 
 
 def collect(
-    reg: Registry, *, dry_run: bool = False, keep: timedelta = KEEP, force: bool = False
+    reg: Registry, *, dry_run: bool = False, keep: Ended = None, force: bool = False
 ) -> CollectReport:
     """Record the death of every worker that is proven dead, and prune what ended before `keep`.
 
+    `keep`: a timedelta keeps the ended listed for so long, an int the newest so many; None for a
+    day, and not more than ENDED_MAX. Their history stays.
     Guarantee: durable on return; who cannot be judged is left alone; one event a death however many
     collectors run.
     Raises: CollectRefused where more than half of the living, and more than ten, seem dead for
@@ -88,25 +92,39 @@ def _foretold(decided: Plan, *, force: bool) -> CollectReport:
 
 
 def try_collect(
-    reg: Registry, *, force: bool, dry_run: bool = False
+    reg: Registry, *, force: bool, keep: Ended = None, dry_run: bool = False
 ) -> tuple[CollectReport | None, CollectRefused | None]:
     """Collect as a part of a larger job, which goes on where this is refused, and tells."""
     try:
-        report = collect(reg, force=force, dry_run=dry_run)
+        report = collect(reg, force=force, keep=keep, dry_run=dry_run)
     except CollectRefused as error:
         return None, error
     return (None, report.refused) if report.refused else (report, None)
 
 
-def make_plan(reg: Registry, *, keep: timedelta = KEEP) -> Plan:
-    """Probe every worker and say what `collect` would do; nothing is written."""
-    if keep < timedelta(0):
+def check_ended(keep: Ended) -> Ended:
+    """Return how many ended workers are kept, or how long.
+
+    Raises: TypeError, ValueError.
+    """
+    if keep is not None and (type(keep) is not int and not isinstance(keep, timedelta)):
+        message = f"keep is a timedelta, a number of workers or None, not {keep!r}"
+        raise TypeError(message)
+    if keep is not None and (keep < 0 if isinstance(keep, int) else keep < timedelta(0)):
         message = "keep must not be negative"
         raise ValueError(message)
+    return keep
+
+
+def make_plan(reg: Registry, *, keep: Ended = None) -> Plan:
+    """Probe every worker and say what `collect` would do; nothing is written."""
+    check_ended(keep)
+    span = keep if isinstance(keep, timedelta) else KEEP if keep is None else None
+    most = keep if isinstance(keep, int) else ENDED_MAX if keep is None else None
     store = reg.store().id if reg.exists else ""
     workers = list(reg.state().workers.values())
     judged = reg.judge(workers)
-    return plan.make(workers, judged, store=store, now=host.now(), keep=keep)
+    return plan.make(workers, judged, store=store, now=host.now(), keep=span, most=most)
 
 
 def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectReport:

@@ -3,6 +3,7 @@
 from crewlog.local.archive import require
 from crewlog.model.arguments import Packing
 from crewlog.registry import Registry
+from crewlog_compactor.collect import Ended, check_ended
 from crewlog_compactor.engines import maintenance
 from crewlog_compactor.reports import CompactReport
 from crewlog_compactor.retention import Keep, check_keep
@@ -14,6 +15,7 @@ def compact(
     gc: bool = True,
     force: bool = False,
     keep_history: Keep = None,
+    keep_ended: Ended = None,
     packing: Packing = "gzip",
     dry_run: bool = False,
 ) -> CompactReport:
@@ -22,7 +24,8 @@ def compact(
     Guarantee: durable on return; safe to kill anywhere; writers go on meanwhile; no history is lost
     unless `keep_history` says so: None keeps all, a timedelta what is younger, an int so many bytes
     of archive, KeepEvents so many events; a cursor holds back what it needs.
-    Args: `packing` of what is archived now, gzip or zstd (extra `[zstd]`); with `dry_run` nothing
+    Args: `keep_ended` is the `keep` of `collect`: for how long, or how many, ended workers stay
+    listed; `packing` of what is archived now, gzip or zstd (extra `[zstd]`); with `dry_run` nothing
     is written.
     Raises: LockBusy at once where another compaction runs, StoreMissing, DataDamaged, Unsupported.
     """
@@ -38,5 +41,6 @@ def compact(
         gc=gc,
         force=force,
         keep_history=keep_history,
+        keep_ended=check_ended(keep_ended),
         dry_run=dry_run,
     )

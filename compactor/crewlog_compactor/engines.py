@@ -11,6 +11,7 @@ from crewlog.place import Place
 from crewlog.registry import Registry
 from crewlog.store import Kind, Store
 from crewlog_compactor.anchor import Anchor
+from crewlog_compactor.collect import Ended
 from crewlog_compactor.copy import Copy
 from crewlog_compactor.reports import Check, CompactReport, Range, RepairReport, VerifyReport
 from crewlog_compactor.retention import Keep
@@ -33,6 +34,7 @@ class Maintenance(Protocol):
         gc: bool,
         force: bool,
         keep_history: Keep,
+        keep_ended: Ended,
         dry_run: bool,
     ) -> CompactReport:
         """Compact; see `crewlog_compactor.compact`."""

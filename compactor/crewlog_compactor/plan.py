@@ -83,15 +83,23 @@ def make(
     *,
     store: str,
     now: datetime,
-    keep: timedelta,
+    keep: timedelta | None,
+    most: int | None = None,
 ) -> Plan:
-    """Plan: the dead are buried, those that ended more than `keep` ago pruned, the rest stays."""
+    """Plan: the dead are buried; who ended more than `keep` ago, or before the newest `most`, goes.
+
+    None for no such bound.
+    """
+    ended = sorted(worker.rev for worker in workers if worker.final)
+    oldest = ended[-most] if most and most < len(ended) else None  # the rev of the oldest to stay
     tasks: list[Task] = []
     unknown: list[str] = []
     living = 0
     for worker, found in zip(workers, judged, strict=True):
         if worker.final:
-            if now - worker.updated_at > keep:
+            late = keep is not None and now - worker.updated_at > keep
+            many = most == 0 or (oldest is not None and worker.rev < oldest)
+            if late or many:
                 tasks.append(_task("prune", worker, found))
             continue
         living += 1

@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -381,8 +382,8 @@ def test_link_says_what_is_shown(tmp_path: Path, browser: Browser) -> None:
     put(browser, "group", "label:role")
     put(browser, "sort", "id")
     put(browser, "filter", "role=web")
-    browser.press("ArrowDown")
-    browser.press("w")
+    for key in ("ArrowDown", "Enter", "ArrowDown", "ArrowDown", "w"):
+        browser.press(key)
     until(lambda: "view=" in str(browser.run("location.hash")))
     until(lambda: "life=" in str(browser.run("location.hash")))
     shared = path.as_uri() + str(browser.run("location.hash"))
@@ -500,6 +501,204 @@ def test_page_is_used_by_keyboard(tmp_path: Path, browser: Browser) -> None:
     browser.press("/")
     assert browser.run("document.activeElement.id") == "filter"
     assert browser.complaints == []
+
+
+def one(sid: str, begin: float, end: float | None = None, **more: object) -> Life:
+    """Return a life from so many seconds before now to so many; None: it goes on."""
+    ended = None if end is None else NOW - timedelta(seconds=end)
+    return Life(
+        **{
+            "sid": sid, "generation": 1, "pid": 1, "version": "", "seq": round(begin * 1000) + 1,
+            "began_at": NOW - timedelta(seconds=begin), "seen_at": ended or NOW, "ended_at": ended,
+            "end": None if end is None else WorkerState.EXITED, "code": None if end is None else 0,
+            **more,
+        }  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@needs_chromium
+def test_who_begins_this_very_moment_lives_beside_the_others(
+    tmp_path: Path, browser: Browser
+) -> None:
+    """Who goes on does not end with the page; a clock that was ahead is still in it."""
+    browser.open(written(tmp_path / "page.html", [one("a", 100), one("b", 50), one("c", 0)]))
+    assert "3 still living, 0 crashed or lost, at most 3 at once" in told(browser, "count")
+    browser.open(written(tmp_path / "page.html", [one("a", 100, 50), one("ahead", -30)]))
+    assert "2 of 2 lives" in told(browser, "count")
+
+
+@needs_chromium
+def test_bar_of_years_ends_where_it_ends_at_any_zoom(tmp_path: Path, browser: Browser) -> None:
+    """A canvas counts in 32 bits: a year is wide at ten milliseconds."""
+    browser.resize(1400, 900)
+    path = written(tmp_path / "page.html", [one("a", 5 * 365 * 86400, 30), one("b", 60, 0.5)])
+    end = int((NOW - timedelta(seconds=30)).timestamp() * 1000)
+    browser.open(path, url=f"{path.as_uri()}#view={end - 10}-{end + 10}")
+    browser.frames()
+    _, _, width, _ = frame(browser)
+    left = min(280, max(110, width * 0.2))
+    row = rows(browser).index("a")
+    seen: object = browser.run(
+        "(() => { const c = document.getElementById('lives'); "
+        f"const p = c.getContext('2d').getImageData(0, {22 + row * 18 + 9}, c.width, 1).data; "
+        "let last = -1; for (let x = 0; x < c.width; x++) "
+        "if (p[4 * x + 2] > p[4 * x] + 60) last = x; return last; })()"
+    )
+    middle = left + (width - left - 15) / 2
+    assert isinstance(seen, int)
+    assert abs(seen - middle) < 6
+
+
+@needs_chromium
+def test_pointer_means_the_bar_that_it_is_on(tmp_path: Path, browser: Browser) -> None:
+    """Of two that follow each other the second, from its first pixel on."""
+    found = [one("j", 600, 300), one("j", 300, 0.001, generation=2, pid=2)]
+    browser.resize(1400, 900)
+    browser.open(written(tmp_path / "page.html", found))
+    x, y, *_ = frame(browser)
+    at: object = browser.run("timeline.at(1)")
+    assert isinstance(at, list)
+    browser.mouse("mouseMoved", x + at[0] + 3, y + at[1] + 9)
+    assert "pid 2" in told(browser, "tip")
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    "fragment",
+    ["sort=__proto__", "group=constructor", "sort=toString", "view=99999999999999999-1",
+     "view=NaN-NaN", "open=[1", "open=7", "life=x", "life=1:w-0&filter=zzz",
+     "without=nothing,,", "%E0%A4%A"],
+)  # fmt: skip
+def test_broken_links_show_the_page(tmp_path: Path, browser: Browser, fragment: str) -> None:
+    """What is no choice is passed over."""
+    path = written(tmp_path / "page.html", lives(10))
+    browser.open(path, url=f"{path.as_uri()}#{fragment}")
+    assert browser.run("document.getElementById('group').value") == "none"
+    assert browser.run("document.getElementById('sort').value") == "recent"
+    assert browser.run("document.getElementById('pane').hidden") is True
+    assert browser.run("timeline.view()") == (0 if "zzz" in fragment else 10)
+    assert browser.complaints == []
+
+
+@needs_chromium
+def test_link_put_into_an_open_page_is_followed(tmp_path: Path, browser: Browser) -> None:
+    """The choices show what it says, and what it does not say is as at first."""
+    found = lives(40)
+    browser.open(written(tmp_path / "page.html", found))
+    put(browser, "group", "prefix")
+    browser.press("w")
+    browser.run("location.hash = 'filter=worker-0001&sort=id&without=failed'")
+    until(lambda: browser.run("document.getElementById('filter').value") == "worker-0001")
+    assert browser.run("document.getElementById('sort').value") == "id"
+    assert browser.run("document.getElementById('group').value") == "none"
+    assert browser.run("document.querySelectorAll('#kinds input')[2].checked") is False
+    wanted = [w for w in found if w.sid.startswith("worker-0001") and w.end != WorkerState.FAILED]
+    until(lambda: browser.run("timeline.view()") == len(wanted))
+
+
+@needs_chromium
+def test_more_of_the_table_stays_when_a_row_is_chosen(tmp_path: Path, browser: Browser) -> None:
+    """Nothing jumps, and the pane comes into view."""
+    browser.resize(1400, 900)
+    browser.open(written(tmp_path / "page.html", lives(300)))
+    count = "document.getElementById('rows').children.length"
+    until(lambda: browser.run(count) == 200)
+    browser.run("document.getElementById('rest').click()")
+    browser.run("document.querySelector('#rows tr:nth-child(250)').click()")
+    begin = time.monotonic()
+    until(lambda: time.monotonic() > begin + 0.4)
+    assert browser.run(count) == 300
+    assert browser.run("document.querySelectorAll('#rows .chosen').length") == 1
+    top = browser.run("document.getElementById('pane').getBoundingClientRect().top")
+    assert isinstance(top, int | float)
+    assert -50 < top < 900
+
+
+@needs_chromium
+def test_keys_walk_over_groups_and_stop_at_the_limit(tmp_path: Path, browser: Browser) -> None:
+    """Down and Enter open the second group; End is the last; w at the limit moves nothing."""
+    found = [one(f"{group}-{n}", 100 + n, 50 + n) for group in "abc" for n in range(3)]
+    browser.open(written(tmp_path / "page.html", sorted(found, key=lambda w: w.began_at)))
+    put(browser, "group", "prefix")
+    put(browser, "sort", "id")
+    for key in ("ArrowDown", "ArrowDown", "Enter", "ArrowDown"):
+        browser.press(key)
+    browser.frames()
+    assert told(browser, "who") == "b-0"
+    assert len(rows(browser)) == 6
+    browser.press("End")
+    browser.press("Enter")
+    browser.frames()
+    assert len(rows(browser)) == 9, "the last group has opened"
+    for _ in range(40):
+        browser.press("w")
+    before = browser.run("[timeline.state.low, timeline.state.high]")
+    browser.press("w")
+    assert browser.run("[timeline.state.low, timeline.state.high]") == before
+
+
+@needs_chromium
+def test_filter_takes_values_with_spaces(tmp_path: Path, browser: Browser) -> None:
+    """In quotes, in either place."""
+    found = lives(10)
+    every = stories(found)
+    every[3].labels["Role"] = "Web Two"
+    browser.open(written(tmp_path / "page.html", found, stories=every))
+    for words in ('role="web two"', '"role=web two"', '"web two"'):
+        put(browser, "filter", words)
+        assert browser.run("timeline.view()") == 1, words
+
+
+@needs_chromium
+def test_two_fingers_zoom(tmp_path: Path, browser: Browser) -> None:
+    """The moment between them stays."""
+    browser.resize(390, 844, phone=True)
+    browser.open(written(tmp_path / "page.html", lives(100)))
+    x, y, width, _ = frame(browser)
+
+    def touch(kind: str, *points: float) -> None:
+        browser.call(
+            "Input.dispatchTouchEvent", type=kind,
+            touchPoints=[{"x": p, "y": y + 80, "id": n} for n, p in enumerate(points)],
+        )  # fmt: skip
+
+    middle = x + width / 2
+    before: object = browser.run("timeline.state.high - timeline.state.low")
+    touch("touchStart", middle - 30)
+    touch("touchStart", middle - 30, middle + 30)
+    for wide in (50, 80, 120):
+        touch("touchMove", middle - wide, middle + wide)
+    touch("touchEnd")
+    browser.frames()
+    after: object = browser.run("timeline.state.high - timeline.state.low")
+    assert isinstance(before, int | float)
+    assert isinstance(after, int | float)
+    assert 0.15 < after / before < 0.5
+
+
+@needs_chromium
+def test_paper_has_ink_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """Also of a dark screen; no blank sheets."""
+    browser = Browser(tmp_path / "profile", dark=True)
+    try:
+        browser.open(written(tmp_path / "page.html", lives(600)))
+        put(browser, "group", "none")
+        until(lambda: browser.run("document.getElementById('rows').children.length") == 200)
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        browser.run("window.dispatchEvent(new Event('beforeprint'))")
+        told_ = told(browser, "cut")
+        assert "400 more of the table" in told_
+        assert browser.run("getComputedStyle(document.getElementById('space')).display") == "none"
+        darkest: object = browser.run(
+            "(() => { const c = document.getElementById('lives'); const p = "
+            "c.getContext('2d').getImageData(0, 22, 100, 200).data; let least = 255; "
+            "for (let i = 0; i < p.length; i += 4) if (p[i + 3] > 200) "
+            "least = Math.min(least, p[i] + p[i + 1] + p[i + 2]); return least; })()"
+        )
+        assert isinstance(darkest, int)
+        assert darkest < 120, "names are dark on paper"
+    finally:
+        browser.close()
 
 
 _HOSTILE = (

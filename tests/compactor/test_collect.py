@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -311,3 +312,23 @@ def test_dry_run_beside_a_compaction_looks_again(
     told = compact(reg, gc=False, keep_history=timedelta(0), dry_run=True)
     assert not left
     assert replace(told, dry_run=False) == compact(reg, gc=False, keep_history=timedelta(0))
+
+
+def test_ended_workers_are_kept_by_number_or_by_time(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest so many, or for so long; by default a day, and not without a bound."""
+    for number in range(6):
+        reg.register(f"w{number}")
+        reg.exited(f"w{number}", code=0)
+    assert collect(reg).pruned == ()
+    assert collect(reg, keep=4).pruned == ("w0", "w1")
+    assert compact(reg, keep_ended=3).collected.pruned == ("w2",)  # type: ignore[union-attr]
+    monkeypatch.setattr(sys.modules["crewlog_compactor.collect"], "ENDED_MAX", 2)
+    assert compact(reg).collected.pruned == ("w3",)  # type: ignore[union-attr]
+    assert compact(reg, keep_ended=timedelta(0)).collected.pruned == ("w4", "w5")  # type: ignore[union-attr]
+    assert len(list(reg.history(types=["worker.pruned"]))) == 6, "their history stays"
+    with pytest.raises(ValueError, match="negative"):
+        compact(reg, keep_ended=-1)
+    with pytest.raises(TypeError, match="a number of workers"):
+        compact(reg, keep_ended="2d")  # type: ignore[arg-type]

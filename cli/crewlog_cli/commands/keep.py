@@ -50,7 +50,6 @@ from crewlog_compactor import (
 )
 from crewlog_compactor.repair import parse_range
 
-_KEEP: Final = "1d"
 _PLAN_BYTES_MAX: Final = 256 * 1024 * 1024
 _JITTER_MAX_S: Final = 86_400.0
 
@@ -79,6 +78,13 @@ def _keep(given: str) -> timedelta | int | KeepEvents | None:
     except times.TimeError as error:
         message = f"--keep-history is 90d, 1GiB, 5000events or all, not {given!r}"
         raise click.UsageError(message) from error
+
+
+def _ended(given: str | None) -> timedelta | int | None:
+    """Read how long, or how many, ended workers stay listed."""
+    if given is None or not (given.isascii() and given.isdigit()):
+        return None if given is None else _span(given)
+    return int(given)
 
 
 def _told(report: CollectReport) -> dict[str, object]:
@@ -110,13 +116,8 @@ crewlog gc --plan plan.json && less plan.json && crewlog gc --apply plan.json
 crewlog gc --assume-dead web-1 --reason 'its host burned down'""",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@click.option(
-    "--keep",
-    default=_KEEP,
-    show_default=True,
-    metavar="SPAN",
-    help="Keep ended workers listed this long.",
-)
+@click.option("--keep", metavar="2d|50000", help="Keep ended workers listed so long, or so many; "
+              "else a day, and not more than 20000.")  # fmt: skip
 @click.option("--plan", "plan_", metavar="FILE", help="Only write what would be done to FILE.")
 @click.option("--apply", "apply_", metavar="FILE", help="Do what a plan says, of any age.")
 @click.option("--assume-dead", "assumed", metavar="SID", shell_complete=shell.complete_sid,
@@ -127,7 +128,7 @@ def gc(
     sh: Shell,
     *,
     dry_run: bool,
-    keep: str,
+    keep: str | None,
     plan_: str | None,
     apply_: str | None,
     assumed: str | None,
@@ -138,7 +139,7 @@ def gc(
 
     Who cannot be judged is left alone. A plan is carried out only where its workers are unchanged.
     """
-    span = _span(keep)
+    span = _ended(keep)
     if sum((dry_run, plan_ is not None, apply_ is not None, assumed is not None)) > 1:
         message = "--dry-run, --plan, --apply and --assume-dead exclude each other"
         raise click.UsageError(message)
@@ -242,6 +243,8 @@ crewlog schedule cron                # the line for a crontab""",
     metavar="90d|1GiB|5000events|all",
     help="Drop archived history that is older, or beyond so many bytes or events.",
 )
+@click.option("--keep-ended", metavar="2d|50000", help="Keep ended workers listed so long, or "
+              "so many; else a day, and not more than 20000.")  # fmt: skip
 @click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
               help="How to compress what is archived now; zstd is an extra.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
@@ -254,6 +257,7 @@ def compact_(
     gc_: bool,
     force: bool,
     keep_history: str,
+    keep_ended: str | None,
     pack: Packing,
     dry_run: bool,
     yes: bool,
@@ -264,7 +268,7 @@ def compact_(
 
     Silent with -q unless something is wrong; 75 if another compaction runs.
     """
-    keep = _keep(keep_history)
+    keep, ended = _keep(keep_history), _ended(keep_ended)
     if dry_run and prometheus is not None:
         message = "--dry-run compacts nothing that --prometheus could tell of"
         raise click.UsageError(message)
@@ -283,7 +287,15 @@ def compact_(
     reg = _there(sh)
     time.sleep(0.0 if dry_run else wait_s)
     with _metered(reg, prometheus) as told:
-        report = compact(reg, gc=gc_, force=force, keep_history=keep, packing=pack, dry_run=dry_run)
+        report = compact(
+            reg,
+            gc=gc_,
+            force=force,
+            keep_history=keep,
+            keep_ended=ended,
+            packing=pack,
+            dry_run=dry_run,
+        )
         told.refused = report.refused is not None
         if sh.json:
             sh.document(_compaction(reg, report))

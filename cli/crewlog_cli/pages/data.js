@@ -44,13 +44,18 @@ const TITLES = ["alive", "ended orderly", "crashed", "lost", "released", "not kn
 // What people type for a kind; the page's own words among them.
 const KIND_WORDS = [["alive", "living"], ["exited", "ended", "orderly", "stopped"], ["crashed", "failed"], ["lost"], ["released", "removed"], ["unknown"]];
 
-const span = Math.max(1, data.to - data.from);
 const began = Float64Array.from(lives, (life) => life[BEGAN]);
+// Up to now, or the last that is known: a clock may have been ahead.
+let span = Math.max(1, data.to - data.from);
+for (const life of lives) span = Math.max(span, life[BEGAN] + Math.max(0, life[END]));
 const proof = Float64Array.from(lives, (life) => life[BEGAN] + life[PROOF]);
 const end = Float64Array.from(lives, (life) => (life[END] < 0 ? span : life[BEGAN] + life[END]));
 // Nobody saw the end of a lost one, nor knows of one that cannot be judged.
 const sure = (life) => life[KIND] !== 3 && life[KIND] !== 5;
 const known = Float64Array.from(lives, (life, index) => (sure(life) ? end[index] : Math.min(end[index], proof[index])));
+// For counting: who goes on lives beyond the last moment, and is there at it.
+const until = (ends) => Float64Array.from(ends, (when, index) => (lives[index][END] < 0 && when >= span ? span + 1 : when));
+const endCounted = until(end), knownCounted = until(known);
 const crashed = (life) => life[KIND] === 2 || life[KIND] === 3;
 const labelsOf = (life) => sets[life[LABELS]].map((number) => words[number]);
 
@@ -95,10 +100,13 @@ const STEP_MS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 30, 60, 300, 900,
 // Return where the lines of a time axis stand, and what is written at them.
 function ticks(low, high, width) {
   const step = STEP_MS.find((s) => (high - low) / s <= Math.max(2, width / 110)) || STEP_MS[STEP_MS.length - 1];
-  const shift = new Date(data.from).getTimezoneOffset() * 60000;
   const found = [];
-  let at = Math.ceil((data.from + low - shift) / step) * step + shift - data.from;
-  for (; at <= high && found.length < 60; at += step) {
+  const offset = (ms) => new Date(data.from + ms).getTimezoneOffset() * 60000; // another in summer
+  let local = Math.floor((data.from + low - offset(low)) / step) * step;
+  for (; found.length < 60; local += step) {
+    const guess = local - data.from + offset(low), at = local - data.from + offset(guess);
+    if (at > high) break;
+    if (at < low) continue;
     const text = moment(at);
     const fine = text.slice(11) + (step < 1000 ? "." + String(Math.floor(data.from + at) % 1000).padStart(3, "0") : "");
     found.push([at, step >= 86400000 ? text.slice(0, 10) : step >= 60000 ? text.slice(5, 16) : fine]);

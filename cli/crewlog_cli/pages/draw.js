@@ -1,6 +1,6 @@
 // -- drawing -------------------------------------------------------------------------------------
 
-const AXIS = 22, BAR = 10, STRIP = 10, CROWD = 96, PRINT_ROWS = 1500, BADGE = 11;
+const PRINT_WIDTH = 700, AXIS = 22, BAR = 10, STRIP = 10, CROWD = 96, PRINT_ROWS = 1500, BADGE = 11;
 const small = () => window.innerWidth < 640;
 const rowHeight = () => (small() ? 34 : 18);
 let printing = false;
@@ -21,7 +21,12 @@ function paper(canvas, width, height) {
 }
 
 let hues = null; // asked for anew when the scheme changes: a style is slow to ask for
+const INK = { // on paper, whatever the screen's scheme is
+  alive: "#009e73", exited: "#3f8fc9", failed: "#d55e00", lost: "#b5579a", released: "#777777", unknown: "#c68a00",
+  ink: "#000000", faint: "#444444", line: "#bbbbbb", band: "#f2f2f2", focus: "#0b62d6", paper: "#ffffff",
+};
 function colours() {
+  if (printing) return { kinds: KINDS.map((kind) => INK[kind]), ...INK };
   if (hues) return hues;
   const style = getComputedStyle(document.documentElement);
   const of = (name) => style.getPropertyValue("--" + name).trim();
@@ -64,7 +69,7 @@ function clip(pen, text, width) {
 let brush = null;
 function crowd() {
   const hue = colours(), canvas = $("crowd");
-  const width = canvas.clientWidth, left = nameWidth($("frame").clientWidth);
+  const width = printing ? PRINT_WIDTH : canvas.clientWidth, left = nameWidth(printing ? width : $("frame").clientWidth);
   const pen = paper(canvas, width, CROWD + STRIP);
   const columns = Math.max(1, Math.floor(width - left - 15));
   const certain = columnsOf(living, state.low, state.high, columns);
@@ -160,8 +165,9 @@ function parts(index) {
   const segments = [];
   let asked = -1, from = began[index], shade = found.length ? 0.45 : 1;
   for (let i = 0; i < found.length; i += 4) {
-    const when = Math.min(known[index], began[index] + found[i]), step = found[i + 1];
-    if (step === 4 && asked < 0) asked = when;
+    const told = Math.min(end[index], began[index] + found[i]), step = found[i + 1];
+    const when = Math.min(known[index], told);
+    if (step === 4 && asked < 0) asked = told;
     if (!(step in SHADES)) continue;
     if (when > from) segments.push([from, when, shade]);
     from = Math.max(from, when);
@@ -173,11 +179,13 @@ function parts(index) {
 
 function density(pen, row, y, left, columns, hue) {
   const height = rowHeight() - 4, width = Math.max(1, Math.floor(columns));
-  const found = columnsOf(densityOf(row), state.low, state.high, width);
-  const most = Math.max(1, found.peak);
-  pen.fillStyle = hue.kinds[0];
-  for (let x = 0; x < width; x++) {
-    if (found.most[x]) pen.fillRect(left + x, y + 2 + height * (1 - found.most[x] / most), 1, (height * found.most[x]) / most);
+  const [certain, maybe] = densityOf(row).map((found) => columnsOf(found, state.low, state.high, width));
+  const most = Math.max(1, maybe.peak);
+  for (const [counts, fill] of [[maybe.most, hatch(pen, hue.kinds[3])], [certain.most, hue.kinds[0]]]) {
+    pen.fillStyle = fill;
+    for (let x = 0; x < width; x++) {
+      if (counts[x]) pen.fillRect(left + x, y + 2 + height * (1 - counts[x] / most), 1, (height * counts[x]) / most);
+    }
   }
   let ended = -Infinity;
   pen.fillStyle = hue.kinds[2];
@@ -192,12 +200,13 @@ function density(pen, row, y, left, columns, hue) {
 
 function bars() {
   const hue = colours(), frame = $("frame"), canvas = $("lives"), row_ = rowHeight();
-  const width = frame.clientWidth;
+  const width = printing ? PRINT_WIDTH : frame.clientWidth;
   const height = printing ? AXIS + Math.min(rows.length, PRINT_ROWS) * row_ : frame.clientHeight;
   const top = printing ? 0 : frame.scrollTop;
   const left = nameWidth(width), columns = Math.max(1, width - left - 15);
   const pen = paper(canvas, width, height);
-  const at = (ms) => left + ((ms - state.low) / (state.high - state.low)) * columns;
+  const edge = (x) => Math.min(Math.max(x, left - 40), width + 40); // a canvas counts in 32 bits
+  const at = (ms) => edge(left + ((ms - state.low) / (state.high - state.low)) * columns);
   marks = [];
   badges = [];
   const first = Math.max(0, Math.floor(top / row_)), last = Math.min(rows.length, first + Math.ceil(height / row_) + 1);
@@ -211,8 +220,13 @@ function bars() {
   for (const [when] of lines) pen.fillRect(at(when), AXIS - 4, 1, height);
   for (let number = first; number < last; number++) {
     const row = rows[number], y = AXIS + number * row_ - top;
-    const sign = row.group && !row.inside ? (state.open.has(row.group) ? "▾ " : "▸ ") : row.inside ? "   " : "";
+    const sign = row.group ? (state.open.has(row.group) ? "▾ " : "▸ ") : row.inside ? "   " : "";
     const count = row.group ? " (" + new Set(row.lives.map((index) => lives[index][SID])).size + ")" : "";
+    if (row.group && row.group === state.at && state.chosen < 0) {
+      pen.strokeStyle = hue.focus;
+      pen.lineWidth = 2;
+      pen.strokeRect(1, y + 1, left - 10, row_ - 2);
+    }
     pen.fillStyle = hue.ink;
     pen.textAlign = "left";
     if (small()) pen.fillText(clip(pen, sign + row.title + count, width - 16), 8, y + 9);
@@ -222,8 +236,8 @@ function bars() {
     pen.rect(left - 6, y, columns + 20, row_);
     pen.clip();
     const line = small() ? y + 17 : y; // names stand above the bars where there is no room beside them
-    if (row.group && !row.inside && !state.open.has(row.group)) density(pen, row, line, left, columns, hue);
-    else if (!(row.group && !row.inside)) lifeRow(pen, row, line, at, hue, width);
+    if (row.group && !state.open.has(row.group)) density(pen, row, line, left, columns, hue);
+    else if (!row.group) lifeRow(pen, row, line, at, hue, width);
     pen.restore();
   }
   pen.fillStyle = hue.paper;
@@ -245,7 +259,7 @@ function lifeRow(pen, row, y, at, hue, width) {
   const ordered = row.lives.slice().sort((a, b) => began[a] - began[b]);
   for (const index of ordered) {
     const life = lives[index], x = at(began[index]), stop = at(end[index]);
-    if (stop < -20 || x > width) continue;
+    if (end[index] < state.low || began[index] > state.high) continue;
     const [segments, asked] = parts(index);
     pen.fillStyle = hue.kinds[life[KIND]];
     for (const [from, to, shade] of segments) {
@@ -276,8 +290,8 @@ function lifeRow(pen, row, y, at, hue, width) {
       pen.lineWidth = 2;
       pen.strokeRect(x - 2, top - 3, Math.max(6, stop - x + 4), BAR + 6);
     }
-    marks.push([x - 3, y, Math.max(6, stop - x) + 12, rowHeight(), index]);
-    if (stop <= width + 20) ends.push([stop, life[KIND]]);
+    marks.push([x, y, stop - x, rowHeight(), index]);
+    if (end[index] <= state.high) ends.push([stop, life[KIND]]);
   }
   ends.sort((a, b) => a[0] - b[0]);
   for (let i = 0; i < ends.length; ) {

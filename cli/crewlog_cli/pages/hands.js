@@ -1,11 +1,12 @@
 // -- hands: pointer, wheel, keys, the overview's brush --------------------------------------------
 
+const LEAST_MS = 2;
 let queued = false, settle = 0;
 
 // Draw in the next frame; what is slow and in words follows once the hand rests.
 function draw() {
   clearTimeout(settle);
-  settle = setTimeout(() => { table(); link(); }, 120);
+  settle = setTimeout(() => { if (tabled !== inView) table(); link(); }, 120);
   if (queued) return;
   queued = true;
   requestAnimationFrame(() => {
@@ -36,7 +37,8 @@ function refresh() {
 }
 
 function show(from, to) {
-  const wide = Math.min(span, Math.max(2, to - from));
+  if (to - from < LEAST_MS && state.high - state.low <= LEAST_MS) return; // nearer there is nothing
+  const wide = Math.min(span, Math.max(LEAST_MS, to - from));
   state.low = Math.min(Math.max(0, from), span - wide);
   state.high = state.low + wide;
   arrange();
@@ -52,7 +54,7 @@ const move = (share) => show(state.low + (state.high - state.low) * share, state
 function choose(index, reveal) {
   state.chosen = index;
   if (index >= 0 && reveal) {
-    if (began[index] > state.high || end[index] < state.low) {
+    if (reveal === true && (began[index] > state.high || end[index] < state.low)) { // else the period stays
       const half = (state.high - state.low) / 2, middle = (began[index] + Math.min(end[index], began[index] + half)) / 2;
       show(middle - half, middle + half);
     }
@@ -61,22 +63,36 @@ function choose(index, reveal) {
       arrange();
       size();
     }
-    const frame = $("frame"), at = rows.findIndex((row) => (!row.group || row.inside) && row.lives.includes(index));
-    const y = at * rowHeight();
-    if (at >= 0 && y < frame.scrollTop) frame.scrollTop = y;
-    if (y + AXIS + 2 * rowHeight() > frame.scrollTop + frame.clientHeight) frame.scrollTop = y + AXIS + 2 * rowHeight() - frame.clientHeight;
+    bring(rows.findIndex((row) => !row.group && row.lives.includes(index)));
   }
   tell();
   markRow();
   draw();
 }
 
+// Walk over what is drawn, row by row: lives, and groups, which Enter opens.
 function step(by) {
-  const order = rows.filter((row) => !row.group || row.inside).flatMap((row) => row.lives.slice().sort((a, b) => began[a] - began[b]));
-  const every = order.length ? order : inView;
-  if (!every.length) return;
-  const at = every.indexOf(state.chosen);
-  choose(every[at < 0 ? 0 : Math.min(every.length - 1, Math.max(0, at + by))], true);
+  const order = rows.flatMap((row) => (row.group ? [row] : row.lives.slice().sort((a, b) => began[a] - began[b])));
+  if (!order.length) return;
+  const at = order.findIndex((one) => (typeof one === "number" ? one === state.chosen : state.chosen < 0 && one.group === state.at));
+  const next = order[at < 0 ? (by < 0 && !Number.isFinite(by) ? 0 : by > 1000 ? order.length - 1 : 0) : Math.min(order.length - 1, Math.max(0, at + by))];
+  state.at = typeof next === "number" ? "" : next.group;
+  choose(typeof next === "number" ? next : -1, true);
+  if (state.at) bring(rows.findIndex((row) => row.group === state.at));
+}
+
+function bring(row) {
+  const frame = $("frame"), y = row * rowHeight();
+  if (row < 0) return;
+  if (y < frame.scrollTop) frame.scrollTop = y;
+  if (y + AXIS + 2 * rowHeight() > frame.scrollTop + frame.clientHeight) frame.scrollTop = y + AXIS + 2 * rowHeight() - frame.clientHeight;
+}
+
+function toggle(group) {
+  if (!state.open.delete(group)) state.open.add(group);
+  arrange();
+  size();
+  draw();
 }
 
 function focus() {
@@ -89,6 +105,7 @@ const KEYS = [
   [["ArrowDown"], "the next life", () => step(1)], [["ArrowUp"], "the life before", () => step(-1)],
   [["PageDown"], "twenty on", () => step(20)], [["PageUp"], "twenty back", () => step(-20)],
   [["Home"], "the first", () => step(-lives.length)], [["End"], "the last", () => step(lives.length)],
+  [["Enter"], "open or close a group", () => { if (state.at) toggle(state.at); }],
   [["ArrowLeft", "a"], "earlier", () => move(-0.2)], [["ArrowRight", "d"], "later", () => move(0.2)],
   [["w", "+", "="], "zoom in", () => zoom(0.5)], [["s", "-"], "zoom out", () => zoom(2)],
   [["0"], "the whole period", () => show(0, span)], [["f"], "the chosen life, as wide as the picture", focus],
@@ -108,12 +125,13 @@ function spot(event) {
   return { x, y, left, when: state.low + ((x - left) / columns) * (state.high - state.low), per: (state.high - state.low) / columns };
 }
 
+// The life whose bar is there, else the nearest beside; of several, the one drawn last.
 function under(x, y) {
   let best = -1, nearest = 12;
   for (const [left, top, wide, high, index] of marks) {
     if (y < top || y > top + high) continue;
     const away = Math.max(left - x, x - left - wide, 0);
-    if (away < nearest) { nearest = away; best = index; }
+    if (away < nearest || (away === nearest && away === 0)) { nearest = away; best = index; }
   }
   return best;
 }
@@ -123,13 +141,42 @@ function rowUnder(y) {
 }
 
 let held = null; // where a drag began: {x, y, low, high, top, moved}
+const fingers = new Map(); // pointers of a touch that are down: two of them pinch
+let pinched = null;        // {wide, when, low, high} as two fingers came down
+
+function pinch() {
+  const [a, b] = [...fingers.values()], wide = Math.max(10, Math.abs(a.clientX - b.clientX));
+  const middle = { clientX: (a.clientX + b.clientX) / 2, clientY: a.clientY };
+  if (!pinched) {
+    pinched = { wide, when: spot(middle).when, low: state.low, high: state.high };
+    return;
+  }
+  const factor = pinched.wide / wide;
+  show(pinched.when - (pinched.when - pinched.low) * factor, pinched.when + (pinched.high - pinched.when) * factor);
+}
+
 function hold() {
   const frame = $("frame");
+  let dragged = false;
   frame.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
+    if (event.pointerType === "touch") fingers.set(event.pointerId, event);
+    if (fingers.size === 2) {
+      held = null;
+      pinched = null;
+      pinch();
+      return;
+    }
     held = { x: event.clientX, y: event.clientY, low: state.low, high: state.high, top: frame.scrollTop, moved: false, touch: event.pointerType === "touch" };
   });
   window.addEventListener("pointermove", (event) => {
+    if (fingers.has(event.pointerId)) fingers.set(event.pointerId, event);
+    if (fingers.size === 2) {
+      dragged = true;
+      pinch();
+      return;
+    }
+    if (held && event.buttons === 0) held = null; // it was let go of where nobody heard
     if (!held) {
       const at = spot(event), inside = event.target === $("lives") || event.target === frame;
       tip(inside ? under(at.x, at.y) : -1, event.clientX, event.clientY);
@@ -143,25 +190,24 @@ function hold() {
     show(held.low - dx * per, held.high - dx * per);
     if (!held.touch) frame.scrollTop = held.top - dy;
   });
-  let dragged = false;
-  window.addEventListener("pointerup", () => {
-    dragged = held !== null && held.moved;
+  const let_go = (event) => {
+    dragged = (held !== null && held.moved) || pinched !== null;
+    fingers.delete(event.pointerId);
+    if (fingers.size === 0) pinched = null;
     held = null;
-  });
+  };
+  window.addEventListener("pointerup", let_go);
+  window.addEventListener("pointercancel", let_go);
   frame.addEventListener("click", (event) => { // not before: what opens under a finger would take it
     if (dragged) return;
     const at = spot(event), row = rowUnder(at.y), index = under(at.x, at.y);
     if (index >= 0) {
       choose(index, false);
       if (small()) $("pane").scrollIntoView({ block: "end" });
-    } else if (row && row.group && !row.inside) {
-      if (!state.open.delete(row.group)) state.open.add(row.group);
-      arrange();
-      size();
-      draw();
+    } else if (row && row.group) {
+      toggle(row.group);
     } else choose(-1, false);
   });
-  window.addEventListener("pointercancel", () => { held = null; });
   frame.addEventListener("pointerleave", () => tip(-1));
   frame.addEventListener("wheel", (event) => {
     const at = spot(event), pinch = event.ctrlKey || event.metaKey;
@@ -184,8 +230,16 @@ function overview() {
     return state.low + (Math.max(0, Math.min(columns, x - left)) / columns) * (state.high - state.low);
   };
   const x = (event) => event.clientX - canvas.getBoundingClientRect().left;
-  canvas.addEventListener("pointerdown", (event) => { brush = [x(event), x(event)]; canvas.setPointerCapture(event.pointerId); });
-  canvas.addEventListener("pointermove", (event) => { if (brush) { brush[1] = x(event); draw(); } });
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0) return;
+    brush = [x(event), x(event)];
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    if (brush && event.buttons === 0) brush = null;
+    if (brush) { brush[1] = x(event); draw(); }
+  });
+  canvas.addEventListener("pointercancel", () => { brush = null; draw(); });
   canvas.addEventListener("pointerup", () => {
     const was = brush;
     brush = null;
@@ -208,6 +262,8 @@ function keys() {
     }
     const found = KEYS.find(([names]) => names.includes(event.key));
     if (!found) return;
+    const here = document.activeElement, aside = here !== document.body && here !== $("frame");
+    if (aside && /^(Arrow|Page|Home|End|Enter)/.test(event.key)) return; // theirs: a button, the pane, a row
     event.preventDefault();
     found[2]();
   });

@@ -12,12 +12,18 @@ function kinds() {
     if (!count) return;
     const label = document.createElement("label"), box = document.createElement("input"), dot = document.createElement("i");
     box.type = "checkbox";
+    box.value = index;
     box.checked = !state.hidden.has(index);
     box.addEventListener("change", () => { if (box.checked) state.hidden.delete(index); else state.hidden.add(index); refresh(); });
     dot.className = kind;
     label.append(box, dot, TITLES[index] + " " + count);
     $("kinds").append(label, " ");
   });
+}
+
+// Bring the life of a link into view; a period that the link names stays.
+function reveal() {
+  if (state.chosen >= 0) choose(state.chosen, location.hash.includes("view=") ? "rows" : true);
 }
 
 follow();
@@ -41,20 +47,36 @@ $("close").addEventListener("click", () => choose(-1, false));
 $("rest").addEventListener("click", list);
 $("rows").addEventListener("click", (event) => {
   const row = event.target.closest("tr");
-  if (row) choose(Number(row.dataset.life), true);
+  if (row) pick(row);
 });
+$("rows").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.target.dataset.life) pick(event.target);
+});
+function pick(row) {
+  choose(Number(row.dataset.life), true);
+  $("pane").scrollIntoView({ block: small() ? "end" : "nearest" });
+}
 hold();
 overview();
 keys();
 window.addEventListener("resize", () => { size(); draw(); });
-window.addEventListener("hashchange", () => { follow(); refresh(); });
+window.addEventListener("hashchange", () => { // a link was put into the address of the open page
+  follow();
+  for (const name of ["group", "sort", "filter"]) $(name).value = state[name];
+  document.querySelectorAll("#kinds input").forEach((box) => { box.checked = !state.hidden.has(Number(box.value)); });
+  densities.clear();
+  refresh();
+  reveal();
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { hues = null; patterns.clear(); draw(); });
 const print = (now) => () => {
   printing = now;
-  hues = null;
   patterns.clear();
   crowd();
   bars();
+  const left = [Math.max(0, rows.length - PRINT_ROWS), Math.max(0, ordered.length - listed)];
+  $("cut").hidden = !now || left[0] + left[1] === 0;
+  $("cut").textContent = "Not on this paper: " + left[0] + " more rows of the picture, " + left[1] + " more of the table.";
 };
 window.addEventListener("beforeprint", print(true));
 window.addEventListener("afterprint", print(false));
@@ -62,7 +84,9 @@ $("told").textContent = data.told + " Times are local (" + zone() + "), as of " 
 match();
 size();
 tell();
-if (state.chosen >= 0) choose(state.chosen, !location.hash.includes("view="));
+if (state.chosen >= 0 && !matched.includes(state.chosen)) state.chosen = -1;
+tell();
+reveal();
 crowd();
 bars();
 counts();

@@ -10,7 +10,7 @@ const COLUMNS = [
   ["how", (index) => words[lives[index][REASON]]],
   ["proven lifetime", (index) => known[index] - began[index]],
 ];
-let tableSort = 4, tableDown = true, listed = 0, ordered = [];
+let tableSort = 4, tableDown = true, listed = 0, ordered = [], tabled = null;
 
 function ending(index) {
   const life = lives[index];
@@ -66,10 +66,11 @@ function counts() {
   const alive = inView.reduce((n, index) => n + (lives[index][KIND] === 0), 0);
   const crashes = inView.reduce((n, index) => n + (crashed(lives[index]) && end[index] >= state.low && end[index] <= state.high), 0);
   $("count").textContent = "In view: " + sids + " of " + sidsOf.size + " workers, " + inView.length + " of " + lives.length +
-    " lives, " + alive + " still living, " + crashes + " crashes, at most " + ($("crowd").dataset.peak || 0) + " at once.";
+    " lives, " + alive + " still living, " + crashes + " crashed or lost, at most " + ($("crowd").dataset.peak || 0) + " at once.";
 }
 
 function table() {
+  tabled = inView; // as long as that is the same, so is the table
   ordered = inView.slice();
   const key = COLUMNS[tableSort][1], sign = tableDown ? -1 : 1;
   ordered.sort((a, b) => { const x = key(a), y = key(b); return x === y ? a - b : (x < y ? -sign : sign); });
@@ -91,6 +92,7 @@ function list() {
     ];
     for (const text of cells) row.appendChild(document.createElement("td")).textContent = text;
     row.dataset.life = index;
+    row.tabIndex = 0;
     row.classList.toggle("chosen", index === state.chosen);
     part.appendChild(row);
   }

@@ -12,10 +12,11 @@ lives.forEach((life, index) => {
   if (every) every.push(index); else sidsOf.set(life[SID], [index]);
 });
 
+const usualGroup = sidsOf.size > 300 ? "prefix" : "none";
 // Everything that can be shared by a link; and what follows from it.
 const state = {
-  low: 0, high: span, filter: "", group: sidsOf.size > 300 ? "prefix" : "none", sort: "recent",
-  hidden: new Set(), open: new Set(), chosen: -1,
+  low: 0, high: span, filter: "", group: usualGroup, sort: "recent",
+  hidden: new Set(), open: new Set(), chosen: -1, at: "", // a group that the keys stand at
 };
 let matched = [];   // lives that the filter lets through, by index
 let inView = [];    // those of them that touch the period shown
@@ -34,18 +35,27 @@ const searched = (number) => { // many are never searched
 function wanted(text) {
   const tests = [];
   let rest = text.trim().toLowerCase();
+  rest = rest.replace(/([^\s=]+=)"([^"]*)"/g, '"$1$2"'); // role="web two" is one word, too
   rest = rest.replace(/\b(code|signal)\s+(\d+)\b/g, (_, word, number) => {
     const exact = word + " " + number;
     tests.push((life) => searched(life[REASON]) === exact);
     return " ";
   });
-  for (const word of rest.split(/\s+/).filter(Boolean)) {
+  for (const [, quoted, plain] of rest.matchAll(/"([^"]*)"?|(\S+)/g)) {
+    const word = quoted || (plain || "").replaceAll('"', "");
+    if (!word) continue;
     const kind = KIND_WORDS.findIndex((every) => every.includes(word));
     const label = (life) => sets[life[LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
     if (kind >= 0) tests.push((life) => life[KIND] === kind || searched(life[SID]).includes(word));
     else tests.push((life) => searched(life[SID]).includes(word) || searched(life[REASON]).includes(word) || label(life));
   }
   return tests.length ? (life) => tests.every((test) => test(life)) : () => true;
+}
+
+// Return the steps of what is certain, and of what may be.
+function both(indexes) {
+  const certain = steps(indexes, knownCounted);
+  return [certain, indexes.every((index) => known[index] === end[index]) ? certain : steps(indexes, endCounted)];
 }
 
 function match() {
@@ -55,8 +65,7 @@ function match() {
     if (!state.hidden.has(lives[index][KIND]) && wants(lives[index])) matched.push(index);
   }
   densities.clear();
-  living = steps(matched, known);
-  possible = matched.every((index) => known[index] === end[index]) ? living : steps(matched, end);
+  [living, possible] = both(matched);
   arrange();
 }
 
@@ -92,7 +101,7 @@ function densityOf(row) {
     for (const [name, indexes] of every) if (!densities.has(name)) densities.set(name, { indexes, steps: null });
   }
   const found = densities.get(group);
-  found.steps ||= steps(found.indexes, known);
+  found.steps ||= both(found.indexes);
   return found.steps;
 }
 
@@ -155,13 +164,15 @@ function link() {
 function follow() {
   const found = new URLSearchParams(location.hash.slice(1));
   const view = /^(\d+)-(\d+)$/.exec(found.get("view") || "");
-  if (view) {
-    state.low = Math.max(0, Math.min(span, view[1] - data.from));
+  state.low = 0;
+  state.high = span;
+  if (view && Number(view[1]) < Number(view[2])) {
+    state.low = Math.max(0, Math.min(span - 1, view[1] - data.from));
     state.high = Math.max(state.low + 1, Math.min(span, view[2] - data.from));
   }
   state.filter = found.get("filter") || "";
-  if (found.get("group") in GROUPS) state.group = found.get("group");
-  if (found.get("sort") in SORTS) state.sort = found.get("sort");
+  state.group = Object.hasOwn(GROUPS, found.get("group")) ? found.get("group") : usualGroup;
+  state.sort = Object.hasOwn(SORTS, found.get("sort")) ? found.get("sort") : "recent";
   state.hidden = new Set((found.get("without") || "").split(",").map((name) => KINDS.indexOf(name)).filter((kind) => kind >= 0));
   try {
     state.open = new Set(JSON.parse(found.get("open") || "[]"));
@@ -169,5 +180,6 @@ function follow() {
     state.open = new Set(); // a link that was cut
   }
   const life = /^(\d+):(.*)$/s.exec(found.get("life") || "");
+  state.chosen = -1;
   if (life) state.chosen = lives.findIndex((one) => one[SEQ] === Number(life[1]) && words[one[SID]] === life[2]);
 }

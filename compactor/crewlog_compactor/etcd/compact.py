@@ -28,7 +28,7 @@ from crewlog.model.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from crewlog.registry import Registry
 from crewlog.store import Store
 from crewlog_compactor import retention
-from crewlog_compactor.collect import try_collect
+from crewlog_compactor.collect import Ended, try_collect
 from crewlog_compactor.reports import CompactReport
 from crewlog_compactor.retention import Keep
 
@@ -44,12 +44,15 @@ def compact(
     gc: bool,
     force: bool,
     keep_history: Keep,
+    keep_ended: Ended,
     dry_run: bool,
 ) -> CompactReport:
     """Collect, seal, retain; see `crewlog_compactor.compact`."""
     log = cast("EtcdLog", store)  # its kind says so
     none = None, None
-    collected, refused = try_collect(reg, force=force, dry_run=dry_run) if gc else none
+    collected, refused = (
+        try_collect(reg, force=force, keep=keep_ended, dry_run=dry_run) if gc else none
+    )
     if dry_run:
         added = 0 if collected is None else collected.changed
         sealed, last, going = _foretell(log, keep_history, added)

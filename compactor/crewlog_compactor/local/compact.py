@@ -24,7 +24,7 @@ from crewlog.model.snapshot import Snapshot
 from crewlog.registry import Registry
 from crewlog.store import Store, retried
 from crewlog_compactor import retention
-from crewlog_compactor.collect import try_collect
+from crewlog_compactor.collect import Ended, try_collect
 from crewlog_compactor.local import archive, retain
 from crewlog_compactor.reports import CompactReport
 from crewlog_compactor.retention import Keep
@@ -40,23 +40,47 @@ def compact(
     gc: bool,
     force: bool,
     keep_history: Keep,
+    keep_ended: Ended,
     dry_run: bool,
 ) -> CompactReport:
     """Do the job in a directory; see `crewlog_compactor.compact`."""
     log = cast("Log", store)  # its kind says so
     with disk.failures("cannot compact", where=reg.where):
         if dry_run:
-            return _foretold(reg, log, packing, gc=gc, force=force, keep_history=keep_history)
+            return _foretold(
+                reg,
+                log,
+                packing,
+                gc=gc,
+                force=force,
+                keep_history=keep_history,
+                keep_ended=keep_ended,
+            )
         with log.take_compact_lock():
-            return _compact(reg, log, packing, gc=gc, force=force, keep_history=keep_history)
+            return _compact(
+                reg,
+                log,
+                packing,
+                gc=gc,
+                force=force,
+                keep_history=keep_history,
+                keep_ended=keep_ended,
+            )
 
 
 def _compact(
-    reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
+    reg: Registry,
+    log: Log,
+    packing: Packing,
+    *,
+    gc: bool,
+    force: bool,
+    keep_history: Keep,
+    keep_ended: Ended,
 ) -> CompactReport:
     """Do the whole job. Held: locks/compact."""
     _sweep(log)
-    collected, refused = try_collect(reg, force=force) if gc else (None, None)
+    collected, refused = try_collect(reg, force=force, keep=keep_ended) if gc else (None, None)
     if _has_events(log):
         log.rotate()
     folded, current = _fold(log)
@@ -75,10 +99,19 @@ def _compact(
 
 
 def _foretold(
-    reg: Registry, log: Log, packing: Packing, *, gc: bool, force: bool, keep_history: Keep
+    reg: Registry,
+    log: Log,
+    packing: Packing,
+    *,
+    gc: bool,
+    force: bool,
+    keep_history: Keep,
+    keep_ended: Ended,
 ) -> CompactReport:
     """Say what the job would do. No lock is taken: where one is under way it looks again."""
-    collected, refused = try_collect(reg, force=force, dry_run=True) if gc else (None, None)
+    collected, refused = (
+        try_collect(reg, force=force, keep=keep_ended, dry_run=True) if gc else (None, None)
+    )
     report = CompactReport(
         folded_events=0,
         snapshot_seq=0,
