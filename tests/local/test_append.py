@@ -11,6 +11,7 @@ import pytest
 from crewlog.errors import (
     AppendUncertain,
     UnsafePermissions,
+    WorkerExists,
 )
 from crewlog.local import disk, layout
 from crewlog.local.disk import Disk
@@ -223,3 +224,23 @@ def test_sync_leader_that_does_not_finish_is_named_in_time(place: Path) -> None:
                 reg.update("a", meta={"n": 1})
             assert time.monotonic() - began < 5
         reg.update("a", meta={"n": 2})
+
+
+@pytest.mark.limits(recent_workers=40, segment_bytes=9_000)
+def test_rotation_in_a_group_forgets_nothing_that_was_decided(place: Path) -> None:
+    """However many workers are known: each is there for the next change, and registered once."""
+    with opened(place) as reg:
+        for first in range(0, 200, 5):
+            sids = [f"w{number}" for number in range(first, first + 5)]
+            with reg.batch() as batch:
+                for sid in sids:
+                    batch.register(sid)
+            for sid in sids:
+                with pytest.raises(WorkerExists):
+                    reg.register(sid)
+            with reg.batch() as batch:
+                for sid in sids:
+                    batch.exited(sid, code=0)
+        assert all(worker.final for worker in reg.workers(all=True))
+        assert len(list((place / layout.LOG).iterdir())) > 10, "it rotates"
+    assert verify(place).ok

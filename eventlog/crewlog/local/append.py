@@ -340,6 +340,7 @@ class Appender:
         # 1. log and states are in order: recovered, adopted, rotated, looked at, if need be
         state, head = self._ready()
         view, limits, base = self._view, self.limits, state
+        view.trim()
         try:
             tip = LocalTip(view, state=state, head=head)
             raws: list[bytes] = []  # what is decided, and not on the disk yet

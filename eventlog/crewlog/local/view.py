@@ -135,15 +135,19 @@ class View:
         """Return how many lines were written since `recent` was last brought up to date."""
         return 0 if self._written is None or not self.recent else seq - self._written.seq
 
+    def trim(self) -> None:
+        """Forget recent workers where they are many: before a group is decided, never meanwhile.
+
+        What is decided and not yet on disk is known here alone.
+        """
+        if len(self.recent) >= self._directory.limits.recent_workers:
+            self.recent = {}
+
     def catch_up(self, end: Position, active: Segment | None = None) -> None:
         """Bring the recent records up to `end`, which the caller knows to be written.
 
         `active` is the segment of `end`, where the caller has it open.
         """
-        if (
-            len(self.recent) >= self._directory.limits.recent_workers
-        ):  # never while a group is being decided
-            self.recent = {}
         written = self._written
         if written is not None and self.recent and end.seq > written.seq:
             try:
