@@ -47,7 +47,11 @@ def test_session_in_the_shell_prints_what_it_says(place: Path) -> None:
     script, said = [], []
     for row in session.splitlines():
         if row.startswith("$ "):
-            wait = "sleep 0.1; " * 5 if row.endswith("&") or "kill" in row else ""
+            wait = ""
+            if row.endswith("&"):
+                wait = "until pgrep -f '^sleep 601' >/dev/null; do sleep 0.1; done; sleep 0.3"
+            elif "kill" in row:
+                wait = "until crewlog -q history web-1 | grep -q crashed; do sleep 0.1; done"
             script.append(row[2:].replace("sleep 600", "sleep 601") + "\n" + wait)
         else:
             said.append(row)

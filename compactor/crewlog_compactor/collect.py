@@ -33,7 +33,7 @@ from crewlog_compactor import sockets as orphans
 from crewlog_compactor.plan import Plan, Task
 
 KEEP: Final = timedelta(days=1)
-ENDED_MAX: Final = 20_000  # unless the caller says how many: all of them stand in registry.json
+ENDED_MAX: Final = 10_000  # unless the caller says how many: all of them stand in registry.json
 Ended: TypeAlias = timedelta | int | None
 _STEPS_A_COMMIT: Final = 1000
 

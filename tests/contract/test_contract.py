@@ -869,7 +869,7 @@ def test_command_line_works_on_it(where: str) -> None:
     assert cli.json("compact")["folded_events"]
     assert cli.json("gc")["lost"] == []
     assert cli("path").stdout.strip() == where
-    assert "worker.ready" in cli("watch", "--after", "0", "--count", "2").stdout
+    assert "  ready  " in cli("watch", "--after", "0", "--count", "2").stdout
     cli("cursor", "set", "mailer", "2")
     assert "mailer" in cli("cursor", "ls").stdout
     cli("cursor", "rm", "mailer")

@@ -101,7 +101,7 @@ def _nice() -> None:
 
 
 def _ignored() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # nohup has ignored SIGHUP already
 
 
 def _blocked() -> None:

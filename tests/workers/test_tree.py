@@ -119,16 +119,19 @@ def test_pid_that_is_anothers_now_owns_no_session_of_ours(reg: Registry) -> None
     """The leader lives, and is not the one that was registered."""
     from dataclasses import replace
 
+    from crewlog.process import identity
+
     stranger = subprocess.Popen(
         ["sh", "-c", "sleep 300 & wait"], start_new_session=True,
     )  # fmt: skip
     worker = reg.spawn("a", ["sleep", "300"])
     assert worker.identity is not None
     assert worker.group is not None
-    earlier = (worker.identity.start_ticks or 0) - 1  # as above
+    stat = identity.read_stat(stranger.pid)
+    assert stat is not None
     same = replace(
         worker,
-        identity=replace(worker.identity, pid=stranger.pid, start_ticks=earlier),
+        identity=replace(worker.identity, pid=stranger.pid, start_ticks=stat.start_ticks - 1),
         group=replace(worker.group, session=stranger.pid, pgid=stranger.pid),
     )
     assert tree.members([same]) == {}

@@ -117,7 +117,7 @@ crewlog gc --assume-dead web-1 --reason 'its host burned down'""",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--keep", metavar="2d|50000", help="Keep ended workers listed so long, or so many; "
-              "else a day, and not more than 20000.")  # fmt: skip
+              "else a day, and not more than 10000.")  # fmt: skip
 @click.option("--plan", "plan_", metavar="FILE", help="Only write what would be done to FILE.")
 @click.option("--apply", "apply_", metavar="FILE", help="Do what a plan says, of any age.")
 @click.option("--assume-dead", "assumed", metavar="SID", shell_complete=shell.complete_sid,
@@ -244,7 +244,7 @@ crewlog schedule cron                # the line for a crontab""",
     help="Drop archived history that is older, or beyond so many bytes or events.",
 )
 @click.option("--keep-ended", metavar="2d|50000", help="Keep ended workers listed so long, or "
-              "so many; else a day, and not more than 20000.")  # fmt: skip
+              "so many; else a day, and not more than 10000.")  # fmt: skip
 @click.option("--pack", type=click.Choice(PACKINGS), default="gzip", show_default=True,
               help="How to compress what is archived now; zstd is an extra.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
