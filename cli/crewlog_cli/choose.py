@@ -74,13 +74,16 @@ class Chosen(NamedTuple):
             if wants(worker.sid) and all(test.holds(worker.labels) for test in self.labels)
         ]
 
-    def required(self, reg: Registry, workers: Collection[Worker]) -> list[Worker]:
+    def required(
+        self, reg: Registry, workers: Collection[Worker], *, some: bool = True
+    ) -> list[Worker]:
         """Return those that are wanted, in the order of the names where those are ids.
 
-        Raises: WorkerNotFound, with the nearest, for a name that means nobody.
+        Raises: WorkerNotFound, with the nearest, for a name that means nobody; with `some` also
+        where nobody has the labels: a list may be empty, but an act needs somebody.
         """
         found = self.of(workers)
-        if self.labels and not self.names and not found:
+        if some and self.labels and not self.names and not found:
             raise render.no_such_labels(self.labels)
         for name in self.names:
             means = matcher((name,))
@@ -98,9 +101,11 @@ class Chosen(NamedTuple):
         Raises: WorkerNotFound, with the nearest.
         """
         for name in names:
-            if not Chosen((name,)).sids(reg):
-                raise render.not_found(reg, name)
-            if not GLOB.search(name) and reg.get(name) is None and not any(reg.history(sid=name)):
+            if GLOB.search(name):
+                known = bool(Chosen((name,)).sids(reg))
+            else:  # an event is found without a fold of the log
+                known = any(reg.history(sid=name)) or reg.get(name) is not None
+            if not known:
                 raise render.not_found(reg, name)
 
     def sids(self, reg: Registry) -> list[str] | None:

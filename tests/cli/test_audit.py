@@ -18,6 +18,7 @@ import crewlog
 from commands import Cli
 from crewlog.local import layout
 from crewlog.registry import Registry
+from crewlog_cli import main
 from crewlog_compactor import compact
 from procs import Crew, files, kill
 
@@ -254,3 +255,26 @@ def test_crashed_is_what_nobody_had_asked_for(cli: Cli, reg: Registry, crew: Cre
         sys.executable, "-c", "import json, sys; print(json.load(sys.stdin)['sid'])",
     ).stdout  # fmt: skip
     assert told.split() == ["bad", "killed", "lost"]
+
+
+def test_history_of_a_worker_folds_no_log(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cost is that of the answer: no state is asked for, and no older part for a gap."""
+    for number in range(5):
+        reg.register(f"w{number}")
+    asked: list[object] = []
+    monkeypatch.setattr(Registry, "get", lambda _, sid: asked.append(sid))
+    monkeypatch.setattr(Registry, "state", lambda _: asked.append("state"))
+    real = Registry.history
+
+    def history(self: Registry, **options: object) -> object:
+        if options.get("types") == ["_gap"]:
+            asked.append(("gap after", options["after"]))
+        return real(self, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Registry, "history", history)
+    assert main.run(["-d", reg.where, "history", "w3"]) == 0
+    assert main.run(["-d", reg.where, "history", "-n", "2"]) == 0
+    assert asked == [("gap after", None), ("gap after", reg.last_seq - 2)]
+    assert "w3" in capsys.readouterr().out

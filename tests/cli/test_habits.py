@@ -80,6 +80,7 @@ def test_name_that_means_nobody_is_1_with_the_nearest(cli: Cli, crowd: Registry)
         assert "web-1" in cli(command, "web-9", code=1).stderr
     for command in ("show", "explain", "stop"):
         assert "no worker has the labels" in cli(command, "-l", "role=no", "-l", "k", code=1).stderr
+    assert cli("ls", "-l", "role=no").stdout.count("\n") == 1, "a list may be empty"
     cli("ls", "nothing-*", code=1)
     cli("stop", "nothing-*", "--yes", code=1)
 

@@ -91,8 +91,9 @@ def history(
     )
     if follow:  # what comes later is followed, and must not be printed twice
         found = (event for event in found if event.seq <= last_seq)
-    if count is not None:
-        found = itertools.islice(found, min(count, sys.maxsize))
+    if count is not None:  # then gaps are looked for no further back than these reach
+        found = list(itertools.islice(found, min(count, sys.maxsize)))
+        after = min((event.seq for event in found), default=last_seq) - 1
     if newest_first and not reverse:
         found = list(found)[::-1]
     if sh.json:
@@ -101,25 +102,25 @@ def history(
     else:
         Story(sh).tell(found)
     _tell_missing(sh, reg, chosen, meant)
-    _print_period(sh, reg)
+    _print_period(sh, reg, after)
     if follow:
         _follow(sh, reg, chosen, types=types, crashed=crashed, actor=actor, after=last_seq)
 
 
 def _tell_missing(sh: Shell, reg: Registry, chosen: Chosen, meant: list[str] | None) -> None:
     """Say where a name means nobody: an empty answer must not be mistaken for peace."""
-    for sid in meant or ():
-        if reg.get(sid) is None and not any(reg.history(sid=sid)):
+    for sid in sorted(chosen.exact):
+        if not any(reg.history(sid=sid)) and reg.get(sid) is None:
             sh.note(f"no event of {sid!r} is kept")
     if chosen and not meant:
         sh.note("no worker is, or was, such a one")
 
 
-def _print_period(sh: Shell, reg: Registry) -> None:
+def _print_period(sh: Shell, reg: Registry, after: int | None) -> None:
     """Say what the answer can cover at all, so that silence is not mistaken for peace."""
     if sh.quiet:
         return
-    for gap in reg.history(types=[events.GAP]):
+    for gap in reg.history(types=[events.GAP], after=after):
         sh.note(f"events {gap.data.get('first')} to {gap.seq} are lost; a repair gave them up")
     oldest = next(reg.history(types=[events.SEGMENT]), None)
     if oldest is not None:

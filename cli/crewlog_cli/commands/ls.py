@@ -148,7 +148,7 @@ class _Wanted(NamedTuple):
         """Return those to show, and how many dead ones are not; a name must mean somebody."""
         known = list(seen.workers.values())
         exact = self.chosen.exact  # shown, dead or alive
-        found = self.chosen.required(reg, known) if required else self.chosen.of(known)
+        found = self.chosen.required(reg, known, some=False) if required else self.chosen.of(known)
         workers = [
             worker
             for worker in found

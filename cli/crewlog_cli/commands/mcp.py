@@ -31,8 +31,8 @@ _EVENTS: Final = 200
 
 @command(
     "mcp",
-    examples="""crewlog mcp                     # an agent starts it, and talks to it on stdin
-claude mcp add crewlog -- crewlog -d ~/.local/state/crewlog mcp""",
+    examples="""crewlog mcp                          # an agent starts it, and talks to it on stdin
+crewlog -d ~/.local/state/crewlog mcp   # the command to put into an agent's list of servers""",
 )
 def mcp(sh: Shell) -> None:
     """Answer agents over MCP on stdin and stdout: who lives, why one died, what happened."""
