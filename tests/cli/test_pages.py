@@ -146,13 +146,45 @@ def test_page_is_as_it_was_looked_at(
 ) -> None:
     """Nothing is wider than the terminal, and what the product is for is there."""
     found = shown(place, PAGES[page], columns, monkeypatch)
-    path = GOLDEN / f"{page}-{columns}.txt"
+    if page != "ls-wide":  # what was asked for stays, whatever it takes
+        assert all(text.width(row) <= columns for row in found.splitlines())
+    held(GOLDEN / f"{page}-{columns}.txt", found)
+
+
+def held(path: Path, found: str) -> None:
+    """Hold a page against the one that was looked at, or write it anew."""
     if os.environ.get("GOLDEN_PAGES") == "write":
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)
-    if page != "ls-wide":  # what was asked for stays, whatever it takes
-        assert all(text.width(row) <= columns for row in found.splitlines())
     assert found == path.read_text()
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("asked", ["", "job", "web-1"])
+def test_picture_of_top_is_as_it_was_looked_at(
+    scene: Scene, columns: int, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list, a filter that finds nobody, and what Enter shows."""
+    rich = pytest.importorskip("rich.console")
+    from crewlog_cli.commands import top
+    from crewlog_cli.shell import Shell
+
+    monkeypatch.setattr(top, "datetime", _Now)
+    monkeypatch.setattr(Registry, "where", "/var/lib/crewlog")
+    monkeypatch.setattr(output, "columns", lambda: columns)
+    state = top._Top(scene.reg, "sid")
+    state.chosen = "web-1"
+    if asked == "web-1":
+        state.detail = asked
+    else:
+        state.filter = asked
+    out = io.StringIO()
+    console = rich.Console(width=columns, height=14, file=out, color_system=None, highlight=False)
+    rows = state.look(measure=True)
+    console.print(top._picture(Shell(utc=True), state, rows, console.size))
+    found = "".join(f"{row.rstrip()}\n" for row in out.getvalue().splitlines())
+    assert all(text.width(row) <= columns for row in found.splitlines())
+    held(GOLDEN / f"top{'-' + asked if asked else ''}-{columns}.txt", found)
 
 
 @pytest.mark.parametrize("columns", WIDTHS)

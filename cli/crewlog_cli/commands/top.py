@@ -365,7 +365,7 @@ def _table(sh: Shell, state: _Top, shown: Sequence[_Row], width: int) -> "Render
 
     now = datetime.now(UTC)
     heads = [
-        Column("sid", shrinks_to=12), Column("status", shrinks_to=8), Column("pid", 5),
+        Column("sid", shrinks_to=12), Column("status"), Column("pid", 5),
         Column("age", 8), Column("cpu", 7), Column("mem", 7), Column("last event", 3),
     ]  # fmt: skip
     recorded = any(row.worker.argv for row in shown)  # only who asked for it has its words there
