@@ -190,14 +190,14 @@ function hold() {
     show(held.low - dx * per, held.high - dx * per);
     if (!held.touch) frame.scrollTop = held.top - dy;
   });
-  const let_go = (event) => {
+  const letGo = (event) => {
     dragged = (held !== null && held.moved) || pinched !== null;
     fingers.delete(event.pointerId);
     if (fingers.size === 0) pinched = null;
     held = null;
   };
-  window.addEventListener("pointerup", let_go);
-  window.addEventListener("pointercancel", let_go);
+  window.addEventListener("pointerup", letGo);
+  window.addEventListener("pointercancel", letGo);
   frame.addEventListener("click", (event) => { // not before: what opens under a finger would take it
     if (dragged) return;
     const at = spot(event), row = rowUnder(at.y), index = under(at.x, at.y);
