@@ -13,30 +13,27 @@ async function unpack(packed) {
 
 let data;
 try {
-  data = await unpack($("data").textContent);
+  const text = $("data").textContent;
+  data = text.startsWith("{") ? JSON.parse(text) : await unpack(text);
 } catch (error) {
   $("told").textContent = "This browser cannot unpack the page's data (DecompressionStream): " + error.message;
   throw error;
 }
 
-// data.lives has a column for each field: texts are numbers of data.words, labels of data.sets; times
-// are whole ms, proof and end after began, end -1: it goes on; pid, began and seq are differences.
-// A life's steps (when, what it does to the bar, words, who) and what else is told come later.
-const [SID, PID, GENERATION, BEGAN, PROOF, END, KIND, REASON, VERSION, SEQ, LABELS, HOST, OWNER, STEPS, MORE] =
-  Array.from({ length: 15 }, (_, index) => index);
-for (const at of [PID, BEGAN, SEQ]) {
-  const column = data.lives[at] || [];
-  for (let i = 1; i < column.length; i++) column[i] += column[i - 1];
+// A life: texts are numbers of data.words, labels of data.sets; times are whole ms, proof and end after
+// began, end -1: it goes on; pid, began and seq come as differences to the life before.
+const [SID, PID, GENERATION, BEGAN, PROOF, END, KIND, REASON, VERSION, SEQ, LABELS, HOST, OWNER] =
+  Array.from({ length: 13 }, (_, index) => index);
+const { lives } = data;
+for (let index = 1; index < lives.length; index++) {
+  const life = lives[index], before = lives[index - 1];
+  life[PID] += before[PID];
+  life[BEGAN] += before[BEGAN];
+  life[SEQ] += before[SEQ];
 }
+// What happened in a life, by its index, once it was unpacked: when, what it does to the bar, words, who…
 const NONE = [];
-const lives = [];
-for (let index = 0, fields = data.lives; index < (fields[SID] || []).length; index++) {
-  const life = new Array(15);
-  for (let at = 0; at < 13; at++) life[at] = fields[at][index];
-  life[STEPS] = NONE;
-  life[MORE] = -1;
-  lives.push(life);
-}
+const happened = [], more = [];
 const { words, sets } = data;
 
 const KINDS = ["alive", "exited", "failed", "lost", "released", "unknown"];
@@ -44,30 +41,38 @@ const TITLES = ["alive", "ended orderly", "crashed", "lost", "released", "not kn
 // What people type for a kind; the page's own words among them.
 const KIND_WORDS = [["alive", "living"], ["exited", "ended", "orderly", "stopped"], ["crashed", "failed"], ["lost"], ["released", "removed"], ["unknown"]];
 
-const began = Float64Array.from(lives, (life) => life[BEGAN]);
+// Nobody saw the end of a lost one, nor knows of one that cannot be judged.
+const sure = (life) => life[KIND] !== 3 && life[KIND] !== 5;
 // Up to now, or the last that is known: a clock may have been ahead.
 let span = Math.max(1, data.to - data.from);
 for (const life of lives) span = Math.max(span, life[BEGAN] + Math.max(0, life[END]));
-const proof = Float64Array.from(lives, (life) => life[BEGAN] + life[PROOF]);
-const end = Float64Array.from(lives, (life) => (life[END] < 0 ? span : life[BEGAN] + life[END]));
-// Nobody saw the end of a lost one, nor knows of one that cannot be judged.
-const sure = (life) => life[KIND] !== 3 && life[KIND] !== 5;
-const known = Float64Array.from(lives, (life, index) => (sure(life) ? end[index] : Math.min(end[index], proof[index])));
-// For counting: who goes on lives beyond the last moment, and is there at it.
-const until = (ends) => Float64Array.from(ends, (when, index) => (lives[index][END] < 0 && when >= span ? span + 1 : when));
-const endCounted = until(end), knownCounted = until(known);
+// By life, in ms after data.from: `known` is up to when it lived for certain. For counting, who goes on
+// lives beyond the last moment, and is there at it.
+const [began, proof, end, known, endCounted, knownCounted] = Array.from({ length: 6 }, () => new Float64Array(lives.length));
+for (let index = 0; index < lives.length; index++) {
+  const life = lives[index], on = life[END] < 0;
+  began[index] = life[BEGAN];
+  proof[index] = life[BEGAN] + life[PROOF];
+  end[index] = on ? span : life[BEGAN] + life[END];
+  known[index] = sure(life) ? end[index] : Math.min(end[index], proof[index]);
+  endCounted[index] = on ? span + 1 : end[index];
+  knownCounted[index] = on && known[index] >= span ? span + 1 : known[index];
+}
 const crashed = (life) => life[KIND] === 2 || life[KIND] === 3;
 const labelsOf = (life) => sets[life[LABELS]].map((number) => words[number]);
 
 // What happened in the lives is unpacked once there is a picture.
 async function unpackStories() {
+  if (document.readyState === "loading") { // they stand behind this script
+    await new Promise((done) => document.addEventListener("DOMContentLoaded", done));
+  }
   const found = await unpack($("stories").textContent);
   words.push(...found.words);
   found.steps.forEach((row, index) => {
     const steps = row.slice(1);
     for (let i = 4; i < steps.length; i += 4) steps[i] += steps[i - 4];
-    lives[index][STEPS] = steps;
-    lives[index][MORE] = row[0];
+    happened[index] = steps;
+    more[index] = row[0];
   });
 }
 

@@ -1,6 +1,6 @@
 // -- drawing -------------------------------------------------------------------------------------
 
-const PRINT_WIDTH = 700, AXIS = 22, BAR = 10, STRIP = 10, CROWD = 96, PRINT_ROWS = 1500, BADGE = 11;
+const DENSITY_MS = 8, PRINT_WIDTH = 700, AXIS = 22, BAR = 10, STRIP = 10, CROWD = 96, PRINT_ROWS = 1500, BADGE = 11;
 const small = () => window.innerWidth < 640;
 const rowHeight = () => (small() ? 34 : 18);
 let printing = false;
@@ -161,7 +161,7 @@ const SHADES = { 1: 0.45, 2: 1, 3: 0.7, 4: 0.7 };
 
 // The parts of a bar: [from, to, shade], and where a stop was asked.
 function parts(index) {
-  const life = lives[index], found = life[STEPS];
+  const life = lives[index], found = happened[index] || NONE;
   const segments = [];
   let asked = -1, from = began[index], shade = found.length ? 0.45 : 1;
   for (let i = 0; i < found.length; i += 4) {
@@ -179,7 +179,9 @@ function parts(index) {
 
 function density(pen, row, y, left, columns, hue) {
   const height = rowHeight() - 4, width = Math.max(1, Math.floor(columns));
-  const [certain, maybe] = densityOf(row).map((found) => columnsOf(found, state.low, state.high, width));
+  const both = densityOf(row);
+  if (!both) return false;
+  const [certain, maybe] = both.map((found) => columnsOf(found, state.low, state.high, width));
   const most = Math.max(1, maybe.peak);
   for (const [counts, fill] of [[maybe.most, hatch(pen, hue.kinds[3])], [certain.most, hue.kinds[0]]]) {
     pen.fillStyle = fill;
@@ -196,6 +198,7 @@ function density(pen, row, y, left, columns, hue) {
       ended = Math.floor(x);
     }
   }
+  return true;
 }
 
 function bars() {
@@ -207,6 +210,8 @@ function bars() {
   const pen = paper(canvas, width, height);
   const edge = (x) => Math.min(Math.max(x, left - 40), width + 40); // a canvas counts in 32 bits
   const at = (ms) => edge(left + ((ms - state.low) / (state.high - state.low)) * columns);
+  let late = false;
+  due = performance.now() + (printing ? Infinity : DENSITY_MS);
   marks = [];
   badges = [];
   const first = Math.max(0, Math.floor(top / row_)), last = Math.min(rows.length, first + Math.ceil(height / row_) + 1);
@@ -236,7 +241,7 @@ function bars() {
     pen.rect(left - 6, y, columns + 20, row_);
     pen.clip();
     const line = small() ? y + 17 : y; // names stand above the bars where there is no room beside them
-    if (row.group && !state.open.has(row.group)) density(pen, row, line, left, columns, hue);
+    if (row.group && !state.open.has(row.group)) late ||= !density(pen, row, line, left, columns, hue);
     else if (!row.group) lifeRow(pen, row, line, at, hue, width);
     pen.restore();
   }
@@ -251,6 +256,7 @@ function bars() {
     pen.fillText(text, x, AXIS / 2);
     free = x + half + 8;
   }
+  if (late) draw(); // rows that had no time to count
 }
 
 function lifeRow(pen, row, y, at, hue, width) {

@@ -7,8 +7,10 @@ function choices(select, every, name) {
 }
 
 function kinds() {
+  const every = KINDS.map(() => 0);
+  for (const life of lives) every[life[KIND]]++;
   KINDS.forEach((kind, index) => {
-    const count = lives.reduce((n, life) => n + (life[KIND] === index), 0);
+    const count = every[index];
     if (!count) return;
     const label = document.createElement("label"), box = document.createElement("input"), dot = document.createElement("i");
     box.type = "checkbox";

@@ -1,7 +1,8 @@
 """Build the timeline page: one file, no network, and nothing in it that a worker's name can do.
 
-What workers are called reaches the page packed (JSON, gzip, base64: letters and digits only) in a
-script element that is never run, and from there only as text. The policy in the page's head allows
+What workers are called reaches the page packed (JSON, gzip, base64: letters and digits only), or
+where they are many as JSON with every character escaped that could end it, in a script element that
+is never run, and from there only as text. The policy in the page's head allows
 the one script and the one style by their hashes, and nothing else at all.
 """
 
@@ -29,6 +30,9 @@ _KINDS: Final = {
 _UNKNOWN: Final = 5
 # The script, in the order in which its parts need each other.
 _SCRIPT: Final = ("data.js", "count.js", "rows.js", "draw.js", "pane.js", "hands.js", "page.js")
+
+
+_LARGE: Final = 20_000  # lives: from here on the time counts, not the size
 
 
 class _Words:
@@ -64,13 +68,15 @@ def page(
         "from": first,
         "to": max(_ms(now), first),
         "told": text.visible(told),
-        "lives": _columns(rows, first),
+        "workers": len({life.sid for life in lives}),
+        "lives": _differences(rows, first),
         "sets": [json.loads(labels) for labels in sets.all],
         "words": list(words.all),
     }
     known = len(words.all)
     steps = [_steps(life, words, told_of.get(life.seq, _NOTHING)) for life in lives]
-    return _filled(picture, {"steps": steps, "words": list(words.all)[known:]})
+    found = {"steps": steps, "words": list(words.all)[known:]}
+    return _filled(picture, found, large=len(lives) > _LARGE)
 
 
 _NOTHING: Final = Told()
@@ -97,14 +103,16 @@ def _row(life: Life, words: _Words, sets: _Words, *, unknown: bool, told: Told) 
     )
 
 
-def _columns(rows: Sequence[tuple[int, ...]], begin: int) -> list[list[int]]:
-    """Return the fields of all rows one after the other: pids, times and seqs as differences."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    for at, first in ((1, 0), (3, begin), (9, 0)):
-        if columns:
-            before = [first, *columns[at][:-1]]
-            columns[at] = [now - then for now, then in zip(columns[at], before, strict=True)]
-    return columns
+def _differences(rows: Sequence[tuple[int, ...]], begin: int) -> list[list[int]]:
+    """Return rows with pids, beginnings and seqs as differences to the row before."""
+    found, before = [], {1: 0, 3: begin, 9: 0}
+    for row in rows:
+        fields = list(row)
+        for at, then in before.items():
+            fields[at] -= then
+        before = {at: row[at] for at in before}
+        found.append(fields)
+    return found
 
 
 def _steps(life: Life, words: _Words, told: Told) -> list[int]:
@@ -118,7 +126,7 @@ def _steps(life: Life, words: _Words, told: Told) -> list[int]:
     return found
 
 
-def _filled(picture: Mapping[str, object], stories: Mapping[str, object]) -> bytes:
+def _filled(picture: Mapping[str, object], stories: Mapping[str, object], *, large: bool) -> bytes:
     script = "".join(['"use strict";\n(async () => {\n', *map(_asset, _SCRIPT), "})();\n"])
     style, whole = _asset("page.css"), _asset("page.html")
     for mark, words in {
@@ -126,11 +134,23 @@ def _filled(picture: Mapping[str, object], stories: Mapping[str, object]) -> byt
         "@SCRIPT_HASH@": _hash(script),
         "@STYLE@": style,
         "@SCRIPT@": script,
-        "@DATA@": _packed(picture),
+        "@DATA@": _plain(picture) if large else _packed(picture),
         "@STORIES@": _packed(stories),
     }.items():
         whole = whole.replace(mark, words, 1)
     return whole.encode()
+
+
+# What could end a script element or be taken for the end of a line of it.
+_ESCAPED: Final = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+
+
+def _plain(found: Mapping[str, object]) -> str:
+    """Return what is larger, and at hand sooner: nothing need be unpacked."""
+    data = json.dumps(found, separators=(",", ":"))  # ASCII only, so no other line ends either
+    for char, escaped in _ESCAPED.items():
+        data = data.replace(char, escaped)
+    return data
 
 
 def _packed(found: Mapping[str, object]) -> str:
@@ -141,7 +161,8 @@ def _packed(found: Mapping[str, object]) -> str:
 def names(made: bytes) -> list[str]:
     """Return what a page names: ids, labels, words; packed, no search finds them in the file."""
     data = made.split(b'id="data">', 1)[1].split(b"<", 1)[0]
-    found: list[str] = json.loads(gzip.decompress(base64.b64decode(data)))["words"]
+    plain = data if data.startswith(b"{") else gzip.decompress(base64.b64decode(data))
+    found: list[str] = json.loads(plain)["words"]
     return found
 
 

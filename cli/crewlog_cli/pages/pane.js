@@ -38,7 +38,7 @@ function tell() {
     size();
   }
   if (!open) return;
-  const life = lives[state.chosen], told = life[STEPS];
+  const life = lives[state.chosen], told = happened[state.chosen] || NONE;
   $("who").textContent = words[life[SID]];
   $("facts").textContent = facts(state.chosen);
   $("steps").textContent = "";
@@ -47,7 +47,7 @@ function tell() {
     item.textContent = moment(began[state.chosen] + told[i]) + "  " + words[told[i + 2]] + "  by " + words[told[i + 3]];
     $("steps").append(item);
   }
-  $("more").textContent = life[MORE] < 0 ? "" : words[life[MORE]];
+  $("more").textContent = words[more[state.chosen]] || "";
 }
 
 function tip(index, x, y) {
@@ -62,10 +62,15 @@ function tip(index, x, y) {
 }
 
 function counts() {
-  const sids = new Set(inView.map((index) => lives[index][SID])).size;
-  const alive = inView.reduce((n, index) => n + (lives[index][KIND] === 0), 0);
-  const crashes = inView.reduce((n, index) => n + (crashed(lives[index]) && end[index] >= state.low && end[index] <= state.high), 0);
-  $("count").textContent = "In view: " + sids + " of " + sidsOf.size + " workers, " + inView.length + " of " + lives.length +
+  let sids = 0, alive = 0, crashes = 0;
+  const seen = new Uint8Array(words.length);
+  for (const index of inView) {
+    const life = lives[index];
+    if (!seen[life[SID]]) sids += seen[life[SID]] = 1;
+    alive += life[KIND] === 0;
+    crashes += crashed(life) && end[index] >= state.low && end[index] <= state.high;
+  }
+  $("count").textContent = "In view: " + sids + " of " + workers + " workers, " + inView.length + " of " + lives.length +
     " lives, " + alive + " still living, " + crashes + " crashed or lost, at most " + ($("crowd").dataset.peak || 0) + " at once.";
 }
 

@@ -6,13 +6,9 @@ for (const key of new Set(sets.flat().map((number) => words[number].split("=")[0
 }
 const SORTS = { recent: "living, then ended last", start: "start", end: "end", id: "id", lifetime: "lifetime", crashes: "crashes" };
 
-const sidsOf = new Map(); // sid -> its lives, by index
-lives.forEach((life, index) => {
-  const every = sidsOf.get(life[SID]);
-  if (every) every.push(index); else sidsOf.set(life[SID], [index]);
-});
+const workers = data.workers; // how many ids there are
 
-const usualGroup = sidsOf.size > 300 ? "prefix" : "none";
+const usualGroup = workers > 300 ? "prefix" : "none";
 // Everything that can be shared by a link; and what follows from it.
 const state = {
   low: 0, high: span, filter: "", group: usualGroup, sort: "recent",
@@ -21,6 +17,7 @@ const state = {
 let matched = [];   // lives that the filter lets through, by index
 let inView = [];    // those of them that touch the period shown
 let rows = [];      // {title, lives, group: its name, or ""}: what is drawn, from the top
+let due = 0; // until then rows may count in this picture
 const densities = new Map(); // group -> steps of all its lives that are matched
 let living;         // steps of what is certain, of matched
 let possible;       // and of what may be
@@ -52,7 +49,7 @@ function wanted(text) {
   return tests.length ? (life) => tests.every((test) => test(life)) : () => true;
 }
 
-// Return the steps of what is certain, and of what may be.
+// Return the steps of what is certain, and of what may be: the same where every end is known.
 function both(indexes) {
   const certain = steps(indexes, knownCounted);
   return [certain, indexes.every((index) => known[index] === end[index]) ? certain : steps(indexes, endCounted)];
@@ -71,13 +68,13 @@ function match() {
 
 const PREFIX = /^(.*?)[-_.:@]?[0-9a-f]*\d[0-9a-f-]*$/i;
 
-const prefixes = new Map();
+const prefixes = []; // by the number of the id
 function prefixOf(sid) {
-  if (!prefixes.has(sid)) {
+  if (prefixes[sid] === undefined) {
     const found = PREFIX.exec(words[sid]);
-    prefixes.set(sid, ((found && found[1]) || words[sid]) + "…");
+    prefixes[sid] = ((found && found[1]) || words[sid]) + "…";
   }
-  return prefixes.get(sid);
+  return prefixes[sid];
 }
 
 function groupOf(life) {
@@ -101,6 +98,7 @@ function densityOf(row) {
     for (const [name, indexes] of every) if (!densities.has(name)) densities.set(name, { indexes, steps: null });
   }
   const found = densities.get(group);
+  if (!found.steps && performance.now() > due) return null; // in the next picture
   found.steps ||= both(found.indexes);
   return found.steps;
 }
