@@ -707,8 +707,12 @@ _HOSTILE = (
 
 
 @needs_chromium
-def test_hostile_names_are_inert(tmp_path: Path, browser: Browser) -> None:
+@pytest.mark.parametrize("large", [20_000, 0])
+def test_hostile_names_are_inert(
+    tmp_path: Path, browser: Browser, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever a sid, a version or a cause says, it is shown as text; the page stays whole."""
+    monkeypatch.setattr(page, "_LARGE", large)  # from there on the data stand there unpacked
     found = lives(10, sid=_HOSTILE, version=_HOSTILE)
     for life in found:
         life.cause = _HOSTILE
