@@ -137,7 +137,8 @@ class Shell:
 
     def page(self, lines: Sequence[str]) -> None:
         """Print lines; on a terminal that they do not fit on, through a pager as git does."""
-        height = 0 if self.no_pager or not output.columns() else output.height()
+        able = output.columns() and os.environ.get("TERM") != "dumb" and not self.no_pager
+        height = output.height() if able else 0
         if height and len(lines) >= height:
             from crewlog_cli import pager  # noqa: PLC0415 (start-up; few answers are so long)
 

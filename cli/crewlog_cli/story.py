@@ -77,9 +77,14 @@ class Story:
 
     # -- printed ----------------------------------------------------------------------------
 
-    def tell(self, found: Iterable[Event]) -> None:
-        """Print events as a table; on a terminal the date once a day, and a pager if it is long."""
-        self._shell.page(self.lines(found))
+    def tell(self, found: Iterable[Event], *, paged: bool = True) -> None:
+        """Print events as a table; on a terminal the date once a day, `paged` if it is long."""
+        lines = self.lines(found)
+        if paged:
+            self._shell.page(lines)
+            return
+        for line in lines:
+            output.put(line)
 
     def lines(self, found: Iterable[Event]) -> list[str]:
         """Return the lines of a table; the events are in either order."""

@@ -382,12 +382,15 @@ def test_update_and_register_say_what_the_number_is(cli: Cli, crew: Crew) -> Non
 # -- a pager --------------------------------------------------------------------------------
 
 
-def on_terminal(cli: Cli, *words: str, env: Mapping[str, str]) -> str:
+def on_terminal(
+    cli: Cli, *words: str, env: Mapping[str, str], program: tuple[str, ...] = (), code: int = 0
+) -> str:
     """Return what a command writes on a terminal of 80 x 10."""
     above, below = pty.openpty()
     fcntl.ioctl(below, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 80, 0, 0))
     running = subprocess.Popen(
-        [*CREWLOG, "-d", cli.where, *words], stdin=below, stdout=below, stderr=subprocess.DEVNULL,
+        program or [*CREWLOG, "-d", cli.where, *words],
+        stdin=below, stdout=below, stderr=subprocess.DEVNULL,
         env={**os.environ, "TERM": "xterm", **env},
     )  # fmt: skip
     os.close(below)
@@ -395,7 +398,7 @@ def on_terminal(cli: Cli, *words: str, env: Mapping[str, str]) -> str:
     with contextlib.suppress(OSError):  # EIO: it has ended
         while select.select([above], [], [], 20)[0]:
             out += os.read(above, 65536)
-    assert running.wait(20) == 0
+    assert running.wait(20) in {code, 124 if code else 0}  # timeout(1) says 124
     os.close(above)
     return out.decode()
 
@@ -413,6 +416,9 @@ def test_long_history_goes_through_a_pager_on_a_terminal(cli: Cli, crowd: Regist
     assert "P:" not in on_terminal(cli, "history", env={**marked, "CREWLOG_PAGER": "cat"})
     assert "P:" not in cli("history", env={**os.environ, **marked}).stdout
     assert "web-1" in on_terminal(cli, "history", env={"PAGER": "/no/such/pager"})
+    assert "P:" not in on_terminal(cli, "history", env={**marked, "TERM": "dumb"})
+    follower = ("timeout", "-s", "INT", "3", *CREWLOG, "-d", cli.where, "history", "-f")
+    assert "P:" not in on_terminal(cli, env=marked, program=follower, code=130)
 
 
 # -- completion -----------------------------------------------------------------------------

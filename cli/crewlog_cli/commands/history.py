@@ -100,7 +100,7 @@ def history(
         for event in found:
             sh.stream(render.event_json(event))
     else:
-        Story(sh).tell(found)
+        Story(sh).tell(found, paged=not follow)  # nobody would leave a pager to hear of what comes
     _tell_missing(sh, reg, chosen, meant)
     _print_period(sh, reg, after)
     if follow:
