@@ -20,16 +20,18 @@ try {
   throw error;
 }
 
-// A life: texts are numbers of data.words, labels of data.sets; times are whole ms, proof and end after
-// began, end -1: it goes on; pid, began and seq come as differences to the life before.
-const [SID, PID, GENERATION, BEGAN, PROOF, END, KIND, REASON, VERSION, SEQ, LABELS, HOST, OWNER] =
-  Array.from({ length: 13 }, (_, index) => index);
-const { lives } = data;
-for (let index = 1; index < lives.length; index++) {
-  const life = lives[index], before = lives[index - 1];
-  life[PID] += before[PID];
-  life[BEGAN] += before[BEGAN];
-  life[SEQ] += before[SEQ];
+// A life: [sid, pid, began, proof, end, seq, class]; texts are numbers of data.words; times are whole ms, proof
+// and end after began; end -1: it goes on, proof -1: it is the end; pid, began and seq come as differences
+// to the life before. A class is what many have alike; its labels are a number of data.sets.
+const [SID, PID, BEGAN, PROOF, END, SEQ, CLASS] = Array.from({ length: 7 }, (_, index) => index);
+const [KIND, GENERATION, REASON, VERSION, LABELS, HOST, OWNER] = Array.from({ length: 7 }, (_, index) => index);
+const { lives, classes } = data;
+let [pid, moment0, seq] = [0, 0, 0];
+for (const life of lives) {
+  life[PID] = pid += life[PID];
+  life[BEGAN] = moment0 += life[BEGAN];
+  life[SEQ] = seq += life[SEQ];
+  life[CLASS] = classes[life[CLASS]];
 }
 // What happened in a life, by its index, once it was unpacked: when, what it does to the bar, words, who…
 const NONE = [];
@@ -42,7 +44,7 @@ const TITLES = ["alive", "ended orderly", "crashed", "lost", "released", "not kn
 const KIND_WORDS = [["alive", "living"], ["exited", "ended", "orderly", "stopped"], ["crashed", "failed"], ["lost"], ["released", "removed"], ["unknown"]];
 
 // Nobody saw the end of a lost one, nor knows of one that cannot be judged.
-const sure = (life) => life[KIND] !== 3 && life[KIND] !== 5;
+const sure = (life) => life[CLASS][KIND] !== 3 && life[CLASS][KIND] !== 5;
 // Up to now, or the last that is known: a clock may have been ahead.
 let span = Math.max(1, data.to - data.from);
 for (const life of lives) span = Math.max(span, life[BEGAN] + Math.max(0, life[END]));
@@ -52,14 +54,14 @@ const [began, proof, end, known, endCounted, knownCounted] = Array.from({ length
 for (let index = 0; index < lives.length; index++) {
   const life = lives[index], on = life[END] < 0;
   began[index] = life[BEGAN];
-  proof[index] = life[BEGAN] + life[PROOF];
   end[index] = on ? span : life[BEGAN] + life[END];
+  proof[index] = life[PROOF] < 0 ? end[index] : life[BEGAN] + life[PROOF];
   known[index] = sure(life) ? end[index] : Math.min(end[index], proof[index]);
   endCounted[index] = on ? span + 1 : end[index];
   knownCounted[index] = on && known[index] >= span ? span + 1 : known[index];
 }
-const crashed = (life) => life[KIND] === 2 || life[KIND] === 3;
-const labelsOf = (life) => sets[life[LABELS]].map((number) => words[number]);
+const crashed = (life) => life[CLASS][KIND] === 2 || life[CLASS][KIND] === 3;
+const labelsOf = (life) => sets[life[CLASS][LABELS]].map((number) => words[number]);
 
 // What happened in the lives is unpacked once there is a picture.
 async function unpackStories() {

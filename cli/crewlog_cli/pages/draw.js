@@ -65,6 +65,27 @@ function clip(pen, text, width) {
   return text.slice(0, low) + "…";
 }
 
+// When crashes happened: as high and as dark as they are many, so that many hide no few. Returns how many.
+function crashStrip(pen, indexes, left, columns, y, height, hue) {
+  const counts = new Int32Array(Math.max(1, Math.floor(columns)));
+  let most = 0, all = 0;
+  for (const index of indexes) {
+    if (!crashed(lives[index]) || end[index] < state.low || end[index] > state.high) continue;
+    const x = Math.min(counts.length - 1, Math.floor(((end[index] - state.low) / (state.high - state.low)) * counts.length));
+    most = Math.max(most, ++counts[x]);
+    all++;
+  }
+  pen.fillStyle = hue.kinds[2];
+  for (let x = 0; x < counts.length; x++) {
+    if (!counts[x]) continue;
+    const share = counts[x] / most, high = Math.max(2, height * (0.35 + 0.65 * share));
+    pen.globalAlpha = 0.45 + 0.55 * share;
+    pen.fillRect(left + x - 0.5, y + height - high, most > 3 ? 1 : 2, high);
+  }
+  pen.globalAlpha = 1;
+  return all;
+}
+
 // The overview: how many lived, as exact steps, and a strip of crashes; `brush` is being chosen.
 let brush = null;
 function crowd() {
@@ -73,7 +94,7 @@ function crowd() {
   const pen = paper(canvas, width, CROWD + STRIP);
   const columns = Math.max(1, Math.floor(width - left - 15));
   const certain = columnsOf(living, state.low, state.high, columns);
-  const maybe = columnsOf(possible, state.low, state.high, columns);
+  const maybe = possible ? columnsOf(possible, state.low, state.high, columns) : certain;
   const most = Math.max(1, maybe.peak);
   const up = (n) => CROWD - 4 - (n / most) * (CROWD - 20);
   const area = (counts, fill, alpha) => {
@@ -97,15 +118,7 @@ function crowd() {
   area(certain.most, hue.paper, 1);
   area(certain.most, hue.kinds[0], 0.45);
   area(certain.least, hue.kinds[0], 0.6);
-  const crashes = new Int32Array(columns);
-  for (const index of inView) {
-    if (!crashed(lives[index]) || end[index] < state.low || end[index] > state.high) continue;
-    crashes[Math.min(columns - 1, Math.floor(((end[index] - state.low) / (state.high - state.low)) * columns))]++;
-  }
-  pen.fillStyle = hue.kinds[2];
-  for (let x = 0; x < columns; x++) {
-    if (crashes[x]) pen.fillRect(left + x - 0.5, CROWD + 1, 2, Math.min(STRIP - 1, 3 + crashes[x]));
-  }
+  const crashes = crashStrip(pen, inView, left, columns, CROWD + 1, STRIP - 1, hue);
   pen.fillStyle = hue.faint;
   pen.textAlign = small() ? "left" : "right";
   const edge = small() ? left + 2 : left - 8;
@@ -124,7 +137,7 @@ function crowd() {
   }
   canvas.dataset.peak = maybe.peak; // for whoever cannot see it, and for tests
   canvas.dataset.least = Math.min(...certain.least.slice(0, 20000));
-  canvas.dataset.crashes = crashes.reduce((sum, n) => sum + n, 0);
+  canvas.dataset.crashes = crashes;
 }
 
 // The mark at an end: its shape tells, not its colour alone.
@@ -178,7 +191,7 @@ function parts(index) {
 }
 
 function density(pen, row, y, left, columns, hue) {
-  const height = rowHeight() - 4, width = Math.max(1, Math.floor(columns));
+  const height = (small() ? 17 : rowHeight()) - 8, width = Math.max(1, Math.floor(columns));
   const both = densityOf(row);
   if (!both) return false;
   const [certain, maybe] = both.map((found) => columnsOf(found, state.low, state.high, width));
@@ -189,15 +202,7 @@ function density(pen, row, y, left, columns, hue) {
       if (counts[x]) pen.fillRect(left + x, y + 2 + height * (1 - counts[x] / most), 1, (height * counts[x]) / most);
     }
   }
-  let ended = -Infinity;
-  pen.fillStyle = hue.kinds[2];
-  for (const index of row.lives) {
-    const x = left + ((end[index] - state.low) / (state.high - state.low)) * columns;
-    if (crashed(lives[index]) && end[index] <= state.high && Math.floor(x) !== ended) {
-      pen.fillRect(x - 1, y + 1, 2, height + 2);
-      ended = Math.floor(x);
-    }
-  }
+  crashStrip(pen, row.lives, left, columns, y + rowHeight() - (small() ? 21 : 6), 5, hue);
   return true;
 }
 
@@ -267,7 +272,7 @@ function lifeRow(pen, row, y, at, hue, width) {
     const life = lives[index], x = at(began[index]), stop = at(end[index]);
     if (end[index] < state.low || began[index] > state.high) continue;
     const [segments, asked] = parts(index);
-    pen.fillStyle = hue.kinds[life[KIND]];
+    pen.fillStyle = hue.kinds[life[CLASS][KIND]];
     for (const [from, to, shade] of segments) {
       const begin = at(from);
       pen.globalAlpha = shade;
@@ -275,10 +280,10 @@ function lifeRow(pen, row, y, at, hue, width) {
     }
     pen.globalAlpha = 1;
     if (!sure(life) && end[index] > known[index]) {
-      pen.fillStyle = hatch(pen, hue.kinds[life[KIND]]);
+      pen.fillStyle = hatch(pen, hue.kinds[life[CLASS][KIND]]);
       pen.fillRect(at(known[index]), top, stop - at(known[index]), BAR);
     }
-    if (life[GENERATION] > 1) { // a start after an end
+    if (life[CLASS][GENERATION] > 1) { // a start after an end
       pen.fillStyle = hue.ink;
       pen.fillRect(x - 0.5, top - 3, 1, BAR + 6);
     }
@@ -297,7 +302,7 @@ function lifeRow(pen, row, y, at, hue, width) {
       pen.strokeRect(x - 2, top - 3, Math.max(6, stop - x + 4), BAR + 6);
     }
     marks.push([x, y, stop - x, rowHeight(), index]);
-    if (end[index] <= state.high) ends.push([stop, life[KIND]]);
+    if (end[index] <= state.high) ends.push([stop, life[CLASS][KIND]]);
   }
   ends.sort((a, b) => a[0] - b[0]);
   for (let i = 0; i < ends.length; ) {

@@ -12,6 +12,7 @@ function draw() {
   requestAnimationFrame(() => {
     queued = false;
     const start = performance.now();
+    possible ||= both(matched)[1];
     crowd();
     bars();
     counts();

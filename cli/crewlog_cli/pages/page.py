@@ -58,9 +58,16 @@ def page(
     `stories` are told of lives by the seq of their registration.
     """
     begin = min((life.began_at for life in lives), default=now)
-    words, sets, told_of = _Words(), _Words(), stories or {}
+    words, sets, classes, told_of = _Words(), _Words(), _Words(), stories or {}
     rows = [
-        _row(life, words, sets, unknown=at in unknown, told=told_of.get(life.seq, _NOTHING))
+        _row(
+            life,
+            words,
+            sets,
+            classes,
+            unknown=at in unknown,
+            told=told_of.get(life.seq, _NOTHING),
+        )
         for at, life in enumerate(lives)
     ]
     first = _ms(begin)
@@ -70,6 +77,7 @@ def page(
         "told": text.visible(told),
         "workers": len({life.sid for life in lives}),
         "lives": _differences(rows, first),
+        "classes": [json.loads(alike) for alike in classes.all],
         "sets": [json.loads(labels) for labels in sets.all],
         "words": list(words.all),
     }
@@ -82,30 +90,37 @@ def page(
 _NOTHING: Final = Told()
 
 
-def _row(life: Life, words: _Words, sets: _Words, *, unknown: bool, told: Told) -> tuple[int, ...]:
+def _row(
+    life: Life, words: _Words, sets: _Words, classes: _Words, *, unknown: bool, told: Told
+) -> list[int]:
     """Return a life as the picture takes it; see data.js. Times are whole ms: order is kept."""
     began = _ms(life.began_at)
+    proof = max(0, _ms(life.proven_until) - began)
+    end = -1 if life.ended_at is None else max(0, _ms(life.ended_at) - began)
     labels = [words.number(text.visible(f"{k}={v}")) for k, v in sorted(told.labels.items())]
-    return (
-        words.number(text.visible(life.sid)),
-        life.pid,
-        life.generation,
-        began,
-        max(0, _ms(life.proven_until) - began),
-        -1 if life.ended_at is None else max(0, _ms(life.ended_at) - began),
+    alike = [
         _UNKNOWN if unknown else _KINDS[life.end],
+        life.generation,
         words.number(text.visible("not known" if unknown else life.reason())),
         words.number(text.visible(life.version)),
-        life.seq,
         sets.number(json.dumps(labels)),
         words.number(told.host),
         words.number(told.owner),
-    )
+    ]
+    return [
+        words.number(text.visible(life.sid)),
+        life.pid,
+        began,
+        -1 if proof == end else proof,
+        end,
+        life.seq,
+        classes.number(json.dumps(alike)),
+    ]
 
 
-def _differences(rows: Sequence[tuple[int, ...]], begin: int) -> list[list[int]]:
+def _differences(rows: Sequence[list[int]], begin: int) -> list[list[int]]:
     """Return rows with pids, beginnings and seqs as differences to the row before."""
-    found, before = [], {1: 0, 3: begin, 9: 0}
+    found, before = [], {1: 0, 2: begin, 5: 0}
     for row in rows:
         fields = list(row)
         for at, then in before.items():

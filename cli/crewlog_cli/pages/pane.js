@@ -7,27 +7,27 @@ const COLUMNS = [
   ["began", (index) => began[index]],
   ["last proof of life", (index) => known[index]],
   ["ended", (index) => (lives[index][END] < 0 ? Infinity : end[index])],
-  ["how", (index) => words[lives[index][REASON]]],
+  ["how", (index) => words[lives[index][CLASS][REASON]]],
   ["proven lifetime", (index) => known[index] - began[index]],
 ];
 let tableSort = 4, tableDown = true, listed = 0, ordered = [], tabled = null;
 
 function ending(index) {
   const life = lives[index];
-  if (life[END] < 0) return life[KIND] === 5 ? "nobody can tell whether it lives" : "still listed";
+  if (life[END] < 0) return life[CLASS][KIND] === 5 ? "nobody can tell whether it lives" : "still listed";
   return sure(life) ? "ended " + moment(end[index]) : "died between " + moment(known[index]) + " and " + moment(end[index]);
 }
 
 function facts(index) {
-  const life = lives[index], version = words[life[VERSION]], labels = labelsOf(life).join(" ");
+  const life = lives[index], version = words[life[CLASS][VERSION]], labels = labelsOf(life).join(" ");
   const rows = [
-    "pid " + life[PID] + (version ? ", version " + version : "") + (life[GENERATION] > 1 ? ", start number " + life[GENERATION] : ""),
-    "began " + moment(began[index]) + ", last proof of life " + moment(known[index]) + ", " + ending(index) + ": " + words[life[REASON]],
+    "pid " + life[PID] + (version ? ", version " + version : "") + (life[CLASS][GENERATION] > 1 ? ", start number " + life[CLASS][GENERATION] : ""),
+    "began " + moment(began[index]) + ", last proof of life " + moment(known[index]) + ", " + ending(index) + ": " + words[life[CLASS][REASON]],
     "proven to have lived " + duration(known[index] - began[index]),
   ];
   if (labels) rows.push("labels: " + labels);
-  if (words[life[OWNER]]) rows.push("owner: " + words[life[OWNER]]);
-  if (words[life[HOST]]) rows.push("host: " + words[life[HOST]]);
+  if (words[life[CLASS][OWNER]]) rows.push("owner: " + words[life[CLASS][OWNER]]);
+  if (words[life[CLASS][HOST]]) rows.push("host: " + words[life[CLASS][HOST]]);
   return rows.join("\n");
 }
 
@@ -55,7 +55,7 @@ function tip(index, x, y) {
   box.hidden = index < 0;
   if (index < 0) return;
   const life = lives[index];
-  box.textContent = words[life[SID]] + ", pid " + life[PID] + "\n" + moment(began[index]) + ", " + duration(known[index] - began[index]) + "\n" + ending(index) + ": " + words[life[REASON]];
+  box.textContent = words[life[SID]] + ", pid " + life[PID] + "\n" + moment(began[index]) + ", " + duration(known[index] - began[index]) + "\n" + ending(index) + ": " + words[life[CLASS][REASON]];
   const wide = box.offsetWidth, high = box.offsetHeight;
   box.style.left = Math.max(4, Math.min(x + 14, window.innerWidth - wide - 8)) + "px";
   box.style.top = (y + 18 + high > window.innerHeight ? y - high - 10 : y + 18) + "px";
@@ -67,7 +67,7 @@ function counts() {
   for (const index of inView) {
     const life = lives[index];
     if (!seen[life[SID]]) sids += seen[life[SID]] = 1;
-    alive += life[KIND] === 0;
+    alive += life[CLASS][KIND] === 0;
     crashes += crashed(life) && end[index] >= state.low && end[index] <= state.high;
   }
   $("count").textContent = "In view: " + sids + " of " + workers + " workers, " + inView.length + " of " + lives.length +
@@ -92,7 +92,7 @@ function list() {
     const life = lives[index], row = document.createElement("tr");
     const cells = [
       words[life[SID]], String(life[PID]), moment(began[index]), moment(known[index]),
-      life[END] < 0 ? "" : (sure(life) ? "" : "by ") + moment(end[index]), words[life[REASON]],
+      life[END] < 0 ? "" : (sure(life) ? "" : "by ") + moment(end[index]), words[life[CLASS][REASON]],
       duration(known[index] - began[index]),
     ];
     for (const text of cells) row.appendChild(document.createElement("td")).textContent = text;

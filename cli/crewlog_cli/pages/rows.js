@@ -17,6 +17,7 @@ const state = {
 let matched = [];   // lives that the filter lets through, by index
 let inView = [];    // those of them that touch the period shown
 let rows = [];      // {title, lives, group: its name, or ""}: what is drawn, from the top
+const MANY = 20000; // from here on what may be is counted once there is a picture
 let due = 0; // until then rows may count in this picture
 const densities = new Map(); // group -> steps of all its lives that are matched
 let living;         // steps of what is certain, of matched
@@ -35,16 +36,16 @@ function wanted(text) {
   rest = rest.replace(/([^\s=]+=)"([^"]*)"/g, '"$1$2"'); // role="web two" is one word, too
   rest = rest.replace(/\b(code|signal)\s+(\d+)\b/g, (_, word, number) => {
     const exact = word + " " + number;
-    tests.push((life) => searched(life[REASON]) === exact);
+    tests.push((life) => searched(life[CLASS][REASON]) === exact);
     return " ";
   });
   for (const [, quoted, plain] of rest.matchAll(/"([^"]*)"?|(\S+)/g)) {
     const word = quoted || (plain || "").replaceAll('"', "");
     if (!word) continue;
     const kind = KIND_WORDS.findIndex((every) => every.includes(word));
-    const label = (life) => sets[life[LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
-    if (kind >= 0) tests.push((life) => life[KIND] === kind || searched(life[SID]).includes(word));
-    else tests.push((life) => searched(life[SID]).includes(word) || searched(life[REASON]).includes(word) || label(life));
+    const label = (life) => sets[life[CLASS][LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
+    if (kind >= 0) tests.push((life) => life[CLASS][KIND] === kind || searched(life[SID]).includes(word));
+    else tests.push((life) => searched(life[SID]).includes(word) || searched(life[CLASS][REASON]).includes(word) || label(life));
   }
   return tests.length ? (life) => tests.every((test) => test(life)) : () => true;
 }
@@ -59,10 +60,10 @@ function match() {
   const wants = wanted(state.filter);
   matched = [];
   for (let index = 0; index < lives.length; index++) {
-    if (!state.hidden.has(lives[index][KIND]) && wants(lives[index])) matched.push(index);
+    if (!state.hidden.has(lives[index][CLASS][KIND]) && wants(lives[index])) matched.push(index);
   }
   densities.clear();
-  [living, possible] = both(matched);
+  [living, possible] = matched.length > MANY ? [steps(matched, knownCounted), null] : both(matched);
   arrange();
 }
 
@@ -79,8 +80,8 @@ function prefixOf(sid) {
 
 function groupOf(life) {
   if (state.group === "prefix") return prefixOf(life[SID]);
-  if (state.group === "owner") return words[life[OWNER]] || "no owner";
-  if (state.group === "host") return words[life[HOST]] || "no host";
+  if (state.group === "owner") return words[life[CLASS][OWNER]] || "no owner";
+  if (state.group === "host") return words[life[CLASS][HOST]] || "no host";
   const key = state.group.slice("label:".length) + "=";
   return labelsOf(life).find((label) => label.startsWith(key)) || "no " + key.slice(0, -1);
 }
