@@ -15,10 +15,12 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -245,6 +247,46 @@ def test_ls_prints_the_table_again_at_each_change(cli: Cli, crowd: Registry, cre
     assert shown.stdout.readline() == "web-2\n"
     shown.kill()
     shown.communicate()
+
+
+_LATE: Final = """
+import os, sys
+from crewlog.registry import Registry
+from crewlog_cli.entry import main
+real = Registry.{verb}
+def late(self, *args, **options):
+    Registry.{verb} = real
+    {change}
+    return real(self, *args, **options)
+Registry.{verb} = late
+main()
+"""
+_LATE_CHANGES: Final = {  # before which verb something happens: `ls` has looked then
+    ("ls", "-w", "-o", "name"): ("judge", "self.register('late', pid=os.getpid())"),
+    ("observe", "--all", "--json"): ("watch", "while self.workers(): pass"),  # its end is recorded
+}
+
+
+@pytest.mark.parametrize("args", _LATE_CHANGES)
+def test_what_happens_before_the_watch_is_open_is_printed(
+    cli: Cli, crew: Crew, args: tuple[str, ...]
+) -> None:
+    """A change between the first look and the watch is in neither, if nobody minds."""
+    crewlog.open(cli.where).register("dead-late", pid=(process := crew.sleeper()).pid)
+    kill(process)
+    verb, change = _LATE_CHANGES[args]
+    program = _LATE.format(verb=verb, change=change)
+    shown = subprocess.Popen(
+        [sys.executable, "-c", program, "-d", cli.where, *args], stdout=subprocess.PIPE, text=True
+    )
+    assert shown.stdout is not None
+    patience = threading.Timer(20, shown.kill)
+    patience.start()
+    line = shown.stdout.readline()
+    patience.cancel()
+    shown.kill()
+    shown.communicate()
+    assert "late" in line
 
 
 def test_history_says_who_asked_and_how_it_ended(cli: Cli, crowd: Registry) -> None:

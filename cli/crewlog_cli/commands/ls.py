@@ -19,6 +19,7 @@ from crewlog_cli.shell import Shell, command
 from crewlog_cli.text import Column
 
 _Seen: TypeAlias = tuple[Worker, Liveness | None]
+_Show: TypeAlias = Callable[[State, list[_Seen], int], None]  # of a state, these, so many hidden
 _LOOK_S: Final = 1.0
 _SORTS: Final = ("started", "age", "id", "status", "restarts", "pid")
 
@@ -86,10 +87,9 @@ def ls(
     chosen = Chosen(names, labels)
     wanted = _Wanted(chosen, frozenset(states), final=final, probe=past is None and not no_probe)
 
-    def show(seen: State) -> None:
-        shown, hidden = wanted.look(reg, seen, required=not watch)
+    def show(seen: State, shown: list[_Seen], hidden: int) -> None:
         now = inputs.asked_at(at_, seen) or inputs.moment_of(seen) or datetime.now(UTC)
-        shown.sort(key=_key(sort, now))
+        shown = sorted(shown, key=_key(sort, now))
         if sh.json:
             _print_json(sh, seen, shown, now, name=form == "name")
         elif form == "name":
@@ -100,9 +100,17 @@ def ls(
             if hidden:
                 sh.note(f"{hidden} dead and not collected yet: crewlog ls --all, crewlog gc")
 
-    show(past or reg.state())
+    seen = past or reg.state()
+    shown, hidden = wanted.look(reg, seen, required=not watch)
+    show(seen, shown, hidden)
+
+    def show_again(seen: State, shown: list[_Seen], hidden: int) -> None:
+        if not sh.json and form != "name":
+            sh.line("")
+        show(seen, shown, hidden)
+
     if watch:
-        _again(sh, reg, wanted, show, plain=not sh.json and form != "name")
+        _follow(reg, wanted, show_again, seen.seq, shown)
 
 
 def _past(sh: Shell, reg: Registry, at_: str | None, *, before_boot: bool) -> Past | None:
@@ -113,27 +121,28 @@ def _past(sh: Shell, reg: Registry, at_: str | None, *, before_boot: bool) -> Pa
     return past
 
 
-def _again(
-    sh: Shell, reg: Registry, wanted: "_Wanted", show: Callable[[State], None], *, plain: bool
+def _follow(
+    reg: Registry, wanted: "_Wanted", show_again: _Show, after: int, shown: list[_Seen]
 ) -> None:
-    """Print the table again at each change; a death is none, so it is looked for."""
+    """Show the table again when it is another than the one shown, which was of seq `after`.
 
-    def stands() -> list[object]:
-        shown, _ = wanted.look(reg, reg.state(), required=False)
+    A death is no event before it is collected, so it is looked for.
+    """
+
+    def stand(shown: list[_Seen]) -> list[object]:
         return [(w.rev, None if j is None else (j.verdict, j.flags, j.status)) for w, j in shown]
 
-    before = stands()
-    with reg.watch(after="now") as items:
+    before = stand(shown)
+    with reg.watch(after=after) as items:
         while True:
             output.flush()
             items.next(_LOOK_S)
             items.drain()
-            if (now := stands()) == before:
-                continue
-            before = now
-            if plain:
-                sh.line("")
-            show(reg.state())
+            seen = reg.state()
+            shown, hidden = wanted.look(reg, seen, required=False)
+            if stand(shown) != before:
+                before = stand(shown)
+                show_again(seen, shown, hidden)
 
 
 class _Wanted(NamedTuple):

@@ -145,9 +145,9 @@ def top(sh: Shell, *, interval: str, sort: str) -> None:
     _require_rich()
     reg = sh.existing()
     state = _Top(reg, sort)
-    for event in itertools.islice(reg.history(newest_first=True), _LATE_EVENTS):
-        state.last.setdefault(event.sid, event)
     with reg.watch(after="now") as items, _Keys() as keys, contextlib.suppress(KeyboardInterrupt):
+        for event in itertools.islice(reg.history(newest_first=True), _LATE_EVENTS):
+            state.last.setdefault(event.sid, event)  # what comes from now on, the watch brings
         _run(sh, state, items, keys, every_s)
 
 

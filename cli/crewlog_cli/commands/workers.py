@@ -662,6 +662,7 @@ def _observe_all(sh: Shell, wait_s: float | None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: ended.set())
     reg = sh.registry()
+    before = reg.last_seq  # what the observer records at once is printed, too
     with reg.observe_all():
         while not reg.exists and not ended.wait(_STORE_LOOK_S):
             if deadline is not None and time.monotonic() >= deadline:
@@ -670,7 +671,7 @@ def _observe_all(sh: Shell, wait_s: float | None) -> None:
             return
         sh.note(f"crewlog: observing {reg.where}")
         story = Story(sh)
-        with reg.watch(after="now", types=events.ENDING) as items:
+        with reg.watch(after=before, types=events.ENDING) as items:
             while not ended.is_set():
                 left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
                 item = items.next(_STORE_LOOK_S if left_s is None else min(left_s, _STORE_LOOK_S))
