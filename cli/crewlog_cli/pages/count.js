@@ -15,19 +15,19 @@ function steps(indexes, ends) {
   }
   if (!sorted) begins.sort();
   stops.sort();
-  const times = [], counts = [], peaks = [];
-  let count = 0, begin = 0, stop = 0;
+  const times = new Float64Array(2 * size), counts = new Int32Array(2 * size), peaks = new Int32Array(2 * size);
+  let count = 0, begin = 0, stop = 0, length = 0;
   while (stop < size) {
     const when = Math.min(begin < size ? begins[begin] : Infinity, Math.floor(stops[stop] / 2));
     for (; stop < size && stops[stop] === when * 2; stop++) count--;
     let peak = count;
     for (; begin < size && begins[begin] === when; begin++) peak = ++count;
     for (; stop < size && stops[stop] === when * 2 + 1; stop++) count--;
-    times.push(when);
-    counts.push(count);
-    peaks.push(peak);
+    times[length] = when;
+    counts[length] = count;
+    peaks[length++] = peak;
   }
-  return { times: Float64Array.from(times), counts: Int32Array.from(counts), peaks: Int32Array.from(peaks) };
+  return { times: times.subarray(0, length), counts, peaks };
 }
 
 // The first place whose time is not before `when`.

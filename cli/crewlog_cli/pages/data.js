@@ -20,19 +20,18 @@ try {
   throw error;
 }
 
-// A life: [sid, pid, began, proof, end, seq, class]; texts are numbers of data.words; times are whole ms, proof
-// and end after began; end -1: it goes on, proof -1: it is the end; pid, began and seq come as differences
-// to the life before. A class is what many have alike; its labels are a number of data.sets.
-const [SID, PID, BEGAN, PROOF, END, SEQ, CLASS] = Array.from({ length: 7 }, (_, index) => index);
-const [KIND, GENERATION, REASON, VERSION, LABELS, HOST, OWNER] = Array.from({ length: 7 }, (_, index) => index);
-const { lives, classes } = data;
-let [pid, moment0, seq] = [0, 0, 0];
-for (const life of lives) {
-  life[PID] = pid += life[PID];
-  life[BEGAN] = moment0 += life[BEGAN];
-  life[SEQ] = seq += life[SEQ];
-  life[CLASS] = classes[life[CLASS]];
+// Lives are columns, and a life is its place in them. Texts are numbers of data.words; times are whole ms,
+// proof and end after began; end -1: it goes on, proof -1: it is the end; pid, began and seq come as
+// differences to the life before. A class is what many have alike; its labels are a number of data.sets.
+const { sid: ids, pid, seq, class: classOf } = data.lives;
+const total = ids.length, [pids, seqs] = [pid, seq].map(sums);
+function sums(differences) {
+  const found = new Float64Array(total);
+  for (let life = 0, sum = 0; life < total; life++) found[life] = sum += differences[life];
+  return found;
 }
+const about = (life) => data.classes[classOf[life]];
+const [KIND, GENERATION, REASON, VERSION, LABELS, HOST, OWNER] = Array.from({ length: 7 }, (_, index) => index);
 // What happened in a life, by its index, once it was unpacked: when, what it does to the bar, words, who…
 const NONE = [];
 const happened = [], more = [];
@@ -44,24 +43,24 @@ const TITLES = ["alive", "ended orderly", "crashed", "lost", "released", "not kn
 const KIND_WORDS = [["alive", "living"], ["exited", "ended", "orderly", "stopped"], ["crashed", "failed"], ["lost"], ["released", "removed"], ["unknown"]];
 
 // Nobody saw the end of a lost one, nor knows of one that cannot be judged.
-const sure = (life) => life[CLASS][KIND] !== 3 && life[CLASS][KIND] !== 5;
-// Up to now, or the last that is known: a clock may have been ahead.
+const sure = (life) => about(life)[KIND] !== 3 && about(life)[KIND] !== 5;
+// By life, in ms after data.from: `known` is up to when it lived for certain; `span` is now, or the last that
+// is known: a clock may have been ahead. For counting, who goes on lives beyond it, and is there at it.
+const began = sums(data.lives.began);
+const [proof, end, known, endCounted, knownCounted] = Array.from({ length: 5 }, () => new Float64Array(total));
+const goesOn = (life) => data.lives.end[life] < 0;
 let span = Math.max(1, data.to - data.from);
-for (const life of lives) span = Math.max(span, life[BEGAN] + Math.max(0, life[END]));
-// By life, in ms after data.from: `known` is up to when it lived for certain. For counting, who goes on
-// lives beyond the last moment, and is there at it.
-const [began, proof, end, known, endCounted, knownCounted] = Array.from({ length: 6 }, () => new Float64Array(lives.length));
-for (let index = 0; index < lives.length; index++) {
-  const life = lives[index], on = life[END] < 0;
-  began[index] = life[BEGAN];
-  end[index] = on ? span : life[BEGAN] + life[END];
-  proof[index] = life[PROOF] < 0 ? end[index] : life[BEGAN] + life[PROOF];
-  known[index] = sure(life) ? end[index] : Math.min(end[index], proof[index]);
-  endCounted[index] = on ? span + 1 : end[index];
-  knownCounted[index] = on && known[index] >= span ? span + 1 : known[index];
+for (let life = 0; life < total; life++) span = Math.max(span, began[life] + Math.max(0, data.lives.end[life]));
+for (let life = 0; life < total; life++) {
+  const on = goesOn(life), after = data.lives.proof[life];
+  end[life] = on ? span : began[life] + data.lives.end[life];
+  proof[life] = after < 0 ? end[life] : began[life] + after;
+  known[life] = sure(life) ? end[life] : Math.min(end[life], proof[life]);
+  endCounted[life] = on ? span + 1 : end[life];
+  knownCounted[life] = on && known[life] >= span ? span + 1 : known[life];
 }
-const crashed = (life) => life[CLASS][KIND] === 2 || life[CLASS][KIND] === 3;
-const labelsOf = (life) => sets[life[CLASS][LABELS]].map((number) => words[number]);
+const crashed = (life) => about(life)[KIND] === 2 || about(life)[KIND] === 3;
+const labelsOf = (life) => sets[about(life)[LABELS]].map((number) => words[number]);
 
 // What happened in the lives is unpacked once there is a picture.
 async function unpackStories() {

@@ -70,7 +70,7 @@ function crashStrip(pen, indexes, left, columns, y, height, hue) {
   const counts = new Int32Array(Math.max(1, Math.floor(columns)));
   let most = 0, all = 0;
   for (const index of indexes) {
-    if (!crashed(lives[index]) || end[index] < state.low || end[index] > state.high) continue;
+    if (!crashed(index) || end[index] < state.low || end[index] > state.high) continue;
     const x = Math.min(counts.length - 1, Math.floor(((end[index] - state.low) / (state.high - state.low)) * counts.length));
     most = Math.max(most, ++counts[x]);
     all++;
@@ -174,7 +174,7 @@ const SHADES = { 1: 0.45, 2: 1, 3: 0.7, 4: 0.7 };
 
 // The parts of a bar: [from, to, shade], and where a stop was asked.
 function parts(index) {
-  const life = lives[index], found = happened[index] || NONE;
+  const found = happened[index] || NONE;
   const segments = [];
   let asked = -1, from = began[index], shade = found.length ? 0.45 : 1;
   for (let i = 0; i < found.length; i += 4) {
@@ -231,7 +231,7 @@ function bars() {
   for (let number = first; number < last; number++) {
     const row = rows[number], y = AXIS + number * row_ - top;
     const sign = row.group ? (state.open.has(row.group) ? "▾ " : "▸ ") : row.inside ? "   " : "";
-    const count = row.group ? " (" + new Set(row.lives.map((index) => lives[index][SID])).size + ")" : "";
+    const count = row.group ? " (" + new Set(row.lives.map((index) => ids[index])).size + ")" : "";
     if (row.group && row.group === state.at && state.chosen < 0) {
       pen.strokeStyle = hue.focus;
       pen.lineWidth = 2;
@@ -269,21 +269,21 @@ function lifeRow(pen, row, y, at, hue, width) {
   const ends = []; // [x, kind] of marks, to be joined where they would lie on each other
   const ordered = row.lives.slice().sort((a, b) => began[a] - began[b]);
   for (const index of ordered) {
-    const life = lives[index], x = at(began[index]), stop = at(end[index]);
+    const x = at(began[index]), stop = at(end[index]);
     if (end[index] < state.low || began[index] > state.high) continue;
     const [segments, asked] = parts(index);
-    pen.fillStyle = hue.kinds[life[CLASS][KIND]];
+    pen.fillStyle = hue.kinds[about(index)[KIND]];
     for (const [from, to, shade] of segments) {
       const begin = at(from);
       pen.globalAlpha = shade;
       pen.fillRect(begin, top, Math.max(from === began[index] ? 1.5 : 0.5, at(to) - begin), BAR);
     }
     pen.globalAlpha = 1;
-    if (!sure(life) && end[index] > known[index]) {
-      pen.fillStyle = hatch(pen, hue.kinds[life[CLASS][KIND]]);
+    if (!sure(index) && end[index] > known[index]) {
+      pen.fillStyle = hatch(pen, hue.kinds[about(index)[KIND]]);
       pen.fillRect(at(known[index]), top, stop - at(known[index]), BAR);
     }
-    if (life[CLASS][GENERATION] > 1) { // a start after an end
+    if (about(index)[GENERATION] > 1) { // a start after an end
       pen.fillStyle = hue.ink;
       pen.fillRect(x - 0.5, top - 3, 1, BAR + 6);
     }
@@ -302,7 +302,7 @@ function lifeRow(pen, row, y, at, hue, width) {
       pen.strokeRect(x - 2, top - 3, Math.max(6, stop - x + 4), BAR + 6);
     }
     marks.push([x, y, stop - x, rowHeight(), index]);
-    if (end[index] <= state.high) ends.push([stop, life[CLASS][KIND]]);
+    if (end[index] <= state.high) ends.push([stop, about(index)[KIND]]);
   }
   ends.sort((a, b) => a[0] - b[0]);
   for (let i = 0; i < ends.length; ) {

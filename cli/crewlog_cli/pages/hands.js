@@ -59,8 +59,8 @@ function choose(index, reveal) {
       const half = (state.high - state.low) / 2, middle = (began[index] + Math.min(end[index], began[index] + half)) / 2;
       show(middle - half, middle + half);
     }
-    if (state.group !== "none" && !state.open.has(groupOf(lives[index]))) {
-      state.open.add(groupOf(lives[index]));
+    if (state.group !== "none" && !state.open.has(groupOf(index))) {
+      state.open.add(groupOf(index));
       arrange();
       size();
     }
@@ -105,7 +105,7 @@ function focus() {
 const KEYS = [
   [["ArrowDown"], "the next life", () => step(1)], [["ArrowUp"], "the life before", () => step(-1)],
   [["PageDown"], "twenty on", () => step(20)], [["PageUp"], "twenty back", () => step(-20)],
-  [["Home"], "the first", () => step(-lives.length)], [["End"], "the last", () => step(lives.length)],
+  [["Home"], "the first", () => step(-total)], [["End"], "the last", () => step(total)],
   [["Enter"], "open or close a group", () => { if (state.at) toggle(state.at); }],
   [["ArrowLeft", "a"], "earlier", () => move(-0.2)], [["ArrowRight", "d"], "later", () => move(0.2)],
   [["w", "+", "="], "zoom in", () => zoom(0.5)], [["s", "-"], "zoom out", () => zoom(2)],

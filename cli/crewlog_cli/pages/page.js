@@ -8,7 +8,7 @@ function choices(select, every, name) {
 
 function kinds() {
   const every = KINDS.map(() => 0);
-  for (const life of lives) every[life[CLASS][KIND]]++;
+  for (let life = 0; life < total; life++) every[about(life)[KIND]]++;
   KINDS.forEach((kind, index) => {
     const count = every[index];
     if (!count) return;

@@ -9,6 +9,7 @@ the one script and the one style by their hashes, and nothing else at all.
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -76,7 +77,7 @@ def page(
         "to": max(_ms(now), first),
         "told": text.visible(told),
         "workers": len({life.sid for life in lives}),
-        "lives": _differences(rows, first),
+        "lives": _columns(rows, first),
         "classes": [json.loads(alike) for alike in classes.all],
         "sets": [json.loads(labels) for labels in sets.all],
         "words": list(words.all),
@@ -118,25 +119,32 @@ def _row(
     ]
 
 
-def _differences(rows: Sequence[list[int]], begin: int) -> list[list[int]]:
-    """Return rows with pids, beginnings and seqs as differences to the row before."""
-    found, before = [], {1: 0, 2: begin, 5: 0}
-    for row in rows:
-        fields = list(row)
-        for at, then in before.items():
-            fields[at] -= then
-        before = {at: row[at] for at in before}
-        found.append(fields)
-    return found
+# Of a life, in the order of `_row`. Columns of like numbers are small, and at hand at once.
+_COLUMNS: Final = ("sid", "pid", "began", "proof", "end", "seq", "class")
+
+
+def _columns(rows: Sequence[list[int]], begin: int) -> dict[str, list[int]]:
+    """Return lives as columns; pids, beginnings and seqs as differences to the life before."""
+    columns = {name: [row[at] for row in rows] for at, name in enumerate(_COLUMNS)}
+    for name, first in (("pid", 0), ("began", begin), ("seq", 0)):
+        values = columns[name]
+        columns[name] = [now - then for then, now in itertools.pairwise([first, *values])]
+    return columns
+
+
+# Stands for "registered pid" and the life's own, so lives share a text; no visible text has it.
+_REGISTERED: Final = "\1"
 
 
 def _steps(life: Life, words: _Words, told: Told) -> list[int]:
     """Return what happened in a life, and the number of what else is told of it."""
-    began, last = _ms(life.began_at), 0
+    began, last, registered = _ms(life.began_at), 0, f"registered pid {life.pid}"
     found = [words.number(told.more)]
     for when, step, what, who in told.steps:
         at = max(last, _ms(when) - began)
-        found += [at - last, step, words.number(what), words.number(who)]
+        own = what.startswith(registered)
+        shared = _REGISTERED + what.removeprefix(registered) if own else what
+        found += [at - last, step, words.number(shared), words.number(who)]
         last = at
     return found
 

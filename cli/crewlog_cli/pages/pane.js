@@ -2,32 +2,31 @@
 
 const STEP = 200;
 const COLUMNS = [
-  ["id", (index) => words[lives[index][SID]]],
-  ["pid", (index) => lives[index][PID]],
+  ["id", (index) => words[ids[index]]],
+  ["pid", (index) => pids[index]],
   ["began", (index) => began[index]],
   ["last proof of life", (index) => known[index]],
-  ["ended", (index) => (lives[index][END] < 0 ? Infinity : end[index])],
-  ["how", (index) => words[lives[index][CLASS][REASON]]],
+  ["ended", (index) => (goesOn(index) ? Infinity : end[index])],
+  ["how", (index) => words[about(index)[REASON]]],
   ["proven lifetime", (index) => known[index] - began[index]],
 ];
 let tableSort = 4, tableDown = true, listed = 0, ordered = [], tabled = null;
 
 function ending(index) {
-  const life = lives[index];
-  if (life[END] < 0) return life[CLASS][KIND] === 5 ? "nobody can tell whether it lives" : "still listed";
-  return sure(life) ? "ended " + moment(end[index]) : "died between " + moment(known[index]) + " and " + moment(end[index]);
+  if (goesOn(index)) return about(index)[KIND] === 5 ? "nobody can tell whether it lives" : "still listed";
+  return sure(index) ? "ended " + moment(end[index]) : "died between " + moment(known[index]) + " and " + moment(end[index]);
 }
 
 function facts(index) {
-  const life = lives[index], version = words[life[CLASS][VERSION]], labels = labelsOf(life).join(" ");
+  const version = words[about(index)[VERSION]], labels = labelsOf(index).join(" ");
   const rows = [
-    "pid " + life[PID] + (version ? ", version " + version : "") + (life[CLASS][GENERATION] > 1 ? ", start number " + life[CLASS][GENERATION] : ""),
-    "began " + moment(began[index]) + ", last proof of life " + moment(known[index]) + ", " + ending(index) + ": " + words[life[CLASS][REASON]],
+    "pid " + pids[index] + (version ? ", version " + version : "") + (about(index)[GENERATION] > 1 ? ", start number " + about(index)[GENERATION] : ""),
+    "began " + moment(began[index]) + ", last proof of life " + moment(known[index]) + ", " + ending(index) + ": " + words[about(index)[REASON]],
     "proven to have lived " + duration(known[index] - began[index]),
   ];
   if (labels) rows.push("labels: " + labels);
-  if (words[life[CLASS][OWNER]]) rows.push("owner: " + words[life[CLASS][OWNER]]);
-  if (words[life[CLASS][HOST]]) rows.push("host: " + words[life[CLASS][HOST]]);
+  if (words[about(index)[OWNER]]) rows.push("owner: " + words[about(index)[OWNER]]);
+  if (words[about(index)[HOST]]) rows.push("host: " + words[about(index)[HOST]]);
   return rows.join("\n");
 }
 
@@ -38,13 +37,14 @@ function tell() {
     size();
   }
   if (!open) return;
-  const life = lives[state.chosen], told = happened[state.chosen] || NONE;
-  $("who").textContent = words[life[SID]];
+  const told = happened[state.chosen] || NONE;
+  $("who").textContent = words[ids[state.chosen]];
   $("facts").textContent = facts(state.chosen);
   $("steps").textContent = "";
   for (let i = 0; i < told.length; i += 4) {
     const item = document.createElement("li");
-    item.textContent = moment(began[state.chosen] + told[i]) + "  " + words[told[i + 2]] + "  by " + words[told[i + 3]];
+    const what = words[told[i + 2]].replace("\x01", "registered pid " + pids[state.chosen]); // see page.py
+    item.textContent = moment(began[state.chosen] + told[i]) + "  " + what + "  by " + words[told[i + 3]];
     $("steps").append(item);
   }
   $("more").textContent = words[more[state.chosen]] || "";
@@ -54,8 +54,7 @@ function tip(index, x, y) {
   const box = $("tip");
   box.hidden = index < 0;
   if (index < 0) return;
-  const life = lives[index];
-  box.textContent = words[life[SID]] + ", pid " + life[PID] + "\n" + moment(began[index]) + ", " + duration(known[index] - began[index]) + "\n" + ending(index) + ": " + words[life[CLASS][REASON]];
+  box.textContent = words[ids[index]] + ", pid " + pids[index] + "\n" + moment(began[index]) + ", " + duration(known[index] - began[index]) + "\n" + ending(index) + ": " + words[about(index)[REASON]];
   const wide = box.offsetWidth, high = box.offsetHeight;
   box.style.left = Math.max(4, Math.min(x + 14, window.innerWidth - wide - 8)) + "px";
   box.style.top = (y + 18 + high > window.innerHeight ? y - high - 10 : y + 18) + "px";
@@ -65,12 +64,11 @@ function counts() {
   let sids = 0, alive = 0, crashes = 0;
   const seen = new Uint8Array(words.length);
   for (const index of inView) {
-    const life = lives[index];
-    if (!seen[life[SID]]) sids += seen[life[SID]] = 1;
-    alive += life[CLASS][KIND] === 0;
-    crashes += crashed(life) && end[index] >= state.low && end[index] <= state.high;
+    if (!seen[ids[index]]) sids += seen[ids[index]] = 1;
+    alive += about(index)[KIND] === 0;
+    crashes += crashed(index) && end[index] >= state.low && end[index] <= state.high;
   }
-  $("count").textContent = "In view: " + sids + " of " + workers + " workers, " + inView.length + " of " + lives.length +
+  $("count").textContent = "In view: " + sids + " of " + workers + " workers, " + inView.length + " of " + total +
     " lives, " + alive + " still living, " + crashes + " crashed or lost, at most " + ($("crowd").dataset.peak || 0) + " at once.";
 }
 
@@ -89,10 +87,10 @@ function list() {
   const part = document.createDocumentFragment(), slice = ordered.slice(listed, listed + STEP);
   if (!listed && state.chosen >= 0 && ordered.includes(state.chosen) && !slice.includes(state.chosen)) slice.unshift(state.chosen);
   for (const index of slice) {
-    const life = lives[index], row = document.createElement("tr");
+    const row = document.createElement("tr");
     const cells = [
-      words[life[SID]], String(life[PID]), moment(began[index]), moment(known[index]),
-      life[END] < 0 ? "" : (sure(life) ? "" : "by ") + moment(end[index]), words[life[CLASS][REASON]],
+      words[ids[index]], String(pids[index]), moment(began[index]), moment(known[index]),
+      goesOn(index) ? "" : (sure(index) ? "" : "by ") + moment(end[index]), words[about(index)[REASON]],
       duration(known[index] - began[index]),
     ];
     for (const text of cells) row.appendChild(document.createElement("td")).textContent = text;

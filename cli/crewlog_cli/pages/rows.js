@@ -36,16 +36,16 @@ function wanted(text) {
   rest = rest.replace(/([^\s=]+=)"([^"]*)"/g, '"$1$2"'); // role="web two" is one word, too
   rest = rest.replace(/\b(code|signal)\s+(\d+)\b/g, (_, word, number) => {
     const exact = word + " " + number;
-    tests.push((life) => searched(life[CLASS][REASON]) === exact);
+    tests.push((life) => searched(about(life)[REASON]) === exact);
     return " ";
   });
   for (const [, quoted, plain] of rest.matchAll(/"([^"]*)"?|(\S+)/g)) {
     const word = quoted || (plain || "").replaceAll('"', "");
     if (!word) continue;
     const kind = KIND_WORDS.findIndex((every) => every.includes(word));
-    const label = (life) => sets[life[CLASS][LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
-    if (kind >= 0) tests.push((life) => life[CLASS][KIND] === kind || searched(life[SID]).includes(word));
-    else tests.push((life) => searched(life[SID]).includes(word) || searched(life[CLASS][REASON]).includes(word) || label(life));
+    const label = (life) => sets[about(life)[LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
+    if (kind >= 0) tests.push((life) => about(life)[KIND] === kind || searched(ids[life]).includes(word));
+    else tests.push((life) => searched(ids[life]).includes(word) || searched(about(life)[REASON]).includes(word) || label(life));
   }
   return tests.length ? (life) => tests.every((test) => test(life)) : () => true;
 }
@@ -59,8 +59,8 @@ function both(indexes) {
 function match() {
   const wants = wanted(state.filter);
   matched = [];
-  for (let index = 0; index < lives.length; index++) {
-    if (!state.hidden.has(lives[index][CLASS][KIND]) && wants(lives[index])) matched.push(index);
+  for (let index = 0; index < total; index++) {
+    if (!state.hidden.has(about(index)[KIND]) && wants(index)) matched.push(index);
   }
   densities.clear();
   [living, possible] = matched.length > MANY ? [steps(matched, knownCounted), null] : both(matched);
@@ -79,9 +79,9 @@ function prefixOf(sid) {
 }
 
 function groupOf(life) {
-  if (state.group === "prefix") return prefixOf(life[SID]);
-  if (state.group === "owner") return words[life[CLASS][OWNER]] || "no owner";
-  if (state.group === "host") return words[life[CLASS][HOST]] || "no host";
+  if (state.group === "prefix") return prefixOf(ids[life]);
+  if (state.group === "owner") return words[about(life)[OWNER]] || "no owner";
+  if (state.group === "host") return words[about(life)[HOST]] || "no host";
   const key = state.group.slice("label:".length) + "=";
   return labelsOf(life).find((label) => label.startsWith(key)) || "no " + key.slice(0, -1);
 }
@@ -93,7 +93,7 @@ function densityOf(row) {
   if (!densities.has(group)) {
     const every = new Map();
     for (const index of matched) {
-      const name = groupOf(lives[index]), found = every.get(name);
+      const name = groupOf(index), found = every.get(name);
       if (found) found.push(index); else every.set(name, [index]);
     }
     for (const [name, indexes] of every) if (!densities.has(name)) densities.set(name, { indexes, steps: null });
@@ -106,13 +106,13 @@ function densityOf(row) {
 
 // Sort so that what matters stands first; a row is what its lives in view say.
 function order(found) {
-  const latest = (row) => row.lives.reduce((most, index) => Math.max(most, lives[index][END] < 0 ? Infinity : end[index]), -Infinity);
+  const latest = (row) => row.lives.reduce((most, index) => Math.max(most, goesOn(index) ? Infinity : end[index]), -Infinity);
   const keys = {
     recent: (row) => [-latest(row), -row.lives.reduce((most, index) => Math.max(most, began[index]), 0)],
     start: (row) => [row.lives.reduce((least, index) => Math.min(least, began[index]), Infinity), 0],
     end: (row) => [latest(row), 0],
     lifetime: (row) => [-row.lives.reduce((sum, index) => sum + known[index] - began[index], 0), 0],
-    crashes: (row) => [-row.lives.reduce((sum, index) => sum + (crashed(lives[index]) ? 1 : 0), 0), -latest(row)],
+    crashes: (row) => [-row.lives.reduce((sum, index) => sum + (crashed(index) ? 1 : 0), 0), -latest(row)],
     id: () => [0, 0],
   };
   const key = keys[state.sort];
@@ -124,7 +124,7 @@ function order(found) {
 function perSid(indexes, group) {
   const found = new Map();
   for (const index of indexes) {
-    const sid = lives[index][SID], row = found.get(sid);
+    const sid = ids[index], row = found.get(sid);
     if (row) row.lives.push(index); else found.set(sid, { title: words[sid], lives: [index], group: "", inside: group });
   }
   return order([...found.values()]);
@@ -139,7 +139,7 @@ function arrange() {
   }
   const groups = new Map();
   for (const index of inView) {
-    const name = groupOf(lives[index]), row = groups.get(name);
+    const name = groupOf(index), row = groups.get(name);
     if (row) row.lives.push(index); else groups.set(name, { title: name, lives: [index], group: name });
   }
   rows = order([...groups.values()]).flatMap((row) => (state.open.has(row.group) ? [row, ...perSid(row.lives, row.group)] : [row]));
@@ -155,7 +155,7 @@ function link() {
   found.set("sort", state.sort);
   if (state.hidden.size) found.set("without", [...state.hidden].map((kind) => KINDS[kind]).join(","));
   if (state.open.size) found.set("open", JSON.stringify([...state.open]));
-  if (state.chosen >= 0) found.set("life", lives[state.chosen][SEQ] + ":" + words[lives[state.chosen][SID]]);
+  if (state.chosen >= 0) found.set("life", seqs[state.chosen] + ":" + words[ids[state.chosen]]);
   const hash = "#" + found;
   if (location.hash !== hash) history.replaceState(null, "", hash);
 }
@@ -180,5 +180,5 @@ function follow() {
   }
   const life = /^(\d+):(.*)$/s.exec(found.get("life") || "");
   state.chosen = -1;
-  if (life) state.chosen = lives.findIndex((one) => one[SEQ] === Number(life[1]) && words[one[SID]] === life[2]);
+  if (life) state.chosen = ids.findIndex((id, index) => seqs[index] === Number(life[1]) && words[id] === life[2]);
 }
