@@ -1,5 +1,6 @@
 """Read what people type: times, spans, labels, types of event, past states, any text."""
 
+import re
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Final, ParamSpec, TypeVar, cast
@@ -71,9 +72,18 @@ def pairs(rows: Iterable[str]) -> dict[str, str]:
     return found
 
 
+_WHOLE: Final = re.compile(r"[0-9]{1,19}")
+_SECONDS: Final = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
+
+
+def whole(words: str) -> int | None:
+    """Read a whole number; None for what is none, or larger than any that is counted here."""
+    return int(words) if _WHOLE.fullmatch(words) else None
+
+
 def wait_s(words: str) -> float:
     """Read how long to wait, given on the command line; a bare number is seconds."""
-    return float(words) if words.replace(".", "", 1).isdigit() else span_s(words)
+    return float(words) if _SECONDS.fullmatch(words) else span_s(words)
 
 
 def span_s(words: str) -> float:
@@ -145,8 +155,8 @@ _EPOCHS: Final = 1_000_000_000  # so large a seq is a time that lacks its @
 
 def at(sh: Shell, reg: Registry, words: str) -> Past:
     """Return the state at a time or seq given on the command line; say what it is the state of."""
-    if words.isascii() and words.isdigit():
-        seq = int(words)
+    seq = whole(words)
+    if seq is not None:
         found = reg.at(seq)
         if seq > found.seq:
             hint = f"; for a time write @{words}" if seq >= _EPOCHS else ""
@@ -161,7 +171,7 @@ def asked_at(words: str | None, seen: State) -> datetime | None:
     """Return as of when ages of a past state are told: as of the time that was asked for."""
     if words is None or not isinstance(seen, Past):
         return None
-    if words.isascii() and words.isdigit():
+    if whole(words) is not None:
         return seen.since or seen.until
     return read_time(words, now=datetime.now(UTC))[0]
 

@@ -5,9 +5,11 @@ stranger; the entry is then recorded as registered and lost, like one whose proc
 """
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from crewlog.errors import LegacyCorrupt, ProcessNotFound, StorageFailed, from_oserror
 from crewlog.model import arguments, codec
@@ -142,13 +144,16 @@ def _entry(where: str, number: int, value: JsonValue) -> _Entry:
         raise LegacyCorrupt(where, why=f"session {number}: {error}") from error
 
 
+_EPOCH: Final = re.compile(r"[0-9]{1,19}")
+
+
 def _time(value: object) -> datetime | None:
     """Read a time as text or as seconds since the epoch; None where it tells nothing."""
     if isinstance(value, str):
         try:
             when = datetime.fromisoformat(value)
         except ValueError:
-            if not value.isdigit():
+            if not _EPOCH.fullmatch(value):
                 return None
             value = int(value)
         else:

@@ -1,7 +1,9 @@
 """Make a store usable again after a failed sync or damage, and lose nothing unsaid."""
 
 import os
+import re
 from collections.abc import Sequence
+from typing import Final
 
 from crewlog.place import locate
 from crewlog_compactor.engines import maintenance
@@ -24,13 +26,16 @@ def repair(
     return maintenance(place.kind).repair(place, yes=yes, accept_loss=list(accept_loss))
 
 
+_RANGE: Final = re.compile(r"([0-9]{1,19})\.\.([0-9]{1,19})")
+
+
 def parse_range(text: str) -> Range:
     """Read `FIRST..LAST`.
 
     Raises: ValueError for anything else.
     """
-    first, dots, last = text.partition("..")
-    if not dots or not first.isdigit() or not last.isdigit() or int(first) > int(last):
+    given = _RANGE.fullmatch(text)
+    if given is None or int(given[1]) > int(given[2]):
         message = f"{text!r} is no range of events: FIRST..LAST, as `crewlog repair` prints it"
         raise ValueError(message)
-    return int(first), int(last)
+    return int(given[1]), int(given[2])

@@ -112,6 +112,13 @@ def test_full_stderr_does_not_change_the_exit_code(cli: Cli, reg: Registry) -> N
         (["export", "--sid", b"\xff"], 0),
         (["history", "-n", "9" * 20], 0),
         (["stop", "--all"], 2),
+        (["watch", "--timeout", "²"], 2),
+        (["stop", "a", "--grace", "²"], 2),
+        (["ls", "--at", "9" * 5000], 2),
+        (["gc", "--keep", "9" * 5000], 2),
+        (["compact", "--keep-history", "9" * 5000 + "GiB"], 2),
+        (["compact", "--keep-history", "9" * 5000 + "events"], 2),
+        (["repair", "--accept-loss", "²..³"], 2),
     ],
 )
 def test_strange_words_are_no_fault_of_ours(

@@ -189,6 +189,17 @@ def test_older_file_is_taken_over_with_its_dead_recorded(
     assert lost.exit.cause == "pid_reused"
 
 
+@pytest.mark.parametrize("when", ["²", "9" * 5000, "soon", ""])
+def test_import_of_a_time_that_is_none_takes_the_worker_all_the_same(
+    tmp_path: Path, reg: Registry, when: str
+) -> None:
+    """It tells nothing, and is no fault."""
+    old = tmp_path / "old.json"
+    entry = {"sid": "a", "pid": os.getpid(), "sock": "", "version": "", "created_at": when}
+    old.write_text(json.dumps({"sessions": [entry]}))
+    assert import_legacy(reg, old).living == ("a",)
+
+
 @pytest.mark.parametrize("pid", [0, -1, 2**31, 2**63, True, "7", 1.0, None])
 def test_import_of_an_impossible_pid_writes_nothing(
     tmp_path: Path, reg: Registry, place: Path, pid: object

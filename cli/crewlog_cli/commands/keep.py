@@ -64,13 +64,10 @@ _SIZES: Final = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 def _keep(given: str) -> timedelta | int | KeepEvents | None:
     if given == "all":
         return None
-    number = given.removesuffix("events")
-    if number != given and number.isascii() and number.isdigit():
-        return KeepEvents(int(number))
-    for unit, factor in _SIZES.items():
-        number = given.removesuffix(unit)
-        if number != given and number.isascii() and number.isdigit():
-            return int(number) * factor
+    for unit in ("events", *_SIZES):
+        number = inputs.whole(given.removesuffix(unit)) if given.endswith(unit) else None
+        if number is not None:
+            return KeepEvents(number) if unit == "events" else number * _SIZES[unit]
     try:
         if given.isdigit():  # of what?
             raise times.TimeError(given)
@@ -82,9 +79,10 @@ def _keep(given: str) -> timedelta | int | KeepEvents | None:
 
 def _ended(given: str | None) -> timedelta | int | None:
     """Read how long, or how many, ended workers stay listed."""
-    if given is None or not (given.isascii() and given.isdigit()):
-        return None if given is None else _span(given)
-    return int(given)
+    if given is None:
+        return None
+    number = inputs.whole(given)
+    return _span(given) if number is None else number
 
 
 def _told(report: CollectReport) -> dict[str, object]:
