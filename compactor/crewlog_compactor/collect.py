@@ -5,7 +5,7 @@ judged, so collectors may run side by side, and a worker that registered again b
 and the append survives. Sockets and leases come last, when the deaths are durable.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final, TypeAlias
@@ -91,9 +91,16 @@ def _foretold(decided: Plan, *, force: bool) -> CollectReport:
     return replace(report, refused=None if force else plan.refusal(decided))
 
 
-def try_collect(
-    reg: Registry, *, force: bool, keep: Ended = None, dry_run: bool = False
-) -> tuple[CollectReport | None, CollectRefused | None]:
+Collected: TypeAlias = tuple[CollectReport | None, CollectRefused | None]
+Collect: TypeAlias = Callable[[], Collected]
+
+
+def collect_nobody() -> Collected:
+    """Collect where that is not asked for."""
+    return None, None
+
+
+def try_collect(reg: Registry, *, force: bool, keep: Ended, dry_run: bool) -> Collected:
     """Collect as a part of a larger job, which goes on where this is refused, and tells."""
     try:
         report = collect(reg, force=force, keep=keep, dry_run=dry_run)

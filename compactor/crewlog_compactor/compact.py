@@ -1,9 +1,11 @@
 """Compact a store: collect, fold or seal, archive, retain; the job of cron."""
 
+from functools import partial
+
 from crewlog.local.archive import require
 from crewlog.model.arguments import Packing
 from crewlog.registry import Registry
-from crewlog_compactor.collect import Ended, check_ended
+from crewlog_compactor.collect import Ended, check_ended, collect_nobody, try_collect
 from crewlog_compactor.engines import maintenance
 from crewlog_compactor.reports import CompactReport
 from crewlog_compactor.retention import Keep, check_keep
@@ -33,14 +35,13 @@ def compact(
         message = f"compact takes a registry: compact(crewlog.open({reg!r}))"
         raise TypeError(message)
     check_keep(keep_history)
+    keep = check_ended(keep_ended)
     packed, store = require(packing), reg.store()
+    collect = partial(try_collect, reg, force=force, keep=keep, dry_run=dry_run)
     return maintenance(store.kind).compact(
-        reg,
         store,
         packing=packed,
-        gc=gc,
-        force=force,
+        collect=collect if gc else collect_nobody,
         keep_history=keep_history,
-        keep_ended=check_ended(keep_ended),
         dry_run=dry_run,
     )

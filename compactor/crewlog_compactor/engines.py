@@ -8,10 +8,9 @@ from typing import Final, Protocol, cast
 from crewlog.host import no_fork
 from crewlog.model.arguments import Packing
 from crewlog.place import Place
-from crewlog.registry import Registry
 from crewlog.store import Kind, Store
 from crewlog_compactor.anchor import Anchor
-from crewlog_compactor.collect import Ended
+from crewlog_compactor.collect import Collect
 from crewlog_compactor.copy import Copy
 from crewlog_compactor.reports import Check, CompactReport, Range, RepairReport, VerifyReport
 from crewlog_compactor.retention import Keep
@@ -27,14 +26,11 @@ class Maintenance(Protocol):
 
     def compact(
         self,
-        reg: Registry,
         store: Store,
         *,
         packing: Packing,
-        gc: bool,
-        force: bool,
+        collect: Collect,
         keep_history: Keep,
-        keep_ended: Ended,
         dry_run: bool,
     ) -> CompactReport:
         """Compact; see `crewlog_compactor.compact`."""

@@ -25,10 +25,9 @@ from crewlog.model import codec, events
 from crewlog.model.arguments import Packing
 from crewlog.model.events import JsonObject, Line
 from crewlog.model.snapshot import Snapshot, decode_snapshot, encode_snapshot
-from crewlog.registry import Registry
 from crewlog.store import Store
 from crewlog_compactor import retention
-from crewlog_compactor.collect import Ended, try_collect
+from crewlog_compactor.collect import Collect
 from crewlog_compactor.reports import CompactReport
 from crewlog_compactor.retention import Keep
 
@@ -37,22 +36,16 @@ _logger = logging.getLogger("crewlog.retain")
 
 
 def compact(
-    reg: Registry,
     store: Store,
     *,
     packing: Packing,  # noqa: ARG001 (nothing is archived)
-    gc: bool,
-    force: bool,
+    collect: Collect,
     keep_history: Keep,
-    keep_ended: Ended,
     dry_run: bool,
 ) -> CompactReport:
     """Collect, seal, retain; see `crewlog_compactor.compact`."""
     log = cast("EtcdLog", store)  # its kind says so
-    none = None, None
-    collected, refused = (
-        try_collect(reg, force=force, keep=keep_ended, dry_run=dry_run) if gc else none
-    )
+    collected, refused = collect()
     if dry_run:
         added = 0 if collected is None else collected.changed
         sealed, last, going = _foretell(log, keep_history, added)

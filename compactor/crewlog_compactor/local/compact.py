@@ -21,10 +21,9 @@ from crewlog.local.snapshot import refold
 from crewlog.model import events
 from crewlog.model.arguments import Packing
 from crewlog.model.snapshot import Snapshot
-from crewlog.registry import Registry
 from crewlog.store import Store, retried
 from crewlog_compactor import retention
-from crewlog_compactor.collect import Ended, try_collect
+from crewlog_compactor.collect import Collect
 from crewlog_compactor.local import archive, retain
 from crewlog_compactor.reports import CompactReport
 from crewlog_compactor.retention import Keep
@@ -33,61 +32,33 @@ _logger: Final = logging.getLogger("crewlog.compact")
 
 
 def compact(
-    reg: Registry,
     store: Store,
     *,
     packing: Packing,
-    gc: bool,
-    force: bool,
+    collect: Collect,
     keep_history: Keep,
-    keep_ended: Ended,
     dry_run: bool,
 ) -> CompactReport:
     """Do the job in a directory; see `crewlog_compactor.compact`."""
     log = cast("Log", store)  # its kind says so
-    with disk.failures("cannot compact", where=reg.where):
+    with disk.failures("cannot compact", where=log.directory.where()):
         if dry_run:
-            return _foretold(
-                reg,
-                log,
-                packing,
-                gc=gc,
-                force=force,
-                keep_history=keep_history,
-                keep_ended=keep_ended,
-            )
+            return _foretold(log, packing, collect, keep_history)
         with log.take_compact_lock():
-            return _compact(
-                reg,
-                log,
-                packing,
-                gc=gc,
-                force=force,
-                keep_history=keep_history,
-                keep_ended=keep_ended,
-            )
+            return _compact(log, packing, collect, keep_history)
 
 
-def _compact(
-    reg: Registry,
-    log: Log,
-    packing: Packing,
-    *,
-    gc: bool,
-    force: bool,
-    keep_history: Keep,
-    keep_ended: Ended,
-) -> CompactReport:
+def _compact(log: Log, packing: Packing, collect: Collect, keep: Keep) -> CompactReport:
     """Do the whole job. Held: locks/compact."""
     _sweep(log)
-    collected, refused = try_collect(reg, force=force, keep=keep_ended) if gc else (None, None)
+    collected, refused = collect()
     if _has_events(log):
         log.rotate()
     folded, current = _fold(log)
     if folded:
         log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
     moved = _archive(log, packing)
-    dropped = retain.retain(log, keep_history)
+    dropped = retain.retain(log, keep)
     return CompactReport(
         folded_events=folded,
         snapshot_seq=current.last_seq,
@@ -98,20 +69,9 @@ def _compact(
     )
 
 
-def _foretold(
-    reg: Registry,
-    log: Log,
-    packing: Packing,
-    *,
-    gc: bool,
-    force: bool,
-    keep_history: Keep,
-    keep_ended: Ended,
-) -> CompactReport:
+def _foretold(log: Log, packing: Packing, collect: Collect, keep: Keep) -> CompactReport:
     """Say what the job would do. No lock is taken: where one is under way it looks again."""
-    collected, refused = (
-        try_collect(reg, force=force, keep=keep_ended, dry_run=True) if gc else (None, None)
-    )
+    collected, refused = collect()
     report = CompactReport(
         folded_events=0,
         snapshot_seq=0,
@@ -122,7 +82,7 @@ def _foretold(
         dry_run=True,
     )
     added = 0 if collected is None else collected.changed
-    work = partial(_foreseen, log, packing, keep_history, added)
+    work = partial(_foreseen, log, packing, keep, added)
     return replace(report, **retried(work, SegmentMissing, FileNotFoundError))
 
 
