@@ -3,10 +3,11 @@
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Final
 
 from crewlog import Liveness
-from crewlog.model.events import Event, Past, Worker
+from crewlog.model.events import Event, Past, State, Worker, timestamp
 from crewlog.registry import Registry
 from crewlog_cli import inputs, render
 
@@ -53,6 +54,18 @@ def last_events(reg: Registry, sid: str, seen: Past | None) -> list[Event]:
 def story_of(reg: Registry, sid: str) -> list[Event]:
     """Return the last of all events of a sid, oldest first."""
     return list(deque(reg.history(sid=sid), maxlen=_EVENTS))
+
+
+def listed(
+    seen: State, workers: Iterable[tuple[Worker, Liveness | None]], now: datetime
+) -> dict[str, object]:
+    """Return what ls says of workers, as of a past state or of now."""
+    return {
+        "seq": seen.seq,
+        "at": timestamp(now),
+        **(inputs.window(seen) if isinstance(seen, Past) else {}),
+        "workers": [render.worker_json(worker, found) for worker, found in workers],
+    }
 
 
 def shown(

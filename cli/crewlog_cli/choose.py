@@ -1,6 +1,6 @@
 """Choose workers as every command takes them: ids, globs, and labels as k, k=v or k!=v."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import click
@@ -19,9 +19,17 @@ def _read(
     _ctx: click.Context, _param: click.Parameter, rows: tuple[str, ...]
 ) -> tuple[LabelTest, ...]:
     try:
-        return tuple(test for row in rows for test in read_labels(row))
+        return tests_of(rows)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+
+
+def tests_of(rows: Iterable[str]) -> tuple[LabelTest, ...]:
+    """Read tests of labels, in each row one or, as kubectl has it, several.
+
+    Raises: ValueError.
+    """
+    return tuple(test for row in rows for test in read_labels(row))
 
 
 def with_labels(function: Callable[P, R]) -> Callable[P, R]:
@@ -65,14 +73,14 @@ class Chosen(NamedTuple):
         """Return what says of a sid whether it is among the names."""
         return matcher(self.names or ("*",))
 
+    def fits(self, labels: Mapping[str, str]) -> bool:
+        """Say whether labels are as wanted."""
+        return all(test.holds(labels) for test in self.labels)
+
     def of(self, workers: Iterable[Worker]) -> list[Worker]:
         """Return those that are wanted."""
         wants = self.wants_sid()
-        return [
-            worker
-            for worker in workers
-            if wants(worker.sid) and all(test.holds(worker.labels) for test in self.labels)
-        ]
+        return [worker for worker in workers if wants(worker.sid) and self.fits(worker.labels)]
 
     def required(
         self, reg: Registry, workers: Collection[Worker], *, some: bool = True
@@ -94,22 +102,23 @@ class Chosen(NamedTuple):
             found.sort(key=lambda worker: place[worker.sid])
         return found
 
-    @staticmethod
-    def require_names(reg: Registry, names: tuple[str, ...]) -> None:
-        """Refuse a name that no worker has, nor had as far as the history is kept.
+    def sids(self, reg: Registry, *, required: Iterable[str] = ()) -> list[str] | None:
+        """Return the sids that are meant, also of workers that are no longer listed; None: all.
 
+        A name that is `required` must be one that a worker has, or had as far as history is kept.
         Raises: WorkerNotFound, with the nearest.
         """
-        for name in names:
-            if GLOB.search(name):
-                known = bool(Chosen((name,)).sids(reg))
-            else:  # an event is found without a fold of the log
+        found = self._sids(reg)
+        for name in required:
+            if not GLOB.search(name):  # an event is found without a fold of the log
                 known = any(reg.history(sid=name)) or reg.get(name) is not None
+            else:  # the labels may have left out whom it means
+                known = any(map(matcher((name,)), found or ())) or bool(Chosen((name,)).sids(reg))
             if not known:
                 raise render.not_found(reg, name)
+        return found
 
-    def sids(self, reg: Registry) -> list[str] | None:
-        """Return the sids that are meant, also of workers that are no longer listed; None: all."""
+    def _sids(self, reg: Registry) -> list[str] | None:
         if not self:
             return None
         if self.is_exact:
@@ -118,15 +127,15 @@ class Chosen(NamedTuple):
         wants = self.wants_sid()
         found = dict.fromkeys(name for name in self.exact if not self.labels)
         for sid, labels in listed.items():
-            if wants(sid) and all(test.holds(labels) for test in self.labels):
+            if wants(sid) and self.fits(labels):
                 found[sid] = None
         for event in reg.history(types=[events.REGISTERED]):  # who was pruned since
             given = event.data.get("labels")
             known = event.sid in found or not wants(event.sid)
-            if not known and isinstance(given, dict):
-                have = {key: str(value) for key, value in given.items()}
-                if all(test.holds(have) for test in self.labels):
-                    found[event.sid] = None
+            if known or not isinstance(given, dict):
+                continue
+            if self.fits({key: str(value) for key, value in given.items()}):
+                found[event.sid] = None
         return list(found)
 
 
@@ -149,5 +158,4 @@ class Stream:
         worker = self._reg.get(event.sid)
         if worker is not None:
             self._labels[event.sid] = dict(worker.labels)
-        have = self._labels.get(event.sid, {})
-        return all(test.holds(have) for test in self._chosen.labels)
+        return self._chosen.fits(self._labels.get(event.sid, {}))

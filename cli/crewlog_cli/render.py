@@ -255,13 +255,9 @@ def restarts_text(worker: Worker, ended: Event | None, now: datetime) -> str:
         return str(count)
     if ended.type == LOST:  # when, nobody saw
         return f"{count}, last lost"
-    word, how = "removed", ""
-    if ended.type == EXITED:
-        word, how = "exited", _code(ended.data.get("code"), ended.data.get("signal"))
-        if ended.crashed:
-            word = "crashed"
-        elif ended.data.get("expected") is True and ended.data.get("ok") is not True:
-            word, how = "stopped", ""
+    word, how = ended_word(ended), ""
+    if word in {"crashed", "exited"}:
+        how = _code(ended.data.get("code"), ended.data.get("signal"))
     return f"{count}, last {word}{how} {figures.brief(now - ended.ts)} ago"
 
 
@@ -304,6 +300,15 @@ def end_word(worker: Worker) -> str:
     if worker.state == WorkerState.RELEASED:
         return "removed"
     return "stopped" if ended.expected and not ended.ok else "exited"
+
+
+def ended_word(ended: Event) -> str:
+    """Say in the same words how a life ended, by the event of its end."""
+    if ended.type != EXITED:
+        return "lost" if ended.type == LOST else "removed"
+    if ended.crashed:
+        return "crashed"
+    return "stopped" if ended.expected and ended.data.get("ok") is not True else "exited"
 
 
 def _how(ended: Exit) -> str:

@@ -248,14 +248,11 @@ def take_globals(shell: Shell, values: dict[str, object]) -> None:
 
 def complete_sid(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
     """Name the sids that begin so, or that a glob means, for a shell's completion."""
-    from fnmatch import fnmatchcase  # noqa: PLC0415 (start-up)
+    from crewlog.model.choice import matcher  # noqa: PLC0415 (start-up)
 
-    glob = any(char in begun for char in "*?[")
-    return [
-        worker.sid
-        for worker in _listed(ctx)
-        if worker.sid.startswith(begun) or (glob and fnmatchcase(worker.sid, begun))
-    ]
+    means = matcher((begun,))
+    sids = (worker.sid for worker in _listed(ctx))
+    return [sid for sid in sids if sid.startswith(begun) or means(sid)]
 
 
 def complete_label(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Final
 from crewlog.model import events
 from crewlog.model.events import Event
 from crewlog_cli import output, text
-from crewlog_cli.render import signal_name
+from crewlog_cli.render import ended_word, signal_name
 from crewlog_cli.shell import Shell
 from crewlog_cli.text import Column
 
@@ -56,7 +56,7 @@ class Story:
         return " ".join(filter(None, words))
 
     def _ended(self, event: Event) -> tuple[str, ...]:
-        data = event.data
+        data, word = event.data, ended_word(event)
         number, code, error = data.get("signal"), data.get("code"), data.get("error")
         how = "" if code is None else str(code)
         if isinstance(number, int):
@@ -64,16 +64,16 @@ class Story:
         more = (_oom(event), str(data.get("message") or ""))
         if error is not None:
             return ("crashed", f"its program did not start: {error}", *more)
-        if event.crashed:
-            return ("crashed", how if number is not None else f"code {how}", *more)
-        if data.get("expected") is True and data.get("ok") is not True:
+        if word == "crashed":
+            return (word, how if number is not None else f"code {how}", *more)
+        if word == "stopped":
             asked = self._asked.pop(event.sid, None)
             by = "" if asked is None else f"by {_name(asked)}"
             why = "" if asked is None else str(asked.data.get("reason") or "")
-            told = f"stopped {by}".strip() + (f": {why}" if why else "")
+            told = f"{word} {by}".strip() + (f": {why}" if why else "")
             how = signal_name(number) if isinstance(number, int) else how
             return (told, f"({how})" if how else "", *more)
-        return ("exited", how, *more)
+        return (word, how, *more)
 
     # -- printed ----------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ def watch(
         lambda: reg.watch(
             after=start,
             sids=chosen.exact if chosen.is_exact else None,
-            wait_for_store=True if wait and limit_s is None else limit_s or 0 if wait else False,
+            wait_for_store=wait and (limit_s is None or limit_s),
             types=(inputs.ends(types) if crashed else types) or None,
             cursor=name,
             backend=backend,  # type: ignore[arg-type] # click lets only these through

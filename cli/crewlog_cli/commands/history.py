@@ -74,8 +74,7 @@ def history(
     reg = sh.existing()
     types = inputs.ends(types) if crashed else types
     chosen = Chosen((*names, *sids), labels)
-    chosen.require_names(reg, names)
-    meant, last_seq = chosen.sids(reg), reg.last_seq
+    meant, last_seq = chosen.sids(reg, required=names), reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
     found: Iterable[Event] = answers.chosen_events(
         reg.history(
@@ -101,18 +100,18 @@ def history(
             sh.stream(render.event_json(event))
     else:
         Story(sh).tell(found, paged=not follow)  # nobody would leave a pager to hear of what comes
-    _tell_missing(sh, reg, chosen, meant)
+    _tell_missing(sh, reg, Chosen(sids).exact, nobody=bool(chosen) and not meant)
     _print_period(sh, reg, after)
     if follow:
         _follow(sh, reg, chosen, types=types, crashed=crashed, actor=actor, after=last_seq)
 
 
-def _tell_missing(sh: Shell, reg: Registry, chosen: Chosen, meant: list[str] | None) -> None:
+def _tell_missing(sh: Shell, reg: Registry, sids: Iterable[str], *, nobody: bool) -> None:
     """Say where a name means nobody: an empty answer must not be mistaken for peace."""
-    for sid in sorted(chosen.exact):
+    for sid in sorted(sids):
         if not any(reg.history(sid=sid)) and reg.get(sid) is None:
             sh.note(f"no event of {sid!r} is kept")
-    if chosen and not meant:
+    if nobody:
         sh.note("no worker is, or was, such a one")
 
 
@@ -491,8 +490,7 @@ def export(
     first, last = inputs.period(sh, since, until)
     reg = sh.existing()
     chosen = Chosen((*names, *sids), labels)
-    chosen.require_names(reg, names)
-    meant = chosen.sids(reg)
+    meant = chosen.sids(reg, required=names)
     found = reg.history(sids=meant, types=types or None, since=first, until=last, after=after)
     writers: dict[str, Callable[[Iterator[Event]], None]] = {
         "jsonl": _jsonl,

@@ -61,11 +61,12 @@ def _meant(
     if not chosen:
         message = "name workers: ids, globs such as 'web-*', or labels with -l"
         raise click.UsageError(message)
-    for sid in chosen.exact if seen is not None else ():
-        if seen is not None and seen.get(sid) is None:
-            error = WorkerNotFound(sid)
-            error.remedy = f"It was not listed then; `crewlog history {sid}` tells what there was"
-            raise error
+    if seen is not None and (missing := sorted(chosen.exact - seen.workers.keys())):
+        error = WorkerNotFound(missing[0])
+        error.remedy = (
+            f"It was not listed then; `crewlog history {missing[0]}` tells what there was"
+        )
+        raise error
     state = reg.state() if seen is None else seen
     workers = chosen.required(reg, list(state.workers.values()))
     return workers, chosen.is_exact and len(workers) == 1

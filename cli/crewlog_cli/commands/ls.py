@@ -10,10 +10,10 @@ import click
 from crewlog import Liveness
 from crewlog.model import figures
 from crewlog.model.choice import LabelTest
-from crewlog.model.events import FINAL, Past, State, Worker, WorkerState, timestamp
+from crewlog.model.events import FINAL, Past, State, Worker, WorkerState
 from crewlog.model.figures import Usage
 from crewlog.registry import Registry
-from crewlog_cli import choose, inputs, output, render, text
+from crewlog_cli import answers, choose, inputs, output, render, text
 from crewlog_cli.choose import Chosen
 from crewlog_cli.shell import Shell, command
 from crewlog_cli.text import Column
@@ -181,14 +181,7 @@ def _print_json(
     if name:
         sh.document({"seq": seen.seq, "sids": [worker.sid for worker, _ in shown]})
         return
-    sh.document(
-        {
-            "seq": seen.seq,
-            "at": timestamp(now),
-            **(inputs.window(seen) if isinstance(seen, Past) else {}),
-            "workers": [render.worker_json(worker, found) for worker, found in shown],
-        }
-    )
+    sh.document(answers.listed(seen, shown, now))
 
 
 def _key(sort: str, now: datetime) -> Callable[[_Seen], tuple[object, ...]]:

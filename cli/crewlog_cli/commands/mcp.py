@@ -12,11 +12,10 @@ import click
 
 from crewlog import __version__
 from crewlog.errors import CrewlogError, Unsupported
-from crewlog.model.choice import read_labels
-from crewlog.model.events import EventType, Past, timestamp
+from crewlog.model.events import EventType
 from crewlog.registry import Registry
 from crewlog_cli import answers, inputs, render
-from crewlog_cli.choose import Chosen
+from crewlog_cli.choose import Chosen, tests_of
 from crewlog_cli.shell import Shell, command
 
 P = ParamSpec("P")
@@ -95,18 +94,11 @@ class Asked:
         ended; at: as it was at a time ("2h", "yesterday", RFC 3339) or seq.
         """
         reg = self._reg
-        chosen = Chosen(
-            tuple(names or ()), tuple(test for row in labels or () for test in read_labels(row))
-        )
+        chosen = Chosen(tuple(names or ()), tests_of(labels or ()))
         seen = reg.state() if at is None else inputs.at(self._sh, reg, at)
         found = chosen.of(w for w in seen.workers.values() if ended or not w.final)
         judged = reg.judge(found) if at is None else [None] * len(found)
-        return {
-            "seq": seen.seq,
-            "at": timestamp(datetime.now(UTC)),
-            **(inputs.window(seen) if isinstance(seen, Past) else {}),
-            "workers": [render.worker_json(*pair) for pair in zip(found, judged, strict=True)],
-        }
+        return answers.listed(seen, zip(found, judged, strict=True), datetime.now(UTC))
 
     def worker(self, sid: str) -> dict[str, object]:
         """Show one worker: whether it lives, how it ended, its last events."""

@@ -73,8 +73,7 @@ def timeline(
     first, last = inputs.period(sh, since, until)
     reg = sh.existing()
     chosen = Chosen((*names, *sids), labels)
-    chosen.require_names(reg, names)
-    meant = chosen.sids(reg)
+    meant = chosen.sids(reg, required=names)
     with output.progress("reading") as told:
         lives = reg.lives(progress=told)
     now = datetime.now(UTC)
