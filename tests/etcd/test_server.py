@@ -962,16 +962,23 @@ def test_who_stands_before_is_waited_for_and_named(url: str) -> None:
         assert reg.last_seq == 5
 
 
-def test_who_was_served_has_a_turn_past_the_queue_and_then_waits_again(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One wait serves many changes, for a moment; a newcomer has no turn."""
-    monkeypatch.setattr(waiters, "TURN_S", 60.0)
+@contextlib.contextmanager
+def two_writers(url: str) -> Iterator[tuple[crewlog.Registry, EtcdLog, crewlog.Registry, EtcdLog]]:
+    """Open a store with a worker "a" twice, each with its log; the first is not patient."""
     with opened(url, lock_timeout_s=0.3) as reg, opened(url) as other:
         reg.register("a")
         mine, theirs = reg.store(), other.store()
         assert isinstance(mine, EtcdLog)
         assert isinstance(theirs, EtcdLog)
+        yield reg, mine, other, theirs
+
+
+def test_who_was_served_has_a_turn_past_the_queue_and_then_waits_again(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wait serves many changes, for a moment; a newcomer has no turn."""
+    monkeypatch.setattr(waiters, "TURN_S", 60.0)
+    with two_writers(url) as (reg, mine, _, theirs):
         place = mine._waiters.enter()
         theirs._waiters.enter()
         place.leave()
@@ -988,11 +995,7 @@ def test_who_was_served_has_a_turn_past_the_queue_and_then_waits_again(
 def test_turn_ends_where_another_was_faster(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That one's turn has begun, and two in their turns would lose half of what they try."""
     monkeypatch.setattr(waiters, "TURN_S", 60.0)
-    with opened(url, lock_timeout_s=0.3) as reg, opened(url) as other:
-        reg.register("a")
-        mine, theirs = reg.store(), other.store()
-        assert isinstance(mine, EtcdLog)
-        assert isinstance(theirs, EtcdLog)
+    with two_writers(url) as (reg, mine, other, theirs):
         place = mine._waiters.enter()
         place.leave()
         mine._waiters.begin_turn(place)

@@ -314,8 +314,9 @@ class AsyncRegistry:
         for a server may not answer, and a large state takes a while to read.
         """
         patience = options.pop("wait_for_store", False)
-        if patience is not False and await self._await_store(patience):
-            options["after"] = "oldest" if options.get("after") == "now" else options.get("after")
+        waited = patience is not False and await self._await_store(patience)
+        if waited and options.get("after") == "now":
+            options["after"] = "oldest"  # all of it is to come
         bell, session = LoopBell(), self._session
         opening = self._begun(lambda: follow.vigil(session, lambda: bell, **options))
         try:

@@ -403,12 +403,25 @@ class Views:
     if TYPE_CHECKING:
 
         @property
+        def seq(self) -> int:
+            """Return the event's seq."""
+
+        @property
+        def sid(self) -> str:
+            """Return the sid of the worker that it is about."""
+
+        @property
         def type(self) -> str:
             """Return the event's type."""
 
         @property
         def data(self) -> JsonObject:
             """Return what it says."""
+
+    def __repr__(self) -> str:
+        """Say which event it is."""
+        name = type(self).__name__
+        return f"<{name} {self.seq} {self.type}{' ' if self.sid else ''}{self.sid}>"
 
     @property
     def known_type(self) -> EventType | None:
@@ -457,10 +470,6 @@ class Event(Views):
     actor: JsonObject
     data: JsonObject
     raw: bytes
-
-    def __repr__(self) -> str:
-        """Say which event it is."""
-        return f"<Event {self.seq} {self.type}{' ' if self.sid else ''}{self.sid}>"
 
 
 class Workers(Mapping[str, Worker]):

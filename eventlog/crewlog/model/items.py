@@ -54,10 +54,6 @@ class Change(Views):
         """Return what it says."""
         return self.event.data
 
-    def __repr__(self) -> str:
-        """Say which event it is."""
-        return f"<Change {self.seq} {self.type}{' ' if self.sid else ''}{self.sid}>"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synced:

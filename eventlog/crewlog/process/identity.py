@@ -576,18 +576,23 @@ def usage(who: Identity, also: Collection[int] = ()) -> Usage | None:
     if (who.boot_id, who.pid_ns, who.host_id) != (here.boot_id, here.pid_ns, here.host_id):
         return None
     try:
-        process = psutil.Process(who.pid)
-        with process.oneshot():
-            times, memory = process.cpu_times(), process.memory_info()
+        cpu_s, rss_bytes = _used(who.pid)
         if capture(who.pid).start_ticks != who.start_ticks:
             return None
     except (psutil.Error, ProcessNotFound):
         return None
-    cpu_s, rss_bytes = times.user + times.system, memory.rss
     for pid in also:
         with suppress(psutil.Error):
-            member = psutil.Process(pid)
-            with member.oneshot():
-                times, memory = member.cpu_times(), member.memory_info()
-            cpu_s, rss_bytes = cpu_s + times.user + times.system, rss_bytes + memory.rss
+            more_s, more_bytes = _used(pid)
+            cpu_s, rss_bytes = cpu_s + more_s, rss_bytes + more_bytes
     return Usage(cpu_s=cpu_s, rss_bytes=rss_bytes)
+
+
+def _used(pid: int) -> tuple[float, int]:
+    """Return the seconds of processor that a process has taken, and the bytes that it holds."""
+    import psutil  # noqa: PLC0415 (as above)
+
+    process = psutil.Process(pid)
+    with process.oneshot():
+        times, memory = process.cpu_times(), process.memory_info()
+    return times.user + times.system, memory.rss

@@ -83,9 +83,8 @@ class Vigil:
             self.waker.saw_change()
             self._unacknowledged = item.seq, digest_of(item)
         elif self.cursor is not None and not self.feed.unfinished:
-            self.cursor.advance(
-                self.feed.position, self.feed.digest
-            )  # nothing is left that was not acknowledged
+            # Nothing is left that was not acknowledged.
+            self.cursor.advance(self.feed.position, self.feed.digest)
         return item
 
     def _look(self, lines_max: int | None) -> Item | None:
