@@ -529,7 +529,10 @@ class Registry(Closing):
         on_error: OnError = "stop",
         **options: Unpack[WatchOptions],
     ) -> Subscription:
-        """Call back for every item in a thread of its own; arguments as for `watch`."""
+        """Call back for every item in a thread of its own; arguments as for `watch`.
+
+        With a cursor, an item is acknowledged as its callback returns.
+        """
         return follow.subscribe(self._session, callback, on_error=on_error, **options)
 
     def mirror(self, *, backend: Backend = "auto", wait_for_store: bool | float = False) -> Mirror:

@@ -432,19 +432,24 @@ def test_runner_finds_its_jobs_again_and_stops_what_goes(
     second.terminate()
 
 
-def test_service_tells_of_each_crash_once_across_restarts(kitchen: Path, place: Path) -> None:
+def test_service_tells_of_each_crash_once_across_restarts(
+    kitchen: Path, place: Path, crew: Crew
+) -> None:
     """It begins before there is a store; what crashed while it was down is told, too."""
 
     def service() -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        one = subprocess.Popen(
             [sys.executable, "-u", "crashes.py"], cwd=kitchen, stdout=subprocess.PIPE, text=True
         )
+        crew.processes.append(one)
+        return one
 
     def told(one: subprocess.Popen[str]) -> list[str]:
         assert one.stdout is not None
         return one.stdout.readline().split()[1:]
 
-    with service() as first, crewlog.open(place) as reg:
+    first = service()
+    with crewlog.open(place) as reg:
         reg.spawn("a", ["sh", "-c", "exit 3"])
         assert told(first) == ["a", "code", "3"]
         until(lambda: reg.cursors.read("crashes") is not None)
@@ -455,7 +460,7 @@ def test_service_tells_of_each_crash_once_across_restarts(kitchen: Path, place: 
         reg.spawn("ok", ["true"])
         reg.spawn("c", ["sh", "-c", "exit 4"])
         until(lambda: (w := reg.get("c")) is not None and w.final)
-    with service() as second:
-        assert told(second) == ["c", "code", "4"]
-        second.terminate()
-        assert second.wait(20) == 0
+    second = service()
+    assert told(second) == ["c", "code", "4"]
+    second.terminate()
+    assert second.wait(20) == 0

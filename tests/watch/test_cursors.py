@@ -12,9 +12,10 @@ from crewlog.errors import (
     RegistryClosed,
 )
 from crewlog.local import cursors, layout
+from crewlog.model.items import Item
 from crewlog.registry import Registry
 from crewlog_compactor import compact
-from procs import files, forked, joined
+from procs import files, forked, joined, until
 
 
 def test_refused_watch_leaves_its_cursor_free(reg: Registry) -> None:
@@ -25,6 +26,34 @@ def test_refused_watch_leaves_its_cursor_free(reg: Registry) -> None:
     with pytest.raises(ValueError, match="on_error"):
         reg.subscribe(print, cursor="c", on_error="bogus")  # type: ignore[arg-type]
     reg.watch(cursor="c").close()
+
+
+@pytest.mark.parametrize("closed_by", ["another thread", "the callback"])
+def test_the_callback_under_way_at_close_is_acknowledged(reg: Registry, closed_by: str) -> None:
+    """Whoever goes on with the cursor does not hear of it again."""
+    reg.register("a")
+    called, may_return = threading.Event(), threading.Event()
+    box: list[crewlog.Subscription] = []
+    heard: list[int] = []
+
+    def callback(item: Item) -> None:
+        heard.append(item.seq)
+        called.set()
+        assert may_return.wait(20)
+        if closed_by == "the callback":
+            box[0].close()
+
+    box.append(reg.subscribe(callback, cursor="c", after="oldest", on_error="retry"))
+    assert called.wait(20)
+    if closed_by == "the callback":
+        may_return.set()
+    else:
+        threading.Timer(0.2, may_return.set).start()
+        box[0].close()
+    until(lambda: not box[0].alive)
+    standing = reg.cursors.read("c")
+    assert standing is not None
+    assert [standing.seq] == heard
 
 
 def test_threads_create_the_same_cursor_at_once(reg: Registry) -> None:

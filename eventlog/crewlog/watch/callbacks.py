@@ -65,6 +65,8 @@ class Subscription(Closing):
                 for item in items:
                     if not self._call(item):
                         return
+                    if items.has_cursor:  # now: there is no next take once it is closed
+                        items.ack(item)
             except Exception as error:
                 _logger.exception("a subscription ends")
                 self.error = error
@@ -96,6 +98,8 @@ class Subscription(Closing):
     def close(self, *, timeout_s: float | None = None) -> None:
         """End it, and wait for a callback under way; from the callback itself, only end it.
 
+        A callback that returns has its item acknowledged to the cursor, the last one too.
+
         Raises: the error that had ended it, the first time.
         """
         self._end(timeout_s)
@@ -105,9 +109,11 @@ class Subscription(Closing):
 
     def _end(self, timeout_s: float | None = None) -> None:
         self._closing.set()
-        self._watch.close()
+        self._watch.end()  # not closed: what the callback does just now is still acknowledged
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+            if not self._thread.is_alive():  # it has closed it; a forked child has no such thread
+                self._watch.close()
 
     def __exit__(
         self,

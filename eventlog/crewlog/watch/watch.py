@@ -272,14 +272,18 @@ class Watch(Closing):
         """Close something else together with the watch."""
         self._kept.append(beside)
 
+    def end(self) -> None:
+        """End the iteration at once; an item in hand can still be acknowledged until `close`."""
+        self._mind_fork()
+        self._vigil.closed = True
+        self._vigil.waker.wake()
+
     def close(self) -> None:
         """End the iteration at once; idempotent, from any thread or a signal handler.
 
         Everything is given back now, or by the thread that is inside `next` as it leaves.
         """
-        self._mind_fork()
-        self._vigil.closed = True
-        self._vigil.waker.wake()
+        self.end()
         if self._taking.acquire(blocking=False):
             try:
                 self._vigil.end()
