@@ -23,8 +23,8 @@ try {
 // Lives are columns, and a life is its place in them. Texts are numbers of data.words; times are whole ms,
 // proof and end after began; end -1: it goes on, proof -1: it is the end; pid, began and seq come as
 // differences to the life before. A class is what many have alike; its labels are a number of data.sets.
-const { sid: ids, pid, seq, class: classOf } = data.lives;
-const total = ids.length, [pids, seqs] = [pid, seq].map(sums);
+const { sid: ids, class: classOf } = data.lives;
+const total = ids.length;
 function sums(differences) {
   const found = new Float64Array(total);
   for (let life = 0, sum = 0; life < total; life++) found[life] = sum += differences[life];
@@ -32,9 +32,12 @@ function sums(differences) {
 }
 const about = (life) => data.classes[classOf[life]];
 const [KIND, GENERATION, REASON, VERSION, LABELS, HOST, OWNER] = Array.from({ length: 7 }, (_, index) => index);
-// What happened in a life, by its index, once it was unpacked: when, what it does to the bar, words, who…
+// What is told of a life, by its index, once it was unpacked; and what happened in it: when, what it does
+// to the bar, words, who…
 const NONE = [];
 const happened = [], more = [];
+let pids = null, seqs = null;
+const pidOf = (life) => (pids ? "pid " + pids[life] : "pid …");
 const { words, sets } = data;
 
 const KINDS = ["alive", "exited", "failed", "lost", "released", "unknown"];
@@ -43,31 +46,39 @@ const TITLES = ["alive", "ended orderly", "crashed", "lost", "released", "not kn
 const KIND_WORDS = [["alive", "living"], ["exited", "ended", "orderly", "stopped"], ["crashed", "failed"], ["lost"], ["released", "removed"], ["unknown"]];
 
 // Nobody saw the end of a lost one, nor knows of one that cannot be judged.
-const sure = (life) => about(life)[KIND] !== 3 && about(life)[KIND] !== 5;
+const kindOf = new Uint8Array(total), sure = (life) => kindOf[life] !== 3 && kindOf[life] !== 5;
 // By life, in ms after data.from: `known` is up to when it lived for certain; `span` is now, or the last that
 // is known: a clock may have been ahead. For counting, who goes on lives beyond it, and is there at it.
 const began = sums(data.lives.began);
 const [proof, end, known, endCounted, knownCounted] = Array.from({ length: 5 }, () => new Float64Array(total));
 const goesOn = (life) => data.lives.end[life] < 0;
 let span = Math.max(1, data.to - data.from);
-for (let life = 0; life < total; life++) span = Math.max(span, began[life] + Math.max(0, data.lives.end[life]));
-for (let life = 0; life < total; life++) {
-  const on = goesOn(life), after = data.lives.proof[life];
-  end[life] = on ? span : began[life] + data.lives.end[life];
-  proof[life] = after < 0 ? end[life] : began[life] + after;
-  known[life] = sure(life) ? end[life] : Math.min(end[life], proof[life]);
-  endCounted[life] = on ? span + 1 : end[life];
-  knownCounted[life] = on && known[life] >= span ? span + 1 : known[life];
-}
-const crashed = (life) => about(life)[KIND] === 2 || about(life)[KIND] === 3;
+((classes, { end: ends, proof: proofs }) => {
+  const kinds = classes.map((alike) => alike[KIND]);
+  for (let life = 0; life < total; life++) kindOf[life] = kinds[classOf[life]];
+  for (let life = 0; life < total; life++) span = Math.max(span, began[life] + Math.max(0, ends[life]));
+  for (let life = 0; life < total; life++) {
+    const begin = began[life], on = ends[life] < 0, stop = on ? span : begin + ends[life];
+    const until = proofs[life] < 0 ? stop : begin + proofs[life], least = sure(life) ? stop : Math.min(stop, until);
+    end[life] = stop;
+    proof[life] = until;
+    known[life] = least;
+    endCounted[life] = on ? span + 1 : stop;
+    knownCounted[life] = on && least >= span ? span + 1 : least;
+  }
+})(data.classes, data.lives);
+const crashed = (life) => kindOf[life] === 2 || kindOf[life] === 3;
 const labelsOf = (life) => sets[about(life)[LABELS]].map((number) => words[number]);
 
-// What happened in the lives is unpacked once there is a picture.
+// What is told of the lives is unpacked once there is a picture, or for the life that a link names.
+let unpacking = null;
+const stories = () => (unpacking ||= unpackStories());
 async function unpackStories() {
   if (document.readyState === "loading") { // they stand behind this script
     await new Promise((done) => document.addEventListener("DOMContentLoaded", done));
   }
   const found = await unpack($("stories").textContent);
+  [pids, seqs] = [found.lives.pid, found.lives.seq].map(sums);
   words.push(...found.words);
   found.steps.forEach((row, index) => {
     const steps = row.slice(1);

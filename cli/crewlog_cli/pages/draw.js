@@ -231,7 +231,7 @@ function bars() {
   for (let number = first; number < last; number++) {
     const row = rows[number], y = AXIS + number * row_ - top;
     const sign = row.group ? (state.open.has(row.group) ? "▾ " : "▸ ") : row.inside ? "   " : "";
-    const count = row.group ? " (" + new Set(row.lives.map((index) => ids[index])).size + ")" : "";
+    const count = row.group ? " (" + idsOf(row.lives) + ")" : "";
     if (row.group && row.group === state.at && state.chosen < 0) {
       pen.strokeStyle = hue.focus;
       pen.lineWidth = 2;
@@ -272,7 +272,7 @@ function lifeRow(pen, row, y, at, hue, width) {
     const x = at(began[index]), stop = at(end[index]);
     if (end[index] < state.low || began[index] > state.high) continue;
     const [segments, asked] = parts(index);
-    pen.fillStyle = hue.kinds[about(index)[KIND]];
+    pen.fillStyle = hue.kinds[kindOf[index]];
     for (const [from, to, shade] of segments) {
       const begin = at(from);
       pen.globalAlpha = shade;
@@ -280,7 +280,7 @@ function lifeRow(pen, row, y, at, hue, width) {
     }
     pen.globalAlpha = 1;
     if (!sure(index) && end[index] > known[index]) {
-      pen.fillStyle = hatch(pen, hue.kinds[about(index)[KIND]]);
+      pen.fillStyle = hatch(pen, hue.kinds[kindOf[index]]);
       pen.fillRect(at(known[index]), top, stop - at(known[index]), BAR);
     }
     if (about(index)[GENERATION] > 1) { // a start after an end
@@ -302,7 +302,7 @@ function lifeRow(pen, row, y, at, hue, width) {
       pen.strokeRect(x - 2, top - 3, Math.max(6, stop - x + 4), BAR + 6);
     }
     marks.push([x, y, stop - x, rowHeight(), index]);
-    if (end[index] <= state.high) ends.push([stop, about(index)[KIND]]);
+    if (end[index] <= state.high) ends.push([stop, kindOf[index]]);
   }
   ends.sort((a, b) => a[0] - b[0]);
   for (let i = 0; i < ends.length; ) {

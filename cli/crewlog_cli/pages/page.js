@@ -8,7 +8,7 @@ function choices(select, every, name) {
 
 function kinds() {
   const every = KINDS.map(() => 0);
-  for (let life = 0; life < total; life++) every[about(life)[KIND]]++;
+  for (let life = 0; life < total; life++) every[kindOf[life]]++;
   KINDS.forEach((kind, index) => {
     const count = every[index];
     if (!count) return;
@@ -28,6 +28,7 @@ function reveal() {
   if (state.chosen >= 0) choose(state.chosen, location.hash.includes("view=") ? "rows" : true);
 }
 
+if (location.hash.includes("life=")) await stories();
 follow();
 COLUMNS.forEach(([title], at) => {
   const head = document.createElement("th"), button = document.createElement("button");
@@ -62,7 +63,8 @@ hold();
 overview();
 keys();
 window.addEventListener("resize", () => { size(); draw(); });
-window.addEventListener("hashchange", () => { // a link was put into the address of the open page
+window.addEventListener("hashchange", async () => { // a link was put into the address of the open page
+  await stories();
   follow();
   for (const name of ["group", "sort", "filter"]) $(name).value = state[name];
   document.querySelectorAll("#kinds input").forEach((box) => { box.checked = !state.hidden.has(Number(box.value)); });
@@ -100,8 +102,8 @@ window.timeline = Object.freeze({
   badges: () => badges,
 });
 setTimeout(async () => { // what is below the picture, and what is told of a life, come after it
+  await stories();
   table();
-  await unpackStories();
   tell();
   draw();
   document.documentElement.dataset.whole = "yes";

@@ -77,14 +77,18 @@ def page(
         "to": max(_ms(now), first),
         "told": text.visible(told),
         "workers": len({life.sid for life in lives}),
-        "lives": _columns(rows, first),
+        "lives": _columns(rows, _SEEN, begin=first),
         "classes": [json.loads(alike) for alike in classes.all],
         "sets": [json.loads(labels) for labels in sets.all],
         "words": list(words.all),
     }
     known = len(words.all)
     steps = [_steps(life, words, told_of.get(life.seq, _NOTHING)) for life in lives]
-    found = {"steps": steps, "words": list(words.all)[known:]}
+    found = {
+        "lives": _columns(rows, _TOLD, begin=first),
+        "steps": steps,
+        "words": list(words.all)[known:],
+    }
     return _filled(picture, found, large=len(lives) > _LARGE)
 
 
@@ -121,15 +125,23 @@ def _row(
 
 # Of a life, in the order of `_row`. Columns of like numbers are small, and at hand at once.
 _COLUMNS: Final = ("sid", "pid", "began", "proof", "end", "seq", "class")
+# What the picture shows; and what is only told of a life, so it may come later.
+_SEEN: Final = ("sid", "began", "proof", "end", "class")
+_TOLD: Final = ("pid", "seq")
 
 
-def _columns(rows: Sequence[list[int]], begin: int) -> dict[str, list[int]]:
+def _columns(
+    rows: Sequence[list[int]], names: Sequence[str], *, begin: int
+) -> dict[str, list[int]]:
     """Return lives as columns; pids, beginnings and seqs as differences to the life before."""
-    columns = {name: [row[at] for row in rows] for at, name in enumerate(_COLUMNS)}
-    for name, first in (("pid", 0), ("began", begin), ("seq", 0)):
-        values = columns[name]
-        columns[name] = [now - then for then, now in itertools.pairwise([first, *values])]
-    return columns
+    found = {}
+    for name in names:
+        at = _COLUMNS.index(name)
+        found[name] = [row[at] for row in rows]
+        if name in {"pid", "began", "seq"}:
+            before = [begin if name == "began" else 0, *found[name]]
+            found[name] = [now - then for then, now in itertools.pairwise(before)]
+    return found
 
 
 # Stands for "registered pid" and the life's own, so lives share a text; no visible text has it.

@@ -13,14 +13,14 @@ const COLUMNS = [
 let tableSort = 4, tableDown = true, listed = 0, ordered = [], tabled = null;
 
 function ending(index) {
-  if (goesOn(index)) return about(index)[KIND] === 5 ? "nobody can tell whether it lives" : "still listed";
+  if (goesOn(index)) return kindOf[index] === 5 ? "nobody can tell whether it lives" : "still listed";
   return sure(index) ? "ended " + moment(end[index]) : "died between " + moment(known[index]) + " and " + moment(end[index]);
 }
 
 function facts(index) {
   const version = words[about(index)[VERSION]], labels = labelsOf(index).join(" ");
   const rows = [
-    "pid " + pids[index] + (version ? ", version " + version : "") + (about(index)[GENERATION] > 1 ? ", start number " + about(index)[GENERATION] : ""),
+    pidOf(index) + (version ? ", version " + version : "") + (about(index)[GENERATION] > 1 ? ", start number " + about(index)[GENERATION] : ""),
     "began " + moment(began[index]) + ", last proof of life " + moment(known[index]) + ", " + ending(index) + ": " + words[about(index)[REASON]],
     "proven to have lived " + duration(known[index] - began[index]),
   ];
@@ -54,25 +54,24 @@ function tip(index, x, y) {
   const box = $("tip");
   box.hidden = index < 0;
   if (index < 0) return;
-  box.textContent = words[ids[index]] + ", pid " + pids[index] + "\n" + moment(began[index]) + ", " + duration(known[index] - began[index]) + "\n" + ending(index) + ": " + words[about(index)[REASON]];
+  box.textContent = words[ids[index]] + ", " + pidOf(index) + "\n" + moment(began[index]) + ", " + duration(known[index] - began[index]) + "\n" + ending(index) + ": " + words[about(index)[REASON]];
   const wide = box.offsetWidth, high = box.offsetHeight;
   box.style.left = Math.max(4, Math.min(x + 14, window.innerWidth - wide - 8)) + "px";
   box.style.top = (y + 18 + high > window.innerHeight ? y - high - 10 : y + 18) + "px";
 }
 
 function counts() {
-  let sids = 0, alive = 0, crashes = 0;
-  const seen = new Uint8Array(words.length);
+  let alive = 0, crashes = 0;
   for (const index of inView) {
-    if (!seen[ids[index]]) sids += seen[ids[index]] = 1;
-    alive += about(index)[KIND] === 0;
+    alive += kindOf[index] === 0;
     crashes += crashed(index) && end[index] >= state.low && end[index] <= state.high;
   }
-  $("count").textContent = "In view: " + sids + " of " + workers + " workers, " + inView.length + " of " + total +
+  $("count").textContent = "In view: " + idsOf(inView) + " of " + workers + " workers, " + inView.length + " of " + total +
     " lives, " + alive + " still living, " + crashes + " crashed or lost, at most " + ($("crowd").dataset.peak || 0) + " at once.";
 }
 
 function table() {
+  if (!pids) return; // it is made once they are there
   tabled = inView; // as long as that is the same, so is the table
   ordered = inView.slice();
   const key = COLUMNS[tableSort][1], sign = tableDown ? -1 : 1;

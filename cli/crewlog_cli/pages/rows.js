@@ -29,7 +29,7 @@ const searched = (number) => { // many are never searched
   return lowered.get(number);
 };
 
-// Return what says of a life whether it is wanted: every word must fit.
+// Return what says of a life whether it is wanted: every word must fit; null: each is.
 function wanted(text) {
   const tests = [];
   let rest = text.trim().toLowerCase();
@@ -44,10 +44,10 @@ function wanted(text) {
     if (!word) continue;
     const kind = KIND_WORDS.findIndex((every) => every.includes(word));
     const label = (life) => sets[about(life)[LABELS]].some((number) => word.includes("=") ? searched(number) === word : searched(number).includes(word));
-    if (kind >= 0) tests.push((life) => about(life)[KIND] === kind || searched(ids[life]).includes(word));
+    if (kind >= 0) tests.push((life) => kindOf[life] === kind || searched(ids[life]).includes(word));
     else tests.push((life) => searched(ids[life]).includes(word) || searched(about(life)[REASON]).includes(word) || label(life));
   }
-  return tests.length ? (life) => tests.every((test) => test(life)) : () => true;
+  return tests.length ? (life) => tests.every((test) => test(life)) : null;
 }
 
 // Return the steps of what is certain, and of what may be: the same where every end is known.
@@ -57,23 +57,24 @@ function both(indexes) {
 }
 
 function match() {
-  const wants = wanted(state.filter);
+  const wants = wanted(state.filter), hidden = KINDS.map((_, kind) => state.hidden.has(kind));
   matched = [];
   for (let index = 0; index < total; index++) {
-    if (!state.hidden.has(about(index)[KIND]) && wants(index)) matched.push(index);
+    if (!hidden[kindOf[index]] && (!wants || wants(index))) matched.push(index);
   }
   densities.clear();
   [living, possible] = matched.length > MANY ? [steps(matched, knownCounted), null] : both(matched);
   arrange();
 }
 
-const PREFIX = /^(.*?)[-_.:@]?[0-9a-f]*\d[0-9a-f-]*$/i;
-
-const prefixes = []; // by the number of the id
+// An id's prefix is what stands before its last number; each text is one object, so it is soon looked up.
+const NUMBER = /[-_.:@]?[0-9a-f]*\d[0-9a-f-]*$/i;
+const prefixes = new Array(words.length), titles = new Map();
 function prefixOf(sid) {
   if (prefixes[sid] === undefined) {
-    const found = PREFIX.exec(words[sid]);
-    prefixes[sid] = ((found && found[1]) || words[sid]) + "…";
+    const at = words[sid].search(NUMBER), prefix = at > 0 ? words[sid].slice(0, at) : words[sid];
+    if (!titles.has(prefix)) titles.set(prefix, prefix + "…");
+    prefixes[sid] = titles.get(prefix);
   }
   return prefixes[sid];
 }
@@ -104,6 +105,20 @@ function densityOf(row) {
   return found.steps;
 }
 
+// How many ids these lives have.
+const counted = new Uint32Array(words.length); // by the number of an id: which count it was last part of
+let count = 0;
+function idsOf(lives) {
+  let found = 0;
+  count++;
+  for (const life of lives) {
+    if (counted[ids[life]] === count) continue;
+    counted[ids[life]] = count;
+    found++;
+  }
+  return found;
+}
+
 // Sort so that what matters stands first; a row is what its lives in view say.
 function order(found) {
   const latest = (row) => row.lives.reduce((most, index) => Math.max(most, goesOn(index) ? Infinity : end[index]), -Infinity);
@@ -132,7 +147,8 @@ function perSid(indexes, group) {
 
 // Put the lives in view into rows: rows with nothing in view are not there.
 function arrange() {
-  inView = matched.filter((index) => began[index] <= state.high && end[index] >= state.low);
+  const whole = state.low <= 0 && state.high >= span;
+  inView = whole ? matched : matched.filter((index) => began[index] <= state.high && end[index] >= state.low);
   if (state.group === "none") {
     rows = perSid(inView, "");
     return;
@@ -155,11 +171,12 @@ function link() {
   found.set("sort", state.sort);
   if (state.hidden.size) found.set("without", [...state.hidden].map((kind) => KINDS[kind]).join(","));
   if (state.open.size) found.set("open", JSON.stringify([...state.open]));
-  if (state.chosen >= 0) found.set("life", seqs[state.chosen] + ":" + words[ids[state.chosen]]);
+  if (state.chosen >= 0 && seqs) found.set("life", seqs[state.chosen] + ":" + words[ids[state.chosen]]);
   const hash = "#" + found;
   if (location.hash !== hash) history.replaceState(null, "", hash);
 }
 
+// What a link says; the life that it names is known by its seq, so await stories() before.
 function follow() {
   const found = new URLSearchParams(location.hash.slice(1));
   const view = /^(\d+)-(\d+)$/.exec(found.get("view") || "");
