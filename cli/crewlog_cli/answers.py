@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Final
 
 from crewlog import Liveness
-from crewlog.model.events import Event, Past, State, Worker, timestamp
+from crewlog.model.events import Event, Worker, timestamp
+from crewlog.model.state import Past, State
 from crewlog.registry import Registry
 from crewlog_cli import inputs, render
 

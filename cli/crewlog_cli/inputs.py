@@ -8,7 +8,8 @@ from typing import Final, ParamSpec, TypeVar, cast
 import click
 
 from crewlog.model import events
-from crewlog.model.events import EventType, Past, State, timestamp
+from crewlog.model.events import EventType, timestamp
+from crewlog.model.state import Past, State
 from crewlog.model.times import TimeError, duration, read_time
 from crewlog.registry import Registry
 from crewlog_cli import output, text

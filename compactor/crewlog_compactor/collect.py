@@ -17,7 +17,7 @@ from crewlog.errors import (
     WorkerExists,
     WorkerNotFound,
 )
-from crewlog.model.events import Event
+from crewlog.model.events import Event, worker_of
 from crewlog.model.steps import (
     Author,
     Step,
@@ -128,10 +128,21 @@ def make_plan(reg: Registry, *, keep: Ended = None) -> Plan:
     check_ended(keep)
     span = keep if isinstance(keep, timedelta) else KEEP if keep is None else None
     most = keep if isinstance(keep, int) else ENDED_MAX if keep is None else None
-    store = reg.store().id if reg.exists else ""
-    workers = list(reg.state().workers.values())
-    judged = reg.judge(workers)
-    return plan.make(workers, judged, store=store, now=host.now(), keep=span, most=most)
+    if not reg.exists:
+        return plan.make((), (), (), store="", now=host.now(), keep=span, most=most)
+    store = reg.store()
+    with store.state() as state:
+        records = state.records.copy()
+    living = [worker_of(record) for record in records.living()]
+    return plan.make(
+        living,
+        reg.judge(living),
+        records.ended(),
+        store=store.id,
+        now=host.now(),
+        keep=span,
+        most=most,
+    )
 
 
 def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectReport:

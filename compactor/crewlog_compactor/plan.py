@@ -5,15 +5,25 @@ evidence of its death. A rev names one state of one worker, so a step whose work
 since is never carried out, however old the plan is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Final, Literal, TypeGuard, cast
 
 from crewlog.errors import CollectRefused, PlanInvalid
 from crewlog.model import codec
 from crewlog.model.codec import DocumentError
-from crewlog.model.events import JsonObject, JsonValue, Status, StatusSource, Worker, timestamp
+from crewlog.model.events import (
+    JsonObject,
+    JsonValue,
+    Record,
+    Status,
+    StatusSource,
+    Worker,
+    timestamp,
+)
+from crewlog.process import liveness
 from crewlog.process.liveness import Liveness
 from crewlog.workers import judge
 
@@ -78,8 +88,9 @@ class Plan:
 
 
 def make(
-    workers: Sequence[Worker],
+    living: Sequence[Worker],
     judged: Sequence[Liveness],
+    ended: Iterable[Record],
     *,
     store: str,
     now: datetime,
@@ -88,43 +99,53 @@ def make(
 ) -> Plan:
     """Plan: the dead are buried; who ended more than `keep` ago, or before the newest `most`, goes.
 
-    None for no such bound.
+    None for no such bound. Tasks stand in order of registration. The ended may be very many: each
+    is looked at once.
     """
-    ended = sorted(worker.rev for worker in workers if worker.final)
-    oldest = ended[-most] if most and most < len(ended) else None  # the rev of the oldest to stay
-    tasks: list[Task] = []
+    tasks: list[tuple[int, Task]] = []  # each behind the seq of its worker's registration
     unknown: list[str] = []
-    living = 0
-    for worker, found in zip(workers, judged, strict=True):
-        if worker.final:
-            late = keep is not None and now - worker.updated_at > keep
-            many = most == 0 or (oldest is not None and worker.rev < oldest)
-            if late or many:
-                tasks.append(_task("prune", worker, found))
-            continue
-        living += 1
+    for worker, found in zip(living, judged, strict=True):
         if found.dead:
-            tasks.append(_task("bury", worker, found))
+            bury = Task(
+                action="bury",
+                sid=worker.sid,
+                rev=worker.rev,
+                cause=found.cause,
+                evidence=found.evidence.seen(),
+                status=judge.status_in(found),
+            )
+            tasks.append((worker.registered_seq, bury))
         elif not found.alive:
             unknown.append(worker.sid)
+    over = [(one["rev"], one["registered_seq"], one["updated_at"], one["sid"]) for one in ended]
+    oldest = sorted(rev for rev, *_ in over)[-most] if most and most < len(over) else 0
+    late = "" if keep is None else _before(now, keep)
+    for rev, seq, ended_at, sid in over:
+        if ended_at < late or rev < oldest or most == 0:
+            tasks.append((seq, _prune(sid, rev)))
     return Plan(
         store=store,
         made_at=timestamp(now),
-        living=living,
-        tasks=tuple(tasks),
+        living=len(living),
+        tasks=tuple(task for _, task in sorted(tasks, key=itemgetter(0))),
         unknown=tuple(unknown),
     )
 
 
-def _task(action: Literal["bury", "prune"], worker: Worker, found: Liveness) -> Task:
-    return Task(
-        action=action,
-        sid=worker.sid,
-        rev=worker.rev,
-        cause=found.cause,
-        evidence=found.evidence.seen(),
-        status=judge.status_in(found),
-    )
+def _before(now: datetime, keep: timedelta) -> str:
+    """Return the time before which who has ended goes, as records write it."""
+    try:
+        return timestamp(now - keep)
+    except OverflowError:  # before all that a calendar knows
+        return ""
+
+
+_OVER: Final = liveness.judge(None, liveness.Evidence(), final=True)
+_SEEN: Final = _OVER.evidence.seen()
+
+
+def _prune(sid: str, rev: int) -> Task:
+    return Task(action="prune", sid=sid, rev=rev, cause=_OVER.cause, evidence=_SEEN, status=None)
 
 
 def refusal(plan: Plan) -> CollectRefused | None:

@@ -10,7 +10,8 @@ from typing import Final, cast
 from crewlog.model import chain, codec, events, fold
 from crewlog.model.events import JsonObject, JsonValue, Line, Record
 from crewlog.model.fold import Fold, FoldError
-from crewlog.model.snapshot import RECORD_RARE, Snapshot, fold_of
+from crewlog.model.records import RARE, Records
+from crewlog.model.snapshot import Snapshot, fold_of
 from crewlog_compactor.anchor import Anchor
 from crewlog_compactor.reports import Finding
 
@@ -42,7 +43,7 @@ class History:
     bases: dict[int, Snapshot] = field(default_factory=dict)
     state: Fold = field(default_factory=fold.empty)
     # by seq: the hash, the records (None: retention took what they rest on), the totals
-    checkpoints: dict[int, tuple[str, dict[str, Record] | None, dict[str, int]] | None] = field(
+    checkpoints: dict[int, tuple[str, Records | None, dict[str, int]] | None] = field(
         default_factory=dict
     )
 
@@ -181,12 +182,8 @@ class History:
                 seq=found.last_seq,
             )
         elif not self.hole and records is not None:
-            kept = {record["sid"]: record for record in (*found.sessions, *found.ended)}
-            records = {sid: _as_kept(record, kept.get(sid)) for sid, record in records.items()}
-            if kept != records or dict(found.totals) != totals:
-                wrong = sorted(
-                    sid for sid in {*kept, *records} if kept.get(sid) != records.get(sid)
-                )
+            wrong = _differing(found.records(), records)
+            if wrong or dict(found.totals) != totals:
                 self.report(
                     "snapshot_differs",
                     name,
@@ -210,7 +207,18 @@ class History:
             self.report("anchor_unverifiable", self.log_name, message, seq=anchor.seq)
 
 
+def _differing(kept: Records, records: Records) -> list[str]:
+    """Return the sids of which a snapshot keeps something else than the history comes to."""
+    if kept == records:
+        return []
+    return sorted(
+        sid
+        for sid in {*kept, *records}
+        if (record := records.get(sid)) is None or kept.get(sid) != _as_kept(record, kept.get(sid))
+    )
+
+
 def _as_kept(record: Record, kept: Record | None) -> Record:
     """Leave out what the snapshot has not: one that an older version wrote keeps less."""
-    lacking = RECORD_RARE.keys() - (record if kept is None else kept).keys()
+    lacking = RARE.keys() - (record if kept is None else kept).keys()
     return cast("Record", {key: value for key, value in record.items() if key not in lacking})

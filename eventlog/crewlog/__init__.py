@@ -56,14 +56,13 @@ if TYPE_CHECKING:
         EventType,
         Exit,
         Identity,
-        Past,
-        State,
         StateName,
         Worker,
         WorkerState,
     )
     from crewlog.model.items import Change, Diff, Reset, Synced
     from crewlog.model.lives import Life
+    from crewlog.model.state import Past, State
     from crewlog.process.liveness import Evidence, Flag, Liveness, Verdict
     from crewlog.registry import Registry, open, worker  # noqa: A004 (crewlog.open is promised)
     from crewlog.watch.callbacks import Mirror, Subscription
@@ -129,12 +128,11 @@ _ROOMS: Final = {
         "EventType",
         "Exit",
         "Identity",
-        "Past",
-        "State",
         "StateName",
         "Worker",
         "WorkerState",
     ),
+    "model.state": ("Past", "State"),
     "model.items": ("Change", "Diff", "Reset", "Synced"),
     "process.liveness": ("Evidence", "Flag", "Liveness", "Verdict"),
     "model.lives": ("Life",),

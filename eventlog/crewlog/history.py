@@ -15,9 +15,11 @@ from crewlog import host
 from crewlog.errors import CompactedError
 from crewlog.host import no_fork
 from crewlog.model import arguments, events, times
-from crewlog.model.events import Event, EventType, Line, Past, event_of, past_of
+from crewlog.model.events import Event, EventType, Line, event_of
+from crewlog.model.records import Records
 from crewlog.model.sieve import Sieve
 from crewlog.model.snapshot import Snapshot
+from crewlog.model.state import Past, past_of
 from crewlog.process import identity
 from crewlog.session import Session
 from crewlog.store import Store, oldest_state, retried
@@ -90,7 +92,7 @@ def at(session: Session, when: When | int) -> Past:
         raise ValueError(message)
     store = session.find()
     if store is None:
-        return past_of(0, {}, since=None, until=None, disputed=None)
+        return past_of(0, Records(), since=None, until=None, disputed=None)
     return retried(
         lambda: _at(store, _before(store, stamp) if stamp else _Place(seq, None)), CompactedError
     )

@@ -130,10 +130,11 @@ class Observer(Closing):
             return
         if item.state is None:
             return
+        living = {worker.sid: worker for worker in item.state.workers.living()}
         for sid in [*self._charges, *self._afar]:
-            if sid not in item.state.workers:
+            if sid not in living:
                 self._leave(sid)
-        for worker in item.state.workers.values():
+        for worker in living.values():
             self._take(worker)
 
     def _leave(self, sid: str) -> None:

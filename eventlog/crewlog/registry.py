@@ -15,10 +15,11 @@ from crewlog.errors import CrewlogError
 from crewlog.history import HistoryOptions, When
 from crewlog.host import Closing, no_fork
 from crewlog.model import choice
-from crewlog.model.events import Event, Past, State, StateName, Worker, worker_of
+from crewlog.model.events import Event, StateName, Worker, worker_of
 from crewlog.model.figures import Usage
 from crewlog.model.items import Item
 from crewlog.model.limits import DEFAULT, LOCK_WAIT_S, Limits
+from crewlog.model.state import Past, State
 from crewlog.model.steps import (
     Appended,
     Author,
@@ -370,7 +371,7 @@ class Registry(Closing):
         if store is None:
             return []
         with store.state() as state:
-            records = [record for record in state.records.values() if wish.wants(record)]
+            records = state.records.chosen(wish.wants, final=wish.final)
         return [worker_of(record) for record in records]
 
     def living(

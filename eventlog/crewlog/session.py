@@ -18,8 +18,10 @@ from crewlog.errors import (
     WorkerNotFound,
 )
 from crewlog.model import arguments, codec, events
-from crewlog.model.events import Event, JsonObject, State, Worker, event_of, state_of, worker_of
+from crewlog.model.events import Event, JsonObject, Worker, event_of, worker_of
 from crewlog.model.limits import DEFAULT, Limits
+from crewlog.model.records import Records
+from crewlog.model.state import State, state_of
 from crewlog.model.steps import EMPTY, Appended, Author, Decide, Redact, Step, decide_all
 from crewlog.place import Place
 from crewlog.store import Store
@@ -183,10 +185,19 @@ class Session:
         """Return every worker that is not pruned, and the seq that this is the state of."""
         store = self.find()
         if store is None:
-            return state_of(0, {})
+            return state_of(0, Records())
         with store.state() as state:
             copied = state.copy()
         return state_of(copied.seq, copied.records)
+
+    def living(self) -> list[Worker]:
+        """Return the workers that are not final; of the ended, however many, none is built."""
+        store = self.find()
+        if store is None:
+            return []
+        with store.state() as state:
+            records = list(state.records.living())
+        return [worker_of(record) for record in records]
 
     def known(self, sid: str) -> Worker:
         """Return one worker.

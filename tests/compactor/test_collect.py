@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -332,3 +333,44 @@ def test_ended_workers_are_kept_by_number_or_by_time(
         compact(reg, keep_ended=-1)
     with pytest.raises(TypeError, match="a number of workers"):
         compact(reg, keep_ended="2d")  # type: ignore[arg-type]
+
+
+_COMPACTED = """
+import sys
+from pathlib import Path
+import crewlog
+from crewlog_compactor import compact
+
+report = compact(crewlog.open(sys.argv[1])) if sys.argv[2:] else None
+with crewlog.open(sys.argv[1]) as reg:
+    ended = reg.state().workers
+peak = next(row for row in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in row)
+print(len(ended), int(peak.split()[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is asked of /proc")
+def test_many_short_jobs_take_little_memory(place: Path) -> None:
+    """20,000 of them ended since the last compaction: it, and whoever opens the store after it."""
+    with crewlog.open(place) as reg:
+        for first in range(0, 20_000, 1000):
+            names = [f"job-{number:06d}" for number in range(first, first + 1000)]
+            with reg.batch() as batch:
+                for name in names:
+                    batch.register(name, pid=os.getpid(), labels={"queue": "mail", "name": name})
+            with reg.batch() as batch:
+                for name in names:
+                    batch.exited(name, code=0)
+
+    def used(*more: str) -> tuple[int, int]:
+        run = [sys.executable, "-c", _COMPACTED, str(place), *more]
+        said = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+        ended, mib = map(int, said.split())
+        return ended, mib
+
+    ended, mib = used("compact")
+    assert ended == 10_000, "the bound that is kept by default"
+    assert mib < 120  # 78; where each is kept as objects, 168
+    ended, mib = used()
+    assert ended == 10_000
+    assert mib < 60  # 39; as objects, 70

@@ -12,8 +12,9 @@ import pytest
 import crewlog
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
 from crewlog.local import layout
-from crewlog.model.events import JsonObject, JsonValue, State
+from crewlog.model.events import JsonObject, JsonValue
 from crewlog.model.items import Change, Synced
+from crewlog.model.state import State
 from crewlog.registry import Registry
 from crewlog.store import Backend
 from crewlog.watch.callbacks import Mirror

@@ -12,8 +12,9 @@ import click
 
 from crewlog.model import arguments
 from crewlog.model.choice import LabelTest
-from crewlog.model.events import Event, EventType, State, Worker
+from crewlog.model.events import Event, EventType, Worker
 from crewlog.model.items import Item
+from crewlog.model.state import State
 from crewlog.registry import Registry
 from crewlog.store import Standing
 from crewlog.watch.feed import After, digest_at

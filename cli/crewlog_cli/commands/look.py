@@ -14,13 +14,8 @@ from crewlog import Flag, Liveness
 from crewlog.errors import Unavailable, WorkerNotFound
 from crewlog.model import figures
 from crewlog.model.choice import LabelTest
-from crewlog.model.events import (
-    Identity,
-    JsonObject,
-    Past,
-    Worker,
-    WorkerState,
-)
+from crewlog.model.events import Identity, JsonObject, Worker, WorkerState
+from crewlog.model.state import Past
 from crewlog.registry import Registry
 from crewlog_cli import answers, choose, inputs, render, shell, text
 from crewlog_cli.choose import Chosen

@@ -10,8 +10,9 @@ import click
 from crewlog import Liveness
 from crewlog.model import figures
 from crewlog.model.choice import LabelTest
-from crewlog.model.events import FINAL, Past, State, Worker, WorkerState
+from crewlog.model.events import FINAL, Worker, WorkerState
 from crewlog.model.figures import Usage
+from crewlog.model.state import Past, State
 from crewlog.registry import Registry
 from crewlog_cli import answers, choose, inputs, output, render, text
 from crewlog_cli.choose import Chosen
@@ -155,7 +156,8 @@ class _Wanted(NamedTuple):
 
     def look(self, reg: Registry, seen: State, *, required: bool) -> tuple[list[_Seen], int]:
         """Return those to show, and how many dead ones are not; a name must mean somebody."""
-        known = list(seen.workers.values())
+        every = self.final or self.chosen.names  # a name may mean somebody who has ended
+        known = list(seen.workers.values() if every else seen.workers.living())
         exact = self.chosen.exact  # shown, dead or alive
         found = self.chosen.required(reg, known, some=False) if required else self.chosen.of(known)
         workers = [

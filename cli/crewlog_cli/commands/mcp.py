@@ -96,7 +96,7 @@ class Asked:
         reg = self._reg
         chosen = Chosen(tuple(names or ()), tests_of(labels or ()))
         seen = reg.state() if at is None else inputs.at(self._sh, reg, at)
-        found = chosen.of(w for w in seen.workers.values() if ended or not w.final)
+        found = chosen.of(seen.workers.values() if ended else seen.workers.living())
         judged = reg.judge(found) if at is None else [None] * len(found)
         return answers.listed(seen, zip(found, judged, strict=True), datetime.now(UTC))
 

@@ -29,9 +29,9 @@ from crewlog.model.codec import DocumentError
 from crewlog.model.events import JsonObject, Line, Record
 from crewlog.model.fold import Fold, FoldError
 from crewlog.model.limits import Limits
+from crewlog.model.records import decode_record
 from crewlog.model.snapshot import (
     Snapshot,
-    decode_record,
     decode_snapshot,
     empty_snapshot,
     refold_lines,

@@ -62,6 +62,11 @@ class Choice(NamedTuple):
     labels: Mapping[str, str | None]
     sids: Callable[[str], object] | None
 
+    @property
+    def final(self) -> bool:
+        """Say whether a final worker may be among them."""
+        return self.states is None or not self.states <= LIVING
+
     def wants(self, record: Record) -> bool:
         """Say whether a worker is among them."""
         if self.states is not None and record["state"] not in self.states:

@@ -21,6 +21,7 @@ from crewlog.model.events import (
     Record,
     WorkerState,
 )
+from crewlog.model.records import Ended, Records, merged
 
 # event -> the states it may meet; None stands for "no such worker"
 _ALLOWED: Final[Mapping[str, frozenset[str | None]]] = {
@@ -238,7 +239,7 @@ class Fold:
     """
 
     seq: int
-    records: dict[str, Record]
+    records: Records
     totals: dict[str, int]
     lenient: bool = False
 
@@ -252,16 +253,17 @@ class Fold:
         Raises FoldError for a line that no correct writer can have written; the fold is then
         as before.
         """
-        kind = line["type"]
+        kind, records = line["type"], self.records
         if kind in _ALLOWED:
             sid = line["sid"]
-            record = after(line, self.records.get(sid), lenient=self.lenient)
-            if record is None:
-                self.records.pop(sid, None)
+            if kind == events.PRUNED and records.is_final(sid):  # there may be very many
+                records.drop(sid)
             else:
-                if kind == events.REGISTERED:
-                    self.records.pop(sid, None)  # so that the order is that of registration
-                self.records[sid] = record
+                record = after(line, records.get(sid), lenient=self.lenient)
+                if record is None or kind == events.REGISTERED:
+                    records.drop(sid)  # of a new one, so that the order is that of registration
+                if record is not None:
+                    records.put(sid, record)
             self.totals[kind] = self.totals.get(kind, 0) + 1
         elif kind in {events.GAP, events.REPAIRED}:
             self.lenient = kind == events.GAP
@@ -269,11 +271,11 @@ class Fold:
 
     def sessions(self) -> Iterator[Record]:
         """Yield the workers that are not final, in order of registration."""
-        return (r for r in self.records.values() if r["state"] in LIVING)
+        return self.records.living()
 
-    def ended(self) -> Iterator[Record]:
-        """Yield the workers that are final and not yet pruned."""
-        return (r for r in self.records.values() if r["state"] in FINAL)
+    def ended(self) -> Ended:
+        """Return the workers that are final and not yet pruned."""
+        return self.records.ended()
 
     def copy(self) -> "Fold":
         """Return a fold that moves on by itself; the records are shared, being never changed."""
@@ -306,12 +308,11 @@ def after(line: Line, old: Record | None, *, lenient: bool = False) -> Record | 
 
 def empty() -> Fold:
     """Return the state before the first event."""
-    return Fold(0, {}, {})
+    return Fold(0, Records(), {})
 
 
 def restored(
     seq: int, sessions: Iterable[Record], ended: Iterable[Record], totals: Mapping[str, int]
 ) -> Fold:
     """Rebuild the fold of a snapshot, in order of registration."""
-    records = sorted((*sessions, *ended), key=lambda record: record["registered_seq"])
-    return Fold(seq, {record["sid"]: record for record in records}, dict(totals))
+    return Fold(seq, merged(sessions, ended), dict(totals))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-from crewlog.model.events import Event, JsonObject, State, Views
+from crewlog.model.events import Event, JsonObject, Views
+from crewlog.model.state import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from crewlog.model import chain, fold
 from crewlog.model.codec import FORMAT, DocumentError, dump, load_object
 from crewlog.model.events import JsonObject, Line, Record
 from crewlog.model.fold import Fold, FoldError
+from crewlog.model.records import Ended, Records, checked, merged
 
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
 
@@ -29,10 +30,9 @@ class Snapshot:
     totals: Mapping[str, int]
     sha256: str = ""
 
-    def records(self) -> dict[str, Record]:
+    def records(self) -> Records:
         """Return every worker's record by sid, in order of registration."""
-        every = sorted((*self.sessions, *self.ended), key=lambda record: record["registered_seq"])
-        return {record["sid"]: record for record in every}
+        return merged(self.sessions, self.ended)
 
 
 def empty_snapshot(store: str, identity: bytes) -> Snapshot:
@@ -65,14 +65,15 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     )
     checked = b'%b,"sessions":[\n%b\n],"ended":[\n%b\n]' % (
         head[:-1],
-        _rows(snapshot.sessions),
-        _rows(snapshot.ended),
+        _lines(snapshot.sessions),
+        _lines(snapshot.ended),
     )
     return b'%b,"sha256":"%b"}\n' % (checked, hashlib.sha256(checked).hexdigest().encode())
 
 
-def _rows(records: Iterable[Record]) -> bytes:
-    return b",\n".join(dump(record) for record in records)
+def _lines(records: Iterable[Record]) -> bytes:
+    rows = records.rows if isinstance(records, Ended) else map(dump, records)
+    return b",\n".join(rows)
 
 
 def decode_snapshot(data: bytes) -> Snapshot:
@@ -80,13 +81,16 @@ def decode_snapshot(data: bytes) -> Snapshot:
 
     Raises DocumentError with the reason, or FormatTooNew for a format this version does not know.
     """
-    checked, key, tail = data.rpartition(b',"sha256":"')
-    if not key or len(tail) != 64 + 3 or tail[64:] != b'"}\n':
+    end = data.rfind(b',"sha256":"')
+    tail = data[end + 11 :]
+    if end < 0 or len(tail) != 64 + 3 or tail[64:] != b'"}\n':
         raise DocumentError("it does not end with its sha256")
-    sha256 = hashlib.sha256(checked).hexdigest()
+    sha256 = hashlib.sha256(memoryview(data)[:end]).hexdigest()
     if tail[:64] != sha256.encode():
         raise DocumentError("its sha256 differs")
-    found = load_object(data)
+    middle = data.find(_ENDED)
+    apart = middle >= 0 and data.endswith(b"\n]", middle, end)
+    found = load_object(data[:middle] + b"]}" if apart else data)
     if found.get("format") != FORMAT:
         raise FormatTooNew("registry.json", why=f"it has format {found.get('format')!r}")
     return Snapshot(
@@ -94,11 +98,18 @@ def decode_snapshot(data: bytes) -> Snapshot:
         last_seq=_field(found, "last_seq", int),
         last_hash=_field(found, "last_hash", str),
         written_at=_field(found, "written_at", str),
-        sessions=_records(found, "sessions"),
-        ended=_records(found, "ended"),
+        sessions=_sessions(_field(found, "sessions", list)),
+        ended=_rows(data[middle + len(_ENDED) : end - 2])
+        if apart
+        else _checked(_field(found, "ended", list)),
         totals=cast("dict[str, int]", _field(found, "totals", dict)),
         sha256=sha256,
     )
+
+
+# Before the ended, which are many and seldom asked for: a worker a line, they stay as they are. No
+# text of JSON has such a line.
+_ENDED: Final = b'\n],"ended":[\n'
 
 
 def _field(found: JsonObject, name: str, kind: type[T]) -> T:
@@ -108,70 +119,16 @@ def _field(found: JsonObject, name: str, kind: type[T]) -> T:
     return value
 
 
-_RECORD_SHAPE: Final[Mapping[str, type | tuple[type, ...]]] = {
-    "sid": str,
-    "pid": int,
-    "sock": str,
-    "version": str,
-    "created_at": str,
-    "state": str,
-    "labels": dict,
-    "meta": dict,
-    "rev": int,
-    "updated_at": str,
-    "registered_seq": int,
-    "generation": int,
-    "identity": (dict, type(None)),
-    "owner": (dict, type(None)),
-    "exit": (dict, type(None)),
-}
+def _sessions(rows: list[object]) -> list[Record]:
+    return [checked(row, "an entry of 'sessions'") for row in rows]
 
 
-# Younger than the first snapshots: absent in those.
-_RECORD_OPTIONAL: Final[Mapping[str, type | tuple[type, ...]]] = {
-    "lease": str,
-    "heartbeat_s": (int, float),
-    "sock_id": str,
-}
-# There only where it says something.
-RECORD_RARE: Final[Mapping[str, type]] = {
-    "ok_codes": list,
-    "ends_with": str,
-    "log": dict,
-    "group": dict,
-    "argv": list,
-    "cwd": str,
-    "end": dict,
-    "asked": int,
-}
+def _rows(data: bytes) -> Ended:
+    return Ended(data.split(b",\n") if data else ())
 
 
-def _records(found: JsonObject, name: str) -> list[Record]:
-    rows: list[object] = _field(found, name, list)
-    return [_record(row, f"an entry of {name!r}") for row in rows]
-
-
-def _record(row: object, what: str) -> Record:
-    if not isinstance(row, dict):
-        raise DocumentError(f"{what} is not an object")
-    for key, kind in _RECORD_SHAPE.items():
-        if not isinstance(row.get(key), kind):
-            raise DocumentError(f"{what} has no proper {key!r}")
-    for key, kind in _RECORD_OPTIONAL.items():
-        if row.setdefault(key, None) is not None and not isinstance(row[key], kind):
-            raise DocumentError(f"{what} has no proper {key!r}")
-    for key in RECORD_RARE.keys() & row.keys():
-        if not isinstance(row[key], RECORD_RARE[key]):
-            raise DocumentError(f"{what} has no proper {key!r}")
-    return cast("Record", row)
-
-
-def decode_record(data: bytes) -> Record:
-    """Check and parse one worker's record, as `dump` wrote it.
-
-    Raises: DocumentError.
-    """
-    return _record(load_object(data), "it")
+def _checked(rows: list[object]) -> Ended:
+    return Ended([dump(checked(row, "an entry of 'ended'")) for row in rows])
 
 
 # -- folding ----------------------------------------------------------------------------------
@@ -190,7 +147,7 @@ def snapshot_of(state: Fold, *, store: str, last_hash: str, written_at: str) -> 
         last_hash=last_hash,
         written_at=written_at,
         sessions=list(state.sessions()),
-        ended=list(state.ended()),
+        ended=state.ended(),
         totals=state.totals.copy(),
     )
 

@@ -10,8 +10,9 @@ from typing import Final, Literal, TypeAlias
 from crewlog.errors import Unsupported, WaitTimeout
 from crewlog.host import Closing
 from crewlog.model import arguments
-from crewlog.model.events import State, Worker
+from crewlog.model.events import Worker
 from crewlog.model.items import Item
+from crewlog.model.state import State
 from crewlog.watch import wake
 from crewlog.watch.watch import Watch
 

@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from crewlog.errors import CompactedError, SegmentMissing
 from crewlog.model import codec, events
-from crewlog.model.events import Line, State, event_of, state_of
+from crewlog.model.events import Line, event_of
 from crewlog.model.items import Change, Item, Reset, Synced, diff_of
 from crewlog.model.sieve import Sieve, sid_needle
+from crewlog.model.state import State, state_of
 from crewlog.store import Store, Tail, oldest_state, retried
 
 After: TypeAlias = int | Literal["now", "oldest"] | datetime | None

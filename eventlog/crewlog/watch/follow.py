@@ -9,8 +9,9 @@ from typing import Final, TypedDict, Unpack
 from crewlog import host
 from crewlog.errors import StoreMissing, WaitTimeout, WorkerEnded, WorkerNotFound
 from crewlog.model import arguments
-from crewlog.model.events import FINAL, EventType, State, StateName, Worker, WorkerState
+from crewlog.model.events import FINAL, EventType, StateName, Worker, WorkerState
 from crewlog.model.items import Item
+from crewlog.model.state import State
 from crewlog.session import Session
 from crewlog.store import Backend, Cursor, Store
 from crewlog.watch import feed, wake

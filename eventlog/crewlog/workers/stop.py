@@ -262,8 +262,8 @@ def stop_left_behind(session: Session, *, owner: Identity | None = None) -> list
     """
     wanted = [
         worker
-        for worker in session.state().workers.values()
-        if worker.ends_with == "owner" and not worker.final and owner in {None, worker.owner}
+        for worker in session.living()
+        if worker.ends_with == "owner" and owner in {None, worker.owner}
     ]
     ended = []
     for worker, found in zip(wanted, judge(session, wanted), strict=True):
