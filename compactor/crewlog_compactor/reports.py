@@ -7,7 +7,14 @@ from crewlog.errors import CollectRefused, QuotaExceeded
 from crewlog_compactor.collect import CollectReport
 
 _REPAIRABLE: Final = frozenset(
-    {"store_poisoned", "log_corrupt", "log_regressed", "segment_missing", "archive_damaged"}
+    {
+        "store_poisoned",
+        "log_corrupt",
+        "log_regressed",
+        "segment_missing",
+        "archive_damaged",
+        "kept_state_wrong",
+    }
 )
 
 

@@ -3,7 +3,7 @@
 What one engine's check and the other's have in common. A finding never stops the reading.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -173,7 +173,17 @@ class History:
                     f"it covers seq {found.last_seq}, the log ends at {self.seq}",
                 )
             return
-        hash_, records, totals = there
+        self.hold(name, found, *there)
+
+    def hold(
+        self,
+        name: str,
+        found: Snapshot,
+        hash_: str,
+        records: Records | None,
+        totals: Mapping[str, int],
+    ) -> None:
+        """Report what a snapshot says otherwise than the history up to its last event."""
         if hash_ != found.last_hash:
             self.report(
                 "history_diverged",
@@ -183,7 +193,7 @@ class History:
             )
         elif not self.hole and records is not None:
             wrong = _differing(found.records(), records)
-            if wrong or dict(found.totals) != totals:
+            if wrong or dict(found.totals) != dict(totals):
                 self.report(
                     "snapshot_differs",
                     name,

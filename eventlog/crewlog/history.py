@@ -221,13 +221,12 @@ def _time_of(store: Store, seq: int) -> str | None:
 
 def _nearest(store: Store, seq: int) -> Snapshot:
     """Return the nearest older state that the history leads on from."""
+    found = next(store.nearest(seq), None)
+    if found is not None:
+        return found
     oldest = store.first_seq()
-    states = [found for found in store.snapshots() if found.last_seq + 1 >= oldest]
-    fitting = [found for found in states if found.last_seq <= seq]
-    if not fitting:
-        first = min((found.last_seq for found in states), default=oldest)
-        raise CompactedError(requested=seq, oldest=first + 1)
-    return max(fitting, key=lambda found: found.last_seq)
+    later = (kept.last_seq for kept in store.snapshots() if kept.last_seq + 1 >= oldest)
+    raise CompactedError(requested=seq, oldest=min(later, default=oldest) + 1)
 
 
 def _matching(

@@ -204,6 +204,10 @@ class Store(Protocol):
         """Yield every older state that is kept, the empty one too."""
         ...
 
+    def nearest(self, seq: int) -> Iterator[Snapshot]:
+        """Yield the states at or before `seq` that kept lines lead on from, the nearest first."""
+        ...
+
     def fold_to(self, start: Snapshot, seq: int, *, seen: Callable[[Line], None]) -> Snapshot:
         """Return the state at a durable seq from an older one; `seen` is told of each line."""
         ...

@@ -145,8 +145,33 @@ def _fold(log: Log) -> tuple[int, Snapshot]:
     last = log.head().segment - 1  # published once the segment's name was durable
     if last <= current.last_seq:
         return 0, current
-    fresh = refold(log.segments, current, Position(0, 0, last))
+    fresh = current
+    for seq in (*_between(log, current, last), last):
+        fresh = refold(log.segments, fresh, Position(0, 0, seq))
+        _keep(log, fresh)
     return fresh.last_seq - current.last_seq, snapshot.replace(directory, fresh)
+
+
+def _between(log: Log, current: Snapshot, last: int) -> list[int]:
+    """Return the ends of segments on the way to `last` at which a state may be kept."""
+    before = max([0, *snapshot.kept(log.directory)])
+    ends = []
+    for first in log.segments.in_log():
+        end = first - 1  # of the segment before
+        if current.last_seq < end < last and end - before >= log.limits.state_events:
+            ends.append(end)
+            before = end
+    return ends
+
+
+def _keep(log: Log, state: Snapshot) -> None:
+    """Keep a state of the past, if so many events lie before it that it helps.
+
+    One of many workers is kept less often, so that states take no more room than what they save.
+    """
+    since = state.last_seq - max([0, *snapshot.kept(log.directory)])
+    if since >= max(log.limits.state_events, len(state.sessions) + len(state.ended)):
+        snapshot.keep(log.directory, state)
 
 
 def _archive(log: Log, packing: Packing) -> int:

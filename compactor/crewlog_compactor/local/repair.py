@@ -67,7 +67,8 @@ def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
                 raise LossRefused(str(log.directory.path), losses=found.losses)
         if not found.needed:
             return _report(found, done=False)
-        kept = [_set_aside(log.directory, name) for name in found.foreign]
+        kept = [_set_aside(log.directory, layout.LOG, name) for name in found.foreign]
+        kept += [_set_aside(log.directory, layout.ARCHIVE, name) for name in found.strange]
         if any(part.changed for part in found.parts):
             kept.append(_set_redo_aside(log.directory))
         kept += [_rewrite(log.directory, part) for part in found.parts if part.changed]
@@ -122,13 +123,15 @@ class _Survey:
     parts: list[_Part] = field(default_factory=list)
     losses: list[Range] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # files under a segment's name that are none
+    strange: list[str] = field(default_factory=list)  # kept states that are not of this history
     dropped: tuple[int, str] = (0, "")  # retention let go of all up to here, with its hash
     seq: int = 0
     hash: str = ""
 
     @property
     def needed(self) -> bool:
-        return self.poisoned or bool(self.foreign) or any(part.changed for part in self.parts)
+        aside = self.foreign or self.strange
+        return self.poisoned or bool(aside) or any(part.changed for part in self.parts)
 
     def lose(self, part: _Part, last: int, next_prev: str | None, *, end: bool = False) -> None:
         """Let a gap stand for the events from here to `last`; at the `end`, for the seal too."""
@@ -207,6 +210,7 @@ def _survey(segments: Segments) -> _Survey:
             part.changed = True  # no recovery of this boot will put back what the redo holds
         _close(found, part, known + 1 if last else firsts[index + 1], segments)
     _end(found)
+    found.strange += map(layout.state_name, snapshot.strange(segments))
     return found
 
 
@@ -363,9 +367,9 @@ def _rewrite(at: Directory, part: _Part) -> str:
     return aside
 
 
-def _set_aside(at: Directory, name: str) -> str:
-    """Take a file that is no segment out of log/; it is kept in quarantine."""
-    folder, where = at[layout.LOG], at.where(layout.LOG, name)
+def _set_aside(at: Directory, inside: str, name: str) -> str:
+    """Take a file out of log/ or archive/ that does not belong there; quarantine keeps it."""
+    folder, where = at[inside], at.where(inside, name)
     held = disk.read_all(name, at=folder, where=where, limit=SNAPSHOT_BYTES_MAX)
     aside = _quarantine(at, name, held)
     at.disk.unlink(name, at=folder)

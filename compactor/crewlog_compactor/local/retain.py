@@ -43,7 +43,7 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     if base is not None:
         told["base"] = snapshot.put_base(log.directory, base)
     log.note(events.DROPPED, told)
-    _drop(log, [part.first for part in going])
+    _drop(log, [part.first for part in going], last=last)
     return first, last
 
 
@@ -124,12 +124,14 @@ def _finish(log: Log) -> None:
         told = log.backwards(sieve=Sieve([type_needle(events.DROPPED)]))
         newest = next((line for line, _ in told if line["type"] == events.DROPPED), None)
         if newest is not None and newest["data"].get("last") == base.last_seq:
-            _drop(log, [first for first in firsts if first <= base.last_seq])
+            gone = [first for first in firsts if first <= base.last_seq]
+            _drop(log, gone, last=base.last_seq)
 
 
-def _drop(log: Log, firsts: Iterable[int]) -> None:
+def _drop(log: Log, firsts: Iterable[int], *, last: int) -> None:
     """Remove archives one by one, so that a power cut leaves no hole behind an older one."""
     via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
+    snapshot.forget(log.directory, upto=last)
     for first in firsts:
         via.unlink(archive_of(log.directory, first), at=shelf)
         via.sync_directory(shelf)

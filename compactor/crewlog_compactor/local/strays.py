@@ -19,7 +19,6 @@ _KNOWN: Final = frozenset(
         *layout.DIRECTORIES,
     }
 )
-_BASE: Final = f"{layout.ARCHIVE}/{layout.BASE}"
 
 
 def strays(directory: Directory, report: Callable[[str, str, str], None]) -> None:
@@ -37,7 +36,7 @@ def _look(
     temporary = layout.is_temporary(name)
     if not folder and name not in _KNOWN and not temporary:
         report("stray_file", relative, "this is no file of a store")
-    elif folder in {layout.LOG, layout.ARCHIVE} and not _is_segment(name) and relative != _BASE:
+    elif folder in {layout.LOG, layout.ARCHIVE} and not _is_of_history(folder, name):
         if not temporary:
             report("stray_file", relative, "this is no segment")
     elif folder == layout.LEASES and not leases.is_lease(name):
@@ -58,5 +57,8 @@ def _look(
             report(error.code, relative, error.why)
 
 
-def _is_segment(name: str) -> bool:
-    return layout.first_seq_of(name) is not None
+def _is_of_history(folder: str, name: str) -> bool:
+    if layout.first_seq_of(name) is not None:
+        return True
+    kept = name == layout.BASE or layout.state_seq_of(name) is not None
+    return folder == layout.ARCHIVE and kept

@@ -100,10 +100,12 @@ class _Verification(History):
     base: Snapshot | None = None
     pending: bool = False  # the next change recovers: what counts is judged as after a reboot
     notes: list[str] = field(default_factory=list)
+    kept: frozenset[int] = frozenset()  # seqs of which a state is kept
 
     def run(self) -> VerifyReport:
         """Read everything and return what was found."""
         snapshots = list(self._snapshots())
+        self.kept = frozenset(snapshot.kept(self.directory))
         head, written = self._states()
         self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
         base = self._archive_base()
@@ -270,9 +272,28 @@ class _Verification(History):
             if active:
                 data = self._durable_part(name, first, data, head)
             self._walk(name, first, data, active=active)
+            self._hold_kept()
             if self.progress is not None:
                 self.progress(index + 1, last + 1)
         return self.seq
+
+    def _hold_kept(self) -> None:
+        """Hold the state that is kept as of the end of this segment against the history so far."""
+        if self.seq not in self.kept or self.partial or self.hole or self.gaps:
+            return
+        name = f"{layout.ARCHIVE}/{layout.state_name(self.seq)}"
+        try:
+            found = snapshot.read_kept(self.directory, self.seq)
+        except SnapshotCorrupt as error:
+            self.report("kept_state_wrong", name, error.why)
+            return
+        if found is None:  # a retention took it
+            return
+        if found.last_hash != self.hash:
+            why = f"the hash of event {self.seq} differs: nobody goes by it"
+            self.report("kept_state_wrong", name, why, seq=self.seq)
+            return
+        self.hold(name, found, self.hash, self.state.records, self.state.totals)
 
     def _bytes(self, first: int) -> tuple[str, bytes]:
         """Read a segment wherever it lies; return its name in the store, too."""

@@ -191,6 +191,12 @@ class EtcdReading(EtcdLines):
                 yield base
         yield self.snapshot()
 
+    def nearest(self, seq: int) -> Iterator[Snapshot]:
+        """Yield the states at or before `seq` that lines lead on from, the nearest first."""
+        oldest = self.first_seq()
+        found = [one for one in self.snapshots() if oldest - 1 <= one.last_seq <= seq]
+        yield from sorted(found, key=lambda one: one.last_seq, reverse=True)
+
     def empty(self) -> Snapshot:
         """Return the state before the first event."""
         return empty_snapshot(self.id, self.digest)

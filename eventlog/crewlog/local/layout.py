@@ -12,7 +12,7 @@ A store is a directory::
       head/durable           how far lines are durable (what readers watch)
       log/<first seq>.jsonl  segments; the last one is active, the others end with a seal
       registry.json          the snapshot; registry.prev.json is the one before it
-      archive/               sealed segments, compressed: the audit history
+      archive/               sealed segments, compressed: the audit history; and states on the way
       leases/<sid>~<token>   held by flock for as long as a worker lives; carries its last beat
       cursors/ quarantine/   positions of subscribers; bytes taken out of the log
 """
@@ -48,6 +48,9 @@ ZSTD_SUFFIX: Final = ".zst"
 # In archive/: the state before its oldest segment, once retention dropped what was before.
 BASE: Final = "base.json"
 SEGMENT_DIGITS: Final = 20
+# In archive/: the state after the event of that seq, compressed, so that a past one is soon told.
+STATE_PREFIX: Final = "state-"
+STATE_SUFFIX: Final = ".json.gz"
 # A temporary file that a killed writer left is swept by the next holder of its lock; in cursors/,
 # where there is none, once it is old.
 TEMPORARY_PREFIX: Final = ".tmp-"
@@ -76,5 +79,18 @@ def first_seq_of(name: str) -> int | None:
     if dot + rest not in {SEGMENT_SUFFIX, *ARCHIVE_SUFFIXES.values()}:
         return None
     if len(digits) != SEGMENT_DIGITS or not digits.isascii() or not digits.isdigit():
+        return None
+    return int(digits)
+
+
+def state_name(seq: int) -> str:
+    """Name the state that is kept as of `seq`."""
+    return f"{STATE_PREFIX}{seq:0{SEGMENT_DIGITS}d}{STATE_SUFFIX}"
+
+
+def state_seq_of(name: str) -> int | None:
+    """Read the seq out of the name of a kept state, None for other names."""
+    digits = name.removeprefix(STATE_PREFIX).removesuffix(STATE_SUFFIX)
+    if not digits.isascii() or not digits.isdigit() or name != state_name(int(digits)):
         return None
     return int(digits)

@@ -312,6 +312,10 @@ class Log:
         """Yield every older state that is kept, the empty one too."""
         return snapshot.every(self.directory)
 
+    def nearest(self, seq: int) -> Iterator[Snapshot]:
+        """Yield the states at or before `seq` that lines lead on from, the nearest first."""
+        return snapshot.nearest(self.segments, seq)
+
     def fold_to(self, start: Snapshot, seq: int, *, seen: Callable[[Line], None]) -> Snapshot:
         """Return the state at a durable seq from an older one; `seen` is told of each line."""
         head = self.head()

@@ -4,19 +4,25 @@ The snapshot is replaced in this order, so that registry.json exists at every mo
 generations can always be rebuilt: temporary file, fsync, read back and check; the current one
 gets the second name registry.prev.json; the temporary takes its place; fsync of the directory.
 That last fsync is the commit point of a compaction.
+
+States of the past are kept in archive/, each at the end of a segment, so that the next line can
+vouch for it. They are a help, never the truth: one that is damaged, or that no line leads on from,
+is passed over.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from crewlog import host
-from crewlog.errors import LogCorrupt, LogRegressed, SnapshotCorrupt
-from crewlog.local import disk, layout
+from crewlog.errors import DataDamaged, LogCorrupt, LogRegressed, SnapshotCorrupt
+from crewlog.local import archive, disk, layout
+from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
-from crewlog.local.reader import Reader, corrupt
+from crewlog.local.reader import Reader, corrupt, first_line
 from crewlog.local.segments import Segments
 from crewlog.model import events
 from crewlog.model.codec import DocumentError
@@ -30,6 +36,8 @@ from crewlog.model.snapshot import (
     encode_snapshot,
     refold_lines,
 )
+
+_logger = logging.getLogger("crewlog.snapshot")
 
 
 class Loaded(NamedTuple):
@@ -51,6 +59,10 @@ def read(directory: Directory, name: str, *, inside: str = "") -> Snapshot | Non
             data = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
         except FileNotFoundError:
             return None
+    return _decoded(directory, data, where)
+
+
+def _decoded(directory: Directory, data: bytes, where: str) -> Snapshot:
     try:
         found = decode_snapshot(data)
     except DocumentError as error:
@@ -121,6 +133,97 @@ def every(directory: Directory) -> Iterator[Snapshot]:
             found = read(directory, name, inside=inside)
             if found is not None:
                 yield found
+
+
+# -- states of the past ----------------------------------------------------------------------
+
+
+def kept(directory: Directory) -> list[int]:
+    """List the seqs of which a state is kept in archive/."""
+    seqs = map(layout.state_seq_of, directory.names(layout.ARCHIVE))
+    return sorted(seq for seq in seqs if seq is not None)
+
+
+def read_kept(directory: Directory, seq: int) -> Snapshot | None:
+    """Read the state that is kept as of `seq`; None if there is none.
+
+    Raises: SnapshotCorrupt.
+    """
+    name = layout.state_name(seq)
+    where, at = directory.where(layout.ARCHIVE, name), directory[layout.ARCHIVE]
+    with disk.failures("cannot read the state", where=where):
+        try:
+            packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
+        except FileNotFoundError:
+            return None
+    try:
+        found = _decoded(directory, archive.unpack(packed, name=name, where=where), where)
+    except PackingError as error:
+        raise SnapshotCorrupt(where, why=str(error)) from error
+    if found.last_seq != seq:
+        raise SnapshotCorrupt(where, why=f"it is the state after event {found.last_seq}")
+    return found
+
+
+def keep(directory: Directory, snapshot: Snapshot) -> None:
+    """Keep a state of the past; durable on return. Held: locks/compact."""
+    via, shelf = directory.disk, directory[layout.ARCHIVE]
+    temporary = f"{layout.TEMPORARY_PREFIX}state-{os.getpid()}"
+    packed = archive.pack(encode_snapshot(snapshot), "gzip")
+    disk.write_new(via, temporary, packed, at=shelf)
+    via.rename(temporary, layout.state_name(snapshot.last_seq), at=shelf)
+    via.sync_directory(shelf)
+
+
+def forget(directory: Directory, upto: int) -> None:
+    """Let go of the states up to a seq that history no longer leads on from."""
+    via, shelf = directory.disk, directory[layout.ARCHIVE]
+    for seq in kept(directory):
+        if seq <= upto:
+            via.unlink(layout.state_name(seq), at=shelf)
+
+
+def nearest(segments: Segments, seq: int) -> Iterator[Snapshot]:
+    """Yield the states at or before `seq` that kept lines lead on from, the nearest first."""
+    directory, oldest = segments.directory, segments.all()[0]
+    found = [one for one in every(directory) if oldest - 1 <= one.last_seq <= seq]
+    found.sort(key=lambda one: one.last_seq, reverse=True)
+    beyond = found[0].last_seq if found else oldest - 1
+    for last in reversed(kept(directory)):
+        if beyond < last <= seq:
+            state = _vouched(segments, last)
+            if state is not None:
+                yield state
+    yield from found
+
+
+def _vouched(segments: Segments, seq: int) -> Snapshot | None:
+    """Return a kept state if the line after it says that it is of this history."""
+    try:
+        state, line = read_kept(segments.directory, seq), first_line(segments, seq + 1)
+    except DataDamaged as error:
+        _logger.warning("%s", str(error))
+        return None
+    if state is None or line is None or line["prev"] != state.last_hash:
+        return None
+    return state
+
+
+def strange(segments: Segments) -> list[int]:
+    """List the seqs of kept states that cannot be read, or that the line after them denies."""
+    firsts = segments.all()
+    found = []
+    for seq in kept(segments.directory):
+        try:
+            state = read_kept(segments.directory, seq)
+        except SnapshotCorrupt:
+            found.append(seq)
+            continue
+        with contextlib.suppress(DataDamaged):  # told of by itself
+            line = first_line(segments, seq + 1) if seq + 1 in firsts else None
+            if state is not None and line is not None and line["prev"] != state.last_hash:
+                found.append(seq)
+    return found
 
 
 def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:

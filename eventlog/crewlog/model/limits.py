@@ -15,6 +15,7 @@ class Limits:
     redo_bytes: int = 256 * 1024  # so much is committed between two syncs of a segment
     group_bytes: int = 256 * 1024  # of lines that callers of one process share a write for
     recent_workers: int = 50_000  # that a writer keeps at hand
+    state_events: int = 100_000  # at least so many lie between two states that are kept
     catch_up_lines: int = 200  # a writer further behind catches up before it takes the lock
     sync_wait_s: float = 30.0  # at least: a busy disk is no reason not to know
     # -- readers and workers
