@@ -130,7 +130,7 @@ class History:
             if not self.hole:  # behind a hole, it tells only of the hole
                 self.report("log_corrupt", name, str(error), offset=offset, seq=line["seq"])
         self.rebase()
-        self._checkpoint()
+        self.checkpoint()
         return (index + 1, count) if index + 1 < count else (0, 0)
 
     def rebase(self) -> None:
@@ -139,9 +139,9 @@ class History:
         if base is not None:
             self.state = fold_of(base)
             self.partial = False
-            self._checkpoint()
+            self.checkpoint()
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
         """Keep the state where a snapshot claims to be it."""
         if self.seq in self.checkpoints:
             copied = self.state.copy()

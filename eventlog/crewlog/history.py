@@ -164,6 +164,7 @@ def _before(store: Store, ts: str) -> _Place:
     if not fitting:
         return _Place(0, None)
     found = firsts[fitting - 1] - 1
+    end = firsts[fitting] - 1 if fitting < len(firsts) else None
     disputed: tuple[int, int] | None = None
     for line, _ in store.read(found):
         if line["ts"] > ts:
@@ -172,7 +173,7 @@ def _before(store: Store, ts: str) -> _Place:
             found = line["seq"]
             if later:
                 disputed = (later, found)
-        if line["type"] == events.SEAL:
+        if line["seq"] == end:
             break
     return _Place(found, disputed)
 

@@ -170,6 +170,16 @@ def retention(reg: Registry, witness: Witness) -> None:
     compact(reg, gc=False, keep_history=0)
 
 
+def merging(reg: Registry, witness: Witness) -> None:
+    """Archives are put together, and those with one more; retention takes them, and the states."""
+    for number in range(6):
+        registered(reg, witness, f"w-{number}")
+        compact(reg, gc=False)
+    witness.dropping = True
+    compact(reg, gc=False, keep_history=0)
+    registered(reg, witness, "last")
+
+
 def leases(reg: Registry, witness: Witness) -> None:
     """Leases are made and swept; a worker is stopped being known."""
     witness.asks(("worker.registered", "a"))
@@ -205,6 +215,7 @@ STORIES: dict[str, Story] = {
     "compaction": compaction,
     "cursors": cursor,
     "retention": retention,
+    "merging": merging,
     "leases": leases,
 }
 
@@ -223,6 +234,8 @@ def test_every_crash_state_keeps_what_was_acknowledged(
         stores.limit(segment_bytes=2500)
     if name == "laps":
         stores.limit(redo_bytes=1500)
+    if name == "merging":
+        stores.limit(archives_small=2, state_events=1)
     witness = Witness(fast)
     play(STORIES[name], witness)
     assert witness.failures == []

@@ -10,8 +10,8 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ class Operation:
     prepare: Callable[[Path], None]
     work: Callable[[Registry], None]
     asks: tuple[str, ...] = ("new",)
-    small: bool = False
+    limits: Mapping[str, int] = field(default_factory=dict)
     boot: int = 0
 
 
@@ -96,13 +96,22 @@ def register(reg: Registry) -> None:
     reg.register("new")
 
 
+def merge(reg: Registry) -> None:
+    """Two compactions, of which the second puts archives together; each keeps a state."""
+    compact(reg, gc=False)
+    reg.update("old", meta={"n": reg.last_seq})
+    compact(reg, gc=False)
+
+
+FEW = {"archives_small": 3, "state_events": 1}
 OPERATIONS = {
     "creation": Operation(nothing, register),
     "append": Operation(one, register),
     "batch": Operation(one, batch, ("b1", "b2", "b3")),
-    "rotation": Operation(one, register, small=True),
+    "rotation": Operation(one, register, limits={"segment_bytes": 1200}),
     "compaction": Operation(several, lambda reg: ignore(compact(reg, gc=False)), ()),
     "retention": Operation(several, lambda reg: ignore(compact(reg, gc=False, keep_history=0)), ()),
+    "archives put together": Operation(several, merge, (), limits=FEW),
     "cursors": Operation(one, cursor, ()),
     "lease": Operation(one, leased),
     "adoption of a dead writer's tail": Operation(torn, register),
@@ -139,8 +148,7 @@ def test_fault_at_every_call_ends_as_promised(
 ) -> None:
     """Until no call is left to fail."""
     operation = OPERATIONS[name]
-    if operation.small:
-        stores.limit(segment_bytes=1200)
+    stores.limit(**operation.limits)
     base = fast / "base"
     operation.prepare(base)
     fired = 0
@@ -292,8 +300,7 @@ def test_kill_at_every_call_loses_nothing(
 ) -> None:
     """SIGKILL before call k, for every k: what was acknowledged is there, the next one goes on."""
     operation = OPERATIONS[name]
-    if operation.small:
-        stores.limit(segment_bytes=1200)
+    stores.limit(**operation.limits)
     base = fast / "base"
     operation.prepare(base)
     killed = 0

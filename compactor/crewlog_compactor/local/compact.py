@@ -59,6 +59,7 @@ def _compact(log: Log, packing: Packing, collect: Collect, keep: Keep) -> Compac
         log.note(events.SNAPSHOT, {"last_seq": current.last_seq, "sha256": current.sha256})
     moved = _archive(log, packing)
     dropped = retain.retain(log, keep)
+    archive.merge(log.segments, packing=packing)
     return CompactReport(
         folded_events=folded,
         snapshot_seq=current.last_seq,
@@ -124,6 +125,7 @@ def _sweep(log: Log) -> None:
     """Remove what a killed compaction left; the compact lock proves that no other one runs."""
     sweep(log.directory, "")
     sweep(log.directory, layout.ARCHIVE)
+    archive.sweep_covered(log.directory)
     cursors.sweep(log.directory, now=time.time())
 
 

@@ -60,5 +60,5 @@ def _look(
 def _is_of_history(folder: str, name: str) -> bool:
     if layout.first_seq_of(name) is not None:
         return True
-    kept = name == layout.BASE or layout.state_seq_of(name) is not None
-    return folder == layout.ARCHIVE and kept
+    kept = layout.state_seq_of(name) is not None or layout.merged_seqs_of(name) is not None
+    return folder == layout.ARCHIVE and (kept or name == layout.BASE)

@@ -100,12 +100,12 @@ class _Verification(History):
     base: Snapshot | None = None
     pending: bool = False  # the next change recovers: what counts is judged as after a reboot
     notes: list[str] = field(default_factory=list)
-    kept: frozenset[int] = frozenset()  # seqs of which a state is kept
+    kept: set[int] = field(default_factory=set)  # seqs of which a state is kept
 
     def run(self) -> VerifyReport:
         """Read everything and return what was found."""
         snapshots = list(self._snapshots())
-        self.kept = frozenset(snapshot.kept(self.directory))
+        self.kept = set(snapshot.kept(self.directory))
         head, written = self._states()
         self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
         base = self._archive_base()
@@ -261,6 +261,8 @@ class _Verification(History):
             last = firsts.index(head.segment)
         self._begin(firsts)
         for index, first in enumerate(firsts[: last + 1]):
+            if first <= self.seq and self.segments.is_merged(first):
+                continue  # since it was listed, and it was read with those before it
             if first != self.seq + 1:
                 self._missing(first)
             active = index == last
@@ -271,16 +273,19 @@ class _Verification(History):
                 continue
             if active:
                 data = self._durable_part(name, first, data, head)
-            self._walk(name, first, data, active=active)
-            self._hold_kept()
+            self._walk(name, data, active=active)
+            if not active:
+                self._walk_on(firsts[index + 1])
             if self.progress is not None:
                 self.progress(index + 1, last + 1)
         return self.seq
 
-    def _hold_kept(self) -> None:
-        """Hold the state that is kept as of the end of this segment against the history so far."""
+    def checkpoint(self) -> None:
+        """Hold the state that is kept as of this line, too, against the history so far."""
+        History.checkpoint(self)
         if self.seq not in self.kept or self.partial or self.hole or self.gaps:
             return
+        self.kept.discard(self.seq)
         name = f"{layout.ARCHIVE}/{layout.state_name(self.seq)}"
         try:
             found = snapshot.read_kept(self.directory, self.seq)
@@ -294,6 +299,15 @@ class _Verification(History):
             self.report("kept_state_wrong", name, why, seq=self.seq)
             return
         self.hold(name, found, self.hash, self.state.records, self.state.totals)
+
+    def _walk_on(self, following: int) -> None:
+        """Go on to the segment that was listed next: archives may be put together since then."""
+        with contextlib.suppress(SegmentMissing, ArchiveDamaged):  # then it is told as missing
+            while self.seq + 1 < following:
+                seq = self.seq
+                self._walk(*self._bytes(seq + 1), active=False)
+                if self.seq == seq:
+                    return
 
     def _bytes(self, first: int) -> tuple[str, bytes]:
         """Read a segment wherever it lies; return its name in the store, too."""
@@ -355,7 +369,7 @@ class _Verification(History):
             )
         return recovery.acknowledged(first, data, head, boot=boot, snapshot_seq=0)
 
-    def _walk(self, name: str, first: int, data: bytes, *, active: bool) -> None:
+    def _walk(self, name: str, data: bytes, *, active: bool) -> None:
         """Check one segment line by line; after a bad line, go on at the next newline."""
         offset, ended = 0, False
         batch = (0, 0)
@@ -370,9 +384,9 @@ class _Verification(History):
                 self.bad_line(name, offset, str(error))
             else:
                 batch = self.good_line(name, offset, line, raw, batch)
+                if offset == 0 or ended:  # of a merged archive, each segment's first line
+                    self._header(name, line)
                 ended = chain.is_end(line)
-                if offset == 0:
-                    self._header(name, first, line)
             offset += len(raw) + 1
         if not active and not ended:
             self.report(
@@ -383,12 +397,14 @@ class _Verification(History):
                 seq=self.seq,
             )
 
-    def _header(self, name: str, first: int, line: Line) -> None:
+    def _header(self, name: str, line: Line) -> None:
         data = line["data"]
         if line["type"] == events.GAP:
             return
         if line["type"] != events.SEGMENT:
-            self.report("log_corrupt", name, "it does not begin with a header", offset=0, seq=first)
+            self.report(
+                "log_corrupt", name, "it does not begin with a header", offset=0, seq=line["seq"]
+            )
         elif data.get("store") != self.directory.store:
             self.report("segment_foreign", name, f"it is of store {data.get('store')}", offset=0)
 

@@ -73,11 +73,31 @@ def archive_name(first_seq: int, packing: str = "gzip") -> str:
     return f"{first_seq:0{SEGMENT_DIGITS}d}{ARCHIVE_SUFFIXES[packing]}"
 
 
+def merged_name(first_seq: int, last_seq: int, packing: str) -> str:
+    """Name the archive that holds all segments from one seq to another."""
+    digits = f"{first_seq:0{SEGMENT_DIGITS}d}-{last_seq:0{SEGMENT_DIGITS}d}"
+    return f"{digits}{ARCHIVE_SUFFIXES[packing]}"
+
+
 def first_seq_of(name: str) -> int | None:
     """Read the first seq out of a segment's or an archived segment's name, None for other names."""
     digits, dot, rest = name.partition(".")
     if dot + rest not in {SEGMENT_SUFFIX, *ARCHIVE_SUFFIXES.values()}:
         return None
+    return _seq(digits)
+
+
+def merged_seqs_of(name: str) -> tuple[int, int] | None:
+    """Read the first and the last seq out of the name of a merged archive, None for other names."""
+    digits, dot, rest = name.partition(".")
+    begin, dash, end = digits.partition("-")
+    if not dash or dot + rest not in ARCHIVE_SUFFIXES.values():
+        return None
+    first, last = _seq(begin), _seq(end)
+    return None if first is None or last is None or last < first else (first, last)
+
+
+def _seq(digits: str) -> int | None:
     if len(digits) != SEGMENT_DIGITS or not digits.isascii() or not digits.isdigit():
         return None
     return int(digits)

@@ -21,7 +21,7 @@ from crewlog.local.heads import DurableHead, Position, States
 from crewlog.local.leases import Leases
 from crewlog.local.listen import HeadChannel
 from crewlog.local.lock import Lock, take
-from crewlog.local.reader import Reader, backwards, first_line
+from crewlog.local.reader import Reader, backwards, first_line, segment_headers
 from crewlog.local.segments import Segments
 from crewlog.local.view import View
 from crewlog.model import events, steps
@@ -298,14 +298,19 @@ class Log:
     def since_boot(self, boot: str) -> int | None:
         """Return from which seq on all was written in a boot, as the headers say; None if none."""
         found: int | None = None
+        upto = self.last_seq() + 1
         for first in reversed(self.firsts()):
             try:
-                line = first_line(self.segments, first)
+                headers = segment_headers(self.segments, first, upto)
             except SegmentMissing:  # retention took it
                 break
-            if line is None or line["data"].get("boot") != boot:
+            for line in reversed(headers):
+                if line["data"].get("boot") != boot:
+                    return found
+                found = line["seq"]
+            if not headers:
                 break
-            found = first
+            upto = first
         return found
 
     def snapshots(self) -> Iterator[Snapshot]:

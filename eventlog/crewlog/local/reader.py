@@ -12,12 +12,12 @@ from crewlog.local.directory import Directory
 from crewlog.local.disk import Stamp
 from crewlog.local.heads import Position
 from crewlog.local.segments import HEADER_BYTES, Segment, Segments, start_of
-from crewlog.model import codec
+from crewlog.model import codec, events
 from crewlog.model.chain import follows, is_end
 from crewlog.model.codec import LineError
 from crewlog.model.events import Line
 from crewlog.model.fold import FoldError
-from crewlog.model.sieve import Sieve
+from crewlog.model.sieve import Sieve, type_needle
 
 READ_BYTES: Final = 256 * 1024
 SIEVE_BYTES: Final = 1024 * 1024
@@ -196,27 +196,66 @@ def backwards(
     due = head.seq  # the last seq of the segment that comes next
     for first in reversed([f for f in segments.all() if f <= head.segment]):
         try:
-            source = segments.open(first)
+            steps = list(_forwards(segments, first, due, head, sieve))
         except SegmentMissing:
             if first < segments.all()[0]:
                 return  # a retention took it, and what was before it, meanwhile
             raise
-        with source:
-            _require_ours(segments.directory, source)
-            end = head.offset if first == head.segment else None
-            steps = list(walk(source, start_of(first), end=end, sieve=sieve))
-        last = steps[-1].seq if steps else first - 1
-        if last != due:
-            where = segments.directory.where(layout.LOG)
-            raise SegmentMissing(where, first=last + 1, last=due)
         yield from ((s.line, s.raw) for s in reversed(steps) if s.line is not None)
         due = first - 1
+
+
+def _forwards(
+    segments: Segments, first: int, due: int, head: Position, sieve: Sieve | None
+) -> Iterator[Walked]:
+    """Walk from a segment's first line to seq `due`, its last one when segments were listed.
+
+    Archives may be put together meanwhile: then it ends sooner, or later.
+    """
+    seq = first - 1
+    while seq < due:
+        begin = seq + 1
+        with segments.open(begin) as source:
+            _require_ours(segments.directory, source)
+            end = head.offset if begin == head.segment else None
+            for step in walk(source, start_of(begin), end=end, sieve=sieve):
+                if step.seq > due:
+                    break
+                seq = step.seq
+                yield step
+            else:
+                if seq < begin:
+                    raise damaged(source, 0, begin, "it is empty")
+                continue
+            seq = due
 
 
 def first_line(segments: Segments, first: int) -> Line | None:
     """Return the first whole line of a segment; None if it has none."""
     with segments.open(first) as source:
         return next((step.line for step in walk(source, start_of(first)) if step.line), None)
+
+
+def segment_headers(segments: Segments, first: int, upto: int) -> list[Line]:
+    """Return the first line of a segment, and of those that are merged with it, before seq `upto`.
+
+    Archives may be put together since the segments were listed, as for `_forwards`.
+    """
+    found: list[Line] = []
+    begin, sieve = first, Sieve([type_needle(events.SEGMENT)])
+    while begin < upto:
+        with segments.open(begin) as source:
+            archived, begins = source.archived, begin
+            for step in walk(source, start_of(begin), sieve=sieve if archived else None):
+                line = step.line
+                if line is not None and (step.seq == begins or line["type"] == events.SEGMENT):
+                    found.append(line)
+                begin = step.seq + 1
+                if not archived:  # in log/ there is one header a file
+                    return found
+            if begin == begins:
+                raise damaged(source, 0, begin, "it is empty")
+    return found
 
 
 def raw_between(segments: Segments, start: Position, end: Position) -> Iterator[bytes]:
@@ -226,11 +265,21 @@ def raw_between(segments: Segments, start: Position, end: Position) -> Iterator[
         with segments.open(place.segment) as source:
             stop = end.offset if place.segment == end.segment else source.size()
             data = source.read(place.offset, stop - place.offset)
+            last = _last_seq(source, data, place)
         yield data
         if place.segment == end.segment:
             return
-        later = [first for first in segments.all() if first > place.segment]
-        place = start_of(later[0])
+        place = start_of(last + 1)  # no list of segments: it might be of another moment
+
+
+def _last_seq(source: Segment, data: bytes, before: Position) -> int:
+    """Return the seq of the last of some whole lines that follow a position."""
+    if not data:
+        return before.seq
+    try:
+        return codec.parse(data[data.rfind(b"\n", 0, -1) + 1 : -1])["seq"]
+    except LineError as error:
+        raise damaged(source, before.offset, before.seq + 1, str(error)) from error
 
 
 def corrupt(place: Position, line: Line, raw: bytes, error: FoldError) -> LogCorrupt:

@@ -1,11 +1,15 @@
 """Find and open segments, wherever they are; put a new segment in place.
 
-Segments move from log/ to archive/ when a compaction
-no longer needs them; a reader follows them there.
+Segments move from log/ to archive/ when a compaction no longer needs them, and there small ones are
+put together in one file; a reader follows them. From the moment that a merged archive has its name
+nobody looks at the smaller ones that it covers; whoever asks for a segment within it gets just that
+segment, so a list of segments stays good whatever happens meanwhile.
 """
 
+import errno
 import os
-from typing import Final
+import re
+from typing import Final, NamedTuple
 
 from crewlog import host
 from crewlog.errors import ArchiveDamaged, LogRegressed, SegmentMissing, from_oserror
@@ -114,12 +118,14 @@ class Segments:
 
     def in_archive(self) -> list[int]:
         """List the archived segments by first seq."""
-        names = self.directory.names(layout.ARCHIVE)
-        firsts = (layout.first_seq_of(name) for name in names)
-        return sorted({first for first in firsts if first is not None})
+        return [one.first for one in archives(self.directory)]
+
+    def is_merged(self, first: int) -> bool:
+        """Say whether a segment lies within an archive that begins before it."""
+        return any(one.first < first <= one.last for one in archives(self.directory))
 
     def all(self) -> list[int]:
-        """List every segment, archived or not, by first seq."""
+        """List every segment, archived or not, by first seq; merged ones count as one."""
         # log/ last: a segment that moves meanwhile is then seen at least once
         before = set(self.in_archive())
         return sorted(before | set(self.in_log()) | set(self.in_archive()))
@@ -193,13 +199,48 @@ class Segments:
         return Segment(first, name, fd=fd)
 
 
+class Archive(NamedTuple):
+    """A file in archive/, and the seqs that it is named by: of one segment only the first."""
+
+    first: int
+    last: int
+    name: str
+
+    def holds(self, first: int) -> bool:
+        """Say whether a segment that begins so is in it."""
+        return self.first <= first <= self.last
+
+
+def archives(directory: Directory) -> list[Archive]:
+    """List the archives, but for those that a merged one covers."""
+    found, covered = [], 0
+    for one in _every_archive(directory):
+        if one.first > covered:
+            found.append(one)
+            covered = one.last
+    return found
+
+
+def covered_archives(directory: Directory) -> list[str]:
+    """Name the archives that a merged one covers: nobody looks at them any more."""
+    there = {one.name for one in archives(directory)}
+    return [one.name for one in _every_archive(directory) if one.name not in there]
+
+
+def _every_archive(directory: Directory) -> list[Archive]:
+    """List all archives in order, of those that begin alike the longest first."""
+    found = []
+    for name in directory.names(layout.ARCHIVE):
+        first = layout.first_seq_of(name)
+        seqs = layout.merged_seqs_of(name) if first is None else (first, first)
+        if seqs is not None:
+            found.append(Archive(*seqs, name))
+    return sorted(found, key=lambda one: (one.first, -one.last, one.name))
+
+
 def archive_file(directory: Directory, first: int) -> str | None:
     """Name the file in archive/ that holds a segment, however it is packed; None: there is none."""
-    for packing_ in layout.ARCHIVE_SUFFIXES:
-        name = layout.archive_name(first, packing_)
-        if disk.exists(name, at=directory[layout.ARCHIVE]):
-            return name
-    return None
+    return next((one.name for one in archives(directory) if one.holds(first)), None)
 
 
 def archive_of(directory: Directory, first: int, wanted: Packing = "gzip") -> str:
@@ -208,15 +249,40 @@ def archive_of(directory: Directory, first: int, wanted: Packing = "gzip") -> st
 
 
 def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:
+    """Return the name and the content of an archive, or of the one segment within it.
+
+    Raises: FileNotFoundError where there is none; ArchiveDamaged.
+    """
     name = archive_of(directory, first)
     where = directory.where(layout.ARCHIVE, name)
     packed = disk.read_all(
         name, at=directory[layout.ARCHIVE], where=where, limit=SNAPSHOT_BYTES_MAX
     )
     try:
-        return name, archive.unpack(packed, name=name, where=where)
+        data = archive.unpack(packed, name=name, where=where)
     except PackingError as error:
         raise ArchiveDamaged(name, offset=0, seq=first, reason=str(error)) from error
+    seqs = layout.merged_seqs_of(name)
+    if seqs is None or seqs[0] == first:
+        return name, data
+    return name, _within(data, first)
+
+
+# How a header line begins, whatever the texts of other lines say.
+_HEADER: Final = rb'^\{"v":1,"seq":%b,"ts":"[^"]*","type":"_segment"'
+_ANY_HEADER: Final = re.compile(_HEADER % rb"\d+", re.MULTILINE)
+
+
+def _within(data: bytes, first: int) -> bytes:
+    """Cut the segment that begins with a seq out of a merged archive.
+
+    Raises: FileNotFoundError where none begins so.
+    """
+    begin = re.search(_HEADER % str(first).encode(), data, re.MULTILINE)
+    if begin is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    end = _ANY_HEADER.search(data, begin.end())
+    return data[begin.start() :] if end is None else data[begin.start() : end.start()]
 
 
 def start_of(first: int) -> Position:

@@ -211,7 +211,6 @@ def _vouched(segments: Segments, seq: int) -> Snapshot | None:
 
 def strange(segments: Segments) -> list[int]:
     """List the seqs of kept states that cannot be read, or that the line after them denies."""
-    firsts = segments.all()
     found = []
     for seq in kept(segments.directory):
         try:
@@ -220,7 +219,7 @@ def strange(segments: Segments) -> list[int]:
             found.append(seq)
             continue
         with contextlib.suppress(DataDamaged):  # told of by itself
-            line = first_line(segments, seq + 1) if seq + 1 in firsts else None
+            line = first_line(segments, seq + 1)
             if state is not None and line is not None and line["prev"] != state.last_hash:
                 found.append(seq)
     return found

@@ -15,6 +15,9 @@ class Limits:
     redo_bytes: int = 256 * 1024  # so much is committed between two syncs of a segment
     group_bytes: int = 256 * 1024  # of lines that callers of one process share a write for
     recent_workers: int = 50_000  # that a writer keeps at hand
+    archive_bytes: int = 1024 * 1024  # small archives are put together to one of at most so many
+    archive_lines: int = 25_000  # and of so many lines
+    archives_small: int = 32  # once there are so many beside each other
     state_events: int = 100_000  # at least so many lie between two states that are kept
     catch_up_lines: int = 200  # a writer further behind catches up before it takes the lock
     sync_wait_s: float = 30.0  # at least: a busy disk is no reason not to know

@@ -1,0 +1,247 @@
+"""Archives that are put together: the history is the same, for whoever began to read it before."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crewlog.errors import SegmentMissing, StorageFailed
+from crewlog.local import layout, reader, segments
+from crewlog.local.heads import Position
+from crewlog.model.events import Event
+from crewlog.process import identity
+from crewlog.registry import Registry
+from crewlog_compactor import KeepEvents, compact, repair, verify
+from crewlog_compactor.local import archive
+from faults import FailingDisk, another_boot, only, registry_on
+from procs import files
+from stores import limit, opened
+
+pytestmark = pytest.mark.limits(archives_small=4)
+HOSTILE = {"type": "_segment", "x": '{"v":1,"seq":9,"ts":"","type":"_segment"'}
+
+
+def compacted(reg: Registry, times: int) -> None:
+    """Make so many changes, each with a compaction of its own."""
+    for _ in range(times):
+        reg.update("a", meta={"n": reg.last_seq, **HOSTILE})
+        compact(reg, gc=False)
+
+
+def archived(place: Path) -> list[str]:
+    """Name the files of archived segments."""
+    return sorted(path.name for path in (place / layout.ARCHIVE).glob("*.jsonl.*"))
+
+
+def told(found: Iterator[Event]) -> list[tuple[int, bytes]]:
+    """Return events by seq, with their lines."""
+    return [(event.seq, event.raw) for event in found]
+
+
+def test_the_history_is_the_same_and_the_files_are_few(place: Path) -> None:
+    """Forwards, backwards, from each seq on, the state at each seq, and at the time of each."""
+    limit(archives_small=10_000)
+    with opened(place) as reg:
+        reg.register("a")
+        compacted(reg, 20)
+        last = reg.last_seq
+        before = (
+            told(reg.history()),
+            told(reg.history(newest_first=True)),
+            {seq: dict(reg.at(seq).workers) for seq in range(1, last)},
+            {event.seq: reg.at(event.ts).seq for event in reg.history()},
+            {seq: told(reg.history(after=seq))[:3] for seq in range(last - 3)},
+        )
+        assert len(archived(place)) == 19
+    limit(archives_small=4)
+    with opened(place) as reg:
+        compact(reg, gc=False)
+        names = archived(place)
+        assert len(names) < 8
+        assert any(layout.merged_seqs_of(name) for name in names)
+        assert before == (
+            [one for one in told(reg.history()) if one[0] <= last],
+            [one for one in told(reg.history(newest_first=True)) if one[0] <= last],
+            {seq: dict(reg.at(seq).workers) for seq in range(1, last)},
+            {event.seq: reg.at(event.ts).seq for event in reg.history() if event.seq <= last},
+            {seq: told(reg.history(after=seq))[:3] for seq in range(last - 3)},
+        )
+        assert verify(place).findings == ()
+        compacted(reg, 200)
+        assert len(archived(place)) < 8
+    assert verify(place).findings == ()
+
+
+def test_large_archives_stay_as_they_are(reg: Registry, place: Path) -> None:
+    """Neither by bytes nor by lines one grows beyond what is read at once."""
+    limit(archives_small=4, archive_bytes=3000, archive_lines=10_000)
+    with opened(place) as other:
+        other.register("a")
+        compacted(other, 60)
+        sizes = [path.stat().st_size for path in (place / layout.ARCHIVE).glob("*-*")]
+        assert len(sizes) > 3
+        assert max(sizes) <= 3000
+    limit(archives_small=4, archive_lines=20)
+    with opened(place) as other:
+        compacted(other, 40)
+        seqs = [layout.merged_seqs_of(path.name) for path in (place / layout.ARCHIVE).iterdir()]
+        newest = sorted(found for found in seqs if found)[-2:]
+        assert all(last - first < 20 for first, last in newest)
+    assert verify(place).findings == ()
+
+
+def test_readers_that_began_before_go_on(reg: Registry, place: Path) -> None:
+    """At every line, forwards and backwards, and a watch that stood within."""
+    reg.register("a")
+    limit(archives_small=10_000)
+    with opened(place) as other:
+        compacted(other, 8)
+    length = len(told(reg.history()))
+    for at in range(0, length, 3):
+        limit(archives_small=10_000)
+        with opened(place) as other:
+            compacted(other, 5)
+        whole = told(reg.history())
+        forwards, backwards = reg.history(), reg.history(newest_first=True)
+        begun = [list(itertools.islice(found, at)) for found in (forwards, backwards)]
+        with reg.watch(after=whole[at][0] - 1) as items:
+            assert items.next(0) is not None
+            limit(archives_small=4)
+            with opened(place) as other:
+                names = archived(place)
+                compact(other, gc=False)
+                assert archived(place) != names
+            rest = [item.seq for item in items.drain() if item.kind == "change"]
+        assert told(iter([*begun[0], *forwards])) == whole
+        assert told(iter([*begun[1], *backwards])) == whole[::-1]
+        assert rest == [seq for seq, _ in whole[at + 1 :]]
+
+
+def test_a_segment_within_is_found_by_its_first_seq(reg: Registry) -> None:
+    """Just it, from its header to its seal; what is none is missing."""
+    reg.register("a")
+    log = files(reg)
+    firsts: list[int] = []
+    contents: dict[int, bytes] = {}
+    for _ in range(6):
+        compacted(reg, 1)
+        for first in log.segments.all():
+            with log.segments.open(first) as source:
+                if layout.merged_seqs_of(source.name) is None:
+                    contents[first] = source.whole()
+        firsts = sorted({*firsts, *log.segments.all()})
+    merged = [first for first in firsts if log.segments.is_merged(first)]
+    assert len(merged) >= 3
+    for first in merged:
+        with log.segments.open(first) as source:
+            assert source.whole() == contents[first]
+    with pytest.raises(SegmentMissing):
+        log.segments.open(merged[0] + 1)
+
+
+def test_writers_look_through_what_was_merged_meanwhile(reg: Registry) -> None:
+    """Between two segments that a writer reads, the next one moves into a merged archive."""
+    reg.register("a")
+    compacted(reg, 3)
+    log = files(reg)
+    head = log.head()
+    whole = b"".join(reader.raw_between(log.segments, Position(1, 0, 0), head.position))
+    parts = reader.raw_between(log.segments, Position(1, 0, 0), head.position)
+    found = [next(parts)]
+    compacted(reg, 4)
+    assert any("-" in one.name for one in segments.archives(log.directory))
+    assert b"".join([*found, *parts]) == whole
+
+
+@pytest.mark.parametrize("call", ["unlink", "rename", "sync_directory"])
+def test_a_merge_that_ends_in_the_middle_is_finished(place: Path, call: str) -> None:
+    """What it covers is looked at by nobody; the next compaction takes it away."""
+    disk = FailingDisk()
+    limit(archives_small=10_000)
+    with opened(place) as reg:
+        reg.register("a")
+        compacted(reg, 8)
+    limit(archives_small=4)
+    reg = registry_on(place, disk)
+    whole = told(reg.history())
+    log = files(reg)
+    disk.fault = only(call, 5)
+    with pytest.raises((StorageFailed, OSError)):
+        archive.merge(log.segments, packing="gzip")
+    disk.fault = lambda _: None
+    assert told(reg.history()) == whole
+    assert told(reg.history(newest_first=True)) == whole[::-1]
+    assert verify(place).findings == ()
+    compact(reg, gc=False)
+    assert segments.covered_archives(log.directory) == []
+    assert [one for one in told(reg.history()) if one[0] <= whole[-1][0]] == whole
+    assert verify(place).findings == ()
+    reg.close()
+
+
+def test_a_damaged_one_stays_apart(reg: Registry, place: Path) -> None:
+    """The compaction goes on, verify names it, and its bytes are not touched."""
+    reg.register("a")
+    compacted(reg, 3)
+    harmed = place / layout.ARCHIVE / archived(place)[1]
+    data = bytearray(harmed.read_bytes())
+    data[len(data) // 2] ^= 1
+    harmed.write_bytes(data)
+    compacted(reg, 5)
+    assert harmed.read_bytes() == data
+    assert {finding.code for finding in verify(place).findings} == {"archive_damaged"}
+
+
+def test_retention_goes_by_the_merged_ones(reg: Registry, place: Path) -> None:
+    """What goes is what its name says, and as a whole."""
+    reg.register("a")
+    compacted(reg, 30)
+    seqs = [layout.merged_seqs_of(name) for name in archived(place)]
+    (merged,) = [found for found in seqs if found]
+    assert compact(reg, gc=False, keep_history=KeepEvents(merged[1] // 2)).dropped is None
+    dropped = compact(reg, gc=False, keep_history=KeepEvents(0)).dropped
+    assert dropped is not None
+    assert dropped[1] >= merged[1]
+    assert reg.first_seq == dropped[1] + 1
+    assert verify(place).findings == ()
+
+
+def test_a_damaged_merged_one_is_given_up_as_a_whole(reg: Registry, place: Path) -> None:
+    """And only it: what is before and after it stays, and the next change goes on."""
+    reg.register("a")
+    limit(archives_small=4, archive_lines=20)
+    with opened(place) as other:
+        compacted(other, 30)
+    names = [name for name in archived(place) if "-" in name]
+    lost = layout.merged_seqs_of(names[1])
+    assert lost is not None
+    (place / layout.ARCHIVE / names[1]).write_bytes(b"not an archive")
+    assert repair(place, yes=False).losses == (lost,)
+    assert repair(place, yes=True, accept_loss=[lost]).done
+    assert verify(place).findings == ()
+    with opened(place) as fresh:
+        fresh.update("a", meta={})
+        left = [event.seq for event in fresh.history()]
+        assert not {*range(lost[0], lost[1] + 1)} & {*left}
+        assert min(left) < lost[0] < lost[1] < max(left)
+        compacted(fresh, 10)
+    assert verify(place).findings == ()
+
+
+def test_a_boot_is_told_by_the_headers_within(reg: Registry, place: Path) -> None:
+    """Since which seq all was written in this boot: also where a merged archive spans two."""
+    reg.register("a")
+    compacted(reg, 2)
+    before = reg.last_seq
+    with another_boot(3):
+        boot = identity.boot_id()
+        with opened(place) as later:
+            compacted(later, 1)
+            since = files(later).since_boot(boot)
+            assert since is not None
+            assert since > before
+            compacted(later, 5)
+            (merged,) = [name for name in archived(place) if "-" in name]
+            assert since <= (layout.merged_seqs_of(merged) or (0, 0))[1]
+            assert files(later).since_boot(boot) == since
