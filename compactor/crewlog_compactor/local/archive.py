@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from crewlog.errors import ArchiveDamaged, LogCorrupt
+from crewlog.errors import ArchiveDamaged, DataDamaged, LogCorrupt, UnsafePermissions
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
@@ -112,7 +112,7 @@ def merge(segments: Segments, *, packing: Packing) -> None:
     for run in list(_runs(segments)):
         try:
             data = _joined(segments, run)
-        except (ArchiveDamaged, LogCorrupt) as error:  # verify says so too; the others go on
+        except (DataDamaged, UnsafePermissions) as error:  # verify says so too; the others go on
             _logger.warning("archives are not put together: %s", error)
             continue
         name = layout.merged_name(run[0].first, _last_seq(data), packing)
@@ -128,7 +128,7 @@ def _runs(segments: Segments) -> Iterator[Sequence[Archive]]:
     run: list[Archive] = []
     size = lines = 0
     for one, after in zip(every, following, strict=False):
-        more = os.stat(one.name, dir_fd=shelf).st_size
+        more = os.stat(one.name, dir_fd=shelf, follow_symlinks=False).st_size
         large = more > limits.archive_bytes // 2
         full = (
             size + more > limits.archive_bytes or lines + after - one.first > limits.archive_lines
