@@ -1,12 +1,14 @@
 """Archives that are put together: the history is the same, for whoever began to read it before."""
 
+import contextlib
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from crewlog.errors import SegmentMissing, StorageFailed
+from crewlog.errors import DataDamaged, SegmentMissing, StorageFailed
 from crewlog.local import layout, reader, segments
 from crewlog.local.heads import Position
 from crewlog.model.events import Event
@@ -191,6 +193,30 @@ def test_a_damaged_one_stays_apart(reg: Registry, place: Path) -> None:
     compacted(reg, 5)
     assert harmed.read_bytes() == data
     assert {finding.code for finding in verify(place).findings} == {"archive_damaged"}
+
+
+def test_a_stray_one_makes_nothing_go(place: Path, tmp_path: Path) -> None:
+    """Another store's merged archive, copied in by mistake: told, and nothing of ours goes."""
+    with opened(tmp_path / "other") as other:
+        other.register("a")
+        compacted(other, 12)
+    stray = next(name for name in archived(tmp_path / "other") if "-" in name)
+    limit(archives_small=10_000)
+    with opened(place) as reg:
+        reg.register("a")
+        compacted(reg, 12)
+        before = archived(place)
+        whole = told(reg.history())
+        shutil.copyfile(tmp_path / "other" / layout.ARCHIVE / stray, place / layout.ARCHIVE / stray)
+        (place / layout.ARCHIVE / stray).chmod(0o600)
+        codes = {finding.code for finding in verify(place).findings}
+        assert "segment_foreign" in codes
+        with contextlib.suppress(DataDamaged):
+            compacted(reg, 1)
+        (place / layout.ARCHIVE / stray).unlink()
+        assert set(before) <= set(archived(place))
+        assert [one for one in told(reg.history()) if one[0] <= whole[-1][0]] == whole
+    assert verify(place).findings == ()
 
 
 def test_retention_goes_by_the_merged_ones(reg: Registry, place: Path) -> None:

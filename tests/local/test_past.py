@@ -14,6 +14,8 @@ from crewlog.model.events import Worker
 from crewlog.model.snapshot import Snapshot, encode_snapshot
 from crewlog.registry import Registry
 from crewlog_compactor import KeepEvents, compact, repair, verify
+from faults import empty_redo
+from stores import limit, opened
 
 pytestmark = pytest.mark.limits(segment_bytes=3000, state_events=20)
 
@@ -141,6 +143,28 @@ def test_retention_takes_them_along(reg: Registry, place: Path) -> None:
     assert after == [seq for seq in before if seq > dropped[1]]
     assert 0 < len(after) < len(before)
     assert set(pasts(reg)) == set(range(reg.first_seq, reg.last_seq + 1))
+    assert verify(place).findings == ()
+
+
+def test_none_is_kept_between_a_loss_and_its_repair(place: Path) -> None:
+    """What the lost events would have explained is taken as it comes there."""
+    limit(state_events=1)
+    with opened(place) as reg:
+        live(reg, 60)
+    segments = sorted((place / layout.LOG).iterdir())
+    harmed = segments[2]
+    lines = harmed.read_bytes().splitlines(keepends=True)
+    harmed.write_bytes(b"".join([*lines[:2], b"x" * 40 + b"\n", *lines[3:]]))
+    empty_redo(place)
+    losses = repair(place, yes=False).losses
+    repaired = repair(place, yes=True, accept_loss=losses).seq
+    with opened(place) as reg:
+        live(reg, 20)
+        compact(reg, gc=False)
+        there = snapshot.kept(states(place))
+        assert there
+        assert all(seq < losses[0][0] or seq > repaired for seq in there)
+        assert set(pasts(reg))
     assert verify(place).findings == ()
 
 

@@ -117,7 +117,7 @@ def merge(segments: Segments, *, packing: Packing) -> None:
             continue
         name = layout.merged_name(run[0].first, _last_seq(data), packing)
         _put(segments.directory, name, data, run[0].first)
-        sweep_covered(segments.directory)
+        _unlink(segments.directory, [one.name for one in run])
 
 
 def _runs(segments: Segments) -> Iterator[Sequence[Archive]]:
@@ -168,10 +168,32 @@ def _last_seq(data: bytes) -> int:
 
 
 def sweep_covered(directory: Directory) -> None:
-    """Remove the archives that a merged one covers. Held: locks/compact."""
-    shelf = directory[layout.ARCHIVE]
-    gone = covered_archives(directory)
-    for name in gone:
-        directory.disk.unlink(name, at=shelf)
-    if gone:
-        directory.disk.sync_directory(shelf)
+    """Remove the archives that a merged one holds, after a merge was killed.
+
+    Held: locks/compact. What it does not hold, though its name says so, stays: verify tells of it.
+    """
+    covered = covered_archives(directory)
+    _unlink(directory, [name for name, large in covered if holds(directory, large, name)])
+
+
+def holds(directory: Directory, large: Archive, name: str) -> bool:
+    """Say whether a merged archive holds all that another archive does."""
+    whole, part = (_unpacked(directory, one) for one in (large.name, name))
+    return whole is not None and part is not None and part in whole
+
+
+def _unpacked(directory: Directory, name: str) -> bytes | None:
+    where = directory.where(layout.ARCHIVE, name)
+    at = directory[layout.ARCHIVE]
+    packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
+    try:
+        return archive.unpack(packed, name=name, where=where)
+    except PackingError:
+        return None
+
+
+def _unlink(directory: Directory, names: Sequence[str]) -> None:
+    for name in names:
+        directory.disk.unlink(name, at=directory[layout.ARCHIVE])
+    if names:
+        directory.disk.sync_directory(directory[layout.ARCHIVE])

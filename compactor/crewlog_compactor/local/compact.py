@@ -7,6 +7,7 @@ needs are in place, killed after it, the next compaction archives what this one 
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypedDict, cast
@@ -20,7 +21,7 @@ from crewlog.local.segments import start_of, sweep
 from crewlog.local.snapshot import refold
 from crewlog.model import events
 from crewlog.model.arguments import Packing
-from crewlog.model.snapshot import Snapshot
+from crewlog.model.snapshot import OnTheWay, Snapshot
 from crewlog.store import Store, retried
 from crewlog_compactor import retention
 from crewlog_compactor.collect import Collect
@@ -147,33 +148,26 @@ def _fold(log: Log) -> tuple[int, Snapshot]:
     last = log.head().segment - 1  # published once the segment's name was durable
     if last <= current.last_seq:
         return 0, current
-    fresh = current
-    for seq in (*_between(log, current, last), last):
-        fresh = refold(log.segments, fresh, Position(0, 0, seq))
-        _keep(log, fresh)
+    stop = Position(0, 0, last)
+    fresh = refold(log.segments, current, stop, on_the_way=_keeper(log, last))
     return fresh.last_seq - current.last_seq, snapshot.replace(directory, fresh)
 
 
-def _between(log: Log, current: Snapshot, last: int) -> list[int]:
-    """Return the ends of segments on the way to `last` at which a state may be kept."""
-    before = max([0, *snapshot.kept(log.directory)])
-    ends = []
-    for first in log.segments.in_log():
-        end = first - 1  # of the segment before
-        if current.last_seq < end < last and end - before >= log.limits.state_events:
-            ends.append(end)
-            before = end
-    return ends
+def _keeper(log: Log, last: int) -> OnTheWay:
+    """Return what keeps states of the past, of some ends of segments up to `last`.
 
-
-def _keep(log: Log, state: Snapshot) -> None:
-    """Keep a state of the past, if so many events lie before it that it helps.
-
-    One of many workers is kept less often, so that states take no more room than what they save.
+    Of many workers one is kept less often, so that states take no more room than what they save.
     """
-    since = state.last_seq - max([0, *snapshot.kept(log.directory)])
-    if since >= max(log.limits.state_events, len(state.sessions) + len(state.ended)):
-        snapshot.keep(log.directory, state)
+    ends = {first - 1 for first in log.segments.in_log() if first - 1 < last} | {last}
+    before = max([0, *snapshot.kept(log.directory)])
+
+    def keep(seq: int, workers: int, state: Callable[[], Snapshot]) -> None:
+        nonlocal before
+        if seq in ends and seq - before >= max(log.limits.state_events, workers):
+            snapshot.keep(log.directory, state())
+            before = seq
+
+    return keep
 
 
 def _archive(log: Log, packing: Packing) -> int:

@@ -19,7 +19,7 @@ from crewlog.errors import (
 from crewlog.local import ages, directory, disk, layout, recovery, redo, snapshot
 from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead, States
-from crewlog.local.segments import Segments
+from crewlog.local.segments import Segments, covered_archives
 from crewlog.model import chain, codec, events
 from crewlog.model.codec import LineError
 from crewlog.model.events import Line
@@ -28,6 +28,7 @@ from crewlog.model.snapshot import Snapshot
 from crewlog.place import Place
 from crewlog.process import identity
 from crewlog_compactor.anchor import Anchor
+from crewlog_compactor.local import archive
 from crewlog_compactor.local.strays import strays
 from crewlog_compactor.reports import Finding, VerifyReport
 from crewlog_compactor.walk import VERIFY_TRIES, History
@@ -124,6 +125,7 @@ class _Verification(History):
         self._newest()
         self._base()
         self._unreached(firsts, head)
+        self._covered()
         if head is not None and written is not None and not self.pending:
             self._hold_together(head, written)
         self._pending(end, head)
@@ -161,6 +163,14 @@ class _Verification(History):
             if not self.segments.is_ours(first):  # else a rotation is under way
                 name = f"{layout.LOG}/{layout.segment_name(first)}"
                 self.report("segment_foreign", name, "it is no part of the log", seq=first)
+
+    def _covered(self) -> None:
+        """Report archives that a merged one hides, though it does not hold them."""
+        with contextlib.suppress(FileNotFoundError):  # a compaction took it meanwhile
+            for name, large in covered_archives(self.directory):
+                if not archive.holds(self.directory, large, name):
+                    why = f"{large.name} stands for it, and does not hold it"
+                    self.report("segment_foreign", f"{layout.ARCHIVE}/{name}", why, seq=large.first)
 
     # -- snapshots and states ---------------------------------------------------------------
 

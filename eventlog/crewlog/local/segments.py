@@ -221,10 +221,15 @@ def archives(directory: Directory) -> list[Archive]:
     return found
 
 
-def covered_archives(directory: Directory) -> list[str]:
-    """Name the archives that a merged one covers: nobody looks at them any more."""
-    there = {one.name for one in archives(directory)}
-    return [one.name for one in _every_archive(directory) if one.name not in there]
+def covered_archives(directory: Directory) -> list[tuple[str, Archive]]:
+    """Name the archives that a merged one covers, and which: nobody looks at them any more."""
+    found, large = [], None
+    for one in _every_archive(directory):
+        if large is not None and one.first <= large.last:
+            found.append((one.name, large))
+        elif one.last > one.first:
+            large = one
+    return found
 
 
 def _every_archive(directory: Directory) -> list[Archive]:
@@ -234,12 +239,16 @@ def _every_archive(directory: Directory) -> list[Archive]:
         first = layout.first_seq_of(name)
         seqs = layout.merged_seqs_of(name) if first is None else (first, first)
         if seqs is not None:
-            found.append(Archive(*seqs, name))
-    return sorted(found, key=lambda one: (one.first, -one.last, one.name))
+            found.append((seqs[0], -seqs[1], name))
+    return [Archive(first, -last, name) for first, last, name in sorted(found)]
 
 
 def archive_file(directory: Directory, first: int) -> str | None:
     """Name the file in archive/ that holds a segment, however it is packed; None: there is none."""
+    for packing_ in layout.ARCHIVE_SUFFIXES:
+        name = layout.archive_name(first, packing_)
+        if disk.exists(name, at=directory[layout.ARCHIVE]):
+            return name
     return next((one.name for one in archives(directory) if one.holds(first)), None)
 
 

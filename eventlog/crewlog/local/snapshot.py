@@ -30,6 +30,7 @@ from crewlog.model.events import Line
 from crewlog.model.fold import FoldError
 from crewlog.model.snapshot import (
     SNAPSHOT_BYTES_MAX,
+    OnTheWay,
     Snapshot,
     decode_snapshot,
     empty_snapshot,
@@ -284,10 +285,11 @@ def refold(
     stop: Position,
     *,
     seen: Callable[[Line], None] | None = None,
+    on_the_way: OnTheWay | None = None,
 ) -> Snapshot:
     """Return the state at `stop`, which is durable, from that of `start`, which is not after it.
 
-    `seen` is told of each line in between.
+    `seen` is told of each line in between, `on_the_way` of the states at the ends of segments.
     Raises: HistoryDiverged, LogCorrupt, ArchiveDamaged, SegmentMissing.
     """
     reader = Reader(segments, segments.find(start.last_seq))
@@ -305,6 +307,7 @@ def refold(
             wrong=wrong,
             written_at=events.timestamp(host.now()),
             seen=seen,
+            on_the_way=on_the_way,
         )
     finally:
         reader.close()

@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar, cast
+from typing import Final, TypeAlias, TypeVar, cast
 
 from crewlog.errors import FormatTooNew, HistoryDiverged, LogCorrupt
 from crewlog.model import chain, fold
 from crewlog.model.codec import FORMAT, DocumentError, dump, load_object
-from crewlog.model.events import JsonObject, Line, Record
+from crewlog.model.events import SEAL, JsonObject, Line, Record
 from crewlog.model.fold import Fold, FoldError
 from crewlog.model.records import Ended, Records, checked, merged
 
@@ -152,6 +152,10 @@ def snapshot_of(state: Fold, *, store: str, last_hash: str, written_at: str) -> 
     )
 
 
+# Is told of a state at the end of a segment: its seq, how many workers it has, and what builds it.
+OnTheWay: TypeAlias = Callable[[int, int, Callable[[], Snapshot]], None]
+
+
 def refold_lines(
     lines: Iterator[tuple[Line, bytes]],
     start: Snapshot,
@@ -161,8 +165,11 @@ def refold_lines(
     wrong: Callable[[Line, bytes, FoldError], LogCorrupt],
     written_at: str,
     seen: Callable[[Line], None] | None = None,
+    on_the_way: OnTheWay | None = None,
 ) -> Snapshot:
     """Return the state at seq `stop`, from lines that may begin before that of `start`.
+
+    `on_the_way` is told of no state behind a gap, up to its repair: nothing leads on from there.
 
     `wrong` makes the error of a whole line that no correct writer can have written.
     Raises: it, and HistoryDiverged.
@@ -172,6 +179,9 @@ def refold_lines(
     def diverged(seq: int) -> HistoryDiverged:
         return HistoryDiverged(where, seq=seq)
 
+    def now() -> Snapshot:
+        return snapshot_of(state, store=start.store, last_hash=prev, written_at=written_at)
+
     for line, raw in lines:
         if line["seq"] <= start.last_seq:
             continue
@@ -180,6 +190,8 @@ def refold_lines(
         prev = chain.follow(state, line, raw, prev, diverged=diverged, wrong=wrong)
         if seen is not None:
             seen(line)
+        if on_the_way is not None and line["type"] == SEAL and not state.lenient:
+            on_the_way(state.seq, len(state.records), now)
         if state.seq == stop:
             break
-    return snapshot_of(state, store=start.store, last_hash=prev, written_at=written_at)
+    return now()
