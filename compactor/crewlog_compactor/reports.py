@@ -14,6 +14,7 @@ _REPAIRABLE: Final = frozenset(
         "segment_missing",
         "archive_damaged",
         "kept_state_wrong",
+        "archive_foreign",
     }
 )
 
@@ -81,7 +82,8 @@ Range: TypeAlias = tuple[int, int]
 class RepairReport:
     """What a repair did, or without `yes` would do.
 
-    `losses` are the ranges of seqs that cannot be read any more, `rewritten` the segments, and
+    `losses` are the ranges of seqs that cannot be read any more, `rewritten` the segments, `aside`
+    files that do not belong where they lie (what they hide shows once they are gone), and
     `quarantined` the files that keep what they held; `seq` is that of the `_repaired` line.
     """
 
@@ -91,11 +93,12 @@ class RepairReport:
     rewritten: tuple[str, ...]
     quarantined: tuple[str, ...] = ()
     seq: int = 0
+    aside: tuple[str, ...] = ()
 
     @property
     def needed(self) -> bool:
         """Say whether there is anything to repair."""
-        return self.poisoned or bool(self.rewritten)
+        return self.poisoned or bool(self.rewritten or self.aside)
 
 
 Status: TypeAlias = Literal["ok", "note", "warn", "fail"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, cast
 
+from crewlog.errors import SnapshotCorrupt
 from crewlog.model import chain, codec, events, fold
 from crewlog.model.events import JsonObject, JsonValue, Line, Record
 from crewlog.model.fold import Fold, FoldError
@@ -192,7 +193,11 @@ class History:
                 seq=found.last_seq,
             )
         elif not self.hole and records is not None:
-            wrong = _differing(found.records(), records)
+            try:
+                wrong = _differing(found.records(), records)
+            except SnapshotCorrupt as error:  # a row of one who has ended
+                self.report(error.code, name, error.why, seq=found.last_seq)
+                return
             if wrong or dict(found.totals) != dict(totals):
                 self.report(
                     "snapshot_differs",

@@ -1,6 +1,7 @@
 """Archives that are put together: the history is the same, for whoever began to read it before."""
 
 import contextlib
+import gzip
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from crewlog.errors import DataDamaged, SegmentMissing, StorageFailed
+from crewlog.errors import (
+    ArchiveDamaged,
+    CrewlogError,
+    DataDamaged,
+    SegmentMissing,
+    StorageFailed,
+)
 from crewlog.local import layout, reader, segments
 from crewlog.local.heads import Position
 from crewlog.model.events import Event
@@ -210,12 +217,138 @@ def test_a_stray_one_makes_nothing_go(place: Path, tmp_path: Path) -> None:
         shutil.copyfile(tmp_path / "other" / layout.ARCHIVE / stray, place / layout.ARCHIVE / stray)
         (place / layout.ARCHIVE / stray).chmod(0o600)
         codes = {finding.code for finding in verify(place).findings}
-        assert "segment_foreign" in codes
+        assert "archive_foreign" in codes
         with contextlib.suppress(DataDamaged):
             compacted(reg, 1)
         (place / layout.ARCHIVE / stray).unlink()
         assert set(before) <= set(archived(place))
         assert [one for one in told(reg.history()) if one[0] <= whole[-1][0]] == whole
+    assert verify(place).findings == ()
+
+
+def test_a_copy_that_took_nothing_away_loses_nothing(place: Path, tmp_path: Path) -> None:
+    """`cp -a` again and again: segments lie in log/ that a merged archive holds as well."""
+    copy = tmp_path / "copy"
+    with opened(place) as reg:
+        reg.register("a")
+        for _ in range(12):
+            compacted(reg, 1)
+            shutil.copytree(place, copy, dirs_exist_ok=True)
+        whole = told(reg.history())
+    assert verify(copy).findings == ()
+    with opened(copy) as there:
+        compacted(there, 2)
+        assert [one for one in told(there.history()) if one[0] <= whole[-1][0]] == whole
+    assert verify(copy).findings == ()
+
+
+def test_a_name_that_covers_more_than_there_is_hides_nothing_for_good(
+    place: Path, tmp_path: Path
+) -> None:
+    """A stray archive beyond our last one: what is archived beside it is in a file of its own."""
+    with opened(tmp_path / "other") as other:
+        other.register("a")
+        compacted(other, 60)
+    stray = next(name for name in archived(tmp_path / "other") if "-" in name)
+    with opened(place) as reg:
+        reg.register("a")
+        compacted(reg, 5)
+    shutil.copyfile(tmp_path / "other" / layout.ARCHIVE / stray, place / layout.ARCHIVE / stray)
+    (place / layout.ARCHIVE / stray).chmod(0o600)
+    with opened(place) as reg:
+        compacted(reg, 8)
+        assert verify(place).findings != ()
+        with contextlib.suppress(DataDamaged):
+            compact(reg, gc=False, keep_history=KeepEvents(0))
+        assert repair(place, yes=True).losses == ()
+        assert reg.first_seq == 1
+        seqs = [event.seq for event in reg.history()]
+        assert seqs == sorted(set(seqs))
+        assert len(seqs) == 14
+    assert verify(place).findings == ()
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "another store's", "another's place"])
+def test_what_does_not_join_stays_apart(place: Path, tmp_path: Path, harm: str) -> None:
+    """It is told by verify, harms no compaction, and is put back from a backup as a file."""
+    limit(archives_small=10_000)
+    for where in (place, tmp_path / "other"):
+        with opened(where) as reg:
+            reg.register("a")
+            compacted(reg, 8)
+    names = archived(place)
+    harmed = place / layout.ARCHIVE / names[3]
+    right = harmed.read_bytes()
+    match harm:
+        case "empty":
+            harmed.write_bytes(b"")
+        case "cut":
+            harmed.write_bytes(gzip.compress(gzip.decompress(right)[:300]))
+        case "another store's":
+            shutil.copyfile(tmp_path / "other" / layout.ARCHIVE / names[3], harmed)
+        case _:
+            shutil.copyfile(place / layout.ARCHIVE / names[2], harmed)
+    harmed.chmod(0o600)
+    limit(archives_small=4)
+    with opened(place) as reg:
+        compacted(reg, 3)
+        assert verify(place).findings != ()
+        assert harmed.exists()
+        harmed.write_bytes(right)
+        assert verify(place).findings == ()
+        compacted(reg, 4)
+        assert len(archived(place)) < 8
+    assert verify(place).findings == ()
+
+
+def test_an_empty_archive_ends_a_writers_look(reg: Registry, place: Path) -> None:
+    """It is damage, and no reason to look for ever."""
+    limit(archives_small=10_000)
+    reg.register("a")
+    with opened(place) as other:
+        compacted(other, 4)
+    (place / layout.ARCHIVE / archived(place)[1]).write_bytes(b"")
+    log = files(reg)
+    with pytest.raises(ArchiveDamaged, match="empty"):
+        list(reader.raw_between(log.segments, Position(1, 0, 0), log.head().position))
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "garbage", "mode"])
+@pytest.mark.parametrize(
+    "seqs", [(5, 10**20 - 1), (1, 3), (10**20 - 1, None)], ids=["from 5", "to 3", "far"]
+)
+def test_files_of_strange_names_are_told_and_block_nothing(
+    reg: Registry, place: Path, seqs: tuple[int, int | None], kind: str
+) -> None:
+    """Compactions, verify and repair go on, typed; the history is whole once the file is away."""
+    limit(archives_small=10_000)
+    reg.register("a")
+    with opened(place) as other:
+        compacted(other, 6)
+        whole = told(other.history())
+    first, last = seqs
+    name = layout.archive_name(first) if last is None else layout.merged_name(first, last, "gzip")
+    stray = place / layout.ARCHIVE / name
+    match kind:
+        case "link":
+            stray.symlink_to("/etc/passwd")
+        case "directory":
+            stray.mkdir()
+        case _:
+            stray.write_bytes(b"garbage")
+            stray.chmod(0o644 if kind == "mode" else 0o600)
+    limit(archives_small=4)
+    with opened(place) as other:
+        for keep in (None, KeepEvents(0)):
+            with contextlib.suppress(CrewlogError):
+                compact(other, gc=False, keep_history=keep)
+    assert verify(place).findings != ()
+    with contextlib.suppress(CrewlogError):
+        repair(place, yes=True)
+    with contextlib.suppress(FileNotFoundError):  # where repair has set it aside
+        stray.rmdir() if kind == "directory" else stray.unlink()
+    with opened(place) as other:
+        assert [one for one in told(other.history()) if one[0] <= whole[-1][0]] == whole
     assert verify(place).findings == ()
 
 

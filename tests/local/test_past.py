@@ -1,5 +1,7 @@
 """States of the past that are kept on the way: a help, and never the truth."""
 
+import gzip
+import hashlib
 import itertools
 import shutil
 from dataclasses import replace
@@ -108,6 +110,38 @@ def test_one_that_is_not_of_this_history_is_passed_over(
     assert verify(place).findings == ()
     assert there[-2] not in snapshot.kept(states(place))
     assert {seq: was for seq, was in pasts(reg).items() if seq in right} == right
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "mode", "format", "far"])
+def test_a_bad_one_breaks_nothing(reg: Registry, place: Path, kind: str) -> None:
+    """The past is told, verify finds it, and repair does not stumble."""
+    live(reg, 70)
+    compact(reg, gc=False)
+    right = pasts(reg)
+    there = snapshot.kept(states(place))
+    harmed = place / layout.ARCHIVE / layout.state_name(there[-2])
+    match kind:
+        case "far":
+            far = place / layout.ARCHIVE / layout.state_name(10**20 - 1)
+            shutil.copy(harmed, far)
+        case "mode":
+            harmed.chmod(0o644)
+        case "format":
+            text = gzip.decompress(harmed.read_bytes()).replace(b'{"format":1,', b'{"format":9,')
+            whole = text[: text.rfind(b',"sha256"')]
+            mark = hashlib.sha256(whole).hexdigest().encode()
+            harmed.write_bytes(gzip.compress(b'%b,"sha256":"%b"}\n' % (whole, mark)))
+        case _:
+            harmed.unlink()
+            harmed.mkdir() if kind == "directory" else harmed.symlink_to("/etc/passwd")
+    assert pasts(reg) == right
+    assert len(verify(place).findings) == 1
+    assert repair(place, yes=True).done == (kind in {"format", "far"})
+    if kind in {"format", "far"}:
+        assert verify(place).findings == ()
+    live(reg, 30)
+    compact(reg, gc=False)
+    assert snapshot.kept(states(place))[-1] > there[-1]
 
 
 def rewrite(place: Path, seq: int, **changes: object) -> None:

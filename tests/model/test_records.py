@@ -9,6 +9,7 @@ from crewlog.errors import SnapshotCorrupt
 from crewlog.model import codec, records
 from crewlog.model.events import Record
 from crewlog.model.records import Ended, Records, checked, keys_of, merged
+from crewlog.model.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 
 def record(sid: str, seq: int, state: str = "exited", **more: object) -> Record:
@@ -62,9 +63,10 @@ def test_rows_are_merged_in_order_of_registration() -> None:
 
 def test_a_row_of_another_layout_is_parsed() -> None:
     """A version that writes keys in another order, or escapes them, is read all the same."""
-    turned = dict(reversed(record("w", 4).items()))
-    assert keys_of(codec.dump(turned)) == (4, "w")
-    assert keys_of(codec.dump(record("w", 4)).replace(b'"w"', b'"\\u0077"')) == (4, "w")
+    turned = codec.dump(dict(reversed(record("w", 4).items())))
+    escaped = codec.dump(record("w", 4)).replace(b'"w"', b'"\\u0077"')
+    assert (keys_of(turned), keys_of(escaped)) == (None, None)
+    assert Ended([turned, escaped]).keys() == [(4, "w"), (4, "w")]
 
 
 @pytest.mark.parametrize("row", [b"", b"{}", b'{"sid":"a"}', b'{"sid":"a","registered_seq":1,'])
@@ -72,6 +74,43 @@ def test_what_is_no_record_is_told_as_damage(row: bytes) -> None:
     """Though a right hash may cover it."""
     with pytest.raises(SnapshotCorrupt, match=r"registry\.json"):
         records.record_of(row)
+    with pytest.raises(SnapshotCorrupt, match=r"registry\.json"):
+        Ended([row]).keys()
+
+
+GOOD = codec.dump(record("w", 4))
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([GOOD, codec.dump(record("v", 9))], ["w", "v"]),
+        ([GOOD + b"," + codec.dump(record("v", 9))], ["w", "v"]),  # two on one line
+        ([GOOD.replace(b'"pid":1,', b"")], "no proper 'pid'"),
+        ([GOOD.replace(b'"w"', b'"\xff"')], "not JSON"),
+        ([GOOD + b","], "not JSON"),
+        ([b"7"], "not an object"),
+        ([GOOD.replace(b'"exited"', b'"ready"')], ["w"]),
+    ],
+)
+def test_a_snapshot_is_checked_as_it_is_read(rows: list[bytes], found: list[str] | str) -> None:
+    """What is not plainly a worker a line is parsed as a whole: nobody is lost by the short way."""
+    whole = Snapshot(
+        store="s",
+        last_seq=2,
+        last_hash="h",
+        written_at="t",
+        sessions=[],
+        ended=Ended(rows),
+        totals={},
+    )
+    data = encode_snapshot(whole)
+    if isinstance(found, str):
+        with pytest.raises(codec.DocumentError, match=found):
+            decode_snapshot(data)
+    else:
+        assert [one["sid"] for one in decode_snapshot(data).ended] == found
+        assert list(decode_snapshot(data).records()) == found
 
 
 def test_a_shape_that_was_checked_lets_no_other_pass() -> None:

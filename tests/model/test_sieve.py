@@ -58,7 +58,7 @@ def test_sieve_finds_what_a_look_at_each_line_finds(
         steps = list(walk(source, start_of(1), sieve=sieve))
     finally:
         reader.SIEVE_BYTES = before  # type: ignore[misc]
-    assert [step.seq for step in steps if step.line is not None] == expected
-    assert [step.line["seq"] for step in steps if step.line is not None] == expected
+    assert [seq for line, _, _, seq in steps if line is not None] == expected
+    assert [line["seq"] for line, *_ in steps if line is not None] == expected
     if rows:
-        assert (steps[-1].seq, steps[-1].offset) == (len(rows), source.size())
+        assert steps[-1][2:] == (source.size(), len(rows))

@@ -443,6 +443,8 @@ def _print_repair(sh: Shell, report: RepairReport) -> None:
     did = "" if report.done else "would "
     if report.poisoned:
         sh.line(f"{did}lift the mark of a failed sync; what was not acknowledged goes")
+    for name in report.aside:
+        sh.line(f"{did}set aside {name}, which does not belong there")
     for name in report.rewritten:
         sh.line(f"{did}rewrite {name}")
     for first, last in report.losses:

@@ -14,9 +14,11 @@ from crewlog.errors import ArchiveDamaged, DataDamaged, LogCorrupt, UnsafePermis
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
-from crewlog.local.segments import Archive, Segments, archive_of, archives, covered_archives
+from crewlog.local.segments import Archive, Segments, archives, covered_archives, own_archive
 from crewlog.model import chain, codec, events
 from crewlog.model.arguments import Packing
+from crewlog.model.codec import LineError
+from crewlog.model.events import Line
 from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
 
 _logger: Final = logging.getLogger("crewlog.compact")
@@ -42,7 +44,7 @@ def due(segments: Segments, *, covered: int) -> list[int]:
 
 def packed_bytes(segments: Segments, first: int, wanted: Packing) -> int:
     """Return how many bytes a segment would take in the archive."""
-    name = archive_of(segments.directory, first, wanted)
+    name = _name_of(segments.directory, first, wanted)
     return len(archive.pack(_content(segments, first), archive.packing_of(name)))
 
 
@@ -75,9 +77,14 @@ def _move(segments: Segments, first: int, wanted: Packing) -> None:
     via, log = directory.disk, directory[layout.LOG]
     data = _content(segments, first)
     _require_intact(data, first)
-    _put(directory, archive_of(directory, first, wanted), data, first)
+    _put(directory, _name_of(directory, first, wanted), data, first)
     via.unlink(layout.segment_name(first), at=log)
     via.sync_directory(log)
+
+
+def _name_of(directory: Directory, first: int, wanted: Packing) -> str:
+    """Name the archive of one segment: never a merged one, which holds others, too."""
+    return own_archive(directory, first) or layout.archive_name(first, wanted)
 
 
 def _put(directory: Directory, name: str, data: bytes, first: int) -> None:
@@ -113,9 +120,9 @@ def merge(segments: Segments, *, packing: Packing) -> None:
         try:
             data = _joined(segments, run)
         except (DataDamaged, UnsafePermissions) as error:  # verify says so too; the others go on
-            _logger.warning("archives are not put together: %s", error)
+            _logger.info("archives are not put together: %s", error)
             continue
-        name = layout.merged_name(run[0].first, _last_seq(data), packing)
+        name = layout.merged_name(run[0].first, _last_line(data)[0]["seq"], packing)
         _put(segments.directory, name, data, run[0].first)
         _unlink(segments.directory, [one.name for one in run])
 
@@ -147,24 +154,35 @@ def _runs(segments: Segments) -> Iterator[Sequence[Archive]]:
 def _joined(segments: Segments, run: Sequence[Archive]) -> bytes:
     """Return the content of archives that follow each other.
 
-    Raises: ArchiveDamaged, LogCorrupt where one is damaged, begins with a gap, or is missing.
+    Raises: ArchiveDamaged, LogCorrupt where one is damaged, another store's, begins with a gap, or
+    does not follow the one before it.
     """
     parts: list[bytes] = []
+    prev: str | None = None
     for one in run:
-        data = _content(segments, one.first)
+        data = _unpacked(segments.directory, one.name) or b""
         _require_intact(data, one.first)
-        begins = codec.parse(data[: data.index(b"\n")])
-        if begins["type"] != events.SEGMENT:
-            raise ArchiveDamaged(one.name, offset=0, seq=one.first, reason="it begins with a gap")
-        if parts and _last_seq(parts[-1]) + 1 != one.first:
-            reason = "the one before it is missing"
+        try:
+            begins, last = codec.parse(data[: data.find(b"\n")]), _last_line(data)
+        except LineError as error:
+            raise ArchiveDamaged(one.name, offset=0, seq=one.first, reason=str(error)) from error
+        reason = None
+        if begins["type"] != events.SEGMENT or begins["seq"] != one.first:
+            reason = "it begins with no header of its name"
+        elif begins["data"].get("store") != segments.directory.store:
+            reason = "its first line does not name this store"
+        elif prev not in {None, begins["prev"]}:
+            reason = "it does not follow the one before it"
+        if reason is not None:
             raise ArchiveDamaged(one.name, offset=0, seq=one.first, reason=reason)
         parts.append(data)
+        prev = chain.hash_after(*last).hex()
     return b"".join(parts)
 
 
-def _last_seq(data: bytes) -> int:
-    return codec.parse(data[data.rfind(b"\n", 0, -1) + 1 : -1])["seq"]
+def _last_line(data: bytes) -> tuple[Line, bytes]:
+    raw = data[data.rfind(b"\n", 0, -1) + 1 : -1]
+    return codec.parse(raw), raw
 
 
 def sweep_covered(directory: Directory) -> None:
@@ -182,13 +200,39 @@ def holds(directory: Directory, large: Archive, name: str) -> bool:
     return whole is not None and part is not None and part in whole
 
 
+def strange(directory: Directory, *, known: int) -> list[str]:
+    """Name the archives that are none of ours: the log is durable up to `known` only.
+
+    Where one stands for another and does not hold it, it is the one of the two that is not sound.
+    """
+    found = {one.name for one in archives(directory) if max(one.first, one.last) > known}
+    for name, large in covered_archives(directory):
+        if not holds(directory, large, name):
+            found.add(name if _is_sound(directory, large) else large.name)
+    return sorted(found)
+
+
+def _is_sound(directory: Directory, one: Archive) -> bool:
+    """Say whether a merged archive is whole, of this store, and what its name says."""
+    data = _unpacked(directory, one.name)
+    if data is None or not all(map(codec.is_intact, data.split(b"\n")[:-1])):
+        return False
+    try:
+        begins, (ends, _) = codec.parse(data[: data.find(b"\n")]), _last_line(data)
+    except LineError:
+        return False
+    seqs = (begins["seq"], ends["seq"])
+    return begins["data"].get("store") == directory.store and seqs == (one.first, one.last)
+
+
 def _unpacked(directory: Directory, name: str) -> bytes | None:
+    """Return what an archive holds; None where that cannot be read, or is nothing."""
     where = directory.where(layout.ARCHIVE, name)
     at = directory[layout.ARCHIVE]
-    packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
     try:
-        return archive.unpack(packed, name=name, where=where)
-    except PackingError:
+        packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
+        return archive.unpack(packed, name=name, where=where) or None
+    except (PackingError, UnsafePermissions):
         return None
 
 

@@ -159,7 +159,7 @@ def _keeper(log: Log, last: int) -> OnTheWay:
     Of many workers one is kept less often, so that states take no more room than what they save.
     """
     ends = {first - 1 for first in log.segments.in_log() if first - 1 < last} | {last}
-    before = max([0, *snapshot.kept(log.directory)])
+    before = max([0, *(seq for seq in snapshot.kept(log.directory) if seq <= last)])
 
     def keep(seq: int, workers: int, state: Callable[[], Snapshot]) -> None:
         nonlocal before

@@ -40,6 +40,7 @@ from crewlog.model.events import JsonObject, Line
 from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
 from crewlog.place import Place
 from crewlog.process import identity
+from crewlog_compactor.local.archive import strange
 from crewlog_compactor.reports import Range, RepairReport
 
 _QUARANTINE_MAX = 10_000
@@ -62,13 +63,16 @@ def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
     """Survey again and carry out, with everybody kept out. Held: compact."""
     with log.alone() as states, disk.failures("cannot repair", where=str(log.directory.path)):
         found = _survey(log.segments)
+        kept, aside = [], _aside(found)
+        while found.strange:
+            kept += [_set_aside(log.directory, layout.ARCHIVE, name) for name in found.strange]
+            found = _survey(log.segments)
         for loss in found.losses:
             if not any(first <= loss[0] and loss[1] <= last for first, last in accepted):
                 raise LossRefused(str(log.directory.path), losses=found.losses)
-        if not found.needed:
+        if not found.needed and not kept:
             return _report(found, done=False)
-        kept = [_set_aside(log.directory, layout.LOG, name) for name in found.foreign]
-        kept += [_set_aside(log.directory, layout.ARCHIVE, name) for name in found.strange]
+        kept += [_set_aside(log.directory, layout.LOG, name) for name in found.foreign]
         if any(part.changed for part in found.parts):
             kept.append(_set_redo_aside(log.directory))
         kept += [_rewrite(log.directory, part) for part in found.parts if part.changed]
@@ -82,7 +86,7 @@ def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
         "quarantined": list(kept),
     }
     log.note(events.REPAIRED, told)
-    return _report(found, done=True, quarantined=tuple(kept), seq=log.last_seq())
+    return _report(found, aside, done=True, quarantined=tuple(kept), seq=log.last_seq())
 
 
 # -- looking --------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ class _Survey:
     parts: list[_Part] = field(default_factory=list)
     losses: list[Range] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # files under a segment's name that are none
-    strange: list[str] = field(default_factory=list)  # kept states that are not of this history
+    strange: list[str] = field(default_factory=list)  # files in archive/ that are not ours
     dropped: tuple[int, str] = (0, "")  # retention let go of all up to here, with its hash
     seq: int = 0
     hash: str = ""
@@ -191,6 +195,9 @@ def _survey(segments: Segments) -> _Survey:
     begin = at.digest.hex()
     found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
     redo.complete(segments)
+    found.strange += strange(at, known=known)
+    if found.strange:  # they hide what is ours: all else is looked at without them
+        return found
     firsts = segments.all()
     while firsts and _is_foreign(segments, firsts[-1], known):
         found.foreign.append(layout.segment_name(firsts.pop()))
@@ -426,14 +433,26 @@ def _lift_mark(at: Directory) -> list[str]:
     return [kept]
 
 
+def _aside(found: _Survey) -> tuple[str, ...]:
+    """Name the files that a repair takes out of the store."""
+    archives = [f"{layout.ARCHIVE}/{name}" for name in found.strange]
+    return tuple([f"{layout.LOG}/{name}" for name in found.foreign] + archives)
+
+
 def _report(
-    found: _Survey, *, done: bool, quarantined: tuple[str, ...] = (), seq: int = 0
+    found: _Survey,
+    aside: tuple[str, ...] = (),
+    *,
+    done: bool,
+    quarantined: tuple[str, ...] = (),
+    seq: int = 0,
 ) -> RepairReport:
     return RepairReport(
         done=done,
         poisoned=found.poisoned,
         losses=tuple(found.losses),
         rewritten=tuple(part.name for part in found.parts if part.changed),
+        aside=aside or _aside(found),
         quarantined=tuple(name for name in quarantined if name),
         seq=seq,
     )

@@ -6,18 +6,19 @@ state at any time that is still kept can be told; then `_archive_dropped` is mad
 verify can tell policy from loss; then the files go.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
-from crewlog.errors import SnapshotCorrupt
+from crewlog.errors import ArchiveDamaged, SnapshotCorrupt
 from crewlog.local import layout, snapshot
 from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
 from crewlog.local.log import Log
 from crewlog.local.reader import first_line, walk
-from crewlog.local.segments import Segments, archive_of, start_of
+from crewlog.local.segments import Segments, archive_of, covered_archives, start_of
 from crewlog.local.snapshot import refold
 from crewlog.model import events
 from crewlog.model.events import JsonObject
@@ -27,12 +28,17 @@ from crewlog_compactor import retention
 from crewlog_compactor.local.archive import require_intact
 from crewlog_compactor.retention import Keep, Part
 
+_logger = logging.getLogger("crewlog.retain")
+
 
 def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     """Drop what the policy no longer keeps; return the range of seqs that went, None for none.
 
     Held: locks/compact.
     """
+    if keep is not None and covered_archives(log.directory):
+        _logger.warning("no history goes: an archive stands for others that it does not hold")
+        return None
     _finish(log)
     going = due(log, keep, last_seq=log.last_seq(), coming={})
     if not going:
@@ -70,7 +76,11 @@ def _archive(segments: Segments, keep: Keep, coming: Mapping[int, Callable[[], i
     firsts = sorted({*segments.in_archive(), *coming})
     if not firsts:
         return []
-    left = next(first for first in segments.in_log() if first > firsts[-1])
+    left = next((first for first in segments.in_log() if first > firsts[-1]), None)
+    if left is None:
+        name = archive_of(segments.directory, firsts[-1])
+        reason = "the log does not come so far"
+        raise ArchiveDamaged(name, offset=0, seq=firsts[-1], reason=reason)
     following = [*firsts[1:], left]
     found = []
     young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
@@ -91,7 +101,7 @@ def _bytes(directory: Directory, first: int) -> int:
 def _newest(segments: Segments, first: int) -> str:
     with segments.open(first) as source:
         steps = walk(source, start_of(first))
-        return max((step.line["ts"] for step in steps if step.line is not None), default="")
+        return max((line["ts"] for line, *_ in steps if line is not None), default="")
 
 
 def base_at(segments: Segments, last: int) -> Snapshot | None:

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 
 from crewlog.errors import (
     ArchiveDamaged,
+    DataDamaged,
     NotAStore,
     SegmentMissing,
     SnapshotCorrupt,
+    UnsafePermissions,
 )
 from crewlog.local import ages, directory, disk, layout, recovery, redo, snapshot
 from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead, States
-from crewlog.local.segments import Segments, covered_archives
+from crewlog.local.segments import Segments, archive_of, covered_archives
 from crewlog.model import chain, codec, events
 from crewlog.model.codec import LineError
 from crewlog.model.events import Line
@@ -126,6 +128,10 @@ class _Verification(History):
         self._base()
         self._unreached(firsts, head)
         self._covered()
+        for seq in sorted(self.kept):  # the history did not come to it
+            if seq > end and not self.hole:
+                name = f"{layout.ARCHIVE}/{layout.state_name(seq)}"
+                self.report("kept_state_wrong", name, f"the log ends at {end}", seq=seq)
         if head is not None and written is not None and not self.pending:
             self._hold_together(head, written)
         self._pending(end, head)
@@ -160,9 +166,15 @@ class _Verification(History):
         for first in firsts:
             if first <= head.segment:
                 continue
-            if not self.segments.is_ours(first):  # else a rotation is under way
-                name = f"{layout.LOG}/{layout.segment_name(first)}"
-                self.report("segment_foreign", name, "it is no part of the log", seq=first)
+            name = f"{layout.LOG}/{layout.segment_name(first)}"
+            try:
+                if self.segments.is_ours(first):  # then a rotation is under way
+                    continue
+            except (DataDamaged, UnsafePermissions):
+                name = f"{layout.ARCHIVE}/{archive_of(self.directory, first)}"
+                self.report("archive_foreign", name, f"the log ends at {head.seq}", seq=first)
+                continue
+            self.report("segment_foreign", name, "it is no part of the log", seq=first)
 
     def _covered(self) -> None:
         """Report archives that a merged one hides, though it does not hold them."""
@@ -170,7 +182,7 @@ class _Verification(History):
             for name, large in covered_archives(self.directory):
                 if not archive.holds(self.directory, large, name):
                     why = f"{large.name} stands for it, and does not hold it"
-                    self.report("segment_foreign", f"{layout.ARCHIVE}/{name}", why, seq=large.first)
+                    self.report("archive_foreign", f"{layout.ARCHIVE}/{name}", why, seq=large.first)
 
     # -- snapshots and states ---------------------------------------------------------------
 
@@ -301,6 +313,8 @@ class _Verification(History):
             found = snapshot.read_kept(self.directory, self.seq)
         except SnapshotCorrupt as error:
             self.report("kept_state_wrong", name, error.why)
+            return
+        except UnsafePermissions:  # told as a stray
             return
         if found is None:  # a retention took it
             return

@@ -4,7 +4,7 @@ Every line that is handed out was checked by itself and for its seq; a sieve let
 """
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing
 from crewlog.local import layout
@@ -23,13 +23,9 @@ READ_BYTES: Final = 256 * 1024
 SIEVE_BYTES: Final = 1024 * 1024
 
 
-class Walked(NamedTuple):
-    """What a walk found: a line, or None where lines were passed over; where it stands after it."""
-
-    line: Line | None
-    raw: bytes
-    offset: int
-    seq: int
+# A line (None: passed over), its bytes, and where it ends: offset and seq. A plain tuple: there may
+# be millions of them.
+Walked: TypeAlias = tuple[Line | None, bytes, int, int]
 
 
 def walk(
@@ -50,7 +46,7 @@ def walk(
             for raw in data.split(b"\n")[:-1]:
                 line = _parsed(source, raw, offset, seq + 1)
                 offset, seq = offset + len(raw) + 1, line["seq"]
-                yield Walked(line, raw, offset, seq)
+                yield line, raw, offset, seq
         else:
             passed = 0
             for begin, newline in sieve.lines(data):
@@ -58,10 +54,10 @@ def walk(
                 raw = data[begin:newline]
                 line = _parsed(source, raw, offset + begin, due)
                 seq, passed = line["seq"], newline + 1
-                yield Walked(line, raw, offset + passed, seq)
+                yield line, raw, offset + passed, seq
             offset, seq = offset + len(data), seq + data.count(b"\n", passed)
             if passed < len(data):
-                yield Walked(None, b"", offset, seq)
+                yield None, b"", offset, seq
 
 
 def _whole_lines(source: Segment, offset: int, stop: int, step: int, seq: int) -> bytes:
@@ -104,7 +100,9 @@ def damaged(source: Segment, offset: int, seq: int, reason: str) -> LogCorrupt |
 class Reader:
     """Read on from a position, through rotations and the archive, one segment open at a time."""
 
-    __slots__ = ("_segments", "_sieve", "_skip", "_source", "_stamp", "position")
+    __slots__ = (
+        "_offset", "_segment", "_segments", "_seq", "_sieve", "_skip", "_source", "_stamp",
+    )  # fmt: skip
 
     def __init__(
         self, segments: Segments, position: Position, *, sieve: Sieve | None = None
@@ -117,29 +115,40 @@ class Reader:
         self._skip = 0  # lines up to this seq were read in a file that was replaced since
         self.position = position
 
+    @property
+    def position(self) -> Position:
+        """Return the position after the last line that was read."""
+        return Position(self._segment, self._offset, self._seq)
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self._segment, self._offset, self._seq = position
+
     def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
         """Yield (line, raw) up to the durable position `stop`; `position` moves along.
 
         Raises: LogCorrupt, ArchiveDamaged, SegmentMissing; the position stays before the damage.
         """
-        while self.position.seq < stop.seq:
-            segment = self.position.segment
+        while self._seq < stop.seq:
+            segment = self._segment
             end = stop.offset if segment == stop.segment else None
             ended = True
             source = self._open(segment)
             begun = self.position
-            for step in walk(source, self.position, end=end, sieve=self._sieve):
-                self.position = Position(segment, step.offset, step.seq)
-                ended = step.line is None or is_end(step.line)
-                if step.line is not None and step.seq > self._skip:
-                    yield step.line, step.raw
-            if self.position.seq >= stop.seq:
+            for line, raw, offset, seq in walk(source, begun, end=end, sieve=self._sieve):
+                if seq > stop.seq:  # in one file with what comes after it
+                    return
+                self._offset, self._seq = offset, seq
+                ended = line is None or is_end(line)
+                if line is not None and seq > self._skip:
+                    yield line, raw
+            if self._seq >= stop.seq:
                 return
             if self.position == begun and begun.offset == 0:
                 raise damaged(self._open(segment), 0, segment, "it is empty")
             if not ended:
                 raise self._unsealed()
-            self.position = start_of(self.position.seq + 1)
+            self.position = start_of(self._seq + 1)
 
     def _unsealed(self) -> LogCorrupt:
         return LogCorrupt(
@@ -166,6 +175,11 @@ class Reader:
             self.position = start_of(segment)
         else:
             fresh = self._segments.open(segment)
+            if fresh.archived and fresh.size() < self._offset:  # merged, and that with still more
+                fresh.close()
+                self._skip = self._seq
+                self.position = self._segments.find(self._seq)
+                fresh = self._segments.open(self._segment)
         self.close()
         self._source = fresh
         _require_ours(self._segments.directory, fresh)
@@ -201,7 +215,7 @@ def backwards(
             if first < segments.all()[0]:
                 return  # a retention took it, and what was before it, meanwhile
             raise
-        yield from ((s.line, s.raw) for s in reversed(steps) if s.line is not None)
+        yield from ((line, raw) for line, raw, _, _ in reversed(steps) if line is not None)
         due = first - 1
 
 
@@ -219,9 +233,9 @@ def _forwards(
             _require_ours(segments.directory, source)
             end = head.offset if begin == head.segment else None
             for step in walk(source, start_of(begin), end=end, sieve=sieve):
-                if step.seq > due:
+                if step[-1] > due:
                     break
-                seq = step.seq
+                seq = step[-1]
                 yield step
             else:
                 if seq < begin:
@@ -233,7 +247,7 @@ def _forwards(
 def first_line(segments: Segments, first: int) -> Line | None:
     """Return the first whole line of a segment; None if it has none."""
     with segments.open(first) as source:
-        return next((step.line for step in walk(source, start_of(first)) if step.line), None)
+        return next((line for line, *_ in walk(source, start_of(first)) if line), None)
 
 
 def segment_headers(segments: Segments, first: int, upto: int) -> list[Line]:
@@ -246,11 +260,10 @@ def segment_headers(segments: Segments, first: int, upto: int) -> list[Line]:
     while begin < upto:
         with segments.open(begin) as source:
             archived, begins = source.archived, begin
-            for step in walk(source, start_of(begin), sieve=sieve if archived else None):
-                line = step.line
-                if line is not None and (step.seq == begins or line["type"] == events.SEGMENT):
+            for line, _, _, seq in walk(source, start_of(begin), sieve=sieve if archived else None):
+                if line is not None and (seq == begins or line["type"] == events.SEGMENT):
                     found.append(line)
-                begin = step.seq + 1
+                begin = seq + 1
                 if not archived:  # in log/ there is one header a file
                     return found
             if begin == begins:
@@ -274,6 +287,8 @@ def raw_between(segments: Segments, start: Position, end: Position) -> Iterator[
 
 def _last_seq(source: Segment, data: bytes, before: Position) -> int:
     """Return the seq of the last of some whole lines that follow a position."""
+    if not data and before.offset == 0:
+        raise damaged(source, 0, before.seq + 1, "it is empty")
     if not data:
         return before.seq
     try:

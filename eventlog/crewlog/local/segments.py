@@ -19,7 +19,6 @@ from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
 from crewlog.model import codec
-from crewlog.model.arguments import Packing
 from crewlog.model.codec import LineError
 from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
 
@@ -243,18 +242,24 @@ def _every_archive(directory: Directory) -> list[Archive]:
     return [Archive(first, -last, name) for first, last, name in sorted(found)]
 
 
-def archive_file(directory: Directory, first: int) -> str | None:
-    """Name the file in archive/ that holds a segment, however it is packed; None: there is none."""
+def own_archive(directory: Directory, first: int) -> str | None:
+    """Name the file in archive/ that holds one segment alone, however it is packed."""
     for packing_ in layout.ARCHIVE_SUFFIXES:
         name = layout.archive_name(first, packing_)
         if disk.exists(name, at=directory[layout.ARCHIVE]):
             return name
-    return next((one.name for one in archives(directory) if one.holds(first)), None)
+    return None
 
 
-def archive_of(directory: Directory, first: int, wanted: Packing = "gzip") -> str:
-    """Name the archive of a segment: the one that is there, else one that is packed as wanted."""
-    return archive_file(directory, first) or layout.archive_name(first, wanted)
+def archive_file(directory: Directory, first: int) -> str | None:
+    """Name the file in archive/ that a segment is in, alone or merged; None: there is none."""
+    merged = (one.name for one in archives(directory) if one.holds(first))
+    return own_archive(directory, first) or next(merged, None)
+
+
+def archive_of(directory: Directory, first: int) -> str:
+    """Name the file in archive/ that a segment is in, or would be."""
+    return archive_file(directory, first) or layout.archive_name(first)
 
 
 def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:

@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from crewlog import host
-from crewlog.errors import DataDamaged, LogCorrupt, LogRegressed, SnapshotCorrupt
+from crewlog.errors import (
+    DataDamaged,
+    FormatTooNew,
+    LogCorrupt,
+    LogRegressed,
+    SnapshotCorrupt,
+    UnsafePermissions,
+)
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
@@ -159,7 +166,7 @@ def read_kept(directory: Directory, seq: int) -> Snapshot | None:
             return None
     try:
         found = _decoded(directory, archive.unpack(packed, name=name, where=where), where)
-    except PackingError as error:
+    except (PackingError, FormatTooNew) as error:
         raise SnapshotCorrupt(where, why=str(error)) from error
     if found.last_seq != seq:
         raise SnapshotCorrupt(where, why=f"it is the state after event {found.last_seq}")
@@ -202,7 +209,7 @@ def _vouched(segments: Segments, seq: int) -> Snapshot | None:
     """Return a kept state if the line after it says that it is of this history."""
     try:
         state, line = read_kept(segments.directory, seq), first_line(segments, seq + 1)
-    except DataDamaged as error:
+    except (DataDamaged, UnsafePermissions) as error:
         _logger.warning("%s", str(error))
         return None
     if state is None or line is None or line["prev"] != state.last_hash:
@@ -212,12 +219,16 @@ def _vouched(segments: Segments, seq: int) -> Snapshot | None:
 
 def strange(segments: Segments) -> list[int]:
     """List the seqs of kept states that cannot be read, or that the line after them denies."""
-    found = []
+    found, oldest = [], segments.all()[:1]
     for seq in kept(segments.directory):
+        if not oldest or seq < oldest[0]:  # of no use any more: the next retention takes it
+            continue
         try:
             state = read_kept(segments.directory, seq)
         except SnapshotCorrupt:
             found.append(seq)
+            continue
+        except UnsafePermissions:  # not ours to move
             continue
         with contextlib.suppress(DataDamaged):  # told of by itself
             line = first_line(segments, seq + 1)

@@ -5,6 +5,7 @@ Who has ended is asked for seldom, and there may be very many: a record takes 2 
 when somebody asks for it. Pure.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Final, cast
@@ -88,8 +89,20 @@ def decode_record(data: bytes) -> Record:
 
 # -- rows: final workers' records, each one line of JSON ----------------------------------------
 
-_SID: Final = b'{"sid":"'
-_SEQ: Final = b'"registered_seq":'  # from the right: no text of a caller's can stand behind it
+# What `dump` makes of a final record, as far as it is soon seen: how it begins, and from the right,
+# where no text of a caller's can stand behind it, the seq of its registration.
+_BEGIN: Final = re.compile(
+    rb'\{"sid":"([^"\\]+)","pid":\d+,"sock":"[^"\\]*","version":"[^"\\]*","created_at":"[^"\\]+",'
+    rb'"state":"(?:exited|failed|lost|released)","labels":\{'
+)
+_SEQ: Final = b'"registered_seq":'
+_END: Final = re.compile(rb'"registered_seq":(\d+),"generation":\d+,"identity":[{n].*\}')
+
+
+def keys_of(row: bytes) -> tuple[int, str] | None:
+    """Return the seq of a row's registration, and its sid; None where only parsing tells."""
+    begin, end = _BEGIN.match(row), _END.fullmatch(row, max(0, row.rfind(_SEQ)))
+    return None if begin is None or end is None else (int(end[1]), begin[1].decode())
 
 
 def record_of(row: bytes) -> Record:
@@ -103,27 +116,21 @@ def record_of(row: bytes) -> Record:
         raise SnapshotCorrupt("registry.json", why=str(error)) from error
 
 
-def keys_of(row: bytes) -> tuple[int, str]:
-    """Return the seq of a row's registration, and its sid.
-
-    Raises: SnapshotCorrupt.
-    """
-    end, at = row.find(b'"', len(_SID)), row.rfind(_SEQ)
-    sid, seq = row[len(_SID) : end], row[at + len(_SEQ) : row.find(b",", at)]
-    if row.startswith(_SID) and at > end > 0 and b"\\" not in sid and seq.isdigit():
-        return int(seq), sid.decode()
-    record = record_of(row)
-    return record["registered_seq"], record["sid"]
-
-
 class Ended(Sequence[Record]):
     """Final workers, each parsed when it is asked for."""
 
-    __slots__ = ("rows",)
+    __slots__ = ("_keys", "rows")
 
-    def __init__(self, rows: Sequence[bytes]) -> None:
-        """Keep rows."""
+    def __init__(self, rows: Sequence[bytes], keys: list[tuple[int, str]] | None = None) -> None:
+        """Keep rows, and their keys where those are known."""
         self.rows = rows
+        self._keys = keys
+
+    def keys(self) -> list[tuple[int, str]]:
+        """Return of each row the seq of its registration, and its sid."""
+        if self._keys is None:
+            self._keys = [keys_of(row) or _parsed_keys(row) for row in self.rows]
+        return self._keys
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override] # no slices
         """Return one record."""
@@ -138,6 +145,11 @@ class Ended(Sequence[Record]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment] # as of a list
+
+
+def _parsed_keys(row: bytes) -> tuple[int, str]:
+    record = record_of(row)
+    return record["registered_seq"], record["sid"]
 
 
 class Records(Mapping[str, Record]):
@@ -184,7 +196,7 @@ class Records(Mapping[str, Record]):
 
     def put(self, sid: str, record: Record) -> None:
         """Keep a record."""
-        self._kept[sid] = _kept(record)
+        self._kept[sid] = _kept(record) if record["state"] in FINAL else record
 
     def is_final(self, sid: str) -> bool:
         """Say whether there is a final record of that sid."""
@@ -215,7 +227,7 @@ def merged(living: Iterable[Record], ended: Iterable[Record]) -> Records:
     """Put the workers of a snapshot together, in order of registration."""
     every: list[tuple[int, str, Record | bytes]] = []
     if isinstance(ended, Ended):
-        every += [(*keys_of(row), row) for row in ended.rows]
+        every += [(*keys, row) for keys, row in zip(ended.keys(), ended.rows, strict=True)]
         ended = ()
     every += [(one["registered_seq"], one["sid"], _kept(one)) for one in (*living, *ended)]
     every.sort(key=itemgetter(0))

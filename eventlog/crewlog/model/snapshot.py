@@ -10,7 +10,7 @@ from crewlog.model import chain, fold
 from crewlog.model.codec import FORMAT, DocumentError, dump, load_object
 from crewlog.model.events import SEAL, JsonObject, Line, Record
 from crewlog.model.fold import Fold, FoldError
-from crewlog.model.records import Ended, Records, checked, merged
+from crewlog.model.records import Ended, Records, checked, keys_of, merged
 
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
 
@@ -124,7 +124,23 @@ def _sessions(rows: list[object]) -> list[Record]:
 
 
 def _rows(data: bytes) -> Ended:
-    return Ended(data.split(b",\n") if data else ())
+    """Keep rows as they are, where each is plainly one record; else parse and check them all.
+
+    Raises: DocumentError.
+    """
+    rows = data.split(b",\n") if data else []
+    if _is_text(data) and b'},{"sid":' not in data:
+        keys = [found for row in rows if (found := keys_of(row)) is not None]
+        if len(keys) == len(rows):
+            return Ended(rows, keys)
+    return _checked(cast("list[object]", load_object(b'{"ended":[%b]}' % data)["ended"]))
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return data.isascii() or bool(data.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _checked(rows: list[object]) -> Ended:
@@ -179,7 +195,7 @@ def refold_lines(
     def diverged(seq: int) -> HistoryDiverged:
         return HistoryDiverged(where, seq=seq)
 
-    def now() -> Snapshot:
+    def copied() -> Snapshot:
         return snapshot_of(state, store=start.store, last_hash=prev, written_at=written_at)
 
     for line, raw in lines:
@@ -191,7 +207,7 @@ def refold_lines(
         if seen is not None:
             seen(line)
         if on_the_way is not None and line["type"] == SEAL and not state.lenient:
-            on_the_way(state.seq, len(state.records), now)
+            on_the_way(state.seq, len(state.records), copied)
         if state.seq == stop:
             break
-    return now()
+    return copied()
