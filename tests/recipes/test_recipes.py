@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 import crewlog
@@ -419,6 +420,8 @@ def test_runner_finds_its_jobs_again_and_stops_what_goes(
     first = started()
     until(lambda: {"one", "two", "runner"} <= {w.sid for w in reg.living()})
     pids = {w.sid: w.pid for w in reg.living(sids=["one", "two"])}
+    # a job whose program has not begun yet ends with whoever starts it
+    until(lambda: all(psutil.Process(pid).name() == "sleep" for pid in pids.values()))
     kill(first)
     second = started()
     until(lambda: (w := reg.get("runner")) is not None and w.pid == second.pid)
