@@ -13,8 +13,10 @@ import pytest
 import crewlog
 import scripted
 from commands import CREWLOG, Cli
+from crewlog.errors import DataDamaged
 from crewlog_cli.main import COMMANDS
-from crewlog_compactor import compact, verify
+from crewlog_compactor import compact, repair, verify
+from stores import opened
 
 HERE = Path(__file__).parent
 
@@ -133,4 +135,48 @@ def test_both_versions_write_to_one_store_at_once(place: Path, tmp_path: Path) -
         counts = {sid: sum(e.sid == sid for e in reg.history()) for sid in ("old", "new")}
         assert counts == {"old": 201, "new": 201}
     assert other.returncode == 0
+    assert verify(place).ok
+
+
+_OLD_RETENTION = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import crewlog
+from crewlog_compactor import KeepEvents, compact
+
+with crewlog.open(sys.argv[2]) as reg:
+    reg.update("a", meta={"old": True})
+    print(compact(reg, gc=False, keep_history=KeepEvents(5)).dropped is not None)
+"""
+
+
+@pytest.mark.limits(archives_small=4)
+def test_a_retention_of_version_0_1_takes_nothing_else_with_it(place: Path, tmp_path: Path) -> None:
+    """It does not see merged archives, and drops what lies behind them: no more goes after it."""
+    with tarfile.open(HERE / "crewlog-0.1.0.tar.xz") as packed:
+        packed.extractall(tmp_path / "old", filter="data")
+    with opened(place) as reg:
+        reg.register("a")
+        for n in range(14):
+            reg.update("a", meta={"n": n})
+            compact(reg, gc=False)
+    merged = sorted(path.name for path in (place / "archive").glob("*-*.jsonl.gz"))
+    assert merged
+    words = [sys.executable, "-c", _OLD_RETENTION, str(tmp_path / "old"), str(place)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "True\n"
+    with opened(place) as reg:
+        reg.update("a", meta={"after": True})
+        with contextlib.suppress(DataDamaged):
+            compact(reg, gc=False)
+        assert reg.first_seq == 1
+        assert merged == sorted(path.name for path in (place / "archive").glob("*-*.jsonl.gz"))
+        reg.update("a", meta={"later": True})
+        losses = repair(place, yes=False).losses
+        assert len(losses) == 1
+        assert repair(place, yes=True, accept_loss=losses).done
+        kept = [event.seq for event in reg.history()]
+        compact(reg, gc=False)
+        assert [event.seq for event in reg.history()] == kept
+        assert kept[0] < losses[0][0]
     assert verify(place).ok

@@ -1,10 +1,12 @@
 """Archives that are put together: the history is the same, for whoever began to read it before."""
 
 import contextlib
+import errno
 import gzip
 import itertools
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,15 @@ from crewlog.errors import (
     StorageFailed,
 )
 from crewlog.local import layout, reader, segments
+from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
 from crewlog.model.events import Event
 from crewlog.process import identity
 from crewlog.registry import Registry
 from crewlog_compactor import KeepEvents, compact, repair, verify
 from crewlog_compactor.local import archive
-from faults import FailingDisk, another_boot, only, registry_on
+from crewlog_compactor.retention import Keep
+from faults import FailingDisk, Fault, another_boot, only, registry_on
 from procs import files
 from stores import limit, opened
 
@@ -352,18 +356,115 @@ def test_files_of_strange_names_are_told_and_block_nothing(
     assert verify(place).findings == ()
 
 
-def test_retention_goes_by_the_merged_ones(reg: Registry, place: Path) -> None:
-    """What goes is what its name says, and as a whole."""
-    reg.register("a")
-    compacted(reg, 30)
-    seqs = [layout.merged_seqs_of(name) for name in archived(place)]
-    (merged,) = [found for found in seqs if found]
-    assert compact(reg, gc=False, keep_history=KeepEvents(merged[1] // 2)).dropped is None
-    dropped = compact(reg, gc=False, keep_history=KeepEvents(0)).dropped
-    assert dropped is not None
-    assert dropped[1] >= merged[1]
-    assert reg.first_seq == dropped[1] + 1
+@pytest.mark.parametrize("kind", ["events", "time", "bytes"])
+def test_retention_goes_within_merged_ones(place: Path, kind: str) -> None:
+    """As much goes as would where none is merged; the dry run says so; what stays is as it was."""
+    kept: dict[int, list[int]] = {}
+    for few in (4, 10_000):
+        where = place / str(few)
+        limit(archives_small=few)
+        with opened(where) as reg:
+            reg.register("a")
+            compacted(reg, 40)
+            moment = datetime.now(UTC)
+            compacted(reg, 15)
+            whole = told(reg.history())
+            size = sum(path.stat().st_size for path in (where / layout.ARCHIVE).glob("*.jsonl.*"))
+            choices: dict[str, Keep] = {
+                "events": KeepEvents(70), "time": datetime.now(UTC) - moment, "bytes": size // 2,
+            }  # fmt: skip
+            keep = choices[kind]
+            foretold = compact(reg, gc=False, keep_history=keep, dry_run=True).dropped
+            dropped = compact(reg, gc=False, keep_history=keep).dropped
+            assert dropped is not None
+            if kind != "time":  # some goes by while they run
+                assert foretold == dropped
+            assert reg.first_seq == dropped[1] + 1
+            left = told(reg.history())
+            assert left == [one for one in whole if one[0] > dropped[1]]
+            assert set(reg.at(reg.first_seq).workers) == {"a"}
+            assert verify(where).findings == ()
+            kept[few] = [seq for seq, _ in left]
+            compacted(reg, 6)
+            assert verify(where).findings == ()
+    if kind == "bytes":  # a merged one packs better, and is measured as a whole
+        assert len(kept[4]) > 10
+    else:
+        assert abs(len(kept[4]) - len(kept[10_000])) <= 2
+
+
+def test_steady_retention_keeps_as_much_as_it_says(place: Path) -> None:
+    """Round by round, merges and all: neither more and more, nor too little."""
+    with opened(place) as reg:
+        reg.register("a")
+        lines = []
+        for _ in range(60):
+            reg.update("a", meta={"n": reg.last_seq})
+            compact(reg, gc=False, keep_history=KeepEvents(50))
+            lines.append(reg.last_seq - reg.first_seq + 1)
+        assert max(lines[20:]) <= 60
+        assert min(lines[20:]) >= 50
     assert verify(place).findings == ()
+
+
+def _after(count: int, call: str) -> Fault:
+    """Fail every call of one name but for the first ones."""
+    met = itertools.count()
+    return lambda name: errno.EIO if name == call and next(met) >= count else None
+
+
+def test_a_drop_that_was_killed_is_finished(place: Path) -> None:
+    """The rest of a merged archive is in place, and the whole of it, too: nothing twice."""
+    for call in ("rename", "unlink"):
+        disk = FailingDisk()
+        where = place / call
+        with opened(where) as reg:
+            reg.register("a")
+            compacted(reg, 30)
+        reg = registry_on(where, disk)
+        disk.fault = _after(3 if call == "rename" else 2, call)
+        with contextlib.suppress(CrewlogError):
+            compact(reg, gc=False, keep_history=KeepEvents(60))
+        disk.fault = lambda _: None
+        seqs = [seq for seq, _ in told(reg.history())]
+        assert seqs == sorted(set(seqs))
+        compact(reg, gc=False)
+        assert verify(where).findings == ()
+        assert segments.covered_archives(files(reg).directory) == []
+        reg.close()
+
+
+def test_archives_that_changed_places_end_a_verification(place: Path) -> None:
+    """Each holds what the other's name says: that is told, and it does not go round for ever."""
+    limit(archives_small=4, archive_lines=20)
+    with opened(place) as reg:
+        reg.register("a")
+        compacted(reg, 30)
+    one, other = [place / layout.ARCHIVE / name for name in archived(place) if "-" in name][:2]
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert verify(place).findings != ()
+
+
+def test_many_archives_are_opened_without_a_look_at_all(
+    reg: Registry, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opens one asks for its name: a list of all for each would take for ever."""
+    limit(archives_small=10_000)
+    reg.register("a")
+    with opened(place) as other:
+        compacted(other, 30)
+    listed: list[int] = []
+    real = segments.archives
+
+    def counted(directory: Directory) -> list[segments.Archive]:
+        listed.append(1)
+        return real(directory)
+
+    monkeypatch.setattr(segments, "archives", counted)
+    assert len(told(reg.history())) == 31
+    assert len(listed) < 15
 
 
 def test_a_damaged_merged_one_is_given_up_as_a_whole(reg: Registry, place: Path) -> None:

@@ -14,7 +14,14 @@ from crewlog.errors import ArchiveDamaged, DataDamaged, LogCorrupt, UnsafePermis
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
-from crewlog.local.segments import Archive, Segments, archives, covered_archives, own_archive
+from crewlog.local.segments import (
+    Archive,
+    Segments,
+    archives,
+    covered_archives,
+    own_archive,
+    parts,
+)
 from crewlog.model import chain, codec, events
 from crewlog.model.arguments import Packing
 from crewlog.model.codec import LineError
@@ -157,10 +164,10 @@ def _joined(segments: Segments, run: Sequence[Archive]) -> bytes:
     Raises: ArchiveDamaged, LogCorrupt where one is damaged, another store's, begins with a gap, or
     does not follow the one before it.
     """
-    parts: list[bytes] = []
+    found: list[bytes] = []
     prev: str | None = None
     for one in run:
-        data = _unpacked(segments.directory, one.name) or b""
+        data = unpacked(segments.directory, one.name) or b""
         _require_intact(data, one.first)
         try:
             begins, last = codec.parse(data[: data.find(b"\n")]), _last_line(data)
@@ -175,14 +182,34 @@ def _joined(segments: Segments, run: Sequence[Archive]) -> bytes:
             reason = "it does not follow the one before it"
         if reason is not None:
             raise ArchiveDamaged(one.name, offset=0, seq=one.first, reason=reason)
-        parts.append(data)
+        found.append(data)
         prev = chain.hash_after(*last).hex()
-    return b"".join(parts)
+    return b"".join(found)
 
 
 def _last_line(data: bytes) -> tuple[Line, bytes]:
     raw = data[data.rfind(b"\n", 0, -1) + 1 : -1]
     return codec.parse(raw), raw
+
+
+def drop(directory: Directory, *, first: int, last: int) -> None:
+    """Remove what archives hold from one seq to another, both ends of segments; the oldest first.
+
+    One by one, so that a power cut leaves no hole behind an older one. The rest of a merged archive
+    that goes on behind `last` is put in place before it goes, and stands in its shadow till then.
+    Raises: ArchiveDamaged.
+    """
+    for one in archives(directory):
+        if not first <= one.first <= last:
+            continue
+        if one.last > last:
+            held = parts(unpacked(directory, one.name) or b"")
+            rest = b"".join(content for begin, content in held if begin > last)
+            if not rest:
+                raise ArchiveDamaged(one.name, offset=0, seq=last + 1, reason="it is unreadable")
+            name = layout.merged_name(last + 1, one.last, archive.packing_of(one.name))
+            _put(directory, name, rest, last + 1)
+        _unlink(directory, [one.name])
 
 
 def sweep_covered(directory: Directory) -> None:
@@ -196,7 +223,7 @@ def sweep_covered(directory: Directory) -> None:
 
 def holds(directory: Directory, large: Archive, name: str) -> bool:
     """Say whether a merged archive holds all that another archive does."""
-    whole, part = (_unpacked(directory, one) for one in (large.name, name))
+    whole, part = (unpacked(directory, one) for one in (large.name, name))
     return whole is not None and part is not None and part in whole
 
 
@@ -214,7 +241,7 @@ def strange(directory: Directory, *, known: int) -> list[str]:
 
 def _is_sound(directory: Directory, one: Archive) -> bool:
     """Say whether a merged archive is whole, of this store, and what its name says."""
-    data = _unpacked(directory, one.name)
+    data = unpacked(directory, one.name)
     if data is None or not all(map(codec.is_intact, data.split(b"\n")[:-1])):
         return False
     try:
@@ -225,7 +252,7 @@ def _is_sound(directory: Directory, one: Archive) -> bool:
     return begins["data"].get("store") == directory.store and seqs == (one.first, one.last)
 
 
-def _unpacked(directory: Directory, name: str) -> bytes | None:
+def unpacked(directory: Directory, name: str) -> bytes | None:
     """Return what an archive holds; None where that cannot be read, or is nothing."""
     where = directory.where(layout.ARCHIVE, name)
     at = directory[layout.ARCHIVE]

@@ -8,9 +8,11 @@ verify can tell policy from loss; then the files go.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from typing import Final
 
 from crewlog.errors import ArchiveDamaged, SnapshotCorrupt
 from crewlog.local import layout, snapshot
@@ -18,14 +20,22 @@ from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
 from crewlog.local.log import Log
 from crewlog.local.reader import first_line, walk
-from crewlog.local.segments import Segments, archive_of, covered_archives, start_of
+from crewlog.local.segments import (
+    Archive,
+    Segments,
+    archive_of,
+    archives,
+    covered_archives,
+    parts,
+    start_of,
+)
 from crewlog.local.snapshot import refold
 from crewlog.model import events
 from crewlog.model.events import JsonObject
 from crewlog.model.sieve import Sieve, type_needle
 from crewlog.model.snapshot import Snapshot
 from crewlog_compactor import retention
-from crewlog_compactor.local.archive import require_intact
+from crewlog_compactor.local.archive import drop, require_intact, unpacked
 from crewlog_compactor.retention import Keep, Part
 
 _logger = logging.getLogger("crewlog.retain")
@@ -49,7 +59,7 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     if base is not None:
         told["base"] = snapshot.put_base(log.directory, base)
     log.note(events.DROPPED, told)
-    _drop(log, [part.first for part in going], last=last)
+    _drop(log, first, last)
     return first, last
 
 
@@ -62,7 +72,7 @@ def due(
     """
     if keep is None:
         return []
-    kept = _archive(log.segments, keep, coming)
+    kept = _archive(log.segments, keep, coming, last_seq=last_seq)
     return retention.going(
         kept,
         keep,
@@ -72,30 +82,52 @@ def due(
     )
 
 
-def _archive(segments: Segments, keep: Keep, coming: Mapping[int, Callable[[], int]]) -> list[Part]:
-    firsts = sorted({*segments.in_archive(), *coming})
+def _archive(
+    segments: Segments, keep: Keep, coming: Mapping[int, Callable[[], int]], *, last_seq: int
+) -> list[Part]:
+    """Return the parts of the archive; of a merged one each segment, where some of them may go."""
+    there = {one.first: one for one in archives(segments.directory)}
+    firsts = sorted({*there, *coming})
     if not firsts:
         return []
     left = next((first for first in segments.in_log() if first > firsts[-1]), None)
     if left is None:
-        name = archive_of(segments.directory, firsts[-1])
-        reason = "the log does not come so far"
+        name, reason = archive_of(segments.directory, firsts[-1]), "the log does not come so far"
         raise ArchiveDamaged(name, offset=0, seq=firsts[-1], reason=reason)
     following = [*firsts[1:], left]
     found = []
     young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
     for first, after in zip(firsts, following, strict=True):
-        size = coming[first]() if first in coming else _bytes(segments.directory, first)
+        size = coming[first]() if first in coming else _bytes(segments.directory, there[first])
         newest = "" if young else _newest(segments, first)
         if isinstance(keep, timedelta) and newest >= retention.oldest_ts(keep):
             young = True
         found.append(Part(first, after - 1, size, newest))
+    edge = retention.surplus(found, keep, last_seq=last_seq)
+    for index in (edge, edge - 1):  # the first that stays, and the last that goes
+        one = there.get(found[index].first) if 0 <= index < len(found) else None
+        if one is not None and one.last > one.first:
+            found[index : index + 1] = _within(segments.directory, one, found[index])
     return found
 
 
-def _bytes(directory: Directory, first: int) -> int:
-    name = archive_of(directory, first)
-    return os.stat(name, dir_fd=directory[layout.ARCHIVE]).st_size
+def _within(directory: Directory, one: Archive, part: Part) -> list[Part]:
+    """Return the segments of a merged archive, the part as a whole where it cannot be read."""
+    data = unpacked(directory, one.name) or b""
+    held = parts(data)
+    ends = [*(first - 1 for first, _ in held[1:]), part.last]
+    found = []
+    for (first, content), last in zip(held, ends[: len(held)], strict=True):
+        newest = max(_TIME.findall(content)).decode()
+        found.append(Part(first, last, part.size * len(content) // len(data), newest))
+    return found or [part]
+
+
+_TIME: Final = re.compile(rb'^\{"v":1,"seq":\d+,"ts":"([^"]*)"', re.MULTILINE)
+
+
+def _bytes(directory: Directory, one: Archive) -> int:
+    return os.stat(one.name, dir_fd=directory[layout.ARCHIVE], follow_symlinks=False).st_size
 
 
 def _newest(segments: Segments, first: int) -> str:
@@ -133,18 +165,17 @@ def _finish(log: Log) -> None:
             return
         told = log.backwards(sieve=Sieve([type_needle(events.DROPPED)]))
         newest = next((line for line, _ in told if line["type"] == events.DROPPED), None)
-        if newest is not None and newest["data"].get("last") == base.last_seq:
-            gone = [first for first in firsts if first <= base.last_seq]
-            _drop(log, gone, last=base.last_seq)
+        if newest is None or newest["data"].get("last") != base.last_seq:
+            return
+        first = newest["data"].get("first")
+        # version 0.1 sees no merged archives: what it drops may lie behind some, and they stay
+        if isinstance(first, int) and first <= firsts[0]:
+            _drop(log, first, base.last_seq)
 
 
-def _drop(log: Log, firsts: Iterable[int], *, last: int) -> None:
-    """Remove archives one by one, so that a power cut leaves no hole behind an older one."""
-    via, shelf = log.directory.disk, log.directory[layout.ARCHIVE]
+def _drop(log: Log, first: int, last: int) -> None:
     snapshot.forget(log.directory, upto=last)
-    for first in firsts:
-        via.unlink(archive_of(log.directory, first), at=shelf)
-        via.sync_directory(shelf)
+    drop(log.directory, first=first, last=last)
 
 
 def _hash_after(log: Log, last: int) -> str:

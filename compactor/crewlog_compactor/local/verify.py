@@ -330,7 +330,7 @@ class _Verification(History):
             while self.seq + 1 < following:
                 seq = self.seq
                 self._walk(*self._bytes(seq + 1), active=False)
-                if self.seq == seq:
+                if self.seq <= seq:
                     return
 
     def _bytes(self, first: int) -> tuple[str, bytes]:

@@ -253,8 +253,10 @@ def own_archive(directory: Directory, first: int) -> str | None:
 
 def archive_file(directory: Directory, first: int) -> str | None:
     """Name the file in archive/ that a segment is in, alone or merged; None: there is none."""
-    merged = (one.name for one in archives(directory) if one.holds(first))
-    return own_archive(directory, first) or next(merged, None)
+    own = own_archive(directory, first)
+    if own is not None:  # there may be very many, and nearly all are of one segment
+        return own
+    return next((one.name for one in archives(directory) if one.holds(first)), None)
 
 
 def archive_of(directory: Directory, first: int) -> str:
@@ -283,8 +285,18 @@ def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:
 
 
 # How a header line begins, whatever the texts of other lines say.
-_HEADER: Final = rb'^\{"v":1,"seq":%b,"ts":"[^"]*","type":"_segment"'
+_HEADER: Final = rb'^\{"v":1,"seq":(%b),"ts":"[^"]*","type":"_segment"'
 _ANY_HEADER: Final = re.compile(_HEADER % rb"\d+", re.MULTILINE)
+
+
+def parts(data: bytes) -> list[tuple[int, bytes]]:
+    """Cut a merged archive into its segments, each with its first seq."""
+    found = list(_ANY_HEADER.finditer(data))
+    ends = [*(header.start() for header in found[1:]), len(data)]
+    return [
+        (int(header[1]), data[header.start() : end])
+        for header, end in zip(found, ends, strict=True)
+    ]
 
 
 def _within(data: bytes, first: int) -> bytes:
