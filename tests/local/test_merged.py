@@ -5,6 +5,7 @@ import errno
 import gzip
 import itertools
 import shutil
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -404,6 +405,50 @@ def test_steady_retention_keeps_as_much_as_it_says(place: Path) -> None:
             lines.append(reg.last_seq - reg.first_seq + 1)
         assert max(lines[20:]) <= 60
         assert min(lines[20:]) >= 50
+    assert verify(place).findings == ()
+
+
+@pytest.mark.parametrize("lost", ["head", "snapshots", "both"])
+def test_repair_takes_no_archive_for_a_stray(reg: Registry, place: Path, lost: str) -> None:
+    """However little is known of how far the log came."""
+    reg.register("a")
+    compacted(reg, 12)
+    whole = told(reg.history())
+    reg.close()
+    if lost in {"head", "both"}:
+        (place / layout.HEAD / layout.HEAD_DURABLE).unlink()
+    if lost in {"snapshots", "both"}:
+        (place / layout.SNAPSHOT).unlink()
+        (place / layout.SNAPSHOT_PREV).unlink()
+    before = archived(place)
+    report = repair(place, yes=True)
+    assert (report.losses, report.aside) == ((), ())
+    assert archived(place) == before
+    with opened(place) as fresh:
+        assert told(fresh.history()) == whole
+        compacted(fresh, 2)
+    assert {finding.code for finding in verify(place).findings} <= {"snapshot_regressed"}
+
+
+def test_without_zstd_a_compaction_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives that cannot be unpacked here stay as they are."""
+    pytest.importorskip("zstandard")
+    limit(archives_small=10_000)
+    with opened(place) as reg:
+        reg.register("a")
+        for _ in range(8):
+            reg.update("a", meta={"n": reg.last_seq})
+            compact(reg, gc=False, packing="zstd")
+    limit(archives_small=4)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with opened(place) as reg:
+        compacted(reg, 8)
+        assert sum(name.endswith(".zst") for name in archived(place)) == 7
+    monkeypatch.undo()
+    with opened(place) as reg:
+        compact(reg, gc=False)
+        assert len(told(reg.history())) == 17
+        assert len(archived(place)) < 8
     assert verify(place).findings == ()
 
 

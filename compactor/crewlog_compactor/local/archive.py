@@ -10,7 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from crewlog.errors import ArchiveDamaged, DataDamaged, LogCorrupt, UnsafePermissions
+from crewlog.errors import (
+    ArchiveDamaged,
+    DataDamaged,
+    LogCorrupt,
+    UnsafePermissions,
+    Unsupported,
+)
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
@@ -227,12 +233,16 @@ def holds(directory: Directory, large: Archive, name: str) -> bool:
     return whole is not None and part is not None and part in whole
 
 
-def strange(directory: Directory, *, known: int) -> list[str]:
-    """Name the archives that are none of ours: the log is durable up to `known` only.
+def strange(segments: Segments, *, known: int) -> list[str]:
+    """Name the archives that are none of ours: they lie beyond the log, of which `known` is known.
 
     Where one stands for another and does not hold it, it is the one of the two that is not sound.
     """
-    found = {one.name for one in archives(directory) if max(one.first, one.last) > known}
+    directory, log = segments.directory, segments.in_log()
+    found: set[str] = set()
+    if log:  # the active segment is behind every archive, whatever else is lost
+        end = max(known, log[-1])
+        found = {one.name for one in archives(directory) if one.last > end}
     for name, large in covered_archives(directory):
         if not holds(directory, large, name):
             found.add(name if _is_sound(directory, large) else large.name)
@@ -259,7 +269,7 @@ def unpacked(directory: Directory, name: str) -> bytes | None:
     try:
         packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
         return archive.unpack(packed, name=name, where=where) or None
-    except (PackingError, UnsafePermissions):
+    except (PackingError, UnsafePermissions, Unsupported):  # zstd may be installed elsewhere only
         return None
 
 

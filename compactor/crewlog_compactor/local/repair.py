@@ -195,7 +195,7 @@ def _survey(segments: Segments) -> _Survey:
     begin = at.digest.hex()
     found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
     redo.complete(segments)
-    found.strange += strange(at, known=known)
+    found.strange += strange(segments, known=known)
     if found.strange:  # they hide what is ours: all else is looked at without them
         return found
     firsts = segments.all()
