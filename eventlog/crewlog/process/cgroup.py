@@ -47,11 +47,7 @@ def path_of(pid: int) -> str | None:
 
 def rows_of(pid: int) -> bytes:
     """Return what /proc/PID/cgroup says, empty where it is gone or hidden."""
-    try:
-        with open(f"/proc/{pid}/cgroup", "rb") as file:
-            return file.read()
-    except OSError:  # or not Linux
-        return b""
+    return identity.read_small(f"/proc/{pid}/cgroup")
 
 
 def _paths(text: bytes) -> dict[str, str]:

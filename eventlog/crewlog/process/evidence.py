@@ -125,8 +125,7 @@ class Witness:
 
     def _is_paused(self, pid: int) -> bool:
         """Say whether a process does not run: stopped, or its control group is frozen."""
-        stat = identity.read_stat(pid)
-        if stat is not None and stat.state in _STOPPED:
+        if identity.task_state(pid) in _STOPPED:
             return True
         rows = cgroup.rows_of(pid)
         if rows not in self._frozen:

@@ -206,6 +206,26 @@ def read_stat(pid: int) -> Stat | None:
     )
 
 
+def task_state(pid: int) -> str | None:
+    """Return the state of a process's first task (R, S, T, Z …), None where it is not to be had."""
+    text = read_small(f"/proc/{pid}/stat")
+    return text[text.rfind(b")") + 2 :][:1].decode() or None
+
+
+def read_small(path: str) -> bytes:
+    """Read up to 16 KB of a file of /proc, empty where that is not to be had; for very many."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone, hidden, or not Linux
+        return b""
+    try:
+        return os.read(fd, 16_384)
+    except OSError:  # it ended meanwhile
+        return b""
+    finally:
+        os.close(fd)
+
+
 def taken(pid: int) -> tuple[int, float]:
     """Return the most memory in bytes and the processor seconds of a child until now; 0 unknown.
 
