@@ -108,6 +108,7 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", end)
 
 
+@pytest.mark.long
 @pytest.mark.limits(segment_bytes=2000)
 def test_child_forked_at_any_line_of_another_thread_goes_on(place: Path) -> None:
     """What was half done in the parent leaves the child neither a lock nor a closed descriptor."""

@@ -24,7 +24,7 @@ from crewlog_compactor import KeepEvents
 from procs import Crew, forked, joined, until
 from stores import opened
 
-pytestmark = pytest.mark.limits(segment_bytes=1500)
+pytestmark = [pytest.mark.limits(segment_bytes=1500), pytest.mark.long]
 _count = itertools.count()
 
 

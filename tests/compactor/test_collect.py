@@ -349,6 +349,7 @@ print(len(ended), int(peak.split()[1]) // 1024)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is asked of /proc")
 def test_many_short_jobs_take_little_memory(place: Path) -> None:
     """20,000 of them ended since the last compaction: it, and whoever opens the store after it."""
