@@ -17,9 +17,9 @@ $(VENV)/installed-%: pyproject.toml
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/crewlog demo
 
-# what every change needs, in a few minutes; two processes, for tests wait more than they compute
+# what every change needs, in three minutes; three processes, for tests wait more than they compute
 test: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not soak and not long'
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m 'not soak and not long'
 
 # everything; what is skipped for want of a program is listed at the end
 test-all: $(VENV)/installed-$(EXTRAS)

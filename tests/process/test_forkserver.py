@@ -93,7 +93,7 @@ def _umask() -> None:
 
 def _limits() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (900, 900))  # more than the tests before have open
 
 
 def _nice() -> None:
