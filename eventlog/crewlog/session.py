@@ -190,15 +190,6 @@ class Session:
             copied = state.copy()
         return state_of(copied.seq, copied.records)
 
-    def living(self) -> list[Worker]:
-        """Return the workers that are not final; of the ended, however many, none is built."""
-        store = self.find()
-        if store is None:
-            return []
-        with store.state() as state:
-            records = list(state.records.living())
-        return [worker_of(record) for record in records]
-
     def known(self, sid: str) -> Worker:
         """Return one worker.
 

@@ -27,6 +27,7 @@ from crewlog.local.segments import (
     covered_archives,
     own_archive,
     parts,
+    unpacked,
 )
 from crewlog.model import chain, codec, events
 from crewlog.model.arguments import Packing
@@ -173,7 +174,7 @@ def _joined(segments: Segments, run: Sequence[Archive]) -> bytes:
     found: list[bytes] = []
     prev: str | None = None
     for one in run:
-        data = unpacked(segments.directory, one.name) or b""
+        data = content(segments.directory, one.name) or b""
         _require_intact(data, one.first)
         try:
             begins, last = codec.parse(data[: data.find(b"\n")]), _last_line(data)
@@ -209,8 +210,8 @@ def drop(directory: Directory, *, first: int, last: int) -> None:
         if not first <= one.first <= last:
             continue
         if one.last > last:
-            held = parts(unpacked(directory, one.name) or b"")
-            rest = b"".join(content for begin, content in held if begin > last)
+            held = parts(content(directory, one.name) or b"")
+            rest = b"".join(part for begin, part in held if begin > last)
             if not rest:
                 raise ArchiveDamaged(one.name, offset=0, seq=last + 1, reason="it is unreadable")
             name = layout.merged_name(last + 1, one.last, archive.packing_of(one.name))
@@ -229,7 +230,7 @@ def sweep_covered(directory: Directory) -> None:
 
 def holds(directory: Directory, large: Archive, name: str) -> bool:
     """Say whether a merged archive holds all that another archive does."""
-    whole, part = (unpacked(directory, one) for one in (large.name, name))
+    whole, part = (content(directory, one) for one in (large.name, name))
     return whole is not None and part is not None and part in whole
 
 
@@ -251,7 +252,7 @@ def strange(segments: Segments, *, known: int) -> list[str]:
 
 def _is_sound(directory: Directory, one: Archive) -> bool:
     """Say whether a merged archive is whole, of this store, and what its name says."""
-    data = unpacked(directory, one.name)
+    data = content(directory, one.name)
     if data is None or not all(map(codec.is_intact, data.split(b"\n")[:-1])):
         return False
     try:
@@ -262,13 +263,10 @@ def _is_sound(directory: Directory, one: Archive) -> bool:
     return begins["data"].get("store") == directory.store and seqs == (one.first, one.last)
 
 
-def unpacked(directory: Directory, name: str) -> bytes | None:
+def content(directory: Directory, name: str) -> bytes | None:
     """Return what an archive holds; None where that cannot be read, or is nothing."""
-    where = directory.where(layout.ARCHIVE, name)
-    at = directory[layout.ARCHIVE]
     try:
-        packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
-        return archive.unpack(packed, name=name, where=where) or None
+        return unpacked(directory, name) or None
     except (PackingError, UnsafePermissions, Unsupported):  # zstd may be installed elsewhere only
         return None
 

@@ -35,7 +35,7 @@ from crewlog.model.events import JsonObject
 from crewlog.model.sieve import Sieve, type_needle
 from crewlog.model.snapshot import Snapshot
 from crewlog_compactor import retention
-from crewlog_compactor.local.archive import drop, require_intact, unpacked
+from crewlog_compactor.local.archive import content, drop, require_intact
 from crewlog_compactor.retention import Keep, Part
 
 _logger = logging.getLogger("crewlog.retain")
@@ -113,13 +113,13 @@ def _archive(
 
 def _within(directory: Directory, one: Archive, part: Part) -> list[Part]:
     """Return the segments of a merged archive, the part as a whole where it cannot be read."""
-    data = unpacked(directory, one.name) or b""
+    data = content(directory, one.name) or b""
     held = parts(data)
     ends = [*(first - 1 for first, _ in held[1:]), part.last]
     found = []
-    for (first, content), last in zip(held, ends[: len(held)], strict=True):
-        newest = max(_TIME.findall(content)).decode()
-        found.append(Part(first, last, part.size * len(content) // len(data), newest))
+    for (first, lines), last in zip(held, ends[: len(held)], strict=True):
+        newest = max(_TIME.findall(lines)).decode()
+        found.append(Part(first, last, part.size * len(lines) // len(data), newest))
     return found or [part]
 
 

@@ -36,6 +36,7 @@ from crewlog.model.snapshot import (
     empty_snapshot,
     refold_lines,
     snapshot_of,
+    states_before,
 )
 
 RECORDS_A_PAGE: Final = 1000
@@ -192,10 +193,8 @@ class EtcdReading(EtcdLines):
         yield self.snapshot()
 
     def nearest(self, seq: int) -> Iterator[Snapshot]:
-        """Yield the states at or before `seq` that lines lead on from, the nearest first."""
-        oldest = self.first_seq()
-        found = [one for one in self.snapshots() if oldest - 1 <= one.last_seq <= seq]
-        yield from sorted(found, key=lambda one: one.last_seq, reverse=True)
+        """Return the states at or before `seq` that lines lead on from, the nearest first."""
+        return iter(states_before(self.snapshots(), seq, oldest=self.first_seq()))
 
     def empty(self) -> Snapshot:
         """Return the state before the first event."""

@@ -163,7 +163,7 @@ class Segments:
                 else:
                     return Segment(first, name, fd=fd)
                 try:
-                    packed_name, data = _unpacked(directory, first)
+                    packed_name, data = _archived(directory, first)
                     return Segment(first, packed_name, data=data, archived=True)
                 except FileNotFoundError:
                     continue  # a reader may meet the moment between two directory reads
@@ -264,51 +264,47 @@ def archive_of(directory: Directory, first: int) -> str:
     return archive_file(directory, first) or layout.archive_name(first)
 
 
-def _unpacked(directory: Directory, first: int) -> tuple[str, bytes]:
+def unpacked(directory: Directory, name: str) -> bytes:
+    """Return what a packed file of archive/ holds.
+
+    Raises: FileNotFoundError, PackingError, UnsafePermissions; Unsupported where zstd is missing.
+    """
+    where, at = directory.where(layout.ARCHIVE, name), directory[layout.ARCHIVE]
+    packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
+    return archive.unpack(packed, name=name, where=where)
+
+
+def _archived(directory: Directory, first: int) -> tuple[str, bytes]:
     """Return the name and the content of an archive, or of the one segment within it.
 
     Raises: FileNotFoundError where there is none; ArchiveDamaged.
     """
     name = archive_of(directory, first)
-    where = directory.where(layout.ARCHIVE, name)
-    packed = disk.read_all(
-        name, at=directory[layout.ARCHIVE], where=where, limit=SNAPSHOT_BYTES_MAX
-    )
     try:
-        data = archive.unpack(packed, name=name, where=where)
+        data = unpacked(directory, name)
     except PackingError as error:
         raise ArchiveDamaged(name, offset=0, seq=first, reason=str(error)) from error
     seqs = layout.merged_seqs_of(name)
     if seqs is None or seqs[0] == first:
         return name, data
-    return name, _within(data, first)
+    for begin, content in parts(data):
+        if begin == first:
+            return name, content
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 # How a header line begins, whatever the texts of other lines say.
-_HEADER: Final = rb'^\{"v":1,"seq":(%b),"ts":"[^"]*","type":"_segment"'
-_ANY_HEADER: Final = re.compile(_HEADER % rb"\d+", re.MULTILINE)
+_HEADER: Final = re.compile(rb'^\{"v":1,"seq":(\d+),"ts":"[^"]*","type":"_segment"', re.MULTILINE)
 
 
 def parts(data: bytes) -> list[tuple[int, bytes]]:
     """Cut a merged archive into its segments, each with its first seq."""
-    found = list(_ANY_HEADER.finditer(data))
+    found = list(_HEADER.finditer(data))
     ends = [*(header.start() for header in found[1:]), len(data)]
     return [
         (int(header[1]), data[header.start() : end])
-        for header, end in zip(found, ends, strict=True)
+        for header, end in zip(found, ends, strict=False)
     ]
-
-
-def _within(data: bytes, first: int) -> bytes:
-    """Cut the segment that begins with a seq out of a merged archive.
-
-    Raises: FileNotFoundError where none begins so.
-    """
-    begin = re.search(_HEADER % str(first).encode(), data, re.MULTILINE)
-    if begin is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    end = _ANY_HEADER.search(data, begin.end())
-    return data[begin.start() :] if end is None else data[begin.start() : end.start()]
 
 
 def start_of(first: int) -> Position:

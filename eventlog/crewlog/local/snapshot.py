@@ -30,7 +30,7 @@ from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
 from crewlog.local.heads import Position
 from crewlog.local.reader import Reader, corrupt, first_line
-from crewlog.local.segments import Segments
+from crewlog.local.segments import Segments, unpacked
 from crewlog.model import events
 from crewlog.model.codec import DocumentError
 from crewlog.model.events import Line
@@ -43,6 +43,7 @@ from crewlog.model.snapshot import (
     empty_snapshot,
     encode_snapshot,
     refold_lines,
+    states_before,
 )
 
 _logger = logging.getLogger("crewlog.snapshot")
@@ -158,14 +159,12 @@ def read_kept(directory: Directory, seq: int) -> Snapshot | None:
     Raises: SnapshotCorrupt.
     """
     name = layout.state_name(seq)
-    where, at = directory.where(layout.ARCHIVE, name), directory[layout.ARCHIVE]
-    with disk.failures("cannot read the state", where=where):
-        try:
-            packed = disk.read_all(name, at=at, where=where, limit=SNAPSHOT_BYTES_MAX)
-        except FileNotFoundError:
-            return None
+    where = directory.where(layout.ARCHIVE, name)
     try:
-        found = _decoded(directory, archive.unpack(packed, name=name, where=where), where)
+        with disk.failures("cannot read the state", where=where):
+            found = _decoded(directory, unpacked(directory, name), where)
+    except FileNotFoundError:
+        return None
     except (PackingError, FormatTooNew) as error:
         raise SnapshotCorrupt(where, why=str(error)) from error
     if found.last_seq != seq:
@@ -198,8 +197,7 @@ def forget(directory: Directory, upto: int) -> None:
 def nearest(segments: Segments, seq: int) -> Iterator[Snapshot]:
     """Yield the states at or before `seq` that kept lines lead on from, the nearest first."""
     directory, oldest = segments.directory, segments.all()[0]
-    found = [one for one in every(directory) if oldest - 1 <= one.last_seq <= seq]
-    found.sort(key=lambda one: one.last_seq, reverse=True)
+    found = states_before(every(directory), seq, oldest=oldest)
     beyond = found[0].last_seq if found else oldest - 1
     for last in reversed(kept(directory)):
         if beyond < last <= seq:

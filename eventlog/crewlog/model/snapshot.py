@@ -147,6 +147,12 @@ def _checked(rows: list[object]) -> Ended:
     return Ended([dump(checked(row, "an entry of 'ended'")) for row in rows])
 
 
+def states_before(states: Iterable[Snapshot], seq: int, *, oldest: int) -> list[Snapshot]:
+    """Return those at or before `seq` that lines since `oldest` lead on from, nearest first."""
+    found = [one for one in states if oldest - 1 <= one.last_seq <= seq]
+    return sorted(found, key=lambda one: one.last_seq, reverse=True)
+
+
 # -- folding ----------------------------------------------------------------------------------
 
 

@@ -262,7 +262,7 @@ def stop_left_behind(session: Session, *, owner: Identity | None = None) -> list
     """
     wanted = [
         worker
-        for worker in session.living()
+        for worker in session.state().workers.living()
         if worker.ends_with == "owner" and owner in {None, worker.owner}
     ]
     ended = []
