@@ -274,7 +274,13 @@ def test_a_name_that_covers_more_than_there_is_hides_nothing_for_good(
     assert verify(place).findings == ()
 
 
-@pytest.mark.parametrize("harm", ["empty", "cut", "another store's", "another's place"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "empty", "cut", "another's place", "another history's",
+        "another store's", "another store's first",
+    ],
+)  # fmt: skip
 def test_what_does_not_join_stays_apart(place: Path, tmp_path: Path, harm: str) -> None:
     """It is told by verify, harms no compaction, and is put back from a backup as a file."""
     limit(archives_small=10_000)
@@ -282,16 +288,27 @@ def test_what_does_not_join_stays_apart(place: Path, tmp_path: Path, harm: str) 
         with opened(where) as reg:
             reg.register("a")
             compacted(reg, 8)
+    other = tmp_path / "other"
+    if harm == "another history's":  # the same store, which went another way from its second change
+        shutil.rmtree(other)
+        shutil.rmtree(place)
+        with opened(place) as reg:
+            reg.register("a")
+            compacted(reg, 1)
+        shutil.copytree(place, other)
+        for where in (place, other):
+            with opened(where) as reg:
+                compacted(reg, 7)
     names = archived(place)
-    harmed = place / layout.ARCHIVE / names[3]
+    harmed = place / layout.ARCHIVE / names[0 if harm.endswith("first") else 3]
     right = harmed.read_bytes()
     match harm:
         case "empty":
             harmed.write_bytes(b"")
         case "cut":
             harmed.write_bytes(gzip.compress(gzip.decompress(right)[:300]))
-        case "another store's":
-            shutil.copyfile(tmp_path / "other" / layout.ARCHIVE / names[3], harmed)
+        case "another store's" | "another store's first" | "another history's":
+            shutil.copyfile(other / layout.ARCHIVE / harmed.name, harmed)
         case _:
             shutil.copyfile(place / layout.ARCHIVE / names[2], harmed)
     harmed.chmod(0o600)
