@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import crewlog
-from crewlog.local.heads import States
+from crewlog.local.heads import DurableHead, States
 
 PAUSE_S = 0.004
 Stamps = dict[int, int]
@@ -91,9 +91,9 @@ def ours(home: Path, backend: str, count: int) -> tuple[list[float], list[float]
     called: Stamps = {}
     real = States.put_head
 
-    def stamped(self: States, head: object) -> None:
-        published[head.seq] = time.monotonic_ns()  # type: ignore[attr-defined]
-        real(self, head)  # type: ignore[arg-type]
+    def stamped(self: States, head: DurableHead, data: bytes = b"") -> None:
+        published[head.seq] = time.monotonic_ns()
+        real(self, head, data)
 
     with reader(work, count) as up, crewlog.open(place) as reg:
         States.put_head = stamped  # type: ignore[method-assign]

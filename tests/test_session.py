@@ -86,9 +86,9 @@ def _interrupted_in(
     owner, name = step
     real = getattr(owner, name)
 
-    def interrupted(*arguments: object) -> object:
+    def interrupted(*arguments: object, **options: object) -> object:
         signal.raise_signal(signal.SIGUSR1)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(owner, name, interrupted)
     before = signal.signal(signal.SIGUSR1, handler)

@@ -8,6 +8,7 @@ import pydoc
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,8 @@ import pytest
 
 import crewlog
 from crewlog.registry import Registry
+from crewlog.session import Session
+from crewlog.watch import follow
 from procs import Crew, until
 
 ROOT = Path(__file__).parents[1]
@@ -215,25 +218,39 @@ def test_asyncio_has_the_same_names(place: Path) -> None:
     asyncio.run(main())
 
 
-def test_asyncio_waits_for_a_store_without_a_thread(place: Path) -> None:
+def test_asyncio_waits_for_a_store_without_a_thread(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a task that is cancelled meanwhile leaves nothing behind."""
+    waiting_ones: set[int] = set()
+    real = follow.awaited
+
+    def awaited(session: Session, patience: bool | float) -> Iterator[float]:
+        pauses = real(session, patience)
+        for pause_s in pauses:
+            waiting_ones.add(id(pauses))
+            yield pause_s
+
+    monkeypatch.setattr(follow, "awaited", awaited)
 
     async def main() -> None:
         async with crewlog.aopen(place) as reg:
 
             async def first() -> str:
                 async with reg.watch(after="now", wait_for_store=True) as items:
-                    item = await items.next(20)
-                    assert item is not None
-                    return item.kind
+                    async for item in items:
+                        if item.kind != "synced":  # which may come first: nothing was there yet
+                            return item.kind
+                raise AssertionError
 
             waiting = asyncio.create_task(first())
             idle = asyncio.create_task(first())
             woken = asyncio.create_task(reg.wait("a", state="ready", timeout_s=20))
-            await asyncio.sleep(0.1)
+            while len(waiting_ones) < 3:
+                await asyncio.sleep(0.01)
             idle.cancel()
             await reg.register("a", ready=True)
-            assert await waiting == "change"
+            assert await asyncio.wait_for(waiting, 20) == "change"
             assert (await woken).sid == "a"
 
     asyncio.run(main())

@@ -157,7 +157,8 @@ class Commits:
             raise
         finally:
             self._inside.discard(thread)
-        return request.outcome()
+        result = request.result
+        return request.outcome() if result is None or request.error is not None else result
 
     def _await(self, request: _Waiting) -> None:
         """Wait until it is settled, or its turn to lead has come."""

@@ -231,8 +231,11 @@ class Session:
 
     def append(self, steps: Sequence[Step]) -> Appended:
         """Write steps as one unit; durable on return."""
-        about, decide = {step.sid for step in steps}, decide_all(steps)
-        return self.make(decide).append(decide, about=about)
+        decide, store = decide_all(steps), self._store
+        if store is None or not store.is_ours():
+            store = self.make(decide)
+        about = (steps[0].sid,) if len(steps) == 1 else {step.sid for step in steps}
+        return store.append(decide, about=about)
 
     def put(self, steps: Sequence[Step]) -> Worker:
         """Write steps as one unit; return the worker of the last one as it is then."""

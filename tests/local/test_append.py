@@ -207,7 +207,48 @@ def test_whoever_gives_the_lock_back_wakes_who_waits(
 
     monkeypatch.setattr(StateFile, "wake", wake)
     reg.update("a", meta={"n": 1})
+    assert woken == []  # nobody was met who waits
+    states.written.crowd = states.published.crowd = 1
+    reg.update("a", meta={"n": 2})
     assert woken == ["lock", "sync"]
+
+
+@pytest.mark.parametrize(
+    ("sync_s", "pause_s"), [(0.02, 0.000_3), (0.001, 0.000_15), (0.000_2, None)]
+)
+def test_leader_pauses_for_others_where_that_is_worth_it(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, *, sync_s: float, pause_s: float | None
+) -> None:
+    """After a long sync that served others: on a quick disk a pause takes longer than a sync."""
+    reg.register("a")
+    leader = files(reg)._appender.sync
+    leader._sync_s, leader._shared = sync_s, False
+    told: list[float] = []
+    monkeypatch.setattr(time, "sleep", told.append)
+    reg.update("a", meta={"n": 1})
+    assert told == [], "it served nobody else"
+    leader._sync_s, leader._shared = sync_s, True
+    reg.update("a", meta={"n": 2})
+    assert told == ([] if pause_s is None else [pytest.approx(pause_s)])
+
+
+def test_state_file_that_is_replaced_is_waited_on_anew(reg: Registry) -> None:
+    """The map is one of the file that is open: nobody waits on what no longer changes."""
+    reg.register("a")
+    log = files(reg)
+    published = log._heads.published
+    published.wait(published.look() + 1, 0.001)
+    word = published._word
+    assert word is not None
+    assert word._address
+    path = log.directory.path / layout.HEAD / layout.HEAD_DURABLE
+    path.with_name("copy").write_bytes(path.read_bytes())
+    path.with_name("copy").chmod(0o600)
+    path.with_name("copy").rename(path)
+    published.renew()
+    assert not word._address
+    published.wait(published.look() + 1, 0.001)
+    assert word._address
 
 
 @pytest.mark.limits(sync_wait_s=0.4)

@@ -85,18 +85,21 @@ def test_deadline_is_one_for_all_threads(place: Path) -> None:
     assert max(took) < 5, "one after the other, they would take 8"
 
 
+@pytest.mark.parametrize("taken", [False, True])
 def test_interrupted_entry_gives_every_lock_back(
-    reg: Registry, monkeypatch: pytest.MonkeyPatch
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, *, taken: bool
 ) -> None:
-    """Ctrl-C while waiting for the lock: the next change, of any thread, goes through."""
+    """Ctrl-C before the lock is taken, or just after: the next change, of any thread, goes on."""
     reg.register("a")
-    real = lock.Lock.acquire
+    real = lock.Lock.try_acquire
 
-    def interrupted(self: lock.Lock, **options: object) -> None:
-        monkeypatch.setattr(lock.Lock, "acquire", real)
+    def interrupted(self: lock.Lock) -> bool:
+        monkeypatch.setattr(lock.Lock, "try_acquire", real)
+        if taken:
+            assert real(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lock.Lock, "acquire", interrupted)
+    monkeypatch.setattr(lock.Lock, "try_acquire", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reg.register("b")
     thread = threading.Thread(target=lambda: reg.register("c"), daemon=True)

@@ -59,8 +59,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Final, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Final, ParamSpec, TypeVar
 
 from crewlog import host
 from crewlog.errors import (
@@ -93,6 +93,7 @@ from crewlog.queue import Request
 
 _logger = logging.getLogger("crewlog.log")
 _CATCH_UP_IDLE_S: Final = 0.05
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -152,9 +153,14 @@ class Appender:
 
     def write(self, group: Sequence[Request]) -> tuple[int, int, int]:
         """Do phase one for a group; see queue.Phases."""
-        about = group[0].about if len(group) == 1 else set().union(*[r.about for r in group])
-        self._prepare(about)
-        return self._run(lambda: self._write(group))
+        about = set(group[0].about)
+        for request in group[1:]:
+            about.update(request.about)
+        now, knows = time.monotonic(), about <= self._view.recent.keys()
+        if not knows or now - self._prepared_at >= _CATCH_UP_IDLE_S:
+            self._prepared_at = now
+            self._prepare(knows=knows)
+        return self._run(self._write, group)
 
     def note(self, kind: str, data: JsonObject) -> None:
         """Append one of the store's own lines; durable on return."""
@@ -165,13 +171,11 @@ class Appender:
         """Seal the active segment and begin the next one; durable on return."""
         self._run(lambda: self._begin_next(self._seal(*self._ready())))
 
-    def _prepare(self, about: Collection[str]) -> None:
-        """Read, before the lock is taken, what would take long under it."""
-        knows = self._view.knows(about)
-        now = time.monotonic()
-        if knows and now - self._prepared_at < _CATCH_UP_IDLE_S:
-            return
-        self._prepared_at = now
+    def _prepare(self, *, knows: bool) -> None:
+        """Read, before the lock is taken, what would take long under it.
+
+        `knows`: the records that are asked for are at hand, as of when this process looked last.
+        """
         with disk.failures("cannot read the registry", where=self._where):
             state = self._heads.append_state()
         if state is None or state.boot != self._boot:
@@ -188,19 +192,38 @@ class Appender:
             return
         if self._view.lag(state.seq) > self.limits.catch_up_lines:
             with disk.failures("cannot read the log", where=self._where), self.mutex:
-                self._view.catch_up(state.position)
+                self._view.catch_up(state)
 
     def _ready(self) -> tuple[AppendState, DurableHead]:
         """Bring log and states into the order that an append starts from. Held: append."""
         if self.closed:
             raise RegistryClosed(self._where)
-        moved = self._stamp.moved()
+        moved, active, left = self._stamp.moved(), self._active, self._left
         if moved:
             self._mind_places()
         state, head = self._heads.append_state(), self._heads.head()
         self.sync.require_sound(head)
-        if state is not None and head is not None and not moved and self._is_as_left(state):
-            return state, head
+        if (
+            not (moved or state is None or head is None or left is None or active is None)
+            and not (state.sealed or self._replaced)
+            and self._view.written is left
+            and os.lseek(active.fd, 0, os.SEEK_END) == state.end
+        ):
+            # Nobody has written since we did: there is nothing to do.
+            if state is left:
+                return state, head
+            # Others have, in the same segment: their first line must follow our last one.
+            if (
+                state.segment == left.segment == active.first
+                and state.seq > left.seq
+                and state.boot == head.boot == self._boot
+                and not self._heads.is_elsewhere(head)
+            ):
+                data = active.read(left.end, state.end - left.end)
+                if data.find(left.hash.hex().encode(), 0, data.find(b"\n")) >= 0:
+                    self._view.catch_up(state, data)
+                    self._left = state
+                    return state, head
         return self._put_in_order(state, head, moved=moved)
 
     def _put_in_order(
@@ -226,36 +249,20 @@ class Appender:
         if state.sealed:
             state = self._begin_next(state)
             head = self._heads.head() or head
-        if self._view.written_seq != state.seq:
-            self._view.catch_up(state.position, self._active)
+        self._view.catch_up(state)
         self._left = state
         return state, head
-
-    def _is_as_left(self, state: AppendState) -> bool:
-        """Say whether nobody has written since we did: then there is nothing to look at."""
-        active = self._active
-        return (
-            state is self._left
-            and active is not None
-            and not (state.sealed or self._replaced)
-            and disk.size_of(active.fd) == state.end
-            and self._view.written_seq == state.seq
-        )
 
     def _goes_on(self, state: AppendState) -> bool:
         """Say whether a state is the one that this process left, moved forward along the chain."""
         left = self._left
         if left is None or state.seq <= left.seq:
             return left is not None and (state.seq, state.hash) == (left.seq, left.hash)
-        active = self._active
-        if active is not None and active.first == left.segment == state.segment:
-            data = active.read(left.end, min(state.end - left.end, codec.LINE_BYTES_CEILING))
-        else:
-            try:
-                with self.segments.open(left.segment) as source:
-                    data = source.read(left.end, codec.LINE_BYTES_CEILING)
-            except SegmentMissing:  # retention took what we had not read
-                return False
+        try:
+            with self.segments.open(left.segment) as source:
+                data = source.read(left.end, codec.LINE_BYTES_CEILING)
+        except SegmentMissing:  # retention took what we had not read
+            return False
         return left.hash.hex().encode() in data[: data.find(b"\n") + 1]
 
     def _counts(self, state: AppendState, head: DurableHead, *, known: bool) -> bool:
@@ -340,17 +347,20 @@ class Appender:
         # 1. log and states are in order: recovered, adopted, rotated, looked at, if need be
         state, head = self._ready()
         view, limits, base = self._view, self.limits, state
-        view.trim()
+        if len(view.recent) >= limits.recent_workers:  # now: soon lines are known here alone
+            view.recent = {}
         try:
             tip = LocalTip(view, state=state, head=head)
             raws: list[bytes] = []  # what is decided, and not on the disk yet
             taken, now = 0, ""
-            boot, segment, inode, begin, kept, end, seq, prev, _ = state
+            segment, end, seq, prev = state.segment, state.end, state.seq, state.hash
             for request in group:
                 # 2. decide; a refusal is that request's own, and the others go on
                 try:
                     drafts = request.decide(tip)
-                    size = size_of(drafts)
+                    count = len(drafts)
+                    one = len(drafts[0].body) + codec.LINE_OVERHEAD_BYTES if count == 1 else 0
+                    size = one or size_of(drafts)
                 except Exception as error:  # noqa: BLE001 (whatever it is)
                     request.refuse(error)
                     taken += 1
@@ -363,14 +373,14 @@ class Appender:
                     base = self._begin_next(self._seal(base, head))
                     head = self._heads.head() or head
                     tip = LocalTip(view, state=base, head=head)
-                    boot, segment, inode, begin, kept, end, seq, prev, _ = base
+                    segment, end, seq, prev = base.segment, base.end, base.seq, base.hash
                 # 4. compose its lines and fold them: the next request is decided upon that
                 taken += 1
                 request.composed = True
                 if not drafts:
                     request.result = Appended((), {}, seq)
                     continue
-                now, mine, count = now or events.timestamp(host.now()), [], len(drafts)
+                now, mine, records = now or events.timestamp(host.now()), [], {}
                 synced = head.end if head.segment == segment else 0
                 for index, part in enumerate(drafts):
                     seq += 1
@@ -380,25 +390,27 @@ class Appender:
                     prev = codec.digest(raw[:-1])
                     end += len(raw)
                     raws.append(raw)
-                    view.take(codec.as_parsed(part, seq=seq, ts=now))
-                tip.seq = seq
-                request.result = Appended(
-                    mine, {part.sid: tip.get(part.sid) for part in drafts}, seq
-                )
+                    records[part.sid] = tip.take(part, seq=seq, ts=now)
+                request.result = Appended(mine, records, seq)
             # 5. one write, the copy in the redo, append.state: all of it or nothing
             if raws:
-                after = AppendState(boot, segment, inode, begin, kept, end, seq, prev, sealed=False)
-                after = self._put(b"".join(raws), base, after, head)
-                view.wrote(after.position)
+                view.written = self._put(b"".join(raws), base, head, seq=seq, hash_=prev)
         except BaseException:
             view.forget_written()  # it holds lines that may never be
             raise
         return taken, seq, head.generation
 
     def _put(
-        self, data: bytes, state: AppendState, after: AppendState, head: DurableHead
+        self,
+        data: bytes,
+        state: AppendState,
+        head: DurableHead,
+        *,
+        seq: int,
+        hash_: bytes,
+        sealed: bool = False,
     ) -> AppendState:
-        """Write bytes and state, or cut the log back to where it was.
+        """Write lines behind `state`, up to line `seq`, or cut the log back to where it was.
 
         An interrupt (Ctrl-C) is no reason to cut: once append.state is out, a sync leader may have
         made the lines durable. What it leaves, the next writer adopts.
@@ -406,12 +418,13 @@ class Appender:
         active = self._active
         if active is None or active.first != state.segment:
             active = self._open_active(state.segment)
-        via = self.directory.disk
-        disk.require_length(max(after.end, self.limits.redo_bytes), where=self._where)
+        boot, segment, end = state.boot, state.segment, state.end + len(data)
+        disk.require_length(max(end, self.limits.redo_bytes), where=self._where)
         try:
-            if via.write(active.fd, data) != len(data):
+            if self.directory.disk.write(active.fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            after = self._redo.keep(data, after, head=head, source=active)
+            inode, base, kept = self._redo.keep(data, state, head=head, source=active)
+            after = AppendState(boot, segment, inode, base, kept, end, seq, hash_, sealed)
             self._heads.put_append_state(after)
         except OSError as error:
             self._take_back(active, state)
@@ -460,15 +473,15 @@ class Appender:
             synced=head.end if head.segment == state.segment else 0,
             prev=state.hash,
         )
-        after = state._replace(
-            end=state.end + len(raw),
+        self._view.catch_up(state)
+        self._view.written = after = self._put(
+            raw,
+            state,
+            head,
             seq=line["seq"],
-            hash=codec.digest(raw[:-1]),
+            hash_=codec.digest(raw[:-1]),
             sealed=kind == events.SEAL,
         )
-        self._view.catch_up(state.position)
-        after = self._put(raw, state, after, head)
-        self._view.wrote(after.position)
         return after
 
     def _seal(self, state: AppendState, head: DurableHead) -> AppendState:
@@ -508,7 +521,7 @@ class Appender:
             )
         begun = heads.written(sealed.boot, first, found.end, found.seq, found.hash)
         self._heads.put_append_state(begun)
-        self._view.catch_up(begun.position)
+        self._view.catch_up(begun)
         self.sync.make_durable(begun.seq)
         return begun
 
@@ -536,7 +549,7 @@ class Appender:
         data = recovery.recovered_data(state.segment, cut)
         return self._put_own(events.RECOVERED, data, state, head)
 
-    def _run(self, work: Callable[[], T]) -> T:
+    def _run(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Do the work under the writer mutex, locks/append and the state mutex, in this order.
 
         The mutex comes last, so readers of this process never wait for another process's lock. An
@@ -547,18 +560,20 @@ class Appender:
         """
         if host.is_mine(self.writer):
             raise LockBusy(self.lock.where, waited_s=0, holder=host.INTERRUPTED)
-        began = time.monotonic()
+        deadline = time.monotonic() + self.wait_s
         try:
             if not self.writer.acquire(timeout=self.wait_s):
                 raise LockBusy(self.lock.where, waited_s=self.wait_s, holder="another thread")
             try:
-                left_s = max(0.0, began + self.wait_s - time.monotonic())
-                self.lock.acquire(wait_s=left_s, bell=self._heads.written)
+                if not self.lock.try_acquire():
+                    self.lock.wait(self._heads.written, deadline)
                 with self.mutex:
-                    return work()
+                    return work(*args, **options)
             finally:
                 self.lock.release()
-                self._heads.written.wake(1)
+                if self._heads.written.crowd:
+                    self._heads.written.wake(1)
+                    os.sched_yield()  # to whom was woken: all wait for what is done under the lock
         except OSError as error:
             raise self._typed(error) from error
         finally:

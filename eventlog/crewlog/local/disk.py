@@ -307,28 +307,30 @@ class Stamp:
     One thread at a time.
     """
 
-    __slots__ = ("_fds", "_found", "_looked_at", "_settled")
+    __slots__ = ("_looked_at", "_seen", "_settled")
 
     def __init__(self, *fds: int) -> None:
         """Stamp open directories; at first everything has moved."""
-        self._fds = fds
-        self._found: list[int] = []
-        self._settled = [-1]
+        self._settled = dict.fromkeys(fds, -1)  # by descriptor, what was found before the look
+        self._seen = self._settled
         self._looked_at = 0
 
     def moved(self) -> bool:
         """Say whether anything may have changed since `settle`; look, and then settle."""
-        self._looked_at = time.time_ns()
-        self._found = [os.fstat(fd).st_ctime_ns for fd in self._fds]
-        return self._found != self._settled
+        for fd, ctime_ns in self._settled.items():
+            if os.fstat(fd).st_ctime_ns != ctime_ns:
+                self._looked_at = time.time_ns()
+                self._seen = {fd: os.fstat(fd).st_ctime_ns for fd in self._settled}
+                return True
+        return False
 
     def settle(self) -> None:
         """Take what was found before the look as seen."""
-        newest = max(self._found)
+        newest = max(self._seen.values())
         whole = newest % 1_000_000_000 == 0  # a file system that counts in seconds
         tick = STAMP_SECONDS_NS if whole else STAMP_SETTLED_NS
         if self._looked_at - newest > tick:
-            self._settled = self._found
+            self._settled = self._seen
 
 
 def require_length(size: int, *, where: str) -> None:

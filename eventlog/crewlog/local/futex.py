@@ -37,6 +37,9 @@ class _Span(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+_LONGEST: Final = _Span(0, int(WAIT_MAX_S * 1e9))
+
+
 class _Calls:
     """The system calls; None in their place where there are none."""
 
@@ -68,27 +71,21 @@ _calls = _Calls()
 class Word:
     """32 bits of a state file, at an offset; one thread at a time."""
 
-    __slots__ = ("_address", "_inode", "_offset")
+    __slots__ = ("_address", "_offset")
 
     def __init__(self, offset: int) -> None:
         """Map nothing yet."""
         self._offset = offset
-        self._address = 0
-        self._inode = (0, 0)
+        self._address = 0  # of the map; 0: not mapped
 
-    def _mapped(self, fd: int) -> int:
-        """Return the address of the word in the file that is open now; 0: there is no futex."""
-        if not _calls.number:
+    def _map(self, fd: int) -> int:
+        """Map the file that is open now; return the address of the word, 0: there is no futex."""
+        if not _calls.number or os.fstat(fd).st_size < self._offset + 4:
             return 0
-        found = os.fstat(fd)
-        if self._inode != (found.st_dev, found.st_ino):
-            self.close()
-            if found.st_size < self._offset + 4:
-                return 0
-            address = _calls.map(None, _PAGE, 1, 1, fd, 0)  # PROT_READ, MAP_SHARED
-            if address in {None, _FAILED}:
-                return 0
-            self._address, self._inode = address, (found.st_dev, found.st_ino)
+        address = _calls.map(None, _PAGE, 1, 1, fd, 0)  # PROT_READ, MAP_SHARED
+        if address in {None, _FAILED}:
+            return 0
+        self._address = address
         return self._address + self._offset
 
     def read(self, fd: int) -> int:
@@ -98,11 +95,11 @@ class Word:
     def wait(self, fd: int, value: int, wait_s: float) -> None:
         """Return once it has another value and somebody says so, or after a short while."""
         wait_s = min(wait_s, WAIT_MAX_S)
-        address = self._mapped(fd)
+        address = self._address + self._offset if self._address else self._map(fd)
         if not address or host.is_green():
             time.sleep(min(wait_s, _SLEEP_S))  # or another's, that lets green threads run
             return
-        span = _Span(0, max(1, int(wait_s * 1e9)))
+        span = _LONGEST if wait_s == WAIT_MAX_S else _Span(0, max(1, int(wait_s * 1e9)))
         if _calls.call(_calls.number, address, _WAIT, value, span, None, 0) == -1:
             number = ctypes.get_errno()
             if number not in {errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}:
@@ -110,13 +107,13 @@ class Word:
 
     def wake(self, fd: int, count: int) -> None:
         """Wake so many of those who wait."""
-        address = self._mapped(fd)
+        address = self._address + self._offset if self._address else self._map(fd)
         if address:
             _calls.call(_calls.number, address, _WAKE, count, None, None, 0)
 
     def close(self) -> None:
-        """Unmap it."""
-        address, self._address, self._inode = self._address, 0, (0, 0)
+        """Unmap it: the file is closed, and another one may be opened."""
+        address, self._address = self._address, 0
         if address:
             _calls.unmap(address, _PAGE)
 

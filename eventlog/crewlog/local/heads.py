@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from crewlog import host
@@ -109,10 +110,10 @@ def durable(state: AppendState, *, base: int, after: DurableHead | None) -> Dura
 
 
 # A magic word, the fields in order, and the CRC-32 of what stands before it.
-_APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3x")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xi")
-_SLOT: Final = struct.Struct("<8sQQI")
-_BEAT: Final = struct.Struct("<8s16sQ")
+_APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3xI")
+_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xiI")
+_SLOT: Final = struct.Struct("<8sQQII")
+_BEAT: Final = struct.Struct("<8s16sQI")
 _CRC: Final = struct.Struct("<I")
 _LENGTH: Final = struct.Struct("<H")
 _APPEND_WORD_AT: Final = 64  # the seq, of which the low half counts
@@ -121,33 +122,23 @@ _APPEND_MAGIC: Final = b"crewlogA"
 _HEAD_MAGIC: Final = b"crewlogD"
 _SLOT_MAGIC: Final = b"crewlogC"
 _BEAT_MAGIC: Final = b"crewlogB"
-APPEND_STATE_BYTES: Final = _APPEND_STATE.size + _CRC.size
-DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size + _CRC.size
-SLOT_BYTES: Final = _SLOT.size + _CRC.size
-BEAT_BYTES: Final = _BEAT.size + _CRC.size
+APPEND_STATE_BYTES: Final = _APPEND_STATE.size
+DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size
+SLOT_BYTES: Final = _SLOT.size
+BEAT_BYTES: Final = _BEAT.size
 LEASE_BYTES_MAX: Final = 4096  # of a lease file: a beat, and what the worker says of itself
-
-
-def encode_append_state(state: AppendState) -> bytes:
-    """Write append.state: one fixed-size struct and its CRC-32."""
-    return _pack(_APPEND_STATE, _APPEND_MAGIC, state)
 
 
 def decode_append_state(data: bytes) -> AppendState | None:
     """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
     fields = _unpack(data, _APPEND_STATE, _APPEND_MAGIC)
-    return None if fields is None else AppendState._make(fields)
-
-
-def encode_durable_head(head: DurableHead) -> bytes:
-    """Write head/durable: one fixed-size struct and its CRC-32."""
-    return _pack(_DURABLE_HEAD, _HEAD_MAGIC, head)
+    return None if fields is None else AppendState._make(fields[1:-1])
 
 
 def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
     fields = _unpack(data, _DURABLE_HEAD, _HEAD_MAGIC)
-    return None if fields is None else DurableHead._make(fields)
+    return None if fields is None else DurableHead._make(fields[1:-1])
 
 
 class Slot(NamedTuple):
@@ -161,16 +152,11 @@ class Slot(NamedTuple):
     digest: int = 0
 
 
-def encode_slot(slot: Slot) -> bytes:
-    """Write a slot: one fixed-size struct and its CRC-32."""
-    return _pack(_SLOT, _SLOT_MAGIC, slot)
-
-
 def decode_slots(data: bytes) -> Slot | None:
     """Read a cursor's file; return the newest whole slot, None if there is none."""
     slots = (data[:SLOT_BYTES], data[SLOT_BYTES : 2 * SLOT_BYTES])
     fields = [_unpack(slot, _SLOT, _SLOT_MAGIC) for slot in slots]
-    return max((Slot._make(found) for found in fields if found is not None), default=None)
+    return max((Slot._make(found[1:-1]) for found in fields if found is not None), default=None)
 
 
 class Beat(NamedTuple):
@@ -180,15 +166,10 @@ class Beat(NamedTuple):
     at_ns: int
 
 
-def encode_beat(beat: Beat) -> bytes:
-    """Write a lease file's content: one fixed-size struct and its CRC-32."""
-    return _pack(_BEAT, _BEAT_MAGIC, beat)
-
-
 def decode_beat(data: bytes) -> Beat | None:
     """Read a lease file; None means no beat yet, torn or damaged."""
     fields = _unpack(data[:BEAT_BYTES], _BEAT, _BEAT_MAGIC)
-    return None if fields is None else Beat._make(fields)
+    return None if fields is None else Beat._make(fields[1:-1])
 
 
 def encode_said(said: bytes) -> bytes:
@@ -209,16 +190,28 @@ def decode_said(data: bytes) -> bytes | None:
 
 
 def _pack(shape: struct.Struct, magic: bytes, fields: Iterable[object]) -> bytes:
-    body = shape.pack(magic, *fields)
+    body = shape.pack(magic, *fields, 0)[: -_CRC.size]
     return body + _CRC.pack(zlib.crc32(body))
 
 
 def _unpack(data: bytes, shape: struct.Struct, magic: bytes) -> tuple[object, ...] | None:
-    """Return the fields, None if the bytes are not what was written."""
-    body, crc = data[: shape.size], data[shape.size :]
-    if crc != _CRC.pack(zlib.crc32(body)) or not body.startswith(magic):
+    """Return magic, fields and CRC; None if the bytes are not what was written."""
+    if len(data) != shape.size:
         return None
-    return shape.unpack(body)[1:]
+    found = shape.unpack(data)
+    whole = found[0] == magic and found[-1] == zlib.crc32(data[: -_CRC.size])
+    return found if whole else None
+
+
+# Each writes one fixed-size struct and its CRC-32.
+encode_append_state: Final[Callable[[AppendState], bytes]] = partial(
+    _pack, _APPEND_STATE, _APPEND_MAGIC
+)
+encode_durable_head: Final[Callable[[DurableHead], bytes]] = partial(
+    _pack, _DURABLE_HEAD, _HEAD_MAGIC
+)
+encode_slot: Final[Callable[[Slot], bytes]] = partial(_pack, _SLOT, _SLOT_MAGIC)
+encode_beat: Final[Callable[[Beat], bytes]] = partial(_pack, _BEAT, _BEAT_MAGIC)
 
 
 # -- the files -----------------------------------------------------------------------------
@@ -235,6 +228,7 @@ class StateFile(Generic[T]):
         "_closed",
         "_decode",
         "_directory",
+        "_encode",
         "_fd",
         "_file",
         "_guard",
@@ -257,6 +251,7 @@ class StateFile(Generic[T]):
         inside: str,
         size: int,
         word_at: int,
+        encode: Callable[[T], bytes],
         decode: Callable[[bytes], T | None],
     ) -> None:
         """Name the file, in the directory `inside` of the store ("" for the store itself).
@@ -266,6 +261,7 @@ class StateFile(Generic[T]):
         self._word_at = word_at
         self._word: Word | None = None
         self.crowd = 0  # so many more times it is worth waking who waits: we had to wait lately
+        self._encode = encode
         self._decode = decode
         self._kept: tuple[bytes, T] | None = None
         self._directory = directory
@@ -316,18 +312,21 @@ class StateFile(Generic[T]):
         self._word.wait(self._fd, value, wait_s)
 
     def wake(self, count: int) -> None:
-        """Wake so many of those who wait, where this process has waited lately itself."""
-        if self.crowd:
-            self.crowd -= 1
-            if self._word is not None:
-                self._word.wake(self._fd, count)
+        """Wake so many of those who wait; worth it as long as there is a crowd."""
+        self.crowd -= 1
+        if self._word is not None:
+            self._word.wake(self._fd, count)
 
-    def store(self, data: bytes, value: T) -> None:
-        """Write it, creating the file durably if it is absent. Held by the caller: its lock."""
+    def store(self, value: T, data: bytes = b"") -> None:
+        """Write it, creating the file durably if it is absent. Held by the caller: its lock.
+
+        `data` is the value encoded, where that was done beforehand.
+        """
+        data = data or self._encode(value)
         self._kept = data, value
         with self._guard:
             try:
-                fd = self._open(change=True)
+                fd = self._fd if self._writable else self._open(change=True)
             except FileNotFoundError:
                 disk.write_new(self._directory.disk, self._name, data, at=self._at)
                 self._directory.disk.sync_directory(self._at)
@@ -357,6 +356,9 @@ class StateFile(Generic[T]):
 
     def _drop(self) -> None:
         fd, self._fd = self._fd, _NONE  # first: a child forked between must not use it
+        self._writable = False
+        if self._word is not None:
+            self._word.close()
         if fd != _NONE:
             host.close_own(fd, self._file)
 
@@ -377,7 +379,7 @@ class States:
     Who waits for locks/append waits for `written` to change, who waits for a sync for `published`.
     """
 
-    __slots__ = ("published", "written")
+    __slots__ = ("append_state", "head", "published", "put_append_state", "written")
 
     def __init__(self, directory: Directory) -> None:
         """Prepare both; nothing is opened yet."""
@@ -387,6 +389,7 @@ class States:
             inside="",
             size=APPEND_STATE_BYTES,
             word_at=_APPEND_WORD_AT,
+            encode=encode_append_state,
             decode=decode_append_state,
         )
         self.published = StateFile(
@@ -395,26 +398,21 @@ class States:
             inside=layout.HEAD,
             size=DURABLE_HEAD_BYTES,
             word_at=_HEAD_WORD_AT,
+            encode=encode_durable_head,
             decode=decode_durable_head,
         )
+        self.append_state = self.written.load
+        self.head = self.published.load
+        self.put_append_state = self.written.store  # held: locks/append
 
-    def append_state(self) -> AppendState | None:
-        """Read append.state."""
-        return self.written.load()
+    def put_head(self, head: DurableHead, data: bytes = b"") -> None:
+        """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn.
 
-    def head(self) -> DurableHead | None:
-        """Read head/durable."""
-        return self.published.load()
-
-    def put_append_state(self, state: AppendState) -> None:
-        """Write append.state. Held: locks/append."""
-        self.written.store(encode_append_state(state), state)
-
-    def put_head(self, head: DurableHead) -> None:
-        """Write head/durable: publish, and wake every watcher. Held: the sync lock in turn."""
+        `data` is the head encoded, where that was done beforehand.
+        """
         if head.place != self.published.place:
-            head = head._replace(place=self.published.place)
-        self.published.store(encode_durable_head(head), head)
+            head, data = head._replace(place=self.published.place), b""
+        self.published.store(head, data)
 
     def is_elsewhere(self, head: DurableHead) -> bool:
         """Say whether a head was written to another file than the one it was read from."""

@@ -85,7 +85,7 @@ class Lock(Closing):
                 fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:  # EWOULDBLOCK: held by another
                 return False
-            if self._in_place():
+            if not self._stamp.moved() or self._in_place():
                 return True
             self.close()  # the file was replaced: lock the one that others will lock
         raise StoreMissing(self.where, why="its lock file is replaced again and again")
@@ -98,8 +98,7 @@ class Lock(Closing):
         self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)
 
     def _in_place(self) -> bool:
-        if not self._stamp.moved():
-            return True
+        """Say whether the path still names the file that is locked."""
         try:
             found = os.stat(self._name, dir_fd=self._at, follow_symlinks=False)
         except FileNotFoundError as error:
@@ -110,23 +109,33 @@ class Lock(Closing):
         self._stamp.settle()
         return True
 
-    def acquire(self, *, wait_s: float, bell: "Bell | None" = None) -> None:
-        """Take the lock within `wait_s` seconds or raise LockBusy, which names the holder.
+    def wait(self, bell: Bell, deadline: float) -> None:
+        """Take the lock, which is held now, before a time of the monotonic clock.
 
-        A `bell` is what its holder rings when it gives the lock back; without one it is tried again
-        and again.
+        Its holder rings the bell when it gives the lock back.
+        Raises: LockBusy, which names the holder.
+        """
+        began = time.monotonic()
+        while True:
+            before = bell.look()  # first: what rings between here and the wait ends that at once
+            if self.try_acquire():
+                return
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                waited_s = round(max(0.0, deadline - began), 3)
+                raise LockBusy(self.where, waited_s=waited_s, holder=self.holder())
+            bell.wait(before, left_s)
+            if self.try_acquire():
+                return
+
+    def acquire(self, *, wait_s: float) -> None:
+        """Take the lock within `wait_s` seconds; where it has no bell, it is tried again and again.
+
+        Raises: LockBusy, which names the holder.
         """
         if self.try_acquire():
             return
         began = time.monotonic()
-        while bell is not None:
-            before = bell.look()  # first: what rings between here and the wait ends that at once
-            if self.try_acquire():
-                return
-            left_s = began + wait_s - time.monotonic()
-            if left_s <= 0:
-                raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())
-            bell.wait(before, left_s)
         for pause_s in pauses(self._usual_s / 2):
             if time.monotonic() > began + wait_s:
                 raise LockBusy(self.where, waited_s=wait_s, holder=self.holder())

@@ -62,45 +62,44 @@ class Redo:
 
     def keep(
         self, data: bytes, state: AppendState, *, head: DurableHead, source: Segment
-    ) -> AppendState:
-        """Copy lines that were just written, the end of `state`; return what the redo then holds.
+    ) -> tuple[int, int, int]:
+        """Copy lines that were just written behind `state`; return what append.state says of it.
 
-        Held: append. Where they do not fit or cannot be written (a copying file system has no
-        room), the redo holds what it held.
+        That is: its inode, and from where to where it holds the segment's bytes. Held: append.
+        Where they do not fit or cannot be written (a copying file system has no room), the redo
+        holds what it held.
         """
-        start, base = state.end - len(data), state.base
+        _, segment, inode, base, kept, start, _, _, _ = state
+        end = start + len(data)
         if self._fd == _NONE:
-            return state
-        if state.kept != start or not self._goes_on(state, source):
-            if head.segment != state.segment or head.base < state.kept:
-                return state  # what it holds is needed until the segment was synced
+            return inode, base, kept
+        same = kept == start and inode == self._inode
+        if not (same and (self._sound or self._is_sound(state, source))):
+            if head.segment != segment or head.base < kept:
+                return inode, base, kept  # what it holds is needed until the segment was synced
             base = head.base
             data = source.read(base, start - base) + data
-        if state.end - base > self._directory.limits.redo_bytes:
-            return state
-        via, at = self._directory.disk, state.end - len(data) - base
-        self._copied = (state.segment, base, state.end)
+        if end - base > self._directory.limits.redo_bytes:
+            return inode, base, kept
+        via, at = self._directory.disk, end - len(data) - base
+        self._copied = (segment, base, end)
         try:
             via.overwrite(self._fd, data, at)
         except OSError as error:
             _logger.warning("the redo cannot be used: %s", error)
-            return state
+            return inode, state.base, kept
         self._sound = True
         if head.end == start:  # nobody else is about to write to the same page
             try:  # noqa: SIM105 (a hint, at every change)
                 via.start(self._fd, at, len(data))
             except OSError:
                 pass
-        boot, segment, _, _, _, end, seq, hash_, sealed = state
-        return AppendState(boot, segment, self._inode, base, end, end, seq, hash_, sealed)
+        return self._inode, base, end
 
-    def _goes_on(self, state: AppendState, source: Segment) -> bool:
-        """Say whether the file is the one that holds what comes before: an inode is used again."""
-        if state.redo != self._inode:
-            return False
-        if not self._sound:
-            size = state.kept - state.base
-            self._sound = disk.read_at(self._fd, 0, size) == source.read(state.base, size)
+    def _is_sound(self, state: AppendState, source: Segment) -> bool:
+        """Say whether the file holds what append.state says: an inode is used again."""
+        size = state.kept - state.base
+        self._sound = disk.read_at(self._fd, 0, size) == source.read(state.base, size)
         return self._sound
 
     def take_back(self, state: AppendState) -> None:

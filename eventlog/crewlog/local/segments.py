@@ -29,7 +29,7 @@ HEADER_BYTES: Final = 1024  # a segment's first line ends within these
 class Segment(Closing):
     """The bytes of one segment: of log/, or in memory of archive/, or as the redo completes it."""
 
-    __slots__ = ("_data", "_fd", "_file", "archived", "first", "name")
+    __slots__ = ("_data", "_file", "archived", "fd", "first", "name")
 
     def __init__(
         self,
@@ -44,21 +44,16 @@ class Segment(Closing):
         self.first = first
         self.name = name
         self.archived = archived
-        self._fd = fd
+        self.fd = fd  # -1 for one that is in memory
         self._file = host.NO_FILE if fd < 0 else host.own(fd)
         self._data = data
-
-    @property
-    def fd(self) -> int:
-        """Return the descriptor, -1 for one that is in memory."""
-        return self._fd
 
     def size(self) -> int:
         """Return how many bytes it has at this moment."""
         if self._data is not None:
             return len(self._data)
         try:
-            return disk.size_of(self._fd)
+            return disk.size_of(self.fd)
         except OSError as error:
             raise from_oserror(error, "cannot read the log", where=self.name) from error
 
@@ -69,7 +64,7 @@ class Segment(Closing):
     def is_gone(self) -> bool:
         """Say whether another file may bear its name: it was archived, repaired or recovered."""
         if self._data is None:
-            return os.fstat(self._fd).st_nlink == 0
+            return os.fstat(self.fd).st_nlink == 0
         return self.is_copy()
 
     def read(self, offset: int, size: int) -> bytes:
@@ -80,7 +75,7 @@ class Segment(Closing):
         if self._data is not None:
             return self._data[offset : offset + size]
         try:
-            return disk.read_at(self._fd, offset, size)
+            return disk.read_at(self.fd, offset, size)
         except OSError as error:
             raise from_oserror(error, "cannot read the log", where=self.name) from error
 
@@ -90,7 +85,7 @@ class Segment(Closing):
 
     def close(self) -> None:
         """Close the descriptor."""
-        fd, self._fd = self._fd, -1  # first: a child forked between must not close it again
+        fd, self.fd = self.fd, -1  # first: a child forked between must not close it again
         if fd >= 0:
             host.close_own(fd, self._file)
 

@@ -31,8 +31,9 @@ from crewlog.local.segments import Segment, Segments
 from crewlog.model import chain, codec, events
 from crewlog.model.events import JsonObject
 
+SYNC_GATHER_MIN_S: Final = 0.000_1  # a shorter pause takes longer than it is worth
 SYNC_GATHER_MAX_S: Final = 0.000_3
-SYNC_GATHER_SHARE: Final = 0.15
+SYNC_GATHER_SHARE: Final = 0.15  # of what a sync takes
 
 _logger = logging.getLogger("crewlog.sync")
 
@@ -117,7 +118,8 @@ class Syncer:
                     return
             finally:
                 lock.release()
-                if led:  # whoever has waited longest first: all that are served, and a next leader
+                if led and self._states.published.crowd:
+                    # whoever has waited longest first: all that are served, and a next leader
                     self._states.published.wake(self._served)
             if time.monotonic() > deadline:
                 raise AppendUncertain(
@@ -153,9 +155,10 @@ class Syncer:
             return True
         if head.generation != generation:
             return False
-        # 2. where the last sync served others too, a moment lets more of them come along
-        if self._shared:
-            time.sleep(min(SYNC_GATHER_SHARE * self._sync_s, SYNC_GATHER_MAX_S))
+        # 2. where the last sync took long and served others too, a pause lets all of them come
+        pause_s = SYNC_GATHER_SHARE * self._sync_s
+        if self._shared and pause_s >= SYNC_GATHER_MIN_S:
+            time.sleep(min(pause_s, SYNC_GATHER_MAX_S))
         # 3. how far lines are written: before the sync, and never by fstat, for a killed writer's
         #    half line must not count
         state = self._states.append_state()
@@ -163,22 +166,24 @@ class Syncer:
             raise AppendUncertain(
                 self._directory.where(layout.APPEND_STATE), why="it became unreadable"
             )
-        # 4. sync the redo, where that holds all of it; else the segment, which is then read back
-        began, via = time.perf_counter(), self._directory.disk
-        kept, base = self._redo.holding(state), head.base
+        # 4. what will be published; the disk is at work already, so this costs no time
+        via, kept = self._directory.disk, self._redo.holding(state)
+        fresh = heads.durable(state, base=head.base if kept >= 0 else state.end, after=head)
+        data = heads.encode_durable_head(fresh)
+        # 5. sync the redo, where that holds all of it; else the segment, which is then read back
+        began = time.perf_counter()
         if kept >= 0:
             self.certain(via.sync, kept)
         else:
             source = self._open_segment(state.segment)
             self.certain(via.sync, source.fd)
-            if head.segment != state.segment or base < state.kept:
+            if head.segment != state.segment or head.base < state.kept:
                 self._read_back(state, source)
-            base = state.end
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - began)
-        # 5. publish: the commit point
+        # 6. publish: the commit point
         self._shared = state.seq > goal
         self._served = state.seq - head.seq
-        self._states.put_head(heads.durable(state, base=base, after=head))
+        self._states.put_head(fresh, data)
         return True
 
     def _open_segment(self, first: int) -> Segment:

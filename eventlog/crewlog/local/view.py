@@ -12,18 +12,19 @@ state that has missed a line must never be decided upon.
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from typing import Final
 
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.local import layout, snapshot
 from crewlog.local.heads import AppendState, DurableHead, Position
 from crewlog.local.reader import Reader, corrupt, first_line, raw_between
-from crewlog.local.segments import Segment, Segments, start_of
+from crewlog.local.segments import Segments, start_of
 from crewlog.model import chain, codec, fold
+from crewlog.model.codec import Draft
 from crewlog.model.events import Line, Record
 from crewlog.model.fold import Fold, FoldError
-from crewlog.model.sieve import Sieve, sid_needle
+from crewlog.model.sieve import sid_needle
 from crewlog.model.snapshot import fold_of
 
 _logger = logging.getLogger("crewlog.current")
@@ -44,7 +45,7 @@ class View:
         self._directory = segments.directory
         self._loaded: tuple[Fold, Reader] | None = None
         self.recent: dict[str, Record | None] = {}  # of the workers that writers asked about
-        self._written: Position | None = None  # `recent` is right up to here
+        self.written: AppendState | None = None  # `recent` is right up to here
         self.snapshot_seq = 0
 
     # -- for readers ------------------------------------------------------------------------
@@ -126,64 +127,43 @@ class View:
         """Say whether a decision about these workers needs no look at the durable fold."""
         return set(sids) <= self.recent.keys()
 
-    @property
-    def written_seq(self) -> int:
-        """Return the seq up to which `recent` is right, -1 where it was forgotten."""
-        return -1 if self._written is None else self._written.seq
-
     def lag(self, seq: int) -> int:
         """Return how many lines were written since `recent` was last brought up to date."""
-        return 0 if self._written is None or not self.recent else seq - self._written.seq
+        return 0 if self.written is None or not self.recent else seq - self.written.seq
 
-    def trim(self) -> None:
-        """Forget recent workers where they are many: before a group is decided, never meanwhile.
-
-        What is decided and not yet on disk is known here alone.
-        """
-        if len(self.recent) >= self._directory.limits.recent_workers:
-            self.recent = {}
-
-    def catch_up(self, end: Position, active: Segment | None = None) -> None:
+    def catch_up(self, end: AppendState, data: bytes | None = None) -> None:
         """Bring the recent records up to `end`, which the caller knows to be written.
 
-        `active` is the segment of `end`, where the caller has it open.
+        `data` are the lines up to there, where the caller has read them.
         """
-        written = self._written
+        written = self.written
         if written is not None and self.recent and end.seq > written.seq:
             try:
-                if active is not None and written.segment == end.segment:
-                    data = active.read(written.offset, end.offset - written.offset)
+                if data is not None:
                     self._look_through(data)
                 else:
-                    for data in raw_between(self._segments, written, end):
-                        self._look_through(data)
+                    for part in raw_between(self._segments, written.position, end.position):
+                        self._look_through(part)
             except SegmentMissing:  # retention took what we had not read: ask the state again
                 self.recent = {}
             except BaseException:
                 self.forget()
                 raise
-        self._written = end
+        self.written = end
 
     def _look_through(self, data: bytes) -> None:
         """Take over what lines say about recent workers, without parsing the others."""
-        found: Iterable[tuple[bytes, bytes]]
-        if len(self.recent) > _NEEDLES_MAX:
-            found = ((match[1], match[0]) for match in _SID.finditer(data))
-        else:
-            found = self._held(data)
-        for name, raw in found:
-            sid = name.decode()
-            if sid in self.recent:
-                self.recent[sid] = fold.after(codec.parse(raw), self.recent[sid])
-
-    def _held(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the lines about the few recent workers, in order."""
-        needles = [sid_needle(sid) for sid in self.recent]
-        if any(needle in data for needle in needles):
-            for at, end in Sieve(needles).lines(data):
-                match = _SID.match(data, at, end)
-                if match is not None:
-                    yield match[1], match[0]
+        recent = self.recent
+        if len(recent) <= _NEEDLES_MAX:
+            for sid in recent:
+                if sid_needle(sid) in data:
+                    break
+            else:
+                return
+        for match in _SID.finditer(data):
+            sid = match[1].decode()
+            if sid in recent:
+                recent[sid] = fold.after(codec.parse(match[0]), recent[sid])
 
     def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
         """Return a worker's record as of `end`; `head` is durable and not beyond it."""
@@ -200,20 +180,10 @@ class View:
             reader.close()
         return record
 
-    def take(self, line: Line) -> None:
-        """Take over a line that this process is about to write; `wrote` says that it has."""
-        sid = line["sid"]
-        if sid in self.recent:
-            self.recent[sid] = fold.after(line, self.recent[sid])
-
-    def wrote(self, end: Position) -> None:
-        """Know that `recent` is right up to here."""
-        self._written = end
-
     def forget_written(self) -> None:
         """Drop what writers know; the next one asks the log."""
         self.recent = {}
-        self._written = None
+        self.written = None
 
     # -- both -------------------------------------------------------------------------------
 
@@ -221,7 +191,7 @@ class View:
         """Drop everything; the next use begins from the snapshot."""
         loaded, self._loaded = self._loaded, None
         self.recent = {}
-        self._written = None
+        self.written = None
         if loaded is not None:
             loaded[1].close()
 
@@ -248,3 +218,11 @@ class LocalTip:
             ends = self._head.position, self._state.position
             recent[sid] = self._view.record(sid, head=ends[0], end=ends[1])
         return recent[sid]
+
+    def take(self, part: Draft, *, seq: int, ts: str) -> Record | None:
+        """Fold a line that is about to be written; return the record after it."""
+        sid, recent = part.sid, self._view.recent
+        old = recent[sid] if sid in recent else self.get(sid)
+        record = recent[sid] = fold.after(codec.as_parsed(part, seq=seq, ts=ts), old)
+        self.seq = seq
+        return record

@@ -84,16 +84,14 @@ def check_mapping(value: object, *, name: str) -> dict[str, JsonValue]:
     return dict(value)
 
 
-def _is_plain(label: tuple[object, object]) -> bool:
-    """Say whether a label is what nearly all are, and needs no closer look."""
-    key, text = label
-    return type(key) is type(text) is str and key.isascii() and text.isascii()
-
-
 def check_labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
     """Return labels; with `removing` None may stand for a label that goes."""
-    if type(value) is dict and len(value) <= LABELS_MAX and all(map(_is_plain, value.items())):
-        return value.copy()
+    if type(value) is dict and len(value) <= LABELS_MAX:  # nearly all are plain: no closer look
+        for key, text in value.items():
+            if not (type(key) is type(text) is str and key.isascii() and text.isascii()):
+                break
+        else:
+            return value.copy()
     labels = check_mapping(value, name="labels")
     if len(labels) > LABELS_MAX:
         message = f"{len(labels)} labels; at most {LABELS_MAX} are kept"

@@ -143,8 +143,8 @@ class Draft(NamedTuple):
 
 def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]) -> Draft:
     """Encode the part of a line that needs no lock; `actor` is JSON already."""
-    payload = dump(data)
-    words = event_type.encode(), dump(sid), actor, payload
+    payload = orjson.dumps(data, option=_STRICT)
+    words = event_type.encode(), orjson.dumps(sid), actor, payload
     body = b'"type":"%b","sid":%b,"actor":%b,"data":%b' % words
     if len(body) > LINE_BYTES_MAX:
         message = (
@@ -152,7 +152,7 @@ def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]
             f"a line holds at most {LINE_BYTES_MAX}"
         )
         raise ValueError(message)
-    return Draft(event_type, sid, cast("JsonObject", orjson.loads(payload)), body)
+    return Draft(event_type, sid, orjson.loads(payload), body)
 
 
 def own_draft(event_type: str, data: Mapping[str, JsonValue]) -> Draft:

@@ -488,12 +488,27 @@ def timestamp(when: datetime) -> str:
     """Write an aware time as the log does: UTC, microseconds, `Z`."""
     if when.tzinfo is not UTC:
         when = when.astimezone(UTC)
-    return when.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+    return when.isoformat(timespec="microseconds")[: -len("+00:00")] + "Z"
+
+
+# Identities by the id of the JSON that they were built from, which is kept beside them: a worker is
+# built anew at each of its changes, and its identity stays the very same.
+_IDENTITIES_MAX: Final = 256
+_identities: Final[dict[int, tuple[IdentityRecord, Identity]]] = {}
 
 
 def identity_of(record: IdentityRecord | None) -> Identity | None:
-    """Build the identity from its JSON."""
-    return None if record is None else Identity(**record)
+    """Build the identity from its JSON, which nobody changes."""
+    if record is None:
+        return None
+    kept = _identities.get(id(record))
+    if kept is not None and kept[0] is record:
+        return kept[1]
+    if len(_identities) >= _IDENTITIES_MAX:
+        _identities.clear()
+    built = Identity(**record)
+    _identities[id(record)] = record, built
+    return built
 
 
 _STATES: Final = {state.value: state for state in WorkerState}
@@ -514,7 +529,7 @@ def worker_of(record: Record) -> Worker:
         meta=ReadOnly(copy.deepcopy(meta) if meta else {}),
         rev=record["rev"],
         identity=identity_of(record["identity"]),
-        owner=identity_of(record["owner"]),
+        owner=None if record["owner"] is None else identity_of(record["owner"]),
         exit=None if ended is None else _exit_of(ended, record.get("end", {})),
         updated_at=utc(record["updated_at"]),
         generation=record["generation"],

@@ -42,6 +42,7 @@ _NEXT: Final = {
     events.LOST: WorkerState.LOST,
     events.RELEASED: WorkerState.RELEASED,
 }
+_PATCHING: Final = frozenset({events.UPDATED, events.READY})
 # A worker that ends in one of these states was asked to.
 _EXPECTING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
 
@@ -100,8 +101,9 @@ def _differs(record: Record, patch: JsonObject) -> bool:
                 old = record[key]
                 if not isinstance(value, dict):
                     return True
-                if any(old.get(name) != inner for name, inner in value.items()):
-                    return True
+                for name, inner in value.items():
+                    if old.get(name) != inner:
+                        return True
             case _:  # a reason changes nothing
                 continue
     return False
@@ -150,7 +152,7 @@ def _patched(record: Record, patch: JsonObject) -> Record:
     for key, value in patch.items():
         match key:
             case "labels":
-                fresh["labels"] = cast("dict[str, str]", _merge(record["labels"], value))
+                fresh["labels"] = _merge(record["labels"], value)  # type: ignore[typeddict-item] # text both
             case "meta":
                 fresh["meta"] = _merge(record["meta"], value)
             case "sock":
@@ -199,7 +201,7 @@ def _registered(old: Record | None, line: Line) -> Record:
 def _moved(old: Record, line: Line) -> Record:
     """Carry out every event that keeps the worker in the state or moves it on."""
     kind, data = line["type"], line["data"]
-    fresh = _patched(old, data) if kind in {events.UPDATED, events.READY} else old.copy()
+    fresh = _patched(old, data) if kind in _PATCHING else old.copy()
     fresh["rev"] = line["seq"]
     fresh["updated_at"] = line["ts"]
     if kind in _NEXT:

@@ -1,7 +1,7 @@
 """Turn a caller's wish into a step: arguments checked, JSON encoded, rules left for the lock.
 
-A step looks at the state under the lock and returns the draft to write, or None where nothing is
-to be changed; it may run more than once. Bad arguments raise ValueError or TypeError here, before
+A step looks at the state under the lock and returns the drafts to write, none where nothing is to
+be changed; it may run more than once. Bad arguments raise ValueError or TypeError here, before
 anything is written.
 """
 
@@ -59,10 +59,10 @@ class Appended(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One change of one worker: looks at the state, and returns the draft or None."""
+    """One change of one worker; where nothing needs to be changed it decides upon no draft."""
 
     sid: str
-    decide: Callable[[Tip], Draft | None]
+    decide: Decide
 
 
 # -- steps ----------------------------------------------------------------------------------
@@ -343,17 +343,17 @@ def exit_step(
     if evidence is not None:
         data["evidence"] = evidence
 
-    def step(written: Tip) -> Draft | None:
+    def step(written: Tip) -> Sequence[Draft]:
         record = written.get(sid)
         _check(record, sid, expect, of)
         if fold.is_repeat(events.EXITED, record, data):
-            return None
+            return ()
         fold.refuse(events.EXITED, sid, record)
         assert record is not None  # refuse() would have raised
         told: JsonObject = {"expected": fold.expects_end(record, data)}
         if fold.is_ok(record, data):  # for this worker it is no crash: readers of 0.1 see that, too
             told = {"expected": True, "ok": True}
-        return author.draft(events.EXITED, sid, {**data, **told})
+        return (author.draft(events.EXITED, sid, {**data, **told}),)
 
     return Step(sid, step)
 
@@ -450,16 +450,18 @@ def _plain(
     of: int | None = None,
 ) -> Step:
     part = author.draft(kind, sid, data)
+    drafts, given = (part,), part.data
 
-    def step(written: Tip) -> Draft | None:
+    def step(written: Tip) -> Sequence[Draft]:
         record = written.get(sid)
-        _check(record, sid, expect, of)
-        if fold.is_repeat(kind, record, part.data):
-            return None
+        if expect is not None or of is not None:
+            _check(record, sid, expect, of)
+        if fold.is_repeat(kind, record, given):
+            return ()
         fold.refuse(kind, sid, record)
         if record is not None and kind == events.UPDATED:
-            _refuse_growth(record, part.data)
-        return part
+            _refuse_growth(record, given)
+        return drafts
 
     return Step(sid, step)
 
@@ -525,20 +527,13 @@ class _Ahead:
 def decide_all(steps: Sequence[Step]) -> Decide:
     """Decide all steps on top of each other: all of them are written, or none."""
     if len(steps) == 1:
-        only = steps[0].decide
-
-        def decide_one(written: Tip) -> Sequence[Draft]:
-            part = only(written)
-            return () if part is None else (part,)
-
-        return decide_one
+        return steps[0].decide
 
     def decide(written: Tip) -> list[Draft]:
         ahead = _Ahead(written, written.seq)
         drafts: list[Draft] = []
         for step in steps:
-            part = step.decide(ahead)
-            if part is not None:
+            for part in step.decide(ahead):
                 ahead.take(part)
                 drafts.append(part)
         return drafts
@@ -553,12 +548,12 @@ def unless_changed(step: Step, conflicts: set[str] | None = None) -> Step:
     """
     noted = set[str]() if conflicts is None else conflicts
 
-    def decide(written: Tip) -> Draft | None:
+    def decide(written: Tip) -> Sequence[Draft]:
         noted.discard(step.sid)  # it may be asked more than once
         try:
             return step.decide(written)
         except (StaleRevision, InvalidTransition, WorkerNotFound):
             noted.add(step.sid)
-            return None
+            return ()
 
     return Step(step.sid, decide)
