@@ -15,7 +15,7 @@ from crewlog.errors import (
     SegmentMissing,
     SnapshotCorrupt,
 )
-from crewlog.local import layout
+from crewlog.local import disk, layout
 from crewlog_compactor import compact, verify
 from faults import FailingDisk, active_segment, another_boot, empty_redo, registry_on
 from procs import files, tree
@@ -370,13 +370,13 @@ def test_leftover_temporaries_never_block(place: Path) -> None:
     """What a killed process left under a temporary name is swept."""
     filled(place)
     for folder in (".", layout.LOG, layout.ARCHIVE):
-        path = place / folder / f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
+        path = place / folder / f"{disk.TEMPORARY_PREFIX}{os.getpid()}"
         path.write_bytes(b"x")
         path.chmod(0o600)
     with crewlog.open(place) as reg:
         compact(reg, gc=False)
         compact(reg, gc=False)
-    assert not list(place.rglob(f"{layout.TEMPORARY_PREFIX}*"))
+    assert not list(place.rglob(f"{disk.TEMPORARY_PREFIX}*"))
     assert verify(place).ok
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import crewlog
-from crewlog.local import layout
+from crewlog.local import disk, layout
 from procs import Crew, kill
 
 pytestmark = [
@@ -68,7 +68,7 @@ class Trace:
             if at.startswith(self.place):
                 if f"{source_at}/{source}" in self.unsynced:
                     self.early.append(f"{new} got its name before its bytes were synced")
-                if not new.startswith(layout.TEMPORARY_PREFIX) and new != layout.SNAPSHOT_PREV:
+                if not new.startswith(disk.TEMPORARY_PREFIX) and new != layout.SNAPSHOT_PREV:
                     self.unnamed.add(at)
 
     def _written(self, fd: int, path: str) -> None:

@@ -13,7 +13,7 @@ import atheris
 
 with atheris.instrument_imports(include=["crewlog", "crewlog_compactor"]):
     from crewlog.errors import CrewlogError
-    from crewlog.local import heads, redo
+    from crewlog.local import cursors, heads, leases, redo
     from crewlog.model import chain, codec
     from crewlog.model.codec import DocumentError, LineError
     from crewlog.model.snapshot import decode_snapshot
@@ -41,8 +41,8 @@ def one(data: bytes) -> None:
             case _:
                 heads.decode_append_state(rest)
                 heads.decode_durable_head(rest)
-                heads.decode_beat(rest)
-                heads.decode_slots(rest)
+                leases.decode_beat(rest)
+                cursors.decode_slots(rest)
     except (LineError, DocumentError, CrewlogError):
         return
 

@@ -22,7 +22,7 @@ from crewlog.errors import (
 )
 from crewlog.local import layout, reader, segments
 from crewlog.local.directory import Directory
-from crewlog.local.heads import Position
+from crewlog.model.chain import Position
 from crewlog.model.events import Event
 from crewlog.process import identity
 from crewlog.registry import Registry

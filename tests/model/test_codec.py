@@ -5,8 +5,8 @@ import re
 import pytest
 
 from crewlog.errors import FormatTooNew
-from crewlog.local import heads
-from crewlog.local.heads import Slot
+from crewlog.local import cursors, heads
+from crewlog.local.cursors import Slot
 from crewlog.model import codec, events
 from crewlog.model.codec import LineError
 from crewlog.model.snapshot import Snapshot, decode_snapshot, encode_snapshot
@@ -115,13 +115,13 @@ def test_states_damaged_anywhere_are_unreadable() -> None:
     head = heads.DurableHead(9, b"b" * 16, 1, 2, 2, 3, place=4, poisoned=True, errno=5)
     assert heads.decode_append_state(heads.encode_append_state(state)) == state
     assert heads.decode_durable_head(heads.encode_durable_head(head)) == head
-    slots = heads.encode_slot(Slot(4, 7)), heads.encode_slot(Slot(3, 9))
-    assert heads.decode_slots(b"".join(slots)) == heads.decode_slots(b"".join(slots[::-1]))
-    assert heads.decode_slots(slots[0][:-1] + b"x" + slots[1]) == Slot(3, 9)
+    slots = cursors.encode_slot(Slot(4, 7)), cursors.encode_slot(Slot(3, 9))
+    assert cursors.decode_slots(b"".join(slots)) == cursors.decode_slots(b"".join(slots[::-1]))
+    assert cursors.decode_slots(slots[0][:-1] + b"x" + slots[1]) == Slot(3, 9)
     for data, decode in (
         (heads.encode_append_state(state), heads.decode_append_state),
         (heads.encode_durable_head(head), heads.decode_durable_head),
-        (heads.encode_slot(Slot(4, 7)), heads.decode_slots),
+        (cursors.encode_slot(Slot(4, 7)), cursors.decode_slots),
     ):
         assert decode(data[:-1]) is None
         for index in range(len(data)):

@@ -107,7 +107,7 @@ def _put(directory: Directory, name: str, data: bytes, first: int) -> None:
     Raises: ArchiveDamaged where it does not read back as it was written.
     """
     via, shelf = directory.disk, directory[layout.ARCHIVE]
-    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}{os.getpid()}"
     disk.write_new(via, temporary, archive.pack(data, archive.packing_of(name)), at=shelf)
     where = directory.where(layout.ARCHIVE, temporary)
     packed = disk.read_all(temporary, at=shelf, where=where, limit=SNAPSHOT_BYTES_MAX)

@@ -364,7 +364,7 @@ def _rewrite(at: Directory, part: _Part) -> str:
         held = disk.read_all(part.name, at=folder, where=where, limit=limit)
         aside = _quarantine(at, f"{part.name}.before-repair", held)
     data = b"".join(part.lines)
-    temporary = f"{layout.TEMPORARY_PREFIX}repair-{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}repair-{os.getpid()}"
     sweep(at, part.folder)
     if part.archived:
         data = archive.pack(data, archive.packing_of(part.archived))

@@ -17,7 +17,6 @@ from typing import Final
 from crewlog.errors import ArchiveDamaged, SnapshotCorrupt
 from crewlog.local import layout, snapshot
 from crewlog.local.directory import Directory
-from crewlog.local.heads import Position
 from crewlog.local.log import Log
 from crewlog.local.reader import first_line, walk
 from crewlog.local.segments import (
@@ -31,6 +30,7 @@ from crewlog.local.segments import (
 )
 from crewlog.local.snapshot import refold
 from crewlog.model import events
+from crewlog.model.chain import Position
 from crewlog.model.events import JsonObject
 from crewlog.model.sieve import Sieve, type_needle
 from crewlog.model.snapshot import Snapshot

@@ -33,7 +33,7 @@ def _look(
     directory: Directory, folder: str, name: str, fd: int, report: Callable[[str, str, str], None]
 ) -> None:
     relative = str(Path(folder) / name)
-    temporary = layout.is_temporary(name)
+    temporary = disk.is_temporary(name)
     if not folder and name not in _KNOWN and not temporary:
         report("stray_file", relative, "this is no file of a store")
     elif folder in {layout.LOG, layout.ARCHIVE} and not _is_of_history(folder, name):

@@ -236,7 +236,7 @@ def _finish(made: Newborn, opened: Descriptors, via: Disk) -> None:
     states.close()
     redo.make(newborn)
     via.sync_directory(root)
-    temporary = f"{layout.TEMPORARY_PREFIX}store-{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}store-{os.getpid()}"
     disk.write_new(via, temporary, made.identity, at=root)
     via.link(temporary, layout.STORE, at=root, new_at=root)
     via.unlink(temporary, at=root)
@@ -247,7 +247,7 @@ def _sweep_leftovers(opened: Descriptors, via: Disk, *, where: str) -> None:
     """Remove what an interrupted creation left; require_newborn made sure that it is only that."""
     root = opened.fds[""]
     for name in disk.names(root, where=where):
-        if name in layout.NEWBORN or layout.is_temporary(name):
+        if name in layout.NEWBORN or disk.is_temporary(name):
             via.unlink(name, at=root)
     for directory in (layout.LOG, layout.HEAD):
         for name in disk.names(opened.fds[directory], where=where):

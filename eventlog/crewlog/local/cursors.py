@@ -5,18 +5,42 @@ Losing the last write in a power cut only delivers again what was delivered: at 
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy, RegistryClosed
-from crewlog.local import disk, heads, layout
+from crewlog.local import disk, layout
 from crewlog.local.directory import Directory
 from crewlog.local.disk import Disk
-from crewlog.local.heads import Slot
 from crewlog.local.lock import take
+from crewlog.model.shape import Shape
 from crewlog.store import Standing
 
 TEMPORARY_AGE_S: Final = 3600.0
+
+
+class Slot(NamedTuple):
+    """One of the two positions of a cursor; that of the higher generation counts.
+
+    `digest` is codec.short_digest of the line `seq`; version 0.1 left its bytes 0: not known.
+    """
+
+    generation: int
+    seq: int
+    digest: int = 0
+
+
+_SLOT: Final = Shape(b"crewlogC", "QQI")
+SLOT_BYTES: Final = _SLOT.size
+encode_slot: Final[Callable[[Slot], bytes]] = _SLOT.pack
+
+
+def decode_slots(data: bytes) -> Slot | None:
+    """Read a cursor's file; return the newest whole slot, None if there is none."""
+    slots = (data[:SLOT_BYTES], data[SLOT_BYTES : 2 * SLOT_BYTES])
+    fields = [_SLOT.unpack(slot) for slot in slots]
+    return max((Slot._make(whole) for whole in fields if whole is not None), default=None)
 
 
 def read(directory: Directory, name: str) -> Standing | None:
@@ -32,7 +56,7 @@ def read(directory: Directory, name: str) -> Standing | None:
             )
         except FileNotFoundError:
             return None
-    newest = heads.decode_slots(data)
+    newest = decode_slots(data)
     if newest is None:
         raise CursorCorrupt(where, name)
     return Standing(name, newest.seq, digest=newest.digest)
@@ -42,7 +66,7 @@ def every(directory: Directory) -> list[Standing]:
     """Read every cursor; a damaged one hides no other."""
     found = []
     for name in directory.names(layout.CURSORS):
-        if layout.is_temporary(name):
+        if disk.is_temporary(name):
             continue
         try:
             standing = read(directory, name)
@@ -75,7 +99,7 @@ class Cursor:
         except BaseException:
             self._lock.close()
             raise
-        newest = heads.decode_slots(disk.read_at(self._fd, 0, 2 * heads.SLOT_BYTES))
+        newest = decode_slots(disk.read_at(self._fd, 0, 2 * SLOT_BYTES))
         if newest is None:
             self.close()
             raise CursorCorrupt(where, name)
@@ -95,10 +119,10 @@ class Cursor:
             raise RegistryClosed(f"cursor {self.name}")
         self._generation += 1
         slot = self._generation % 2
-        data = heads.encode_slot(Slot(self._generation, seq, digest))
+        data = encode_slot(Slot(self._generation, seq, digest))
         where = self._directory.where(layout.CURSORS, self.name)
         with disk.failures("cannot move the cursor", where=where):
-            self._directory.disk.overwrite(self._fd, data, slot * heads.SLOT_BYTES)
+            self._directory.disk.overwrite(self._fd, data, slot * SLOT_BYTES)
         self.seq, self.digest = seq, digest
 
     def close(self) -> None:
@@ -117,11 +141,11 @@ class Cursor:
 def _create(directory: Directory, name: str, start: int, digest: int) -> None:
     """Put a whole cursor in place at once: link never replaces one that another was faster with."""
     via, at = directory.disk, directory[layout.CURSORS]
-    temporary = f"{layout.TEMPORARY_PREFIX}{os.urandom(8).hex()}"  # threads create cursors too
+    temporary = f"{disk.TEMPORARY_PREFIX}{os.urandom(8).hex()}"  # threads create cursors too
     where = directory.where(layout.CURSORS, name)
     with disk.failures("cannot create the cursor", where=where):
         slots = (Slot(1, start, digest), Slot(0, start, digest))
-        _put(via, temporary, name, b"".join(map(heads.encode_slot, slots)), at=at)
+        _put(via, temporary, name, b"".join(map(encode_slot, slots)), at=at)
         via.sync_directory(at)
 
 
@@ -138,7 +162,7 @@ def _put(via: Disk, temporary: str, name: str, data: bytes, *, at: int) -> None:
 def sweep(directory: Directory, *, now: float) -> None:
     """Remove what creations that were killed left, once it is so old that no living one has it."""
     at = directory[layout.CURSORS]
-    for name in filter(layout.is_temporary, directory.names(layout.CURSORS)):
+    for name in filter(disk.is_temporary, directory.names(layout.CURSORS)):
         with suppress(FileNotFoundError):
             if now - os.stat(name, dir_fd=at).st_mtime > TEMPORARY_AGE_S:
                 directory.disk.unlink(name, at=at)

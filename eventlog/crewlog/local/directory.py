@@ -194,7 +194,7 @@ def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
     found = disk.names(root, where=str(path))
     known = {*layout.DIRECTORIES, *layout.NEWBORN}
-    strangers = [name for name in found if name not in known and not layout.is_temporary(name)]
+    strangers = [name for name in found if name not in known and not disk.is_temporary(name)]
     for name in layout.DIRECTORIES:
         if name in found:
             strangers += _strangers(root, path, name)
@@ -218,7 +218,7 @@ def _strangers(root: int, path: Path, name: str) -> list[str]:
     fd = disk.open_directory(name, at=root, where=str(path / name))
     try:
         allowed, there = _NEWBORN.get(name, frozenset()), disk.names(fd, where=str(path / name))
-        found = [n for n in there if n not in allowed and not layout.is_temporary(n)]
+        found = [n for n in there if n not in allowed and not disk.is_temporary(n)]
         first = layout.segment_name(1)
         if name == layout.LOG and first in there:
             where = str(path / name / first)

@@ -34,11 +34,13 @@ from crewlog.errors import (
     UnsafePermissions,
     from_oserror,
 )
-from crewlog.local import layout
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644  # of metrics alone, which name no worker
+# A temporary file that a killed writer left is swept by the next holder of its lock; in cursors/,
+# where there is none, once it is old.
+TEMPORARY_PREFIX: Final = ".tmp-"
 WRITE_BYTES_MAX: Final = 16 * 1024 * 1024
 # A directory that changed within so long may change again at the same tick of its clock.
 STAMP_SETTLED_NS: Final = 20_000_000
@@ -250,7 +252,7 @@ def replace_file(via: Disk, path: Path, data: bytes, *, public: bool = False) ->
         if not (stat.S_ISREG(there) or stat.S_ISLNK(there) or stat.S_ISDIR(there)):
             raise _unsafe(str(path), "it is a device or a pipe", "Name a file, or a new one")
     at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = f"{layout.TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
+    temporary = f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
     try:
         write_new(via, temporary, data, at=at)
         try:
@@ -353,6 +355,11 @@ def place_of(fd: int) -> int:
 def size_of(fd: int) -> int:
     """Return a file's size without an fstat (see Stamp); its offset is not to be relied on."""
     return os.lseek(fd, 0, os.SEEK_END)
+
+
+def is_temporary(name: str) -> bool:
+    """Say whether a file is one that its writer had not finished."""
+    return name.startswith(TEMPORARY_PREFIX)
 
 
 def exists(name: str, *, at: int) -> bool:

@@ -7,37 +7,24 @@ writer. Cursors and a worker's beat are encoded in the same way.
 """
 
 import os
-import struct
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from crewlog import host
 from crewlog.errors import RegistryClosed
 from crewlog.local import disk, layout
 from crewlog.local.directory import Directory
+from crewlog.model.chain import Position
+from crewlog.model.shape import TORN_READ_TRIES, Shape
 
 if TYPE_CHECKING:
     from crewlog.local.futex import Word
 
 T = TypeVar("T")
-TORN_READ_TRIES: Final = 50
 CROWD_WAKES: Final = 256
 _NONE: Final = -1
-
-
-class Position(NamedTuple):
-    """A place between two lines: everything up to `seq` was read.
-
-    `segment` is the segment by its first seq, `offset` (bytes) that after the last line read there.
-    """
-
-    segment: int
-    offset: int
-    seq: int
 
 
 class AppendState(NamedTuple):
@@ -109,109 +96,26 @@ def durable(state: AppendState, *, base: int, after: DurableHead | None) -> Dura
     )
 
 
-# A magic word, the fields in order, and the CRC-32 of what stands before it.
-_APPEND_STATE: Final = struct.Struct("<8s16sQQQQQQ32s?3xI")
-_DURABLE_HEAD: Final = struct.Struct("<8sQ16sQQQQQ?3xiI")
-_SLOT: Final = struct.Struct("<8sQQII")
-_BEAT: Final = struct.Struct("<8s16sQI")
-_CRC: Final = struct.Struct("<I")
-_LENGTH: Final = struct.Struct("<H")
+_APPEND_STATE: Final = Shape(b"crewlogA", "16sQQQQQQ32s?3x")
+_DURABLE_HEAD: Final = Shape(b"crewlogD", "Q16sQQQQQ?3xi")
 _APPEND_WORD_AT: Final = 64  # the seq, of which the low half counts
 _HEAD_WORD_AT: Final = 8  # the generation, as above
-_APPEND_MAGIC: Final = b"crewlogA"
-_HEAD_MAGIC: Final = b"crewlogD"
-_SLOT_MAGIC: Final = b"crewlogC"
-_BEAT_MAGIC: Final = b"crewlogB"
 APPEND_STATE_BYTES: Final = _APPEND_STATE.size
 DURABLE_HEAD_BYTES: Final = _DURABLE_HEAD.size
-SLOT_BYTES: Final = _SLOT.size
-BEAT_BYTES: Final = _BEAT.size
-LEASE_BYTES_MAX: Final = 4096  # of a lease file: a beat, and what the worker says of itself
+encode_append_state: Final[Callable[[AppendState], bytes]] = _APPEND_STATE.pack
+encode_durable_head: Final[Callable[[DurableHead], bytes]] = _DURABLE_HEAD.pack
 
 
 def decode_append_state(data: bytes) -> AppendState | None:
     """Read append.state; None means absent, torn or damaged, so: rebuild it from the segments."""
-    fields = _unpack(data, _APPEND_STATE, _APPEND_MAGIC)
-    return None if fields is None else AppendState._make(fields[1:-1])
+    fields = _APPEND_STATE.unpack(data)
+    return None if fields is None else AppendState._make(fields)
 
 
 def decode_durable_head(data: bytes) -> DurableHead | None:
     """Read head/durable; None means absent, torn or damaged."""
-    fields = _unpack(data, _DURABLE_HEAD, _HEAD_MAGIC)
-    return None if fields is None else DurableHead._make(fields[1:-1])
-
-
-class Slot(NamedTuple):
-    """One of the two positions of a cursor; that of the higher generation counts.
-
-    `digest` is codec.short_digest of the line `seq`; version 0.1 left its bytes 0: not known.
-    """
-
-    generation: int
-    seq: int
-    digest: int = 0
-
-
-def decode_slots(data: bytes) -> Slot | None:
-    """Read a cursor's file; return the newest whole slot, None if there is none."""
-    slots = (data[:SLOT_BYTES], data[SLOT_BYTES : 2 * SLOT_BYTES])
-    fields = [_unpack(slot, _SLOT, _SLOT_MAGIC) for slot in slots]
-    return max((Slot._make(found[1:-1]) for found in fields if found is not None), default=None)
-
-
-class Beat(NamedTuple):
-    """The last beat of a worker: when, by which monotonic clock (identity.clock_bytes)."""
-
-    boot: bytes
-    at_ns: int
-
-
-def decode_beat(data: bytes) -> Beat | None:
-    """Read a lease file; None means no beat yet, torn or damaged."""
-    fields = _unpack(data[:BEAT_BYTES], _BEAT, _BEAT_MAGIC)
-    return None if fields is None else Beat._make(fields[1:-1])
-
-
-def encode_said(said: bytes) -> bytes:
-    """Write what stands behind a beat: what the worker says of itself, its length and CRC-32."""
-    body = _LENGTH.pack(len(said)) + said
-    return body + _CRC.pack(zlib.crc32(body))
-
-
-def decode_said(data: bytes) -> bytes | None:
-    """Read what a worker says of itself from a whole lease file; b"" for nothing, None if torn."""
-    body = data[BEAT_BYTES:]
-    if len(body) < _LENGTH.size:
-        return b""
-    end = _LENGTH.size + _LENGTH.unpack_from(body)[0]
-    if body[end : end + _CRC.size] != _CRC.pack(zlib.crc32(body[:end])):
-        return None
-    return body[_LENGTH.size : end]
-
-
-def _pack(shape: struct.Struct, magic: bytes, fields: Iterable[object]) -> bytes:
-    body = shape.pack(magic, *fields, 0)[: -_CRC.size]
-    return body + _CRC.pack(zlib.crc32(body))
-
-
-def _unpack(data: bytes, shape: struct.Struct, magic: bytes) -> tuple[object, ...] | None:
-    """Return magic, fields and CRC; None if the bytes are not what was written."""
-    if len(data) != shape.size:
-        return None
-    found = shape.unpack(data)
-    whole = found[0] == magic and found[-1] == zlib.crc32(data[: -_CRC.size])
-    return found if whole else None
-
-
-# Each writes one fixed-size struct and its CRC-32.
-encode_append_state: Final[Callable[[AppendState], bytes]] = partial(
-    _pack, _APPEND_STATE, _APPEND_MAGIC
-)
-encode_durable_head: Final[Callable[[DurableHead], bytes]] = partial(
-    _pack, _DURABLE_HEAD, _HEAD_MAGIC
-)
-encode_slot: Final[Callable[[Slot], bytes]] = partial(_pack, _SLOT, _SLOT_MAGIC)
-encode_beat: Final[Callable[[Beat], bytes]] = partial(_pack, _BEAT, _BEAT_MAGIC)
+    fields = _DURABLE_HEAD.unpack(data)
+    return None if fields is None else DurableHead._make(fields)
 
 
 # -- the files -----------------------------------------------------------------------------

@@ -51,16 +51,8 @@ SEGMENT_DIGITS: Final = 20
 # In archive/: the state after the event of that seq, compressed, so that a past one is soon told.
 STATE_PREFIX: Final = "state-"
 STATE_SUFFIX: Final = ".json.gz"
-# A temporary file that a killed writer left is swept by the next holder of its lock; in cursors/,
-# where there is none, once it is old.
-TEMPORARY_PREFIX: Final = ".tmp-"
 
 SMALL_FILE_BYTES_MAX: Final = 4096
-
-
-def is_temporary(name: str) -> bool:
-    """Say whether a file is one that its writer had not finished."""
-    return name.startswith(TEMPORARY_PREFIX)
 
 
 def segment_name(first_seq: int) -> str:

@@ -10,19 +10,20 @@ beats end with the boot.
 import contextlib
 import os
 import re
+import struct
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
-from crewlog.local import disk, heads, layout
+from crewlog.local import disk, layout
 from crewlog.local.directory import Directory
-from crewlog.local.heads import Beat
 from crewlog.local.lock import Lock, take
 from crewlog.model import arguments
 from crewlog.model.events import Worker
+from crewlog.model.shape import TORN_READ_TRIES, Shape, with_crc
 from crewlog.process import identity
 from crewlog.process.liveness import LeaseSeen, LeaseState
 
@@ -31,8 +32,44 @@ LEASE_TRIES: Final = 8
 _MARK: Final = "~"  # in no sid
 _TOKEN: Final = re.compile(r"[0-9a-f]{8}(?:[0-9a-f]{16})?|turn")
 _TOKEN_CHARS: Final = 24
+_LENGTH: Final = struct.Struct("<H")
+_CRC_BYTES: Final = 4
 # Held until this process ends, whatever becomes of the registry that took them.
 _kept: "list[Lease]" = []
+
+
+class Beat(NamedTuple):
+    """The last beat of a worker: when, by which monotonic clock (identity.clock_bytes)."""
+
+    boot: bytes
+    at_ns: int
+
+
+_BEAT: Final = Shape(b"crewlogB", "16sQ")
+LEASE_BYTES_MAX: Final = 4096  # of a lease file: a beat, and what the worker says of itself
+encode_beat: Final[Callable[[Beat], bytes]] = _BEAT.pack
+
+
+def decode_beat(data: bytes) -> Beat | None:
+    """Read a lease file; None means no beat yet, torn or damaged."""
+    fields = _BEAT.unpack(data[: _BEAT.size])
+    return None if fields is None else Beat._make(fields)
+
+
+def _encode_said(said: bytes) -> bytes:
+    """Write what stands behind a beat: what the worker says of itself, its length and CRC-32."""
+    return with_crc(_LENGTH.pack(len(said)) + said)
+
+
+def _decode_said(data: bytes) -> bytes | None:
+    """Read what a worker says of itself from a whole lease file; b"" for nothing, None if torn."""
+    body = data[_BEAT.size :]
+    if len(body) < _LENGTH.size:
+        return b""
+    end = _LENGTH.size + _LENGTH.unpack_from(body)[0]
+    if body[: end + _CRC_BYTES] != with_crc(body[:end]):
+        return None
+    return body[_LENGTH.size : end]
 
 
 class Lease:
@@ -145,8 +182,8 @@ def beat(directory: Directory, name: str, said: bytes | None = None) -> bool:
         try:
             disk.require_one_name(fd, where=where)
             now = Beat(identity.clock_bytes(), time.monotonic_ns())
-            more = b"" if said is None else heads.encode_said(said)
-            directory.disk.overwrite(fd, heads.encode_beat(now) + more)
+            more = b"" if said is None else _encode_said(said)
+            directory.disk.overwrite(fd, encode_beat(now) + more)
         finally:
             os.close(fd)
     return True
@@ -181,9 +218,9 @@ def look(directory: Directory, name: str) -> LeaseSeen:
 
 def _last_beat(fd: int) -> tuple[float | None, bytes]:
     """Return how old the last beat is in seconds, None if unknown, and what the worker said."""
-    for _ in range(heads.TORN_READ_TRIES):
-        data = disk.read_at(fd, 0, heads.LEASE_BYTES_MAX)
-        last, said = heads.decode_beat(data), heads.decode_said(data)
+    for _ in range(TORN_READ_TRIES):
+        data = disk.read_at(fd, 0, LEASE_BYTES_MAX)
+        last, said = decode_beat(data), _decode_said(data)
         if last is not None and said is not None:
             if last.boot != identity.clock_bytes():
                 return None, b""

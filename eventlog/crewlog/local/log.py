@@ -17,7 +17,7 @@ from crewlog.local import ages, disk, heads, layout, recovery, snapshot
 from crewlog.local.append import Appender
 from crewlog.local.cursors import Cursors
 from crewlog.local.directory import Directory, incomplete
-from crewlog.local.heads import DurableHead, Position, States
+from crewlog.local.heads import DurableHead, States
 from crewlog.local.leases import Leases
 from crewlog.local.listen import HeadChannel
 from crewlog.local.lock import Lock, take
@@ -25,6 +25,7 @@ from crewlog.local.reader import Reader, backwards, first_line, segment_headers
 from crewlog.local.segments import Segments
 from crewlog.local.view import View
 from crewlog.model import events, steps
+from crewlog.model.chain import Position
 from crewlog.model.events import JsonObject, Line, Record
 from crewlog.model.fold import Fold
 from crewlog.model.limits import LOCK_WAIT_S, Limits

@@ -10,10 +10,9 @@ from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMiss
 from crewlog.local import layout
 from crewlog.local.directory import Directory
 from crewlog.local.disk import Stamp
-from crewlog.local.heads import Position
 from crewlog.local.segments import HEADER_BYTES, Segment, Segments, start_of
 from crewlog.model import codec, events
-from crewlog.model.chain import follows, is_end
+from crewlog.model.chain import Position, follows, is_end
 from crewlog.model.codec import LineError
 from crewlog.model.events import Line
 from crewlog.model.fold import FoldError

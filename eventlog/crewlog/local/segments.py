@@ -17,8 +17,8 @@ from crewlog.host import Closing
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
-from crewlog.local.heads import Position
 from crewlog.model import codec
+from crewlog.model.chain import Position
 from crewlog.model.codec import LineError
 from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
 
@@ -314,7 +314,7 @@ def put(directory: Directory, first: int, header: bytes) -> None:
     interruption. Held by the caller: locks/append.
     """
     via, at = directory.disk, directory[layout.LOG]
-    temporary = f"{layout.TEMPORARY_PREFIX}{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}{os.getpid()}"
     sweep(directory, layout.LOG)
     disk.write_new(via, temporary, header, at=at)
     try:
@@ -326,5 +326,5 @@ def put(directory: Directory, first: int, header: bytes) -> None:
 def sweep(directory: Directory, part: str) -> None:
     """Remove temporary files; the lock that the caller holds proves that no writer has one open."""
     for name in directory.names(part):
-        if layout.is_temporary(name):
+        if disk.is_temporary(name):
             directory.disk.unlink(name, at=directory[part])

@@ -28,10 +28,10 @@ from crewlog.errors import (
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.directory import Directory
-from crewlog.local.heads import Position
 from crewlog.local.reader import Reader, corrupt, first_line
 from crewlog.local.segments import Segments, unpacked
 from crewlog.model import events
+from crewlog.model.chain import Position
 from crewlog.model.codec import DocumentError
 from crewlog.model.events import Line
 from crewlog.model.fold import FoldError
@@ -126,7 +126,7 @@ def put_base(directory: Directory, snapshot: Snapshot) -> str:
     Returns its sha256.
     """
     via, shelf = directory.disk, directory[layout.ARCHIVE]
-    temporary = f"{layout.TEMPORARY_PREFIX}base-{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}base-{os.getpid()}"
     written = _written(directory, snapshot, temporary, inside=layout.ARCHIVE)
     via.rename(temporary, layout.BASE, at=shelf)
     via.sync_directory(shelf)
@@ -175,7 +175,7 @@ def read_kept(directory: Directory, seq: int) -> Snapshot | None:
 def keep(directory: Directory, snapshot: Snapshot) -> None:
     """Keep a state of the past; durable on return. Held: locks/compact."""
     via, shelf = directory.disk, directory[layout.ARCHIVE]
-    temporary = f"{layout.TEMPORARY_PREFIX}state-{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}state-{os.getpid()}"
     packed = archive.pack(encode_snapshot(snapshot), "gzip")
     disk.write_new(via, temporary, packed, at=shelf)
     via.rename(temporary, layout.state_name(snapshot.last_seq), at=shelf)
@@ -246,7 +246,7 @@ def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
     back as written.
     """
     via, root = directory.disk, directory.root
-    temporary = f"{layout.TEMPORARY_PREFIX}snapshot-{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}snapshot-{os.getpid()}"
     current = load(directory)
     if current.snapshot is not None and current.snapshot.last_seq > snapshot.last_seq:
         raise LogRegressed(
@@ -278,7 +278,7 @@ def _written(
 def _keep_previous(directory: Directory) -> None:
     """Give the current snapshot its second name, by way of a temporary one: link never replaces."""
     via, root = directory.disk, directory.root
-    temporary = f"{layout.TEMPORARY_PREFIX}previous-{os.getpid()}"
+    temporary = f"{disk.TEMPORARY_PREFIX}previous-{os.getpid()}"
     via.link(layout.SNAPSHOT, temporary, at=root, new_at=root)
     via.rename(temporary, layout.SNAPSHOT_PREV, at=root)
 

@@ -60,7 +60,18 @@ def follow(
     return hash_after(line, raw).hex()
 
 
-# -- a tail ---------------------------------------------------------------------------------
+# -- a place, and a tail -------------------------------------------------------------------
+
+
+class Position(NamedTuple):
+    """A place between two lines of a directory's log: everything up to `seq` was read.
+
+    `segment` is the segment by its first seq, `offset` (bytes) that after the last line read there.
+    """
+
+    segment: int
+    offset: int
+    seq: int
 
 
 class Scan(NamedTuple):
