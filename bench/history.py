@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import crewlog
-from crewlog.local import directory, layout
+from crewlog.local import layout
 from crewlog.local.segments import Segments
 from crewlog.model.arguments import Packing
 from crewlog.registry import Registry
@@ -153,7 +153,7 @@ def _sizes(home: Path, reg: Registry, packed: dict[Packing, Registry]) -> dict[s
         for path in (copy.path / layout.ARCHIVE).iterdir():
             if layout.first_seq_of(path.name) is not None:
                 total += path.stat().st_size
-        last = Segments(directory.open_existing(copy.path)).in_log()[0] - 1
+        last = Segments(layout.open_existing(copy.path)).in_log()[0] - 1
         return total / last
 
     log = sum(path.stat().st_size for path in (reg.path / layout.LOG).iterdir())

@@ -9,7 +9,7 @@ import pytest
 from crewlog import host
 from crewlog.errors import ArchiveDamaged, CompactedError, SnapshotCorrupt, Unsupported
 from crewlog.local import layout, snapshot
-from crewlog.local.directory import Directory
+from crewlog.local.layout import Directory
 from crewlog.local.segments import Segment, Segments
 from crewlog.model import events
 from crewlog.model.arguments import Packing

@@ -23,13 +23,13 @@ from stores import opened
 # What a thread goes through that opens or creates, and one that appends, seals and reads; but for
 # what only computes.
 OPENING: Final = (
-    *("local/create", "local/directory", "local/disk", "local/place", "registry"),
+    *("local/create", "local/disk", "local/layout", "local/place", "registry"),
     "session",
 )
 WORKING: Final = (
     "queue",
-    *("local/append", "local/directory", "local/disk", "local/heads", "local/lock", "local/log"),
-    *("local/reader", "local/redo", "local/segments", "local/sync", "local/view"),
+    *("local/append", "local/disk", "local/heads", "local/layout", "local/lock", "local/log"),
+    *("local/redo", "local/segments", "local/sync", "local/view"),
 )
 FORKS_AT_ONCE: Final = 12  # they contend for the locks
 QUIET_ROUNDS: Final = 4  # after so many that met no new line, nearly all were met

@@ -13,7 +13,7 @@ import pytest
 import crewlog
 from crewlog import host
 from crewlog.errors import CrewlogError, HistoryRewound, LogCorrupt, LogRegressed
-from crewlog.local import ages, directory, layout
+from crewlog.local import layout, recovery
 from crewlog.local.heads import States
 from crewlog.local.segments import Segments
 from crewlog.registry import Registry
@@ -72,7 +72,7 @@ def test_files_of_different_ages_lose_nothing_acknowledged(
     copy, segment = grown(place, 1, 10)
     put_back(place, copy, *(segment if name == "SEGMENT" else name for name in aged))
     if look is read and aged == (HEAD,):
-        return  # byte for byte a leader that was killed before it published: see ages.py
+        return  # byte for byte a leader that was killed before it published: see recovery.py
     if look is read and aged == (STATE, HEAD):
         return  # as above
     assert look(place) == 1009
@@ -163,10 +163,10 @@ def test_backup_put_in_place_with_its_times_is_noticed_by_a_writer(place: Path) 
 
 def look(place: Path, rounds: int) -> int:
     """Look for a proof so often; return how many were claimed."""
-    opened_ = directory.open_existing(place)
+    opened_ = layout.open_existing(place)
     states = States(opened_)
     try:
-        return sum(ages.proof(Segments(opened_), states) is not None for _ in range(rounds))
+        return sum(recovery.proof(Segments(opened_), states) is not None for _ in range(rounds))
     finally:
         states.close()
 
@@ -431,8 +431,8 @@ def test_successor_whose_predecessors_seal_is_not_durable_is_a_proof(place: Path
         assert len(log.directory.names(layout.LOG)) == len(before) + 1
     with (place / HEAD).open("r+b") as file:
         file.write(place.with_name("head").read_bytes())
-    at = directory.open_existing(place)
-    found = ages.proof(Segments(at), States(at))
+    at = layout.open_existing(place)
+    found = recovery.proof(Segments(at), States(at))
     assert found is not None
     assert "seal is not durable" in found
     assert read(place) == 19
@@ -455,9 +455,9 @@ def test_writer_is_not_fooled_by_states_of_two_ages(place: Path) -> None:
     """Each state by itself fits the log; that they are of different ages is what is proven."""
     copy, _ = grown(place, 1, 10)
     put_back(place, copy, STATE)
-    at = directory.open_existing(place)
+    at = layout.open_existing(place)
     states, segments = States(at), Segments(at)
     state, head = states.append_state(), states.head()
     assert state is not None
     assert head is not None
-    assert "is durable, and only" in str(ages.proof_for_writer(segments, state, head))
+    assert "is durable, and only" in str(recovery.proof_for_writer(segments, state, head))

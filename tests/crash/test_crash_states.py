@@ -13,7 +13,7 @@ import pytest
 
 import stores
 from crewlog.errors import CrewlogError
-from crewlog.local import cursors, directory, layout
+from crewlog.local import cursors, layout
 from crewlog.registry import Registry
 from crewlog_compactor import collect, compact, repair, verify
 from faults import another_boot, registry_on
@@ -303,9 +303,9 @@ def test_every_crash_state_of_a_repair_is_repaired(
     folder = witness.folders[witness._ids[base.stat().st_ino]]
     folder.durable[layout.POISON] = witness._ids[(base / layout.POISON).stat().st_ino]
     witness.looking = True
-    real = directory.open_existing
+    real = layout.open_existing
     monkeypatch.setattr(
-        directory, "open_existing",
+        layout, "open_existing",
         lambda path, **_: real(path, via=witness if path == base else None),
     )  # fmt: skip
     assert repair(base, yes=True, accept_loss=[(1, 10_000)]).done

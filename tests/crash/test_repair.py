@@ -20,7 +20,7 @@ from crewlog.errors import (
     StorageFailed,
     StorePoisoned,
 )
-from crewlog.local import directory, layout
+from crewlog.local import layout
 from crewlog.model import codec
 from crewlog.model.items import Reset
 from crewlog_compactor import Anchor, RepairReport, anchor, compact, repair, verify
@@ -212,8 +212,8 @@ def test_mark_of_a_failed_sync_goes_last(place: Path, tmp_path: Path) -> None:
             deadly = FailingDisk()
             deadly.fault = lambda _: os.kill(os.getpid(), 9) if len(deadly.calls) > k else None
             with pytest.MonkeyPatch.context() as patch:
-                opening = functools.partial(directory.open_existing, via=deadly)
-                patch.setattr(directory, "open_existing", opening)
+                opening = functools.partial(layout.open_existing, via=deadly)
+                patch.setattr(layout, "open_existing", opening)
                 repair(here, yes=True)
 
         code = os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
@@ -419,8 +419,8 @@ def test_repair_that_fails_at_any_call_is_simply_run_again(
         disk.fault = at_k
         losses = repair(here).losses
         with pytest.MonkeyPatch.context() as patch:
-            opening = functools.partial(directory.open_existing, via=disk)
-            patch.setattr(directory, "open_existing", opening)
+            opening = functools.partial(layout.open_existing, via=disk)
+            patch.setattr(layout, "open_existing", opening)
             try:
                 done = repair(here, yes=True, accept_loss=losses)
             except CrewlogError:

@@ -1,5 +1,6 @@
 """One append: what it refuses, what it leaves behind, what it makes durable."""
 
+import errno
 import fcntl
 import os
 import time
@@ -10,12 +11,14 @@ import pytest
 
 from crewlog.errors import (
     AppendUncertain,
+    StorageFailed,
     UnsafePermissions,
     WorkerExists,
 )
-from crewlog.local import disk, layout
+from crewlog.local import disk, layout, redo
 from crewlog.local.disk import Disk
 from crewlog.local.heads import StateFile
+from crewlog.local.layout import Directory
 from crewlog.registry import Registry
 from crewlog_compactor import repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
@@ -36,6 +39,93 @@ def test_half_line_behind_a_seal_does_not_undo_the_seal(place: Path) -> None:
         other.register("b")
         assert files(other).head().segment == sealed.seq + 1, "it went on in the next segment"
     assert verify(place).findings == ()
+
+
+SETTLED_S = 0.05  # after so long a directory's time is one that a change would show in
+
+
+def _settle(reg: Registry) -> None:
+    """Let a writer know its places well, so that it goes straight on from here."""
+    time.sleep(SETTLED_S)
+    reg.update("a", meta={"settled": True})
+
+
+def test_own_seal_stands_though_the_rotation_was_not_finished(place: Path) -> None:
+    """The very process that sealed begins the next segment before it writes anything."""
+    with opened(place) as reg:
+        reg.register("a")
+        _settle(reg)
+        one = files(reg)._appender
+        sealed = one._run(lambda: one._seal(*one._ready()))
+        reg.update("a", meta={"n": 1})
+        assert files(reg).head().segment == sealed.seq + 1
+    assert verify(place).findings == ()
+
+
+def test_segment_that_was_replaced_is_looked_at_until_that_has_succeeded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that fails, here at the redo, is made again at the next change."""
+    with opened(place) as reg:
+        reg.register("a")
+        segment = active_segment(place)
+        copy = place / "copy"
+        copy.write_bytes(segment.read_bytes())
+        copy.chmod(0o600)
+        copy.rename(segment)
+        time.sleep(SETTLED_S)
+        with monkeypatch.context() as patch:
+            patch.setattr(redo, "read", _no_descriptor)
+            with pytest.raises(StorageFailed):
+                reg.update("a", meta={"n": 1})
+        looks: list[Directory] = []
+        real = redo.read
+
+        def look(directory: Directory) -> bytes:
+            looks.append(directory)
+            return real(directory)
+
+        monkeypatch.setattr(redo, "read", look)
+        reg.update("a", meta={"n": 1})
+        assert looks
+    assert verify(place).findings == ()
+
+
+def _no_descriptor(_: object) -> bytes:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_half_a_line_of_a_killed_writer_is_cut_by_a_writer_that_went_on(place: Path) -> None:
+    """However well it knows the log: it writes nothing behind what nobody acknowledged."""
+    with opened(place) as reg:
+        reg.register("a")
+        _settle(reg)
+        with active_segment(place).open("ab") as file:
+            file.write(b'{"v":1,"seq":')
+        reg.update("a", meta={"n": 1})
+        assert b'"seq":{' not in active_segment(place).read_bytes()
+    assert verify(place).findings == ()
+
+
+def test_lines_of_others_are_taken_over_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that looked at them before it took the lock does not fold them again under it."""
+    with opened(place) as reg, opened(place) as other:
+        reg.register("a")
+        _settle(reg)
+        writer = files(reg)._appender
+        real = writer._prepare
+
+        def prepare(*, knows: bool) -> None:
+            other.update("a", state="ready")  # which may not happen twice
+            writer._view.catch_up(writer._heads.append_state())  # type: ignore[arg-type]
+            other.update("a", meta={"n": 1})
+            real(knows=knows)
+
+        monkeypatch.setattr(writer, "_prepare", prepare)
+        time.sleep(SETTLED_S + 0.01)
+        assert reg.update("a", labels={"k": "v"}).meta["n"] == 1
+        monkeypatch.undo()
+        assert reg.update("a", labels={"k": "w"}).state == "ready"
 
 
 def test_snapshot_never_covers_more_than_durable_names(place: Path) -> None:

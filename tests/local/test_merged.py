@@ -20,8 +20,8 @@ from crewlog.errors import (
     SegmentMissing,
     StorageFailed,
 )
-from crewlog.local import layout, reader, segments
-from crewlog.local.directory import Directory
+from crewlog.local import layout, segments
+from crewlog.local.layout import Directory
 from crewlog.model.chain import Position
 from crewlog.model.events import Event
 from crewlog.process import identity
@@ -161,8 +161,8 @@ def test_writers_look_through_what_was_merged_meanwhile(reg: Registry) -> None:
     compacted(reg, 3)
     log = files(reg)
     head = log.head()
-    whole = b"".join(reader.raw_between(log.segments, Position(1, 0, 0), head.position))
-    parts = reader.raw_between(log.segments, Position(1, 0, 0), head.position)
+    whole = b"".join(segments.raw_between(log.segments, Position(1, 0, 0), head.position))
+    parts = segments.raw_between(log.segments, Position(1, 0, 0), head.position)
     found = [next(parts)]
     compacted(reg, 4)
     assert any("-" in one.name for one in segments.archives(log.directory))
@@ -333,7 +333,7 @@ def test_an_empty_archive_ends_a_writers_look(reg: Registry, place: Path) -> Non
     (place / layout.ARCHIVE / archived(place)[1]).write_bytes(b"")
     log = files(reg)
     with pytest.raises(ArchiveDamaged, match="empty"):
-        list(reader.raw_between(log.segments, Position(1, 0, 0), log.head().position))
+        list(segments.raw_between(log.segments, Position(1, 0, 0), log.head().position))
 
 
 @pytest.mark.parametrize("kind", ["link", "directory", "garbage", "mode"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from crewlog.local import archive, layout, snapshot
-from crewlog.local.directory import Directory, open_existing
+from crewlog.local.layout import Directory, open_existing
 from crewlog.local.segments import Segments
 from crewlog.model.events import Worker
 from crewlog.model.snapshot import Snapshot, encode_snapshot

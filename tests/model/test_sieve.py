@@ -3,9 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crewlog.local import reader
-from crewlog.local.reader import walk
-from crewlog.local.segments import Segment, start_of
+from crewlog.local import segments
+from crewlog.local.segments import Segment, start_of, walk
 from crewlog.model import codec
 from crewlog.model.sieve import Sieve
 
@@ -53,11 +52,11 @@ def test_sieve_finds_what_a_look_at_each_line_finds(
     ]
     source = Segment(1, "memory", data=_segment(rows))
     sieve = Sieve(needles, stamp.encode())
-    before, reader.SIEVE_BYTES = reader.SIEVE_BYTES, chunk  # type: ignore[misc]
+    before, segments.SIEVE_BYTES = segments.SIEVE_BYTES, chunk  # type: ignore[misc]
     try:
         steps = list(walk(source, start_of(1), sieve=sieve))
     finally:
-        reader.SIEVE_BYTES = before  # type: ignore[misc]
+        segments.SIEVE_BYTES = before  # type: ignore[misc]
     assert [seq for line, _, _, seq in steps if line is not None] == expected
     assert [line["seq"] for line, *_ in steps if line is not None] == expected
     if rows:

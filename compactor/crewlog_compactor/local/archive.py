@@ -19,7 +19,7 @@ from crewlog.errors import (
 )
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
-from crewlog.local.directory import Directory
+from crewlog.local.layout import Directory
 from crewlog.local.segments import (
     Archive,
     Segments,

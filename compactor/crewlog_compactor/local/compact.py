@@ -15,8 +15,7 @@ from typing import Final, TypedDict, cast
 from crewlog.errors import SegmentMissing, SnapshotCorrupt
 from crewlog.local import cursors, disk, layout, snapshot
 from crewlog.local.log import Log
-from crewlog.local.reader import Reader
-from crewlog.local.segments import start_of, sweep
+from crewlog.local.segments import Reader, start_of, sweep
 from crewlog.local.snapshot import refold
 from crewlog.model import events
 from crewlog.model.arguments import Packing

@@ -22,7 +22,6 @@ from crewlog import host
 from crewlog.errors import ArchiveDamaged, HistoryDiverged, LossRefused, SnapshotCorrupt
 from crewlog.local import (
     archive,
-    directory,
     disk,
     heads,
     layout,
@@ -30,8 +29,8 @@ from crewlog.local import (
     redo,
     snapshot,
 )
-from crewlog.local.directory import Directory
 from crewlog.local.heads import DurableHead, States
+from crewlog.local.layout import Directory
 from crewlog.local.log import Log
 from crewlog.local.segments import Segments, archive_file, sweep
 from crewlog.model import chain, codec, events
@@ -48,7 +47,7 @@ _QUARANTINE_MAX = 10_000
 
 def repair(place: Place, *, yes: bool, accept_loss: list[Range]) -> RepairReport:
     """Say what a repair would do, and with `yes` do it; see `crewlog_compactor.repair`."""
-    log = Log(directory.open_existing(place.path))
+    log = Log(layout.open_existing(place.path))
     try:
         if not yes:
             with disk.failures("cannot look into the store", where=str(place.path)):

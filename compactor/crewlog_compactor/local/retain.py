@@ -16,17 +16,18 @@ from typing import Final
 
 from crewlog.errors import ArchiveDamaged, SnapshotCorrupt
 from crewlog.local import layout, snapshot
-from crewlog.local.directory import Directory
+from crewlog.local.layout import Directory
 from crewlog.local.log import Log
-from crewlog.local.reader import first_line, walk
 from crewlog.local.segments import (
     Archive,
     Segments,
     archive_of,
     archives,
     covered_archives,
+    first_line,
     parts,
     start_of,
+    walk,
 )
 from crewlog.local.snapshot import refold
 from crewlog.model import events

@@ -7,7 +7,7 @@ from typing import Final
 
 from crewlog.errors import CrewlogError, StorageFailed
 from crewlog.local import cursors, disk, layout, leases
-from crewlog.local.directory import Directory
+from crewlog.local.layout import Directory
 
 _KNOWN: Final = frozenset(
     {

@@ -18,9 +18,9 @@ from crewlog.errors import (
     SnapshotCorrupt,
     UnsafePermissions,
 )
-from crewlog.local import ages, directory, disk, layout, recovery, redo, snapshot
-from crewlog.local.directory import Directory
+from crewlog.local import disk, layout, recovery, redo, snapshot
 from crewlog.local.heads import AppendState, DurableHead, States
+from crewlog.local.layout import Directory
 from crewlog.local.segments import Segments, archive_of, covered_archives
 from crewlog.model import chain, codec, events
 from crewlog.model.codec import LineError
@@ -46,7 +46,7 @@ def verify(
     """
     path = place.path
     try:
-        opened = directory.open_existing(path)
+        opened = layout.open_existing(path)
     except NotAStore as error:
         if not (path / layout.STORE).exists():  # what is not there at all is no finding about it
             raise
@@ -242,7 +242,7 @@ class _Verification(History):
         states = States(self.directory)
         try:
             states.head()
-            return not states.is_elsewhere(head) and not ages.proof(self.segments, states)
+            return not states.is_elsewhere(head) and not recovery.proof(self.segments, states)
         finally:
             states.close()
 

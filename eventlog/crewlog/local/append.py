@@ -8,7 +8,7 @@ Format
 
 Valid if and only if
     A line counts once head/durable covers it, if that was written in this boot, to this file, and
-    the files are of one age (ages.py). Else a line counts if it lies in the valid prefix of the
+    the files are of one age (recovery.py). Else a line counts if it lies in the valid prefix of the
     last segment, as the redo completes it (redo.py) and recovery.decide judges it.
 
 Order of changes
@@ -74,10 +74,10 @@ from crewlog.errors import (
     StoreMissing,
     from_oserror,
 )
-from crewlog.local import ages, disk, heads, layout, recovery, redo
-from crewlog.local.directory import Directory, incomplete
+from crewlog.local import disk, heads, layout, recovery, redo
 from crewlog.local.disk import Stamp
 from crewlog.local.heads import AppendState, DurableHead, States
+from crewlog.local.layout import Directory, incomplete
 from crewlog.local.lock import Lock
 from crewlog.local.redo import Redo
 from crewlog.local.segments import Segment, Segments, put, sweep
@@ -184,7 +184,7 @@ class Appender:
             self._heads.renew()
             with disk.failures("cannot read the registry", where=self._where):
                 head = self._heads.head()
-                if self._left is None and ages.proof(self.segments, self._heads):
+                if self._left is None and recovery.proof(self.segments, self._heads):
                     return  # recovery comes first
             if head is not None and head.boot == self._boot and not self._heads.is_elsewhere(head):
                 with disk.failures("cannot read the log", where=self._where), self.mutex:
@@ -214,7 +214,7 @@ class Appender:
                 return state, head
             # Others have, in the same segment: their first line must follow our last one.
             if (
-                state.segment == left.segment == active.first
+                state.segment == left.segment
                 and state.seq > left.seq
                 and state.boot == head.boot == self._boot
                 and not self._heads.is_elsewhere(head)
@@ -269,7 +269,7 @@ class Appender:
         """Say whether the states tell of this log: of this boot, this file, one age."""
         if state.boot != self._boot or head.boot != self._boot or self._heads.is_elsewhere(head):
             return False
-        return known or ages.proof_for_writer(self.segments, state, head) is None
+        return known or recovery.proof_for_writer(self.segments, state, head) is None
 
     def _meet(self, state: AppendState, head: DurableHead) -> tuple[AppendState, DurableHead]:
         """Go on from states that this process has not left so: what it knew is read anew.

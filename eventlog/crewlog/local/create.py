@@ -13,9 +13,9 @@ from typing import NamedTuple, TypeAlias
 from crewlog import host
 from crewlog.errors import LogCorrupt, NotAStore, StoreMissing, UnsafePermissions, from_oserror
 from crewlog.local import disk, heads, layout, recovery, redo, snapshot
-from crewlog.local.directory import Descriptors, Directory, open_existing, require_newborn, unsafe
 from crewlog.local.disk import Disk
 from crewlog.local.heads import States
+from crewlog.local.layout import Descriptors, Directory, open_existing, require_newborn, unsafe
 from crewlog.local.lock import Lock
 from crewlog.local.segments import put
 from crewlog.model import chain, codec, events

@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 
 from crewlog.errors import CursorBusy, CursorCorrupt, LockBusy, RegistryClosed
 from crewlog.local import disk, layout
-from crewlog.local.directory import Directory
 from crewlog.local.disk import Disk
+from crewlog.local.layout import Directory
 from crewlog.local.lock import take
 from crewlog.model.shape import Shape
 from crewlog.store import Standing

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 from crewlog import host
 from crewlog.errors import RegistryClosed
 from crewlog.local import disk, layout
-from crewlog.local.directory import Directory
+from crewlog.local.layout import Directory
 from crewlog.model.chain import Position
 from crewlog.model.shape import TORN_READ_TRIES, Shape
 

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from crewlog.errors import LockBusy, StorageFailed, StoreMissing
 from crewlog.local import disk, layout
-from crewlog.local.directory import Directory
+from crewlog.local.layout import Directory
 from crewlog.local.lock import Lock, take
 from crewlog.model import arguments
 from crewlog.model.events import Worker

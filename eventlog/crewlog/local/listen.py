@@ -9,11 +9,13 @@ import select
 from collections.abc import Hashable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from crewlog import host
 from crewlog.host import no_fork
-from crewlog.local import layout
 from crewlog.store import Backend, Rings, Source
+
+_EVENTS_BYTES: Final = 4096  # read at once, and let go
 
 
 class _Canary:
@@ -132,7 +134,7 @@ class InotifySource:
             if self._stop in ready:
                 return
             try:  # what happened does not matter, that it did
-                os.read(fd, layout.SMALL_FILE_BYTES_MAX)
+                os.read(fd, _EVENTS_BYTES)
             except BlockingIOError:  # read already
                 continue
             self._rings()

@@ -13,16 +13,15 @@ from typing import TypeGuard
 
 from crewlog import host
 from crewlog.errors import CompactedError, SegmentMissing, StoreMissing, from_oserror
-from crewlog.local import ages, disk, heads, layout, recovery, snapshot
+from crewlog.local import disk, heads, layout, recovery, snapshot
 from crewlog.local.append import Appender
 from crewlog.local.cursors import Cursors
-from crewlog.local.directory import Directory, incomplete
 from crewlog.local.heads import DurableHead, States
+from crewlog.local.layout import Directory, incomplete
 from crewlog.local.leases import Leases
 from crewlog.local.listen import HeadChannel
 from crewlog.local.lock import Lock, take
-from crewlog.local.reader import Reader, backwards, first_line, segment_headers
-from crewlog.local.segments import Segments
+from crewlog.local.segments import Reader, Segments, backwards, first_line, segment_headers
 from crewlog.local.view import View
 from crewlog.model import events, steps
 from crewlog.model.chain import Position
@@ -109,7 +108,7 @@ class Log:
     def head(self) -> DurableHead:
         """Return how far events are durable.
 
-        After a reboot, or where the files are of different ages (ages.py), and before the first
+        After a reboot, or where the files are of different ages (recovery.py), and before the first
         write, that is the valid prefix of the last segment, completed by the redo;
         `recovery_pending` is then set and nothing is changed.
         """
@@ -136,7 +135,7 @@ class Log:
         if head is None or head.boot != self._boot or self._heads.is_elsewhere(head):
             return False
         if not 0 <= self._looked_at <= head.generation or head == self._aged:
-            self._aged = head if ages.proof(self.segments, self._heads) else None
+            self._aged = head if recovery.proof(self.segments, self._heads) else None
         self._looked_at = head.generation
         return self._aged is None
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from crewlog.local import create, directory
+from crewlog.local import create, layout
 from crewlog.local.log import Log
 from crewlog.model.limits import DEFAULT, Limits
 from crewlog.store import Kind
@@ -27,7 +27,7 @@ class DirectoryPlace:
 
     def open(self, *, wait_s: float, limits: Limits = DEFAULT) -> Log:
         """Open the store in it."""
-        return Log(directory.open_existing(self.path, limits=limits), wait_s=wait_s)
+        return Log(layout.open_existing(self.path, limits=limits), wait_s=wait_s)
 
     def create(self, *, wait_s: float, limits: Limits = DEFAULT) -> Log:
         """Open the store in it, or create one."""

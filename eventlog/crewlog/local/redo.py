@@ -21,8 +21,8 @@ from typing import Final
 
 from crewlog import host
 from crewlog.local import disk, layout
-from crewlog.local.directory import Directory
 from crewlog.local.heads import AppendState, DurableHead
+from crewlog.local.layout import Directory
 from crewlog.local.segments import Segment, Segments
 from crewlog.model import chain, codec
 from crewlog.model.codec import LineError

@@ -27,9 +27,8 @@ from crewlog.errors import (
 )
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
-from crewlog.local.directory import Directory
-from crewlog.local.reader import Reader, corrupt, first_line
-from crewlog.local.segments import Segments, unpacked
+from crewlog.local.layout import Directory
+from crewlog.local.segments import Reader, Segments, corrupt, first_line, unpacked
 from crewlog.model import events
 from crewlog.model.chain import Position
 from crewlog.model.codec import DocumentError

@@ -18,8 +18,7 @@ from typing import Final
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.local import layout, snapshot
 from crewlog.local.heads import AppendState, DurableHead
-from crewlog.local.reader import Reader, corrupt, first_line, raw_between
-from crewlog.local.segments import Segments, start_of
+from crewlog.local.segments import Reader, Segments, corrupt, first_line, raw_between, start_of
 from crewlog.model import chain, codec, fold
 from crewlog.model.chain import Position
 from crewlog.model.codec import Draft
