@@ -11,11 +11,12 @@ import pytest
 
 from crewlog.errors import (
     AppendUncertain,
+    HistoryRewound,
     StorageFailed,
     UnsafePermissions,
     WorkerExists,
 )
-from crewlog.local import disk, layout, redo
+from crewlog.local import disk, heads, layout, redo
 from crewlog.local.disk import Disk
 from crewlog.local.heads import StateFile
 from crewlog.local.layout import Directory
@@ -104,6 +105,48 @@ def test_half_a_line_of_a_killed_writer_is_cut_by_a_writer_that_went_on(place: P
             file.write(b'{"v":1,"seq":')
         reg.update("a", meta={"n": 1})
         assert b'"seq":{' not in active_segment(place).read_bytes()
+    assert verify(place).findings == ()
+
+
+def test_store_that_is_put_back_in_place_is_refused(place: Path) -> None:
+    """File by file, each still the same one, so that no directory tells of it."""
+    with opened(place) as reg:
+        reg.register("a")
+        _settle(reg)
+        old = (active_segment(place), place / layout.APPEND_STATE, place / layout.REDO)
+        before = {path: path.read_bytes() for path in (*old, place / "head" / "durable")}
+        reg.update("a", meta={"n": 1})
+        for path, data in before.items():
+            path.write_bytes(data)
+        with pytest.raises(HistoryRewound):
+            reg.update("a", meta={"n": 2})
+
+
+@pytest.mark.parametrize("change", [{"boot": b"x" * 16}, {"place": 7}])
+def test_head_of_elsewhere_is_mended_by_a_writer_that_went_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object]
+) -> None:
+    """One of another boot, or of another file, put back in place: recovery comes first."""
+    with opened(place) as reg:
+        reg.register("a")
+        _settle(reg)
+        path = place / layout.HEAD / layout.HEAD_DURABLE
+        head = heads.decode_durable_head(path.read_bytes())
+        assert head is not None
+        strange = head._replace(**change)  # type: ignore[arg-type] # as the test gives it
+        with path.open("r+b") as file:
+            file.write(heads.encode_durable_head(strange))
+        looks: list[object] = []
+        writer = files(reg)._appender
+        real = writer._recover
+
+        def recover(head: heads.DurableHead | None) -> tuple[heads.AppendState, heads.DurableHead]:
+            looks.append(head)
+            return real(head)
+
+        monkeypatch.setattr(writer, "_recover", recover)
+        assert reg.update("a", meta={"n": 1}).meta["n"] == 1
+        assert looks
     assert verify(place).findings == ()
 
 

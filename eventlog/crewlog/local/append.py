@@ -206,6 +206,8 @@ class Appender:
         if (
             not (moved or state is None or head is None or left is None or active is None)
             and not (state.sealed or self._replaced)
+            and state.boot == head.boot == self._boot
+            and not self._heads.is_elsewhere(head)
             and self._view.written is left
             and os.lseek(active.fd, 0, os.SEEK_END) == state.end
         ):
@@ -213,12 +215,7 @@ class Appender:
             if state is left:
                 return state, head
             # Others have, in the same segment: their first line must follow our last one.
-            if (
-                state.segment == left.segment
-                and state.seq > left.seq
-                and state.boot == head.boot == self._boot
-                and not self._heads.is_elsewhere(head)
-            ):
+            if state.segment == left.segment and state.seq > left.seq:
                 data = active.read(left.end, state.end - left.end)
                 if data.find(left.hash.hex().encode(), 0, data.find(b"\n")) >= 0:
                     self._view.catch_up(state, data)
