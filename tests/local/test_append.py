@@ -108,18 +108,43 @@ def test_half_a_line_of_a_killed_writer_is_cut_by_a_writer_that_went_on(place: P
     assert verify(place).findings == ()
 
 
+def _bytes_of(place: Path) -> dict[Path, bytes]:
+    """Copy what a change writes."""
+    head = place / layout.HEAD / layout.HEAD_DURABLE
+    paths = (active_segment(place), place / layout.APPEND_STATE, place / layout.REDO, head)
+    return {path: path.read_bytes() for path in paths}
+
+
+def _put_back(before: dict[Path, bytes]) -> None:
+    for path, data in before.items():
+        path.write_bytes(data)
+
+
 def test_store_that_is_put_back_in_place_is_refused(place: Path) -> None:
     """File by file, each still the same one, so that no directory tells of it."""
     with opened(place) as reg:
         reg.register("a")
         _settle(reg)
-        old = (active_segment(place), place / layout.APPEND_STATE, place / layout.REDO)
-        before = {path: path.read_bytes() for path in (*old, place / "head" / "durable")}
+        before = _bytes_of(place)
         reg.update("a", meta={"n": 1})
-        for path, data in before.items():
-            path.write_bytes(data)
+        _put_back(before)
         with pytest.raises(HistoryRewound):
             reg.update("a", meta={"n": 2})
+
+
+def test_other_history_put_in_place_is_what_counts(place: Path) -> None:
+    """However far it has gone: what this writer knew of a worker, nobody else ever heard of."""
+    with opened(place) as reg:
+        reg.register("a")
+        _settle(reg)
+        before = _bytes_of(place)
+        reg.update("a", meta={"lost": 1})
+        _put_back(before)
+        with opened(place) as other:
+            for number in range(3):
+                other.update("a", meta={"kept": number})
+        assert reg.update("a", meta={"n": 1}).meta == {"settled": True, "kept": 2, "n": 1}
+    assert verify(place).findings == ()
 
 
 @pytest.mark.parametrize("change", [{"boot": b"x" * 16}, {"place": 7}])
