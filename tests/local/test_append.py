@@ -17,13 +17,13 @@ from crewlog.errors import (
     WorkerExists,
 )
 from crewlog.local import disk, heads, layout, redo
-from crewlog.local.disk import Disk
+from crewlog.local.disk import STAMP_SETTLED_NS, Disk
 from crewlog.local.heads import StateFile
 from crewlog.local.layout import Directory
 from crewlog.registry import Registry
 from crewlog_compactor import repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
-from procs import files
+from procs import files, until
 from stores import opened
 
 
@@ -42,13 +42,15 @@ def test_half_line_behind_a_seal_does_not_undo_the_seal(place: Path) -> None:
     assert verify(place).findings == ()
 
 
-SETTLED_S = 0.05  # after so long a directory's time is one that a change would show in
-
-
 def _settle(reg: Registry) -> None:
     """Let a writer know its places well, so that it goes straight on from here."""
-    time.sleep(SETTLED_S)
-    reg.update("a", meta={"settled": True})
+
+    def settled() -> bool:
+        reg.update("a", meta={"settled": True})
+        reg.update("a", meta={"settled": False})
+        return not files(reg)._appender._stamp.moved()
+
+    until(settled)
 
 
 def test_own_seal_stands_though_the_rotation_was_not_finished(place: Path) -> None:
@@ -74,7 +76,7 @@ def test_segment_that_was_replaced_is_looked_at_until_that_has_succeeded(
         copy.write_bytes(segment.read_bytes())
         copy.chmod(0o600)
         copy.rename(segment)
-        time.sleep(SETTLED_S)
+        until(lambda: time.time_ns() - segment.parent.stat().st_ctime_ns > STAMP_SETTLED_NS * 2)
         with monkeypatch.context() as patch:
             patch.setattr(redo, "read", _no_descriptor)
             with pytest.raises(StorageFailed):
@@ -143,7 +145,7 @@ def test_other_history_put_in_place_is_what_counts(place: Path) -> None:
         with opened(place) as other:
             for number in range(3):
                 other.update("a", meta={"kept": number})
-        assert reg.update("a", meta={"n": 1}).meta == {"settled": True, "kept": 2, "n": 1}
+        assert reg.update("a", meta={"n": 1}).meta == {"settled": False, "kept": 2, "n": 1}
     assert verify(place).findings == ()
 
 
@@ -190,7 +192,7 @@ def test_lines_of_others_are_taken_over_once(place: Path, monkeypatch: pytest.Mo
             real(knows=knows)
 
         monkeypatch.setattr(writer, "_prepare", prepare)
-        time.sleep(SETTLED_S + 0.01)
+        writer._prepared_at = 0.0  # long ago
         assert reg.update("a", labels={"k": "v"}).meta["n"] == 1
         monkeypatch.undo()
         assert reg.update("a", labels={"k": "w"}).state == "ready"

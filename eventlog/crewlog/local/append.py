@@ -214,8 +214,9 @@ class Appender:
             # Nobody has written since we did: there is nothing to do.
             if state is left:
                 return state, head
-            # Others have, in the same segment: their first line must follow our last one.
-            if state.segment == left.segment and state.seq > left.seq:
+            # Others have, in this segment, for a next one moves log/: their first line must follow
+            # our last one.
+            if state.seq > left.seq:
                 data = active.read(left.end, state.end - left.end)
                 if data.find(left.hash.hex().encode(), 0, data.find(b"\n")) >= 0:
                     self._view.catch_up(state, data)
@@ -355,9 +356,7 @@ class Appender:
                 # 2. decide; a refusal is that request's own, and the others go on
                 try:
                     drafts = request.decide(tip)
-                    count = len(drafts)
-                    one = len(drafts[0].body) + codec.LINE_OVERHEAD_BYTES if count == 1 else 0
-                    size = one or size_of(drafts)
+                    size, count = size_of(drafts), len(drafts)
                 except Exception as error:  # noqa: BLE001 (whatever it is)
                     request.refuse(error)
                     taken += 1

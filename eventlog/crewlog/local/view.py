@@ -12,7 +12,6 @@ state that has missed a line must never be decided upon.
 
 import logging
 import re
-from collections.abc import Collection
 from typing import Final
 
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
@@ -122,10 +121,6 @@ class View:
         return found.sealed and found.seq == seq
 
     # -- for writers ------------------------------------------------------------------------
-
-    def knows(self, sids: Collection[str]) -> bool:
-        """Say whether a decision about these workers needs no look at the durable fold."""
-        return set(sids) <= self.recent.keys()
 
     def lag(self, seq: int) -> int:
         """Return how many lines were written since `recent` was last brought up to date."""
