@@ -427,6 +427,15 @@ def test_sync_leader_that_does_not_finish_is_named_in_time(place: Path) -> None:
         reg.update("a", meta={"n": 2})
 
 
+@pytest.mark.limits(recent_workers=5)
+def test_writer_remembers_few_workers(reg: Registry) -> None:
+    """However many it has changed: the rest is asked of the state when it is needed."""
+    for number in range(20):
+        reg.register(f"w{number}")
+    assert len(files(reg)._view.recent) <= 5
+    assert reg.update("w0", meta={"n": 1}).generation == 1
+
+
 @pytest.mark.limits(recent_workers=40, segment_bytes=9_000)
 def test_rotation_in_a_group_forgets_nothing_that_was_decided(place: Path) -> None:
     """However many workers are known: each is there for the next change, and registered once."""
