@@ -9,6 +9,7 @@ from crewlog.local import cursors, heads
 from crewlog.local.cursors import Slot
 from crewlog.model import codec, events
 from crewlog.model.codec import LineError
+from crewlog.model.shape import Shape
 from crewlog.model.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 PREV = codec.digest(b"before")
@@ -162,3 +163,12 @@ def test_snapshot_damaged_anywhere_is_refused() -> None:
         broken[index] ^= 1
         with pytest.raises((codec.DocumentError, FormatTooNew)):
             decode_snapshot(bytes(broken))
+
+
+def test_file_of_another_kind_is_not_taken_for_it() -> None:
+    """Whole, and as long as one; and bytes behind the end make it another thing, too."""
+    other = Shape(b"another!", "QQI").pack((4, 7, 0))
+    assert len(other) == cursors.SLOT_BYTES
+    assert cursors.decode_slots(other) is None
+    head = heads.DurableHead(9, b"b" * 16, 1, 2, 2, 3, place=4, poisoned=False, errno=0)
+    assert heads.decode_durable_head(heads.encode_durable_head(head) + b"x") is None
