@@ -42,6 +42,7 @@ class Log:
     def __init__(self, directory: Directory, *, wait_s: float = LOCK_WAIT_S) -> None:
         """Use an open directory; nothing is read yet."""
         self.directory = directory
+        self.is_ours = directory.opened.are_ours  # a program may have closed its descriptors
         self.segments = Segments(directory)
         self.recovery_pending = False
         self.wait_s = wait_s
@@ -196,10 +197,6 @@ class Log:
     def one_host(self) -> bool:
         """Say whether all its workers are of this host: not on a network file system."""
         return self.directory.local
-
-    def is_ours(self) -> bool:
-        """Say whether its descriptors are still ours: a program may have closed them."""
-        return self.directory.opened.are_ours()
 
     def is_in_place(self) -> bool:
         """Say whether the directory at the path is this one; True where nothing is there."""

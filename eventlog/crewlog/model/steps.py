@@ -295,8 +295,9 @@ def update_step(
         raise ValueError(message)
     if reason is not None:
         data["reason"] = arguments.check_reason(reason)
-    sid, expect = arguments.check_sid(sid), arguments.check_expect(options.get("expect"))
-    return _plain(author, _BY_STATE[state], sid, data, expect=expect, of=of)
+    if (expect := options.get("expect")) is not None:
+        arguments.check_expect(expect)
+    return _plain(author, _BY_STATE[state], arguments.check_sid(sid), data, expect=expect, of=of)
 
 
 class ExitOptions(TypedDict, total=False):
