@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sqlite3
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -110,6 +111,73 @@ CONTESTANTS: dict[str, Callable[[Path, int], Contestant]] = {
     "floor": Floor,
     "sqlite": Sqlite,
 }
+
+
+class Registering(Ours):
+    """crewlog: one more worker."""
+
+    def change(self, number: int) -> None:
+        """Register this very process under another sid."""
+        self._reg.register(f"{self._sid}-{number}", labels={"app": "bench"})
+
+
+class SqliteRegistering(Sqlite):
+    """SQLite: the event and the record of one more worker, as long as ours."""
+
+    RECORD = json.dumps({"labels": {"app": "bench"}, "pad": "x" * 500})
+
+    def change(self, number: int) -> None:
+        """Insert both."""
+        self._db.execute("begin immediate")
+        row = self._db.execute(
+            "insert into events (ts, type, sid, actor, data) values (?, ?, ?, ?, ?)",
+            (str(time.time()), "worker.registered", self._sid, self._actor, self.RECORD),
+        )
+        self._db.execute(
+            "insert into workers values (?, ?, ?)",
+            (f"{self._sid}-{number}", row.lastrowid, self.RECORD),
+        )
+        self._db.execute("commit")
+
+
+REGISTERING: dict[str, Callable[[Path, int], Contestant]] = {
+    "crewlog": Registering,
+    "sqlite": SqliteRegistering,
+}
+
+
+def cost(home: Path, count: int) -> dict[str, object]:
+    """Return what a change costs where a sync costs nothing: processor time, calls of Python."""
+    found: dict[str, object] = {}
+    for name, make in (("update", Ours), ("register", Registering)):
+        contestant = make(home, 0)
+        for number in range(200):
+            contestant.change(number)
+        slices = []
+        for first in range(200, 200 + 5 * count, count):
+            began = time.process_time()
+            for number in range(first, first + count):
+                contestant.change(number)
+            slices.append((time.process_time() - began) / count * 1e6)
+        found[f"{name}, µs of processor time"] = round(min(slices), 1)
+        found[f"{name}, calls of Python"] = _calls_of(functools.partial(contestant.change, -2)) - 1
+        contestant.close()
+    return found
+
+
+def _calls_of(work: Callable[[], None]) -> int:
+    calls = 0
+
+    def count(_frame: object, event: str, _what: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 @functools.cache

@@ -2,11 +2,12 @@
 
     python bench/run.py --out figures.jsonl && python bench/page.py figures.jsonl
 
-The page says what was measured and with what; the words about it are in WORDS below.
+With `--slow FILE` the figures of a second run, on a slow disk, come after those of the first; what
+disk that was, `--slow-disk` says. The page says what was measured and with what; the words about it are in WORDS below.
 """
 
+import argparse
 import json
-import sys
 from html import escape
 from pathlib import Path
 
@@ -17,6 +18,10 @@ WORDS = {
     "P1": "One durable change at a time: the event kept and the worker's record updated. The floor is "
     "a bare write and fdatasync of the same bytes to a growing file. That crewlog can come near it, or "
     "pass it, is the redo's doing: its sync writes no file size.",
+    "P1a": "A registration looks at the process, too, and its event holds who that is: it is twice as "
+    "long as an update.",
+    "P1c": "In memory: what is left is the processor's work. Of the time that it takes, the bare system calls "
+    "are a third.",
     "P1b": "The same with many live workers, and behind a long history: the cost of a change grows with "
     "the change, not with the registry.",
     "P2": "The floor is eight processes that write and sync without any lock.",
@@ -84,7 +89,9 @@ def table(row: dict[str, object]) -> str:
     return "\n".join(rows + (["", "; ".join(more)] if more else []))
 
 
-def page(rows: list[dict[str, object]], docs: Path) -> str:
+def page(
+    rows: list[dict[str, object]], docs: Path, slow: list[dict[str, object]], disk: str
+) -> str:
     """Write the whole page."""
     about = rows[0]
     parts = [
@@ -110,15 +117,29 @@ def page(rows: list[dict[str, object]], docs: Path) -> str:
             (docs / name).write_text(bars(str(row["figure"]), median))
             parts += [f"![{row['figure']}]({name})", ""]
         parts += [table(row), ""]
+    if slow:
+        parts += ["## On a slow disk", "", f"The same on {disk}.", ""]
+        for row in slow[1:]:
+            parts += [f"### {row['key']}: {row['figure']}", "", table(row), ""]
     said = docs / "performance-notes.md"
     return "\n".join(parts) + said.read_text()
 
 
+def _rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def main() -> None:
-    """Read the figures named by the first argument; write the page into docs/, or the second."""
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    docs = Path(sys.argv[2]) if len(sys.argv) > 2 else DOCS
-    (docs / "performance.md").write_text(page(rows, docs))
+    """Read the figures; write the page into docs/, or the directory that is named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("figures", type=Path, help="what bench/run.py kept")
+    parser.add_argument("docs", type=Path, nargs="?", default=DOCS, help="where the page goes")
+    parser.add_argument("--slow", type=Path, default=None, help="figures of a slow disk")
+    parser.add_argument("--slow-disk", default="a slow disk", help="what that is")
+    asked = parser.parse_args()
+    slow = [] if asked.slow is None else _rows(asked.slow)
+    text = page(_rows(asked.figures), asked.docs, slow, asked.slow_disk)
+    (asked.docs / "performance.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ import opening
 import peers
 import sharing
 import start
+from append import Contestant
 
 import cluster
 import watch
 
 Rows = list[dict[str, float]]
+MEMORY = Path("/dev/shm")  # noqa: S108 (a file system without a disk)
 
 
 class Run:
@@ -70,7 +72,7 @@ class Run:
         })  # fmt: skip
 
 
-def _contestants() -> dict[str, Callable[[Path, int], append.Contestant]]:
+def _contestants() -> dict[str, Callable[[Path, int], Contestant]]:
     return {**append.CONTESTANTS, **peers.installed()}
 
 
@@ -78,19 +80,28 @@ def _p99(times: list[float]) -> float:
     return statistics.quantiles(times, n=100)[-1] * 1e3 if len(times) > 1 else 0.0
 
 
-def one_process(run: Run) -> None:
-    """P1: durable changes a second by one process, one at a time."""
+def _in_turn(
+    run: Run, key: str, figure: str, contestants: Mapping[str, Callable[[Path, int], Contestant]]
+) -> None:
     rows: Rows = []
     tails: dict[str, list[float]] = {}
     for _ in range(run.rounds):
         row: dict[str, float] = {}
-        for name, make in _contestants().items():
+        for name, make in contestants.items():
             took = append.alone(make, run.home, run.seconds)
             row[name] = len(took) / sum(took)
             tails.setdefault(name, []).append(_p99(took))
         rows.append(row)
     p99 = {name: round(statistics.median(values), 3) for name, values in tails.items()}
-    run.figure("P1", "changes/s, one process", rows, p99_ms=p99)
+    run.figure(key, figure, rows, p99_ms=p99)
+
+
+def one_process(run: Run) -> None:
+    """P1: durable changes a second by one process, one at a time; what one costs."""
+    _in_turn(run, "P1", "changes/s, one process", _contestants())
+    _in_turn(run, "P1a", "workers registered/s, one process", append.REGISTERING)
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.exists() else run.home) as home:
+        run.tell("P1c", "one change, without a disk", append.cost(Path(home), run.few(2000, 20)))
     many = run.few(100_000, 1000)
     found = opening.ages(run.home, seconds=run.seconds, rounds=run.rounds, many=many)
     run.figure("P1b", "changes/s by size and age, one process", found)

@@ -11,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 ROOT = Path(__file__).parent.parent
-KEYS = ["about", "P1", "P1b", "P2", "P2b", "P3", "P4", "P5", "P6", "P6b", "P11", "P7", "P8", "P8b",
+KEYS = ["about", "P1", "P1a", "P1c", "P1b", "P2", "P2b", "P3", "P4", "P5", "P6", "P6b", "P11", "P7", "P8", "P8b",
         "P8c", "P8d", "P8e", "P9", "P9b", "P9c", "P10"]  # fmt: skip
 if shutil.which("etcd"):
     KEYS += ["P12", "P12b", "P12c", "P12d"]
@@ -33,7 +33,10 @@ def test_every_figure_is_produced_and_the_page_written(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "performance-notes.md").write_text("notes\n")
-    subprocess.run([sys.executable, str(ROOT / "bench/page.py"), str(out), str(docs)], check=True)
+    write = [sys.executable, str(ROOT / "bench/page.py"), str(out), str(docs), "--slow", str(out)]
+    subprocess.run([*write, "--slow-disk", "a loop device"], check=True)
     page = (docs / "performance.md").read_text()
     assert "| crewlog |" in page
+    assert "The same on a loop device." in page
+    assert "### P1: changes/s, one process" in page
     assert (docs / "performance-p1.svg").read_text().startswith("<svg ")

@@ -177,6 +177,19 @@ def test_head_of_elsewhere_is_mended_by_a_writer_that_went_on(
     assert verify(place).findings == ()
 
 
+def test_head_is_published_as_one_of_the_file_that_it_is_written_to(reg: Registry) -> None:
+    """Encoded beforehand or not: the file may have been replaced since it was read."""
+    reg.register("a")
+    states = files(reg)._heads
+    head = states.head()
+    assert head is not None
+    strange = head._replace(place=7)
+    for data in (b"", heads.encode_durable_head(strange)):
+        states.put_head(strange, data)
+        states.published._kept = None
+        assert states.head() == head
+
+
 def test_lines_of_others_are_taken_over_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that looked at them before it took the lock does not fold them again under it."""
     with opened(place) as reg, opened(place) as other:
