@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import psutil
 
@@ -21,6 +21,7 @@ from crewlog.model.events import Worker
 from crewlog.registry import Registry
 from crewlog_compactor import collect
 
+P = ParamSpec("P")
 T = TypeVar("T")
 PROCESSES = 1000
 WORKERS = 10_000
@@ -90,11 +91,11 @@ def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
     held: list[float] = []
     run = Appender._run
 
-    def timed_run(self: Appender, work: Callable[[], T]) -> T:
+    def timed_run(self: Appender, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         def timed_work() -> T:
             began = time.perf_counter()
             try:
-                return work()
+                return work(*args, **options)
             finally:
                 held.append((time.perf_counter() - began) * 1e3)
 

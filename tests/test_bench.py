@@ -11,8 +11,8 @@ import pytest
 pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 ROOT = Path(__file__).parent.parent
-KEYS = ["about", "P1", "P1a", "P1c", "P1b", "P2", "P2b", "P3", "P4", "P5", "P6", "P6b", "P11", "P7", "P8", "P8b",
-        "P8c", "P8d", "P8e", "P9", "P9b", "P9c", "P10"]  # fmt: skip
+KEYS = ["about", "P1", "P1a", "P1c", "P1b", "P2", "P2b", "P3", "P4", "P5", "P6", "P6b", "P11",
+        "P7", "P8", "P8b", "P8c", "P8d", "P8e", "P9", "P9b", "P9c", "P10"]  # fmt: skip
 if shutil.which("etcd"):
     KEYS += ["P12", "P12b", "P12c", "P12d"]
 
