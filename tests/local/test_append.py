@@ -20,6 +20,8 @@ from crewlog.local import disk, heads, layout, redo
 from crewlog.local.disk import STAMP_SETTLED_NS, Disk
 from crewlog.local.heads import StateFile
 from crewlog.local.layout import Directory
+from crewlog.model.steps import Tip, update_step
+from crewlog.queue import Request
 from crewlog.registry import Registry
 from crewlog_compactor import repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
@@ -188,6 +190,24 @@ def test_head_is_published_as_one_of_the_file_that_it_is_written_to(reg: Registr
         states.put_head(strange, data)
         states.published._kept = None
         assert states.head() == head
+
+
+def test_request_is_decided_upon_what_those_before_it_write(reg: Registry) -> None:
+    """In one group, of which nothing is on the disk yet: the record, and the seq."""
+    reg.register("a")
+    log, author = files(reg), reg._session.author()
+    seen: list[object] = []
+
+    def look(tip: Tip) -> tuple[()]:
+        record = tip.get("a")
+        assert record is not None
+        seen.extend([tip.seq, record["rev"], record["meta"]])
+        return ()
+
+    first = Request(update_step(author, "a", {"meta": {"n": 1}}).decide, ("a",))
+    taken, seq, _ = log._appender.write([first, Request(look, ("a",))])
+    log._appender.make_durable(seq)
+    assert (taken, seen) == (2, [seq, seq, {"n": 1}])
 
 
 def test_lines_of_others_are_taken_over_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
