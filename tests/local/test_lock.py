@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from crewlog.errors import (
+    AppendUncertain,
     LockBusy,
 )
 from crewlog.local import layout, lock
@@ -22,26 +23,40 @@ from procs import files, forked, slay
 from stores import opened
 
 
-@pytest.mark.parametrize("name", [layout.LOCK_APPEND, *layout.LOCK_SYNC])
-def test_replaced_lock_file_is_noticed(place: Path, name: str) -> None:
+def _replaced(path: Path) -> Path:
+    """Put another file in a lock file's place."""
+    path.unlink()
+    path.touch(0o600)
+    return path
+
+
+def test_replaced_lock_file_is_noticed(place: Path) -> None:
     """A store restored under a running process: the lock that counts is the one in place."""
-    with opened(place) as reg:
+    with opened(place, lock_timeout_s=0.1) as reg:
+        reg.register("a")
+        with _replaced(place / layout.LOCKS / layout.LOCK_APPEND).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with opened(place, lock_timeout_s=0.1) as fresh, pytest.raises(LockBusy):
+                fresh.register("b")
+            with pytest.raises(LockBusy):
+                reg.register("b")
+        reg.register("b")
+        assert verify(place).ok
+
+
+@pytest.mark.limits(sync_wait_s=0.3)
+def test_replaced_lock_of_the_sync_is_noticed(place: Path) -> None:
+    """Else two would lead at once, each in the belief of being the only one."""
+    with opened(place, lock_timeout_s=0.3) as reg, contextlib.ExitStack() as held:
         reg.register("a")
         reg.update("a", meta={"n": 1})  # both sync locks are open now
-        path = place / layout.LOCKS / name
-        path.unlink()
-        path.touch(0o600)
-        with path.open("r+") as file:
+        for name in layout.LOCK_SYNC:
+            file = held.enter_context(_replaced(place / layout.LOCKS / name).open("r+"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            with opened(place, lock_timeout_s=0.1) as fresh:
-                if name == layout.LOCK_APPEND:
-                    with pytest.raises(LockBusy):
-                        fresh.register("b")
-                    files(reg)._appender.wait_s = 0.1
-                    files(reg).commits._wait_s = 0.1
-                    with pytest.raises(LockBusy):
-                        reg.register("b")
-        reg.register("b")
+        with pytest.raises(AppendUncertain):
+            reg.update("a", meta={"n": 2})
+        held.close()
+        assert reg.update("a", meta={"n": 3}).meta["n"] == 3
         assert verify(place).ok
 
 

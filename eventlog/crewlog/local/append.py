@@ -415,7 +415,6 @@ class Appender:
         if active is None or active.first != state.segment:
             active = self._open_active(state.segment)
         boot, segment, end = state.boot, state.segment, state.end + len(data)
-        disk.require_length(max(end, self.limits.redo_bytes), where=self._where)
         try:
             if self.directory.disk.write(active.fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -424,6 +423,7 @@ class Appender:
             self._heads.put_append_state(after)
         except OSError as error:
             self._take_back(active, state)
+            disk.require_length(end, where=self._where)
             raise from_oserror(error, "cannot append", where=active.name) from error
         except CrewlogError:
             self._take_back(active, state)

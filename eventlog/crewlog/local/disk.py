@@ -336,7 +336,7 @@ class Stamp:
 
 
 def require_length(size: int, *, where: str) -> None:
-    """Refuse before anything is written what this process's own limit would cut off half way.
+    """Refuse what this process's own limit would cut off half way, or has cut off.
 
     Raises: StorageFull. Source: setrlimit(2), RLIMIT_FSIZE; `ulimit -f`.
     """
