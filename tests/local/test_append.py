@@ -210,6 +210,29 @@ def test_request_is_decided_upon_what_those_before_it_write(reg: Registry) -> No
     assert (taken, seen) == (2, [seq, seq, {"n": 1}])
 
 
+def test_draft_that_asked_for_nothing_is_folded_all_the_same(reg: Registry) -> None:
+    """Upon the record as it stands, though this writer has forgotten it."""
+    reg.register("a", meta={"k": 1})
+    log = files(reg)
+    part = reg._session.author().draft("worker.updated", "a", {"meta": {"n": 2}})
+    log._view.forget_written()
+    request = Request(lambda _: (part,), ())
+    log._appender.make_durable(log._appender.write([request])[1])
+    assert request.result is not None
+    record = request.result.records["a"]
+    assert record is not None
+    assert record["meta"] == {"k": 1, "n": 2}
+
+
+def test_leader_knows_how_many_lines_it_made_durable(reg: Registry) -> None:
+    """So many may wait for it, and are woken."""
+    reg.register("a")
+    with reg.batch() as batch:
+        for number in range(5):
+            batch.update("a", meta={"n": number})
+    assert files(reg)._appender.sync._served == 5
+
+
 def test_lines_of_others_are_taken_over_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that looked at them before it took the lock does not fold them again under it."""
     with opened(place) as reg, opened(place) as other:
