@@ -84,7 +84,8 @@ class _Waiting(Request):
 
     def advance(self, phase: Phase) -> None:
         self.phase = phase
-        self._wake.release()
+        if self._wake.locked():  # else it was woken, and did not come yet
+            self._wake.release()
 
     def wait(self, timeout_s: float) -> bool:
         return self._wake.acquire(timeout=timeout_s)
@@ -202,21 +203,22 @@ class Commits:
     def lead(self, own: Request) -> None:
         """Append for everybody who waits, the leader's own request first."""
         group, written = [own], False
+        rest: Sequence[Request] = ()  # of the group: not taken, and to be put back
         try:
             with self._mutex:
-                group = [own, *self._queue]
+                group = [own, *[request for request in self._queue if request is not own]]
                 self._queue.clear()
                 self._leader = own
             count, seq, generation = self._phases.write(group)
-            written = True
-            if count < len(group):
-                self._put_back(group[count:])
-                group = group[:count]
+            rest, group, written = group[count:], group[:count], True
+            if rest:
+                self._put_back(rest)
             self._phases.make_durable(seq, generation, self._hand_on)
         except Exception as error:  # noqa: BLE001 (each caller raises it)
             for request in group:
                 request.fail(error if request is own else host.own_copy(error))
         except BaseException:
+            self._put_back(rest)
             self._interrupted(own, group, written=written)
             group = []
             raise
@@ -231,15 +233,24 @@ class Commits:
 
     def _hand_on(self) -> None:
         """Make the next waiting caller the leader."""
-        with self._mutex:
-            heir = self._queue.popleft() if self._queue else None
-            self._leader = heir
-        if heir is not None:
-            heir.advance("lead")
+        heir: Request | None = None
+        try:
+            with self._mutex:
+                heir = self._queue[0] if self._queue else None
+                self._leader = heir
+                if heir is not None:
+                    self._queue.popleft()
+            if heir is not None:
+                heir.advance("lead")
+        except BaseException:  # an interrupt: whoever leads now hears of it all the same
+            if heir is not None and self._leader is heir:
+                heir.advance("lead")
+            raise
 
     def _put_back(self, requests: Sequence[Request]) -> None:
         with self._mutex:
-            self._queue.extendleft(r for r in reversed(requests) if not r.gone)
+            waits = [r for r in requests if not (r.gone or r in self._queue)]
+            self._queue.extendleft(reversed(waits))
 
     def _interrupted(self, own: Request, group: Sequence[Request], *, written: bool) -> None:
         """Leave nobody behind where the leader is interrupted.
@@ -290,6 +301,8 @@ class _Deferred(Request):
         self._start = start
 
     def advance(self, phase: Phase) -> None:
+        if self.phase == phase:  # told again, after an interrupt
+            return
         self.phase = phase
         if phase == "done":
             self._done(self)

@@ -12,6 +12,8 @@ import pytest
 from crewlog.errors import (
     AppendUncertain,
     HistoryRewound,
+    InvalidTransition,
+    LogCorrupt,
     StorageFailed,
     UnsafePermissions,
     WorkerExists,
@@ -20,9 +22,10 @@ from crewlog.local import disk, heads, layout, redo
 from crewlog.local.disk import STAMP_SETTLED_NS, Disk
 from crewlog.local.heads import StateFile
 from crewlog.local.layout import Directory
-from crewlog.model.steps import Tip, update_step
+from crewlog.model.steps import Tip, Wish, update_step
 from crewlog.queue import Request
 from crewlog.registry import Registry
+from crewlog.workers.register import captured
 from crewlog_compactor import repair, verify
 from faults import FailingDisk, active_segment, another_boot, registry_on
 from procs import files, until
@@ -222,6 +225,89 @@ def test_draft_that_asked_for_nothing_is_folded_all_the_same(reg: Registry) -> N
     record = request.result.records["a"]
     assert record is not None
     assert record["meta"] == {"k": 1, "n": 2}
+
+
+def _lose_the_last_line(place: Path) -> None:
+    """Cut it off the segment, as a device does that was not synced; the redo still holds it."""
+    segment = active_segment(place)
+    data = segment.read_bytes()
+    os.truncate(segment, data.rstrip(b"\n").rfind(b"\n") + 1)
+
+
+@pytest.mark.parametrize("case", ["name moves", "straight on", "half a line", "far behind"])
+@pytest.mark.limits(catch_up_lines=3)
+def test_what_was_completed_for_a_reader_is_not_what_a_writer_decides_upon(
+    place: Path, case: str
+) -> None:
+    """It has read before another process recovered and went on: what that wrote it knows."""
+    with opened(place) as reg, opened(place) as other:
+        reg.register("a")
+        reg.register("b")
+        _settle(reg)
+        other.update("a", meta={"n": 1})
+        other.close()
+        _lose_the_last_line(place)
+        assert reg.get("a") is not None  # completed from the redo, in memory
+        assert files(reg).segments.completed
+        with opened(place) as third:
+            third.exited("b", code=0)
+            if case == "far behind":
+                for number in range(6):
+                    third.update("a", meta={"n": number})
+                files(reg)._appender._prepared_at = 0.0
+            if case == "name moves":
+                (place / "note").touch()
+                (place / "note").unlink()
+            if case == "half a line":
+                with active_segment(place).open("ab") as file:
+                    file.write(b'{"v":1,"seq":')
+        with pytest.raises(InvalidTransition):
+            reg.update("b", meta={"n": 2})
+        reg.register("c")
+        assert reg.get("c") is not None
+    assert verify(place).findings == ()
+
+
+def test_look_that_fails_in_a_group_takes_nothing_back_that_it_decided(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second registration of the same worker in that group is refused all the same."""
+    reg.register("z")
+    log, author = files(reg), reg._session.author()
+    first, second = (Request(captured(author, "a", None, Wish()).decide, ("a",)) for _ in range(2))
+
+    def fails(_: Tip) -> tuple[()]:
+        log._view.forget()  # as a look does that finds no descriptor
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    broken = Request(fails, ("b",))
+    group = [first, broken, second]
+    with monkeypatch.context() as patch:
+        patch.setattr(log._appender, "_prepare", lambda **_: None)
+        while group:
+            taken, seq, _ = log._appender.write(group)
+            log._appender.make_durable(seq)
+            group = group[taken:]
+    assert first.result is not None
+    assert isinstance(broken.error, OSError)
+    assert isinstance(second.error, WorkerExists)
+
+
+def test_stranger_among_the_segments_is_refused_until_it_is_gone(place: Path) -> None:
+    """Not once only: a reader would take it for the log."""
+    with opened(place) as reg:
+        reg.register("a")
+        _settle(reg)
+        stranger = place / layout.LOG / layout.segment_name(500)
+        stranger.write_bytes(b'{"hello":1}\n')
+        stranger.chmod(0o600)
+        until(lambda: time.time_ns() - stranger.parent.stat().st_ctime_ns > STAMP_SETTLED_NS * 2)
+        for number in range(3):
+            with pytest.raises(LogCorrupt):
+                reg.update("a", meta={"n": number})
+        stranger.unlink()
+        assert reg.update("a", meta={"n": 4}).meta["n"] == 4
+    assert verify(place).findings == ()
 
 
 def test_leader_knows_how_many_lines_it_made_durable(reg: Registry) -> None:

@@ -60,11 +60,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, ParamSpec, TypeVar
+from contextlib import suppress
+from typing import Final, ParamSpec, TypeGuard, TypeVar
 
 from crewlog import host
 from crewlog.errors import (
     CrewlogError,
+    DataDamaged,
     HistoryRewound,
     LockBusy,
     LogCorrupt,
@@ -180,19 +182,20 @@ class Appender:
             state = self._heads.append_state()
         if state is None or state.boot != self._boot:
             return  # recovery comes first
+        head = None
         if not knows:
             self._heads.renew()
             with disk.failures("cannot read the registry", where=self._where):
                 head = self._heads.head()
                 if self._left is None and recovery.proof(self.segments, self._heads):
                     return  # recovery comes first
-            if head is not None and head.boot == self._boot and not self._heads.is_elsewhere(head):
-                with disk.failures("cannot read the log", where=self._where), self.mutex:
-                    self._view.durable(head.position)
-            return
-        if self._view.lag(state.seq) > self.limits.catch_up_lines:
-            with disk.failures("cannot read the log", where=self._where), self.mutex:
+        # What is damaged, or was lost, is judged under the lock.
+        failures = disk.failures("cannot read the log", where=self._where)
+        with failures, suppress(DataDamaged), self.mutex:
+            if knows and self._view.lag(state.seq) > self.limits.catch_up_lines:
                 self._view.catch_up(state)
+            elif not knows and self._is_here(head):
+                self._view.durable(head.position)
 
     def _ready(self) -> tuple[AppendState, DurableHead]:
         """Bring log and states into the order that an append starts from. Held: append."""
@@ -204,10 +207,10 @@ class Appender:
         state, head = self._heads.append_state(), self._heads.head()
         self.sync.require_sound(head)
         if (
-            not (moved or state is None or head is None or left is None or active is None)
-            and not (state.sealed or self._replaced)
-            and state.boot == head.boot == self._boot
-            and not self._heads.is_elsewhere(head)
+            not (moved or state is None or left is None or active is None)
+            and self._is_here(head)
+            and state.boot == self._boot
+            and not state.sealed
             and self._view.written is left
             and os.lseek(active.fd, 0, os.SEEK_END) == state.end
         ):
@@ -249,7 +252,13 @@ class Appender:
             head = self._heads.head() or head
         self._view.catch_up(state)
         self._left = state
+        if moved:
+            self._stamp.settle()  # last: what was refused is looked at again
         return state, head
+
+    def _is_here(self, head: DurableHead | None) -> TypeGuard[DurableHead]:
+        """Say whether a head was written in this boot, to this file."""
+        return head is not None and head.boot == self._boot and not self._heads.is_elsewhere(head)
 
     def _goes_on(self, state: AppendState) -> bool:
         """Say whether a state is the one that this process left, moved forward along the chain."""
@@ -265,7 +274,7 @@ class Appender:
 
     def _counts(self, state: AppendState, head: DurableHead, *, known: bool) -> bool:
         """Say whether the states tell of this log: of this boot, this file, one age."""
-        if state.boot != self._boot or head.boot != self._boot or self._heads.is_elsewhere(head):
+        if state.boot != self._boot or not self._is_here(head):
             return False
         return known or recovery.proof_for_writer(self.segments, state, head) is None
 
@@ -312,7 +321,6 @@ class Appender:
         self._heads.renew()
         self.sync.look_for_mark()
         self._redo.reopen()
-        self._stamp.settle()
 
     def _require_one_name(self, active: Segment) -> None:
         """Refuse a segment that was removed or linked elsewhere; a dead rotator's name goes."""
@@ -336,7 +344,9 @@ class Appender:
             state = self._write_recovered(state, head, found)
         return state
 
-    def _write(self, group: Sequence[Request]) -> tuple[int, int, int]:
+    def _write(  # noqa: C901, PLR0912, PLR0915 (a protocol: the page is the unit)
+        self, group: Sequence[Request]
+    ) -> tuple[int, int, int]:
         """Decide one request after the other, upon the newest record; write all lines at once.
 
         Returns how many requests were taken, the seq of the last line, and the generation of the
@@ -350,7 +360,7 @@ class Appender:
         try:
             tip = LocalTip(view, state=state, head=head)
             raws: list[bytes] = []  # what is decided, and not on the disk yet
-            taken, now = 0, ""
+            taken, now, recent = 0, "", view.recent
             segment, end, seq, prev = state.segment, state.end, state.seq, state.hash
             for request in group:
                 # 2. decide; a refusal is that request's own, and the others go on
@@ -358,9 +368,13 @@ class Appender:
                     drafts = request.decide(tip)
                     size, count = size_of(drafts), len(drafts)
                 except Exception as error:  # noqa: BLE001 (whatever it is)
+                    if raws and view.recent is not recent:
+                        break  # as below
                     request.refuse(error)
                     taken += 1
                     continue
+                if raws and view.recent is not recent:
+                    break  # what those before it write was forgotten: it is decided anew after that
                 # 3. room: what does not fit waits for the next write, or the next segment
                 full = end + size > limits.segment_bytes
                 if raws and (full or end + size - base.end > limits.group_bytes):
@@ -370,6 +384,7 @@ class Appender:
                     head = self._heads.head() or head
                     tip = LocalTip(view, state=base, head=head)
                     segment, end, seq, prev = base.segment, base.end, base.seq, base.hash
+                recent = view.recent
                 # 4. compose its lines and fold them: the next request is decided upon that
                 taken += 1
                 request.composed = True
@@ -390,7 +405,11 @@ class Appender:
                 request.result = Appended(mine, records, seq)
             # 5. one write, the copy in the redo, append.state: all of it or nothing
             if raws:
-                view.written = self._put(b"".join(raws), base, head, seq=seq, hash_=prev)
+                after = self._put(b"".join(raws), base, head, seq=seq, hash_=prev)
+                if view.recent is recent:
+                    view.written = after
+                else:
+                    view.forget_written()
         except BaseException:
             view.forget_written()  # it holds lines that may never be
             raise
@@ -615,6 +634,6 @@ class Appender:
         self._redo.close()
 
     def _close_active(self) -> None:
-        if self._active is not None:
-            self._active.close()
-            self._active = None
+        active, self._active = self._active, None  # first: an interrupt must not leave it closed
+        if active is not None:
+            active.close()

@@ -92,10 +92,15 @@ class Lock(Closing):
 
     def _open(self, *, change: bool) -> None:
         with disk.failures("cannot take the lock", where=self.where):
-            self._fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
-        self._file = host.own(self._fd)
-        self._inode = self._file[1]
-        self.release = partial(fcntl.flock, self._fd, fcntl.LOCK_UN)
+            fd = disk.open_file(self._name, at=self._at, where=self.where, change=change)
+        try:
+            self._file = host.own(fd)
+            self._inode = self._file[1]
+            self.release = partial(fcntl.flock, fd, fcntl.LOCK_UN)
+        except BaseException:  # an interrupt
+            os.close(fd)
+            raise
+        self._fd = fd  # last: whoever locks it can give it back
 
     def _in_place(self) -> bool:
         """Say whether the path still names the file that is locked."""

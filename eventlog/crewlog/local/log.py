@@ -52,8 +52,9 @@ class Log:
         self._looked_at = -1
         self._aged: DurableHead | None = None
         self._heads = States(directory)
-        self._view = View(self.segments)
-        self._appender = Appender(self.segments, self._heads, self._view, wait_s=wait_s)
+        written = Segments(directory)  # as the files are: what the redo completes is for readers
+        self._view = View(self.segments, written)
+        self._appender = Appender(written, self._heads, self._view, wait_s=wait_s)
         self.commits = Commits(
             self._appender, where=str(directory.path), wait_s=wait_s, limits=directory.limits
         )

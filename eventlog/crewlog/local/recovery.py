@@ -294,17 +294,20 @@ def rebuild(
     """
     directory = segments.directory
     sweep(directory, layout.LOG)
-    last, found, action = judge(segments, head, snapshot_seq=snapshot_seq)
-    with segments.open_to_append(last) as source:
-        disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
-        completed = segments.completed.get(last)
-        if completed is not None:
-            _put_back(directory, source, completed[: found.end])
-        elif action is Action.CUT:
-            quarantine(directory, source, found, source.read(found.end, found.size - found.end))
-            directory.disk.cut(source.fd, found.end)
-        sync(source.fd)
-    segments.completed.clear()
+    try:
+        last, found, action = judge(segments, head, snapshot_seq=snapshot_seq)
+        with segments.open_to_append(last) as source:
+            disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
+            completed = segments.completed.get(last)
+            if completed is not None:
+                _put_back(directory, source, completed[: found.end])
+            elif action is Action.CUT:
+                cut = source.read(found.end, found.size - found.end)
+                quarantine(directory, source, found, cut)
+                directory.disk.cut(source.fd, found.end)
+            sync(source.fd)
+    finally:
+        segments.completed.clear()
     redo.make(directory)
     state = recovered(boot, last, found)
     fresh = heads.durable(state, base=found.end, after=head)

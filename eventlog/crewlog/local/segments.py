@@ -482,9 +482,10 @@ class Reader:
     def _open(self, segment: int) -> Segment:
         held = self._source
         if held is not None and held.first == segment:
-            if not self._stamp.moved() and not held.is_copy():
+            completed = segment in self._segments.completed
+            if not (completed or self._stamp.moved() or held.is_copy()):
                 return held
-            if not held.is_gone():
+            if not (completed or held.is_gone()):
                 self._stamp.settle()
                 return held
             try:
@@ -598,6 +599,9 @@ def raw_between(segments: Segments, start: Position, end: Position) -> Iterator[
         with segments.open(place.segment) as source:
             stop = end.offset if place.segment == end.segment else source.size()
             data = source.read(place.offset, stop - place.offset)
+            if len(data) < stop - place.offset:
+                at = place.offset + len(data)
+                raise LogRegressed(source.name, why=f"it ends at byte {at}, {stop} were written")
             last = _last_seq(source, data, place)
         yield data
         if place.segment == end.segment:

@@ -38,9 +38,10 @@ _NEEDLES_MAX: Final = 8
 class View:
     """The durable fold and the recent records of a store; loaded on first use."""
 
-    def __init__(self, segments: Segments) -> None:
-        """Read nothing yet."""
+    def __init__(self, segments: Segments, written: Segments) -> None:
+        """Read nothing yet: for readers as the redo may complete it, for writers what is there."""
         self._segments = segments
+        self._written = written
         self._directory = segments.directory
         self._loaded: tuple[Fold, Reader] | None = None
         self.recent: dict[str, Record | None] = {}  # of the workers that writers asked about
@@ -137,7 +138,7 @@ class View:
                 if data is not None:
                     self._look_through(data)
                 else:
-                    for part in raw_between(self._segments, written.position, end.position):
+                    for part in raw_between(self._written, written.position, end.position):
                         self._look_through(part)
             except SegmentMissing:  # retention took what we had not read: ask the state again
                 self.recent = {}
@@ -161,9 +162,13 @@ class View:
                 recent[sid] = fold.after(codec.parse(match[0]), recent[sid])
 
     def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
-        """Return a worker's record as of `end`; `head` is durable and not beyond it."""
+        """Return a worker's record as of `end`; `head` is durable and not beyond it.
+
+        For a writer, before which whatever was to be recovered has been.
+        """
+        self._segments.completed.clear()
         record = self.durable(head).get(sid)
-        reader = Reader(self._segments, self._load()[1].position)
+        reader = Reader(self._written, self._load()[1].position)
         try:
             for line, raw in reader.read(end):
                 if line["sid"] == sid:
