@@ -213,10 +213,14 @@ class Commits:
             rest, group, written = group[count:], group[:count], True
             if rest:
                 self._put_back(rest)
+                rest = ()
             self._phases.make_durable(seq, generation, self._hand_on)
         except Exception as error:  # noqa: BLE001 (each caller raises it)
-            for request in group:
-                request.fail(error if request is own else host.own_copy(error))
+            try:
+                _fail(group, own, error)
+            except BaseException:  # an interrupt: all of it again
+                _fail(group, own, error)
+                raise
         except BaseException:
             self._put_back(rest)
             self._interrupted(own, group, written=written)
@@ -227,9 +231,11 @@ class Commits:
                 if self._leader is own:
                     self._hand_on()
             finally:
-                for request in group:
-                    if request is not own:
-                        request.advance("done")
+                try:
+                    _finish(group, own)
+                except BaseException:  # as above
+                    _finish(group, own)
+                    raise
 
     def _hand_on(self) -> None:
         """Make the next waiting caller the leader."""
@@ -318,6 +324,17 @@ class _Deferred(Request):
             )
             self._done(self)
             self._queue.leave(self)
+
+
+def _fail(group: Sequence[Request], own: Request, error: Exception) -> None:
+    for request in group:
+        request.fail(error if request is own else host.own_copy(error))
+
+
+def _finish(group: Sequence[Request], own: Request) -> None:
+    for request in group:
+        if request is not own:
+            request.advance("done")
 
 
 def _seq(request: Request) -> int:

@@ -9,6 +9,8 @@ from types import FrameType
 
 import pytest
 
+from crewlog.errors import StorageFull
+from crewlog.local.heads import AppendState
 from crewlog.queue import Request
 from crewlog.registry import Registry
 from procs import files, until
@@ -141,10 +143,19 @@ def test_next_leader_hears_of_it(reg: Registry, spot: Spot) -> None:
     assert worker.meta.keys() >= {"k0", "k1", "k2"}
 
 
+@pytest.mark.parametrize(
+    "spot",
+    [
+        _enters("_put_back", within="lead"),
+        _returns("extendleft", below="_put_back"),
+        _enters("_share", within="make_durable"),
+    ],
+    ids=["before", "after", "later"],
+)
 def test_requests_that_had_no_room_are_put_back_once(
-    reg: Registry, monkeypatch: pytest.MonkeyPatch
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, spot: Spot
 ) -> None:
-    """The leader is interrupted as it does so: each is still served, and by itself."""
+    """The leader is interrupted as it does so, or later: each is still served, and once."""
     reg.register("a")
     queue, appender = files(reg).commits, files(reg)._appender
     real = appender.write
@@ -159,14 +170,48 @@ def test_requests_that_had_no_room_are_put_back_once(
         make_durable = staticmethod(appender.make_durable)
         write = staticmethod(one_at_a_time)
 
-    author = reg._session.author()
-    drafts = [author.draft("worker.updated", "a", {"meta": {f"k{n}": 1}}) for n in range(3)]
-    own, *riders = [Request(lambda _, part=part: (part,), ("a",)) for part in drafts]  # type: ignore[misc]
+    own, *riders = _requests(reg, 3)
     monkeypatch.setattr(queue, "_phases", Narrow())
     queue._leader = own
     queue._queue.extend(riders)
-    _interrupted(_enters("_put_back", within="lead"), lambda: queue.lead(own))
+    _interrupted(spot, lambda: queue.lead(own))
     assert [rider.phase for rider in riders] == ["lead", "waiting"]
     assert list(queue._queue) == riders[1:]
     queue.lead(riders[0])
     assert riders[0].result is not None
+
+
+def _requests(reg: Registry, count: int) -> list[Request]:
+    """Ask for so many changes of one worker."""
+    author = reg._session.author()
+    parts = [author.draft("worker.updated", "a", {"meta": {f"k{n}": 1}}) for n in range(count)]
+    return [Request(lambda _, part=part: (part,), ("a",)) for part in parts]  # type: ignore[misc]
+
+
+def test_whoever_rode_along_hears_what_became_of_it(reg: Registry) -> None:
+    """The leader is interrupted as it begins to tell them."""
+    reg.register("a")
+    queue = files(reg).commits
+    own, *riders = _requests(reg, 3)
+    queue._leader = own
+    queue._queue.extend(riders)
+    _interrupted(_enters("_finish", within="lead"), lambda: queue.lead(own))
+    assert [rider.phase for rider in riders] == ["done", "done"]
+    assert [rider.result is not None for rider in riders] == [True, True]
+
+
+def test_failure_is_told_to_all_it_concerns(reg: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader is interrupted as it begins to: nobody takes it for done."""
+    reg.register("a")
+    queue, appender = files(reg).commits, files(reg)._appender
+
+    def fails(*_: object, **__: object) -> AppendState:
+        raise StorageFull("/x", why="no room")
+
+    monkeypatch.setattr(appender, "_put", fails)
+    own, *riders = _requests(reg, 3)
+    queue._leader = own
+    queue._queue.extend(riders)
+    _interrupted(_enters("_fail", within="lead"), lambda: queue.lead(own))
+    assert [rider.phase for rider in riders] == ["done", "done"]
+    assert all(isinstance(rider.error, StorageFull) for rider in riders)
