@@ -6,6 +6,7 @@ transaction.
 """
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -113,12 +114,15 @@ CONTESTANTS: dict[str, Callable[[Path, int], Contestant]] = {
 }
 
 
+_numbers = itertools.count()  # no sid is registered twice
+
+
 class Registering(Ours):
     """crewlog: one more worker."""
 
     def change(self, number: int) -> None:
         """Register this very process under another sid."""
-        self._reg.register(f"{self._sid}-{number}", labels={"app": "bench"})
+        self._reg.register(f"{self._sid}-{next(_numbers)}", labels={"app": "bench"})
 
 
 class SqliteRegistering(Sqlite):
@@ -135,7 +139,7 @@ class SqliteRegistering(Sqlite):
         )
         self._db.execute(
             "insert into workers values (?, ?, ?)",
-            (f"{self._sid}-{number}", row.lastrowid, self.RECORD),
+            (f"{self._sid}-{next(_numbers)}", row.lastrowid, self.RECORD),
         )
         self._db.execute("commit")
 
