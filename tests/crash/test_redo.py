@@ -340,3 +340,17 @@ def test_cut_is_durable_before_anybody_hears_that_nothing_was_written(fast: Path
             disk.materialise(state, target)
             with another_boot(), opened(target / "store") as after:
                 assert [w.meta for w in after.workers()] == [{}, {}], state
+
+
+def test_lines_that_do_not_fit_leave_the_redo_as_it_is_told_of(place: Path) -> None:
+    """However far the segment itself was synced: append.state says what the redo does hold."""
+    with opened(place) as reg:
+        reg.register("a")
+        for size in (100, 6000, 101, 6001, 6002, 102):
+            reg.update("a", meta={"pad": "x" * size})
+            state = files(reg)._heads.append_state()
+            assert state is not None
+            assert state.base <= state.kept
+            held = (place / layout.REDO).read_bytes()[: state.kept - state.base]
+            assert held == active_segment(place).read_bytes()[state.base : state.kept]
+    assert verify(place).ok

@@ -70,24 +70,25 @@ class Redo:
         holds what it held.
         """
         _, segment, inode, base, kept, start, _, _, _ = state
+        held = inode, base, kept
         end = start + len(data)
         if self._fd == _NONE:
-            return inode, base, kept
+            return held
         same = kept == start and inode == self._inode
         if not (same and (self._sound or self._is_sound(state, source))):
             if head.segment != segment or head.base < kept:
-                return inode, base, kept  # what it holds is needed until the segment was synced
+                return held  # what it holds is needed until the segment was synced
             base = head.base
             data = source.read(base, start - base) + data
         if end - base > self._directory.limits.redo_bytes:
-            return inode, base, kept
+            return held
         via, at = self._directory.disk, end - len(data) - base
         self._copied = (segment, base, end)
         try:
             via.overwrite(self._fd, data, at)
         except OSError as error:
             _logger.warning("the redo cannot be used: %s", error)
-            return inode, state.base, kept
+            return held
         self._sound = True
         if head.end == start:  # nobody else is about to write to the same page
             try:  # noqa: SIM105 (a hint, at every change)
