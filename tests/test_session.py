@@ -185,11 +185,14 @@ def test_registry_that_is_forgotten_gives_its_descriptors_back(place: Path) -> N
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.parametrize("extra", ["inotify_simple", "watchdog alone"])
 def test_limit_of_threads_lets_a_watch_poll_and_a_spawn_go_on(
-    reg: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reg: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, extra: str
 ) -> None:
     """What was started is returned; what cannot be had without a thread is refused, typed."""
     reg.register("a")
+    if extra == "watchdog alone":
+        monkeypatch.setitem(sys.modules, "inotify_simple", None)
 
     def none(self: threading.Thread) -> None:
         message = "can't start new thread"

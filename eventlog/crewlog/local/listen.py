@@ -72,12 +72,14 @@ class WatchdogSource:
         with ExitStack() as undo:
             self._canary = _Canary()
             undo.callback(self._canary.close)
-            self._observer = Observer()
-            undo.callback(self._observer.stop)  # it may have opened something, started or not
-            self._observer.schedule(
-                Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
-            )
+            # First: where watchdog finds no thread to be had, it keeps what it has opened.
+            host.start_thread(lambda: None, name="crewlog-watch").join()
             try:
+                self._observer = Observer()
+                undo.callback(self._observer.stop)  # it may have opened something, started or not
+                self._observer.schedule(
+                    Handler(), str(directory), recursive=False, event_filter=[FileModifiedEvent]
+                )
                 self._observer.start()
             except RuntimeError as error:
                 raise OSError(errno.EAGAIN, str(error)) from error
