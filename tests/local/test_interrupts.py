@@ -43,8 +43,8 @@ def _interrupted(spot: Spot, work: Callable[[], object]) -> None:
     assert met
 
 
-def _enters(name: str, *, within: str) -> Spot:
-    """At the entry of a function of Python that another one calls."""
+def _enters(name: str, *, within: str, room: str = "") -> Spot:
+    """At the entry of a function of Python that another one, of that room, calls."""
 
     def spot(frame: FrameType, event: str, _: object) -> bool:
         caller = frame.f_back
@@ -53,6 +53,7 @@ def _enters(name: str, *, within: str) -> Spot:
             and frame.f_code.co_name == name
             and caller is not None
             and caller.f_code.co_name == within
+            and caller.f_code.co_filename.endswith(room)
         )
 
     return spot
@@ -75,7 +76,9 @@ def test_lock_file_that_was_opened_can_be_given_back(place: Path) -> None:
     """At the very first change: this process and every other goes on."""
     with opened(place, lock_timeout_s=1) as other, opened(place, lock_timeout_s=1) as reg:
         other.register("a")
-        _interrupted(_enters("own", within="_open"), lambda: reg.update("a", meta={"n": 1}))
+        _interrupted(
+            _enters("own", within="_open", room="lock.py"), lambda: reg.update("a", meta={"n": 1})
+        )
         for number, one in enumerate((reg, other, reg)):
             assert one.update("a", meta={"n": number}).meta["n"] == number
 
