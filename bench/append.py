@@ -90,15 +90,16 @@ class Sqlite:
 
     def change(self, number: int) -> None:
         """Insert the event and replace the record."""
-        data = json.dumps({"labels": {"shard": str(number)}})
-        stamp = str(time.time())
+        self._put("worker.updated", self._sid, json.dumps({"labels": {"shard": str(number)}}))
+
+    def _put(self, kind: str, sid: str, data: str) -> None:
         self._db.execute("begin immediate")
         row = self._db.execute(
             "insert into events (ts, type, sid, actor, data) values (?, ?, ?, ?, ?)",
-            (stamp, "worker.updated", self._sid, self._actor, data),
+            (str(time.time()), kind, sid, self._actor, data),
         )
         self._db.execute(
-            "insert or replace into workers values (?, ?, ?)", (self._sid, row.lastrowid, data)
+            "insert or replace into workers values (?, ?, ?)", (sid, row.lastrowid, data)
         )
         self._db.execute("commit")
 
@@ -132,16 +133,7 @@ class SqliteRegistering(Sqlite):
 
     def change(self, number: int) -> None:
         """Insert both."""
-        self._db.execute("begin immediate")
-        row = self._db.execute(
-            "insert into events (ts, type, sid, actor, data) values (?, ?, ?, ?, ?)",
-            (str(time.time()), "worker.registered", self._sid, self._actor, self.RECORD),
-        )
-        self._db.execute(
-            "insert into workers values (?, ?, ?)",
-            (f"{self._sid}-{next(_numbers)}", row.lastrowid, self.RECORD),
-        )
-        self._db.execute("commit")
+        self._put("worker.registered", f"{self._sid}-{next(_numbers)}", self.RECORD)
 
 
 REGISTERING: dict[str, Callable[[Path, int], Contestant]] = {

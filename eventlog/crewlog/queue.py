@@ -158,8 +158,7 @@ class Commits:
             raise
         finally:
             self._inside.discard(thread)
-        result = request.result
-        return request.outcome() if result is None or request.error is not None else result
+        return request.outcome()
 
     def _await(self, request: _Waiting) -> None:
         """Wait until it is settled, or its turn to lead has come."""

@@ -116,6 +116,11 @@ def size_of(drafts: Sequence[Draft]) -> int:
     return size
 
 
+def _begins_behind(left: AppendState, data: bytes) -> bool:
+    """Say whether the first of some lines names the last one of a state as that before it."""
+    return left.hash.hex().encode() in data[: data.find(b"\n") + 1]
+
+
 def _stamp(directory: Directory) -> Stamp:
     """Stamp the directories in which a file that a writer has open may be replaced."""
     return Stamp(directory.root, directory[layout.HEAD], directory[layout.LOG])
@@ -221,7 +226,7 @@ class Appender:
             # our last one.
             if state.seq > left.seq:
                 data = active.read(left.end, state.end - left.end)
-                if data.find(left.hash.hex().encode(), 0, data.find(b"\n")) >= 0:
+                if _begins_behind(left, data):
                     self._view.catch_up(state, data)
                     self._left = state
                     return state, head
@@ -270,7 +275,7 @@ class Appender:
                 data = source.read(left.end, codec.LINE_BYTES_CEILING)
         except SegmentMissing:  # retention took what we had not read
             return False
-        return left.hash.hex().encode() in data[: data.find(b"\n") + 1]
+        return _begins_behind(left, data)
 
     def _counts(self, state: AppendState, head: DurableHead, *, known: bool) -> bool:
         """Say whether the states tell of this log: of this boot, this file, one age."""

@@ -76,7 +76,7 @@ class Word:
     def __init__(self, offset: int) -> None:
         """Map nothing yet."""
         self._offset = offset
-        self._address = 0  # of the map; 0: not mapped
+        self._address = 0  # of the word; 0: not mapped
 
     def _map(self, fd: int) -> int:
         """Map the file that is open now; return the address of the word, 0: there is no futex."""
@@ -85,8 +85,8 @@ class Word:
         address = _calls.map(None, _PAGE, 1, 1, fd, 0)  # PROT_READ, MAP_SHARED
         if address in {None, _FAILED}:
             return 0
-        self._address = address
-        return self._address + self._offset
+        self._address = address + self._offset
+        return self._address
 
     def read(self, fd: int) -> int:
         """Return its value, to be waited on; by pread."""
@@ -95,7 +95,7 @@ class Word:
     def wait(self, fd: int, value: int, wait_s: float) -> None:
         """Return once it has another value and somebody says so, or after a short while."""
         wait_s = min(wait_s, WAIT_MAX_S)
-        address = self._address + self._offset if self._address else self._map(fd)
+        address = self._address or self._map(fd)
         if not address or host.is_green():
             time.sleep(min(wait_s, _SLEEP_S))  # or another's, that lets green threads run
             return
@@ -107,7 +107,7 @@ class Word:
 
     def wake(self, fd: int, count: int) -> None:
         """Wake so many of those who wait."""
-        address = self._address + self._offset if self._address else self._map(fd)
+        address = self._address or self._map(fd)
         if address:
             _calls.call(_calls.number, address, _WAKE, count, None, None, 0)
 
@@ -115,7 +115,7 @@ class Word:
         """Unmap it: the file is closed, and another one may be opened."""
         address, self._address = self._address, 0
         if address:
-            _calls.unmap(address, _PAGE)
+            _calls.unmap(address - self._offset, _PAGE)
 
     def __del__(self) -> None:
         """Unmap it."""
