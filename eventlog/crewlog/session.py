@@ -76,8 +76,11 @@ class Session:
         """Give back what is open; the store is opened anew when it is needed."""
         with self._opening:
             if self._store is not None:
-                self._store.close()
-                self._store = None
+                held, self._store = (
+                    self._store,
+                    None,
+                )  # first: an interrupt must not leave it closed
+                held.close()
 
     def close(self) -> None:
         """Release every resource; idempotent."""

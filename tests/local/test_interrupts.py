@@ -13,6 +13,7 @@ from crewlog.errors import StorageFull
 from crewlog.local.heads import AppendState
 from crewlog.queue import Request
 from crewlog.registry import Registry
+from faults import active_segment
 from procs import files, until
 from stores import opened
 
@@ -94,6 +95,51 @@ def test_segment_that_was_closed_is_opened_anew(place: Path) -> None:
         )
         for number in range(3):
             assert reg.update("a", meta={"n": number}).meta["n"] == number
+
+
+def _replace(segment: Path) -> None:
+    """Put a copy in its place, as a tool does that copies."""
+    copy = segment.with_name("copy")
+    copy.write_bytes(segment.read_bytes())
+    copy.chmod(0o600)
+    copy.rename(segment)
+
+
+def test_segment_that_a_reader_closed_is_opened_anew(place: Path) -> None:
+    """The file was replaced, and the handler comes as the reader closes the one before."""
+    with opened(place) as other, opened(place) as reg:
+        other.register("a")
+        tail = files(reg).tail(0)
+        seen = len(list(tail.read(0)))
+        _replace(active_segment(place))
+        other.update("a", meta={"n": 1})
+        _interrupted(_returns("close", below="_open"), lambda: list(tail.read(0)))
+        assert len(list(tail.read(0))) > 0
+        assert tail.seq == reg.last_seq > seen
+        tail.close()
+
+
+@pytest.mark.limits(redo_bytes=4096)
+def test_segment_that_a_sync_leader_closed_is_opened_anew(place: Path) -> None:
+    """The same of a leader: lines that the redo cannot hold are synced in the segment."""
+    with opened(place) as reg:
+        reg.register("a")
+        reg.update("a", meta={"pad": "x" * 6000})
+        _replace(active_segment(place))
+        _interrupted(
+            _returns("close", below="_close_segment"),
+            lambda: reg.update("a", meta={"pad": "y" * 6000}),
+        )
+        for number in range(3):
+            pad = str(number) * 6000
+            assert reg.update("a", meta={"pad": pad}).meta["pad"] == pad
+
+
+def test_session_that_came_to_rest_opens_its_store_anew(reg: Registry) -> None:
+    """The handler comes as its store is closed, and knows that it is."""
+    reg.register("a")
+    _interrupted(_returns("close", below="_close_files"), reg._session.rest)
+    assert reg.update("a", meta={"n": 1}).meta["n"] == 1
 
 
 @pytest.mark.parametrize(

@@ -244,12 +244,12 @@ class StateFile(Generic[T]):
             fd = disk.open_file(self._name, at=self._at, where=self._where, change=change)
             try:
                 disk.require_one_name(fd, where=self._where)
+                self._drop()
+                self._file, self.place = host.own(fd), disk.place_of(fd)
             except BaseException:
                 os.close(fd)
                 raise
-            self._drop()
-            self._fd, self._writable, self.place = fd, change, disk.place_of(fd)
-            self._file = host.own(fd)
+            self._fd, self._writable = fd, change  # last: what is open is known
         return self._fd
 
     def renew(self) -> None:

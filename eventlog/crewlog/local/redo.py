@@ -53,12 +53,17 @@ class Redo:
         self.close()
         where, root = self._directory.where(layout.REDO), self._directory.root
         try:
-            self._fd = disk.open_file(layout.REDO, at=root, where=where, change=True)
+            fd = disk.open_file(layout.REDO, at=root, where=where, change=True)
         except FileNotFoundError:  # an older store: the segment is synced instead
             return
-        disk.require_one_name(self._fd, where=where)
-        self._file = host.own(self._fd)
-        self._inode = self._file[1]
+        try:
+            disk.require_one_name(fd, where=where)
+            self._file = host.own(fd)
+            self._inode = self._file[1]
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd  # last: what is open is known
 
     def keep(
         self, data: bytes, state: AppendState, *, head: DurableHead, source: Segment

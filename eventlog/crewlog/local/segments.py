@@ -508,9 +508,9 @@ class Reader:
 
     def close(self) -> None:
         """Close the open segment."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        held, self._source = self._source, None  # first: an interrupt must not leave it closed
+        if held is not None:
+            held.close()
 
 
 def _require_ours(directory: Directory, source: Segment) -> None:

@@ -317,6 +317,6 @@ class Syncer:
         self._redo.close()
 
     def _close_segment(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        held, self._segment = self._segment, None  # first: an interrupt must not leave it closed
+        if held is not None:
+            held.close()

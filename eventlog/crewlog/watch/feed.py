@@ -261,8 +261,8 @@ class Feed:
     def _drop_tail(self) -> None:
         self._lines = None
         if self._tail is not None:
-            self._tail.close()
-            self._tail = None
+            tail, self._tail = self._tail, None  # first: an interrupt must not leave it closed
+            tail.close()
 
     def rearm(self, store: Store) -> None:
         """Begin anew at the same position, in a forked child."""
