@@ -38,6 +38,7 @@ def test_worker_from_registration_to_end(cli: Cli, crew: Crew) -> None:
     assert [json.loads(row)["actor"]["via"] for row in rows] == ["cli"] * 3
 
 
+@pytest.mark.long
 def test_commands_print_one_json_object(cli: Cli, crew: Crew) -> None:
     """Every finite command with --json: one object, one line, a schema."""
     cli("register", "a", "--pid", crew.sleeper().pid)
@@ -426,6 +427,7 @@ def test_global_options_stand_on_either_side(place: Path, reg: Registry) -> None
         assert json.loads(done.stdout)["workers"][0]["sid"] == "a"
 
 
+@pytest.mark.long
 def test_every_command_has_help_with_examples() -> None:
     """--help of each command ends with examples that begin with its name."""
     from crewlog_cli.main import COMMANDS
