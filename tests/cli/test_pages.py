@@ -79,7 +79,7 @@ class Scene:
         self.now, self.who = BEGAN, "ann"
         self.reg = crewlog.open(place)
         monkeypatch.setattr(host, "now", lambda: self.now)
-        monkeypatch.setattr(identity, "capture", _who)
+        monkeypatch.setattr(identity, "look", lambda pid=None: (_who(pid), None))
         monkeypatch.setattr(Session, "author", lambda *_: Author(actor=self._actor()))
 
     def _actor(self) -> bytes:

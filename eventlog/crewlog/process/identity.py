@@ -186,14 +186,10 @@ def read_stat(pid: int) -> Stat | None:
     The name may hold spaces and parentheses, so fields are counted after the last ")".
     Source: proc_pid_stat(5), fields 3 to 6, 9, 20, 22 and 52; PF_EXITING of linux/sched.h.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
-    except OSError:  # gone, hidden, or no /proc: the caller has other witnesses
-        return None
+    text = read_small(f"/proc/{pid}/stat")
     fields = text[text.rfind(b")") + 2 :].split()
     if len(fields) < 50:  # noqa: PLR2004 (field 52 is the 50th after the name)
-        return None
+        return None  # gone, hidden, or no /proc: the caller has other witnesses
     return Stat(
         state=fields[0].decode(),
         parent=int(fields[1]),
@@ -491,11 +487,17 @@ def capture(pid: int | None = None) -> Identity:
 
     Raises: ProcessNotFound if it has ended, or if the pid is a thread's.
     """
+    return look(pid)[0]
+
+
+def look(pid: int | None = None) -> tuple[Identity, Stat | None]:
+    """Take the identity of a living process, and what its stat said then; see capture."""
     number = os.getpid() if pid is None else check_pid(pid)
     if not LINUX:
-        return _capture_portable(number)
+        return _capture_portable(number), None
     here = scope()
-    with opened_pidfd(number) as (opened, fd):
+    opened, fd = open_pidfd(number)
+    try:
         if opened in {"no_such_process", "thread"}:
             raise ProcessNotFound(number)
         stat = read_stat(number)
@@ -513,7 +515,10 @@ def capture(pid: int | None = None) -> Identity:
         )
         if fd >= 0 and ended(fd):  # last, so that all of the above belongs to it
             raise ProcessNotFound(number)
-    return identity
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return identity, stat
 
 
 def _require_exists(pid: int) -> None:

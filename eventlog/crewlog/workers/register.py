@@ -36,8 +36,9 @@ def register(
 
     `seen` is what else is known of it and is to be recorded.
     """
-    leased = wish.lease or wish.heartbeat_s is not None
-    if leased and pid not in {None, os.getpid()}:
+    if not wish.lease and wish.heartbeat_s is None:
+        return enter(session, sid, pid, wish, held=None, seen=seen)
+    if pid not in {None, os.getpid()}:
         message = "a lease is held by the worker: register it from inside, or spawn it"
         raise ValueError(message)
     with lease_for(session, sid, wish) as held:
@@ -108,8 +109,8 @@ def captured(
 
     Raises: ProcessNotFound if it, or the owner, has ended.
     """
-    who = identity.capture(pid)
-    more = {**tree.described(who), **(seen or {})}
+    who, stat = identity.look(pid)
+    more = {**tree.described(who.pid, stat), **(seen or {})}
     if wish.record_argv and "argv" not in more:
         more |= identity.command(who.pid)
     return register_step(

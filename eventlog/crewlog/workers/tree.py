@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from crewlog.errors import ProcessNotFound
-from crewlog.model.events import Identity, JsonObject, Worker
+from crewlog.model.events import JsonObject, Worker
 from crewlog.process import cgroup, identity
 from crewlog.process.handle import Process
 from crewlog.process.identity import Stat
@@ -28,16 +28,15 @@ class Member(NamedTuple):
     start_ticks: int
 
 
-def described(who: Identity) -> JsonObject:
+def described(pid: int, stat: Stat | None) -> JsonObject:
     """Return what a registration says of a process's group: nothing where none is its own."""
-    stat = identity.read_stat(who.pid) if identity.LINUX else None
-    if stat is None or who.pid not in {stat.session, stat.pgid}:
+    if stat is None or pid not in {stat.session, stat.pgid}:
         return {}
     return {
         "group": {
             "session": stat.session,
             "pgid": stat.pgid,
-            "cgroup": cgroup.path_of(who.pid),
+            "cgroup": cgroup.path_of(pid),
         }
     }
 
