@@ -54,6 +54,8 @@ def check_options(options: Mapping[str, object], known: Collection[str], *, of: 
 
 def check_text(value: object, *, name: str, limit: int = TEXT_CHARS_MAX) -> str:
     """Return a text that JSON carries unchanged, of at most `limit` characters."""
+    if type(value) is str and len(value) <= limit and value.isascii():  # nearly all are
+        return value
     if not isinstance(value, str):
         message = f"{name} must be a string, not {type(value).__name__}"
         raise TypeError(message)
@@ -150,6 +152,8 @@ OK_CODES_MAX: Final = 256
 
 def check_codes(codes: object) -> list[int] | None:
     """Return exit codes that are no crash, in order; 128 + N is signal N. None for none."""
+    if codes == ():
+        return None
     if isinstance(codes, str | bytes | Mapping) or not isinstance(codes, Collection):
         message = "ok_codes must be exit codes: (0, 143)"
         raise TypeError(message)

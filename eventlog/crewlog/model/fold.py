@@ -6,7 +6,7 @@ it out. Records are replaced, never changed in place, so a reader may keep one a
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final, TypedDict, cast
 
 from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
 from crewlog.model import events
@@ -36,12 +36,13 @@ _ALLOWED: Final[Mapping[str, frozenset[str | None]]] = {
     events.PRUNED: FINAL,
 }
 _NEXT: Final = {
-    events.READY: WorkerState.READY,
-    events.DRAINING: WorkerState.DRAINING,
-    events.STOP_REQUESTED: WorkerState.STOPPING,
-    events.LOST: WorkerState.LOST,
-    events.RELEASED: WorkerState.RELEASED,
+    events.READY: WorkerState.READY.value,
+    events.DRAINING: WorkerState.DRAINING.value,
+    events.STOP_REQUESTED: WorkerState.STOPPING.value,
+    events.LOST: WorkerState.LOST.value,
+    events.RELEASED: WorkerState.RELEASED.value,
 }
+_STATES: Final = {state.value: state.value for state in WorkerState}  # one that is none: KeyError
 _PATCHING: Final = frozenset({events.UPDATED, events.READY})
 # A worker that ends in one of these states was asked to.
 _EXPECTING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
@@ -147,14 +148,14 @@ def _merge(old: Mapping[str, JsonValue], patch: JsonValue) -> dict[str, JsonValu
     return merged
 
 
-def _patched(record: Record, patch: JsonObject) -> Record:
-    fresh = record.copy()
+def _patch(fresh: Record, patch: JsonObject) -> None:
+    """Carry out what an event says of its worker, in a copy of the record."""
     for key, value in patch.items():
         match key:
             case "labels":
-                fresh["labels"] = _merge(record["labels"], value)  # type: ignore[typeddict-item] # text both
+                fresh["labels"] = _merge(fresh["labels"], value)  # type: ignore[typeddict-item] # text both
             case "meta":
-                fresh["meta"] = _merge(record["meta"], value)
+                fresh["meta"] = _merge(fresh["meta"], value)
             case "sock":
                 fresh["sock"] = cast("str", value)
                 if "sock_id" not in patch:
@@ -165,11 +166,27 @@ def _patched(record: Record, patch: JsonObject) -> Record:
                 fresh["sock_id"] = cast("str | None", value)
             case _:  # a reason is for the history
                 continue
-    return fresh
+
+
+class _Registration(TypedDict, total=False):
+    """What the data of a registration may hold; all but `pid` and `state` is taken as it is."""
+
+    pid: JsonValue
+    sock: str
+    version: str
+    created_at: str
+    state: str
+    labels: dict[str, str]
+    meta: JsonObject
+    identity: IdentityRecord | None
+    owner: IdentityRecord | None
+    lease: str
+    heartbeat_s: float
+    sock_id: str
 
 
 def _registered(old: Record | None, line: Line) -> Record:
-    data = line["data"]
+    data, seq, ts = cast("_Registration", line["data"]), line["seq"], line["ts"]
     pid = data["pid"]
     if type(pid) is not int or pid < 1:
         message = f"pid {pid!r} is not a process id"
@@ -177,38 +194,40 @@ def _registered(old: Record | None, line: Line) -> Record:
     record: Record = {
         "sid": line["sid"],
         "pid": pid,
-        "sock": cast("str", data["sock"]),
-        "version": cast("str", data["version"]),
-        "created_at": cast("str", data.get("created_at", line["ts"])),
-        "state": WorkerState(cast("str", data["state"])).value,
-        "labels": cast("dict[str, str]", data["labels"]),
-        "meta": cast("JsonObject", data["meta"]),
-        "rev": line["seq"],
-        "updated_at": line["ts"],
-        "registered_seq": line["seq"],
+        "sock": data["sock"],
+        "version": data["version"],
+        "created_at": data.get("created_at", ts),
+        "state": _STATES[data["state"]],
+        "labels": data["labels"],
+        "meta": data["meta"],
+        "rev": seq,
+        "updated_at": ts,
+        "registered_seq": seq,
         "generation": 1 if old is None else old["generation"] + 1,
-        "identity": cast("IdentityRecord | None", data["identity"]),
-        "owner": cast("IdentityRecord | None", data["owner"]),
+        "identity": data["identity"],
+        "owner": data["owner"],
         "exit": None,
-        "lease": cast("str | None", data.get("lease")),
-        "heartbeat_s": cast("float | None", data.get("heartbeat_s")),
-        "sock_id": cast("str | None", data.get("sock_id")),
+        "lease": data.get("lease"),
+        "heartbeat_s": data.get("heartbeat_s"),
+        "sock_id": data.get("sock_id"),
     }
-    more = {key: data[key] for key in events.TAKEN_OVER if key in data}
+    more = {key: line["data"][key] for key in events.TAKEN_OVER if key in data}
     return cast("Record", {**record, **more}) if more else record
 
 
 def _moved(old: Record, line: Line) -> Record:
     """Carry out every event that keeps the worker in the state or moves it on."""
     kind, data = line["type"], line["data"]
-    fresh = _patched(old, data) if kind in _PATCHING else old.copy()
+    fresh = old.copy()
     fresh["rev"] = line["seq"]
     fresh["updated_at"] = line["ts"]
+    if kind in _PATCHING:
+        _patch(fresh, data)
     if kind in _NEXT:
-        fresh["state"] = _NEXT[kind].value
+        fresh["state"] = _NEXT[kind]
     if kind == events.STOP_REQUESTED and "signal" in data:
         fresh["asked"] = cast("int", data["signal"])
-    if kind == events.EXITED:
+    elif kind == events.EXITED:
         fresh["state"] = exit_state(data).value
         fresh["exit"] = _exit(data, cast("str", data.get("source", "self")))
         details: JsonObject = {key: data[key] for key in events.DETAILS if key in data}
@@ -255,21 +274,25 @@ class Fold:
         Raises FoldError for a line that no correct writer can have written; the fold is then
         as before.
         """
-        kind, records = line["type"], self.records
+        kind = line["type"]
         if kind in _ALLOWED:
-            sid = line["sid"]
+            sid, records = line["sid"], self.records
             if kind == events.PRUNED and records.is_final(sid):  # there may be very many
-                records.drop(sid)
+                record = None
             else:
                 record = after(line, records.get(sid), lenient=self.lenient)
-                if record is None or kind == events.REGISTERED:
-                    records.drop(sid)  # of a new one, so that the order is that of registration
-                if record is not None:
-                    records.put(sid, record)
-            self.totals[kind] = self.totals.get(kind, 0) + 1
+            self.take(kind, sid, record)
         elif kind in {events.GAP, events.REPAIRED}:
             self.lenient = kind == events.GAP
         self.seq = line["seq"]
+
+    def take(self, kind: str, sid: str, record: Record | None) -> None:
+        """Take over a worker's record after an event of that type: what `after` makes of it."""
+        if record is None or kind == events.REGISTERED:
+            self.records.drop(sid)  # of a new one, so that the order is that of registration
+        if record is not None:
+            self.records.put(sid, record)
+        self.totals[kind] = self.totals.get(kind, 0) + 1
 
     def sessions(self) -> Iterator[Record]:
         """Yield the workers that are not final, in order of registration."""
