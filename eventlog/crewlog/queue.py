@@ -205,8 +205,9 @@ class Commits:
         rest: Sequence[Request] = ()  # of the group: not taken, and to be put back
         try:
             with self._mutex:
-                group = [own, *[request for request in self._queue if request is not own]]
-                self._queue.clear()
+                if self._queue:
+                    group += [request for request in self._queue if request is not own]
+                    self._queue.clear()
                 self._leader = own
             count, seq, generation = self._phases.write(group)
             rest, group, written = group[count:], group[:count], True

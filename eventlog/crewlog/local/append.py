@@ -84,7 +84,7 @@ from crewlog.local.lock import Lock
 from crewlog.local.redo import Redo
 from crewlog.local.segments import Segment, Segments, put, sweep
 from crewlog.local.sync import Syncer
-from crewlog.local.view import LocalTip, View
+from crewlog.local.view import LocalTip, Own, View
 from crewlog.model import chain, codec, events, steps
 from crewlog.model.chain import Scan
 from crewlog.model.codec import Draft
@@ -187,6 +187,8 @@ class Appender:
             state = self._heads.append_state()
         if state is None or state.boot != self._boot:
             return  # recovery comes first
+        if not knows and self._view.reaches(state):
+            return
         head = None
         if not knows:
             self._heads.renew()
@@ -365,6 +367,7 @@ class Appender:
         try:
             tip = LocalTip(view, state=state, head=head)
             raws: list[bytes] = []  # what is decided, and not on the disk yet
+            own: list[Own] = []  # the same, folded
             taken, now, recent = 0, "", view.recent
             segment, end, seq, prev = state.segment, state.end, state.seq, state.hash
             for request in group:
@@ -406,11 +409,13 @@ class Appender:
                     prev = codec.digest(raw[:-1])
                     end += len(raw)
                     raws.append(raw)
-                    records[part.sid] = tip.take(part, seq=seq, ts=now)
+                    records[part.sid] = record = tip.take(part, seq=seq, ts=now)
+                    own.append((segment, end, seq, part.type, part.sid, record))
                 request.result = Appended(mine, records, seq)
             # 5. one write, the copy in the redo, append.state: all of it or nothing
             if raws:
                 after = self._put(b"".join(raws), base, head, seq=seq, hash_=prev)
+                view.keep(own)
                 if view.recent is recent:
                     view.written = after
                 else:
@@ -550,6 +555,7 @@ class Appender:
         with self.sync.nobody_leads():
             head = self._heads.head() or head  # a leader may have published meanwhile
             self._view.load()
+            self._view.forget_written()  # a line of it may be gone
             state, fresh, cut = recovery.rebuild(
                 self.segments,
                 head,

@@ -444,6 +444,13 @@ class Reader:
     def position(self, position: Position) -> None:
         self._segment, self._offset, self._seq = position
 
+    def skip_to(self, position: Position) -> bool:
+        """Go on behind lines that need not be read; False, and nothing, in another segment."""
+        if position.segment != self._segment:
+            return False
+        self.position = position
+        return True
+
     def read(self, stop: Position) -> Iterator[tuple[Line, bytes]]:
         """Yield (line, raw) up to the durable position `stop`; `position` moves along.
 

@@ -4,6 +4,7 @@ Readers are shown the fold of everything durable, brought up to date when they l
 decides on top of every line that is *written*, durable or not, but asks about few workers: for the
 workers it has asked about, `recent` is kept right by looking at the sid of each line that others
 write, without parsing the rest. So a process that only writes never folds what all the others do.
+What it writes itself it folds once: where all else is read, a writer takes that over.
 
 Not safe for threads by itself; the log's mutex guards it. Whatever interrupts a step (a signal
 handler that raises, out of memory), everything is dropped and begun anew from the snapshot: a
@@ -12,7 +13,9 @@ state that has missed a line must never be decided upon.
 
 import logging
 import re
-from typing import Final
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, TypeAlias
 
 from crewlog.errors import HistoryDiverged, LogCorrupt, SegmentMissing
 from crewlog.local import layout, snapshot
@@ -33,6 +36,9 @@ _SID: Final = re.compile(
 )
 # Of so few workers each is looked for by itself.
 _NEEDLES_MAX: Final = 8
+# One of our own last lines, folded: its segment, where it ends there, its seq, type and sid, and
+# the record after it. A plain tuple: one is made at every change.
+Own: TypeAlias = tuple[int, int, int, str, str, Record | None]
 
 
 class View:
@@ -46,6 +52,8 @@ class View:
         self._loaded: tuple[Fold, Reader] | None = None
         self.recent: dict[str, Record | None] = {}  # of the workers that writers asked about
         self.written: AppendState | None = None  # `recent` is right up to here
+        # one behind the other, without a hole
+        self._own: deque[Own] = deque(maxlen=self._directory.limits.own_lines)
         self.snapshot_seq = 0
 
     # -- for readers ------------------------------------------------------------------------
@@ -63,7 +71,7 @@ class View:
 
     def _fold_to(self, head: Position) -> Fold:
         state, reader = self._load()
-        if reader.position.seq < head.seq:
+        if state.seq < head.seq:
             try:
                 for line, raw in reader.read(head):
                     self._apply(state, line, raw, reader)
@@ -123,6 +131,19 @@ class View:
 
     # -- for writers ------------------------------------------------------------------------
 
+    def keep(self, own: Sequence[Own]) -> None:
+        """Keep lines that this process has just written."""
+        if self._own and self._own[-1][2] + 1 != own[0][2]:
+            self._own.clear()
+        self._own.extend(own)
+
+    def reaches(self, end: AppendState) -> bool:
+        """Say whether nothing up to `end` is left to be read."""
+        if self._loaded is None:
+            return False
+        seq, own = self._loaded[0].seq, self._own
+        return seq >= end.seq or (bool(own) and own[-1][2] == end.seq and own[0][2] <= seq + 1)
+
     def lag(self, seq: int) -> int:
         """Return how many lines were written since `recent` was last brought up to date."""
         return 0 if self.written is None or not self.recent else seq - self.written.seq
@@ -161,13 +182,34 @@ class View:
             if sid in recent:
                 recent[sid] = fold.after(codec.parse(match[0]), recent[sid])
 
+    def _take_own(self, head: Position) -> None:
+        """Take over what this process wrote itself, as far as nothing of others lies between.
+
+        For a writer, which knows that the log goes on from there.
+        """
+        state, reader = self._load()
+        own = self._own
+        try:
+            while own and own[0][2] <= head.seq:
+                segment, end, seq, kind, sid, record = own.popleft()
+                if seq == state.seq + 1 and reader.skip_to(Position(segment, end, seq)):
+                    state.take(kind, sid, record)
+                    state.seq = seq
+        except BaseException:  # an interrupt
+            self.forget()
+            raise
+
     def record(self, sid: str, *, head: Position, end: Position) -> Record | None:
         """Return a worker's record as of `end`; `head` is durable and not beyond it.
 
         For a writer, before which whatever was to be recovered has been.
         """
         self._segments.completed.clear()
-        record = self.durable(head).get(sid)
+        self._take_own(head)
+        state = self.durable(head)
+        record = state.get(sid)
+        if state.seq == end.seq:
+            return record
         reader = Reader(self._written, self._load()[1].position)
         try:
             for line, raw in reader.read(end):
@@ -182,6 +224,7 @@ class View:
 
     def forget_written(self) -> None:
         """Drop what writers know; the next one asks the log."""
+        self._own.clear()
         self.recent = {}
         self.written = None
 
@@ -190,6 +233,7 @@ class View:
     def forget(self) -> None:
         """Drop everything; the next use begins from the snapshot."""
         loaded, self._loaded = self._loaded, None
+        self._own.clear()
         self.recent = {}
         self.written = None
         if loaded is not None:

@@ -15,6 +15,7 @@ class Limits:
     redo_bytes: int = 256 * 1024  # so much is committed between two syncs of a segment
     group_bytes: int = 256 * 1024  # of lines that callers of one process share a write for
     recent_workers: int = 50_000  # that a writer keeps at hand
+    own_lines: int = 64  # of its own, the last ones, that it keeps folded
     archive_bytes: int = 1024 * 1024  # small archives are put together to one of at most so many
     archive_lines: int = 25_000  # and of so many lines
     archives_small: int = 32  # once there are so many beside each other
