@@ -515,6 +515,28 @@ def test_whoever_gives_the_lock_back_wakes_who_waits(
     assert woken == ["lock", "sync"]
 
 
+@pytest.mark.parametrize(("others", "yields"), [(3, 8), (40, 6)], ids=["few", "many"])
+def test_whoever_gives_the_lock_back_yields_to_whom_it_woke(
+    place: Path, monkeypatch: pytest.MonkeyPatch, others: int, yields: int
+) -> None:
+    """Always among few; where many take turns, not each time: a yield costs a turn."""
+    with opened(place) as reg, opened(place) as other:
+        reg.register("a")
+        other.register("b")
+        _settle(reg)
+        with other.batch() as batch:
+            for number in range(others):
+                batch.update("b", meta={"n": number})
+        yielded: list[bool] = []
+        monkeypatch.setattr(os, "sched_yield", lambda: yielded.append(True))
+        reg.update("a", meta={"n": -1})
+        assert yielded == [], "nobody was met who waits"
+        files(reg)._appender._heads.written.crowd = 9
+        for number in range(8):
+            reg.update("a", meta={"n": number})
+        assert len(yielded) == yields
+
+
 @pytest.mark.parametrize(
     ("sync_s", "pause_s"), [(0.02, 0.000_3), (0.001, 0.000_15), (0.000_2, None)]
 )

@@ -95,6 +95,8 @@ from crewlog.queue import Request
 
 _logger = logging.getLogger("crewlog.log")
 _CATCH_UP_IDLE_S: Final = 0.05
+_MANY: Final = 16  # lines of others between two of ours: so many processes take turns
+_GO_ON: Final = 4  # where there are many, one yield of so many is left out
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -151,6 +153,7 @@ class Appender:
         self.make_durable = self.sync.make_durable  # phase two
         # All below is guarded by the mutex.
         self._left: AppendState | None = None  # how far the log was when we last wrote or looked
+        self._between = 0  # lines that others wrote between our last two writes
         self._active: Segment | None = None
         self._redo = Redo(directory)
         self._stamp = _stamp(directory)
@@ -230,7 +233,7 @@ class Appender:
                 data = active.read(left.end, state.end - left.end)
                 if _begins_behind(left, data):
                     self._view.catch_up(state, data)
-                    self._left = state
+                    self._left, self._between = state, state.seq - left.seq
                     return state, head
         return self._put_in_order(state, head, moved=moved)
 
@@ -599,7 +602,10 @@ class Appender:
                 self.lock.release()
                 if self._heads.written.crowd:
                     self._heads.written.wake(1)
-                    os.sched_yield()  # to whom was woken: all wait for what is done under the lock
+                    # Yield to whom was woken: all wait for what is done under the lock. It costs a
+                    # turn of the scheduler; among many that adds up to whole turns without a change
+                    if self._between < _MANY or self._heads.written.crowd % _GO_ON:
+                        os.sched_yield()
         except OSError as error:
             raise self._typed(error) from error
         finally:
