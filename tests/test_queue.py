@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from crewlog import queue
 from crewlog.errors import AppendUncertain, LockBusy, StaleRevision, StorageFull
 from crewlog.model.limits import DEFAULT
 from crewlog.model.steps import Appended
@@ -353,3 +354,96 @@ def test_rider_that_may_be_written_is_not_decided_again(stage: Stage, commits: C
     assert (len(decided), rider.phase) == (2, "done")
     assert isinstance(rider.error, AppendUncertain)
     assert rider.error.outcome == "unknown"
+
+
+def test_leader_that_was_not_told_finds_out(
+    stage: Stage, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One interrupt after the other has come as the turn was handed on."""
+    monkeypatch.setattr(queue, "LOOK_S", 0.02)
+    monkeypatch.setattr(queue._Waiting, "advance", lambda *_: None)
+    riders, go = _held(stage, commits)
+    riders.add()
+    go.set()
+    assert sorted(riders.join(), key=str) == [1, 2]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_queue_that_nobody_leads_is_led_by_who_waits(
+    stage: Stage, commits: Commits, monkeypatch: pytest.MonkeyPatch, *, again: bool
+) -> None:
+    """The leader is interrupted again wherever it would hand on, and gone."""
+    monkeypatch.setattr(queue, "LOOK_S", 0.02)
+    riders, main = Riders(commits, stage), threading.get_ident()
+    real, leave = commits._hand_on, commits.leave
+
+    def interrupt() -> None:
+        if threading.get_ident() == main:
+            raise KeyboardInterrupt
+
+    def begins_to_hand_on() -> None:
+        interrupt()
+        real()
+
+    def begins_to_leave(request: Request) -> None:
+        interrupt()
+        leave(request)
+
+    def interrupted() -> None:
+        for _ in range(3):
+            riders.add()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commits, "_hand_on", begins_to_hand_on)
+    if again:
+        monkeypatch.setattr(commits, "leave", begins_to_leave)
+    stage.on_write.append(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commits.append(lambda _: [], [])
+    assert sorted(riders.join(), key=str) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("phase", "gone", "takes"),
+    [
+        ("waiting", False, False),
+        ("lead", False, False),
+        ("lead", True, True),
+        ("written", False, True),
+        ("done", False, True),
+    ],
+)
+def test_whoever_waits_takes_over_from_who_does_not_lead(
+    commits: Commits, phase: queue.Phase, gone: bool, takes: bool
+) -> None:
+    """It is gone, or what it asked for was done by another one: it hands on no more."""
+    commits._leader = leader = Request(lambda _: [], ())
+    leader.phase, leader.gone = phase, gone
+    waits = queue._Waiting(lambda _: [], ())
+    commits._queue.append(waits)
+    assert commits._is_heir(waits) is takes
+    assert (commits._leader is waits, waits in commits._queue) == (takes, not takes)
+
+
+def test_whoever_is_served_meanwhile_does_not_lead(
+    stage: Stage, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its group is being synced, and nobody leads the next one: it looks, and waits on."""
+    monkeypatch.setattr(queue, "LOOK_S", 0.001)
+    looks: list[bool] = []
+    enough, real = threading.Event(), Commits._is_heir
+
+    def look(one: Commits, request: queue._Waiting) -> bool:
+        looks.append(found := real(one, request))
+        if len(looks) > 20:
+            enough.set()
+        return found
+
+    riders, go = _held(stage, commits)
+    for _ in range(3):
+        riders.add()
+    monkeypatch.setattr(Commits, "_is_heir", look)
+    stage.on_settle += [lambda: None, lambda: pytest.fail("late") if not enough.wait(9) else None]
+    go.set()
+    assert sorted(riders.join(), key=str) == [1, 2, 3, 4]
+    assert (stage.groups, any(looks)) == ([1, 3], False)

@@ -14,9 +14,10 @@ Order in a process: this mutex is held for a few instructions only, and nothing 
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 from crewlog import host
 from crewlog.errors import AppendUncertain, LockBusy, RegistryClosed
@@ -66,6 +67,8 @@ class Request:
         """Go on to a phase, and wake whoever waits for that."""
         self.phase = phase
 
+
+LOOK_S: Final = 1.0  # so long somebody waits before he looks whether anybody leads
 
 # Called once a request is settled; runs work in another thread.
 Done: TypeAlias = Callable[[Request], None]
@@ -154,6 +157,7 @@ class Commits:
                 self.lead(request)
         except BaseException:  # a signal handler raised, or the wait was too long
             if request is not None:
+                request.gone = True  # here: another interrupt may come as a function begins
                 self.leave(request)
             raise
         finally:
@@ -162,13 +166,28 @@ class Commits:
 
     def _await(self, request: _Waiting) -> None:
         """Wait until it is settled, or its turn to lead has come."""
-        if request.wait(self._wait_s + 2 * self._limits.sync_wait_s):
-            return
+        deadline = time.monotonic() + self._wait_s + 2 * self._limits.sync_wait_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if request.wait(min(left_s, LOOK_S)) or self._is_heir(request):
+                return
         with self._mutex:
             if request in self._queue:
                 raise LockBusy(self._where, waited_s=self._wait_s, holder="another thread")
             if request.phase == "waiting":
                 raise AppendUncertain(self._where, why="another thread's append does not finish")
+
+    def _is_heir(self, request: Request) -> bool:
+        """Say whether it is to lead, and was not told; or let it, where it is queued for nobody.
+
+        One interrupt after the other may come wherever somebody hands on.
+        """
+        with self._mutex:
+            leader = self._leader
+            leads = leader is not None and not leader.gone and leader.phase in {"waiting", "lead"}
+            if request in self._queue and not leads:
+                self._queue.remove(request)
+                self._leader = leader = request
+            return leader is request
 
     def leave(self, request: Request) -> None:
         """Let its caller wait no longer, and another lead if it was to."""
