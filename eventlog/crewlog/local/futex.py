@@ -78,24 +78,18 @@ class Word:
         self._offset = offset
         self._address = 0  # of the word; 0: not mapped
 
-    def _map(self, fd: int) -> int:
-        """Map the file that is open now; return the address of the word, 0: there is no futex."""
-        if not _calls.number or os.fstat(fd).st_size < self._offset + 4:
-            return 0
+    def map(self, fd: int) -> None:
+        """Map the file that is open now, where there is a futex and that was not done yet."""
+        if self._address or not _calls.number or os.fstat(fd).st_size < self._offset + 4:
+            return
         address = _calls.map(None, _PAGE, 1, 1, fd, 0)  # PROT_READ, MAP_SHARED
-        if address in {None, _FAILED}:
-            return 0
-        self._address = address + self._offset
-        return self._address
+        if address not in {None, _FAILED}:
+            self._address = address + self._offset
 
-    def read(self, fd: int) -> int:
-        """Return its value, to be waited on; by pread."""
-        return int.from_bytes(os.pread(fd, 4, self._offset), "little")
-
-    def wait(self, fd: int, value: int, wait_s: float) -> None:
+    def wait(self, value: int, wait_s: float) -> None:
         """Return once it has another value and somebody says so, or after a short while."""
         wait_s = min(wait_s, WAIT_MAX_S)
-        address = self._address or self._map(fd)
+        address = self._address
         if not address or host.is_green():
             time.sleep(min(wait_s, _SLEEP_S))  # or another's, that lets green threads run
             return
@@ -105,11 +99,10 @@ class Word:
             if number not in {errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}:
                 time.sleep(min(wait_s, _SLEEP_S))  # cut under us (EFAULT), or forbidden
 
-    def wake(self, fd: int, count: int) -> None:
+    def wake(self, count: int) -> None:
         """Wake so many of those who wait."""
-        address = self._address or self._map(fd)
-        if address:
-            _calls.call(_calls.number, address, _WAKE, count, None, None, 0)
+        if self._address:
+            _calls.call(_calls.number, self._address, _WAKE, count, None, None, 0)
 
     def close(self) -> None:
         """Unmap it: the file is closed, and another one may be opened."""

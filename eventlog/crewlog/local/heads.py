@@ -207,13 +207,20 @@ class StateFile(Generic[T]):
                 from crewlog.local.futex import Word  # noqa: PLC0415 (nobody waits who is alone)
 
             self._word = Word(self._word_at)
-        self._word.wait(self._fd, value, wait_s)
+        with self._guard:
+            if self._fd == _NONE:  # let go of meanwhile: look again
+                return
+            self._word.map(self._fd)
+        self._word.wait(value, wait_s)
 
     def wake(self, count: int) -> None:
         """Wake so many of those who wait; worth it as long as there is a crowd."""
         self.crowd -= 1
         if self._word is not None:
-            self._word.wake(self._fd, count)
+            with self._guard:
+                if self._fd != _NONE:
+                    self._word.map(self._fd)
+                    self._word.wake(count)
 
     def store(self, value: T, data: bytes = b"") -> None:
         """Write it, creating the file durably if it is absent. Held by the caller: its lock.
