@@ -1,6 +1,7 @@
 """One event is one checked line, and nothing else is."""
 
 import re
+import zlib
 
 import pytest
 
@@ -42,6 +43,23 @@ def test_line_trailer_has_fixed_place() -> None:
     """A line can be checked by slicing: the trailer is its last 92 bytes."""
     trailer = a_line()[-92:]
     assert re.fullmatch(rb',"prev":"[0-9a-f]{64}","crc":"[0-9a-f]{8}"\}', trailer)
+
+
+@pytest.mark.parametrize(
+    "trailer",
+    [
+        b',"prev":"' + b"a" * 63 + b'" ,',  # a blank after a hash that is too short
+        b', "prev":"' + b"a" * 64 + b'",',
+        b',"prev": "' + b"a" * 63 + b'",',
+        b',"last":"' + b"a" * 64 + b'",',
+    ],
+)
+def test_line_of_another_trailer_is_none(trailer: bytes) -> None:
+    """However right its crc: prev and crc stand at their places, or it is no line."""
+    checked = a_line()[:-92] + trailer[:-1]
+    raw = checked + b',"crc":"%08x"}' % zlib.crc32(checked)
+    with pytest.raises(LineError, match="no trailer"):
+        codec.parse(raw)
 
 
 def test_line_with_any_bit_flipped_is_refused() -> None:

@@ -119,6 +119,12 @@ def test_registration_with_an_impossible_pid_is_damage() -> None:
         fold.after(line(1, events.REGISTERED, {**REGISTERED, "pid": 0}), None)
 
 
+def test_registration_in_no_state_that_there_is_says_so() -> None:
+    """In a file, that is corruption, too."""
+    with pytest.raises(fold.FoldError, match="'asleep' is not a valid WorkerState"):
+        fold.after(line(1, events.REGISTERED, {**REGISTERED, "state": "asleep"}), None)
+
+
 def test_states_are_living_or_final() -> None:
     """Every state is one or the other."""
     assert set(WorkerState) == LIVING | FINAL

@@ -152,7 +152,7 @@ OK_CODES_MAX: Final = 256
 
 def check_codes(codes: object) -> list[int] | None:
     """Return exit codes that are no crash, in order; 128 + N is signal N. None for none."""
-    if codes == ():
+    if isinstance(codes, tuple) and not codes:
         return None
     if isinstance(codes, str | bytes | Mapping) or not isinstance(codes, Collection):
         message = "ok_codes must be exit codes: (0, 143)"

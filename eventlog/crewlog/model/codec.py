@@ -235,7 +235,7 @@ def parse(raw: bytes) -> Line:
 
 def is_intact(raw: bytes) -> bool:
     """Say whether a line is as it was written, by its crc alone."""
-    return raw[_CRC_AT:] == b',"crc":"%08x"}' % zlib.crc32(raw[:_CRC_AT])
+    return raw[_CRC_AT - 1 :] == b'","crc":"%08x"}' % zlib.crc32(raw[:_CRC_AT])
 
 
 def _damage(raw: bytes) -> str:
