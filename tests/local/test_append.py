@@ -524,17 +524,22 @@ def test_whoever_gives_the_lock_back_yields_to_whom_it_woke(
         reg.register("a")
         other.register("b")
         _settle(reg)
-        with other.batch() as batch:
-            for number in range(others):
-                batch.update("b", meta={"n": number})
         yielded: list[bool] = []
         monkeypatch.setattr(os, "sched_yield", lambda: yielded.append(True))
         reg.update("a", meta={"n": -1})
         assert yielded == [], "nobody was met who waits"
         files(reg)._appender._heads.written.crowd = 9
-        for number in range(8):
-            reg.update("a", meta={"n": number})
+        for turn in range(8):
+            with other.batch() as batch:
+                for number in range(others):
+                    batch.update("b", meta={"n": turn * others + number})
+            reg.update("a", meta={"n": turn})
         assert len(yielded) == yields
+        yielded.clear()
+        files(reg)._appender._heads.written.crowd = 9
+        for turn in range(8):
+            reg.update("a", meta={"n": -turn})
+        assert len(yielded) == 8, "nobody wrote between"
 
 
 @pytest.mark.parametrize(
@@ -573,6 +578,21 @@ def test_state_file_that_is_replaced_is_waited_on_anew(reg: Registry) -> None:
     assert not word._address
     published.wait(published.look() + 1, 0.001)
     assert word._address
+
+
+def test_state_file_that_is_not_open_wakes_nobody(place: Path) -> None:
+    """It was removed, or let go of in an interrupt, among others who wait: the change stands."""
+    with opened(place) as reg:
+        reg.register("a", meta={"n": 1})
+        written = files(reg)._appender._heads.written
+        written.wait(written.look() + 1, 0.001)
+        assert written.crowd
+        (place / layout.APPEND_STATE).unlink()
+        assert reg.update("a", meta={"n": 1}).rev == 2, "nothing to write, and nothing fails"
+        written._drop()
+        written.wait(0, 0.001)
+        written.wake(1)
+        assert reg.update("a", meta={"n": 2}).meta["n"] == 2
 
 
 @pytest.mark.limits(sync_wait_s=0.4)

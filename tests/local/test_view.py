@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from crewlog import host
-from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
+from crewlog.errors import InvalidTransition, SegmentMissing, WorkerExists, WorkerNotFound
 from crewlog.local import layout
 from crewlog.local.disk import Disk
+from crewlog.local.heads import AppendState
 from crewlog.local.segments import Reader
+from crewlog.local.view import View
 from crewlog.model import codec
 from crewlog.model.chain import Position
 from crewlog.model.events import Line, Record
@@ -234,3 +236,40 @@ def test_reader_skips_nothing_beyond_its_segment(reg: Registry) -> None:
     before = reader.position
     assert not reader.skip_to(Position(before.segment + 1, 900, before.seq + 1))
     assert reader.position == before
+
+
+def test_own_lines_are_looked_at_under_the_mutex(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader in another thread may forget them at any moment."""
+    reg.register("a")
+    held: list[bool] = []
+    real, mutex = View.reaches, files(reg)._appender.mutex
+
+    def reaches(view: View, end: AppendState) -> bool:
+        held.append(host.is_mine(mutex))
+        return real(view, end)
+
+    monkeypatch.setattr(View, "reaches", reaches)
+    reg.register("b")
+    assert held == [True]
+
+
+def test_state_that_is_loaded_under_the_lock_may_be_compacted_away_meanwhile(
+    reg: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retention takes what the snapshot that was read leads on from: it is read once more."""
+    reg.register("a")
+    log, lost = files(reg), [True]
+    log._view.forget()
+    load = View._load
+
+    def misses(view: View) -> tuple[Fold, Reader]:
+        if lost:
+            lost.clear()
+            raise SegmentMissing("log", first=1, last=2)
+        return load(view)
+
+    monkeypatch.setattr(log._appender, "_prepare", lambda **_: None)
+    monkeypatch.setattr(View, "_load", misses)
+    assert reg.register("b").sid == "b"

@@ -51,6 +51,8 @@ def test_ended_process_cannot_be_registered(reg: Registry, crew: Crew) -> None:
     kill(worker)
     with pytest.raises(ProcessNotFound):
         reg.register("a", pid=worker.pid)
+    with pytest.raises(ValueError, match="cannot be a sid"):  # what is wrong in itself comes first
+        reg.register("a b", pid=worker.pid)
 
 
 def test_living_sid_is_refused_and_a_dead_one_taken_over(reg: Registry, crew: Crew) -> None:

@@ -95,7 +95,7 @@ from crewlog.queue import Request
 
 _logger = logging.getLogger("crewlog.log")
 _CATCH_UP_IDLE_S: Final = 0.05
-_MANY: Final = 16  # lines of others between two of ours: so many processes take turns
+_MANY: Final = 16  # lines of others between two changes of ours: about so many take turns
 _GO_ON: Final = 4  # where there are many, one yield of so many is left out
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Appender:
         self.make_durable = self.sync.make_durable  # phase two
         # All below is guarded by the mutex.
         self._left: AppendState | None = None  # how far the log was when we last wrote or looked
-        self._between = 0  # lines that others wrote between our last two writes
+        self._between = 0  # lines that others wrote between our last two changes
         self._active: Segment | None = None
         self._redo = Redo(directory)
         self._stamp = _stamp(directory)
@@ -190,8 +190,10 @@ class Appender:
             state = self._heads.append_state()
         if state is None or state.boot != self._boot:
             return  # recovery comes first
-        if not knows and self._view.reaches(state):
-            return
+        if not knows:
+            with self.mutex:
+                if self._view.reaches(state):
+                    return
         head = None
         if not knows:
             self._heads.renew()
@@ -226,6 +228,7 @@ class Appender:
         ):
             # Nobody has written since we did: there is nothing to do.
             if state is left:
+                self._between = 0
                 return state, head
             # Others have, in this segment, for a next one moves log/: their first line must follow
             # our last one.

@@ -187,8 +187,9 @@ class View:
 
         For a writer, which knows that the log goes on from there.
         """
-        state, reader = self._load()
-        own = self._own
+        if self._loaded is None:  # loaded by whoever reads, who tries again where it must
+            return
+        (state, reader), own = self._loaded, self._own
         try:
             while own and own[0][2] <= head.seq:
                 segment, end, seq, kind, sid, record = own.popleft()

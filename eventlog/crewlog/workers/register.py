@@ -36,6 +36,7 @@ def register(
 
     `seen` is what else is known of it and is to be recorded.
     """
+    arguments.check_sid(sid)  # before anything is looked at
     if not wish.lease and wish.heartbeat_s is None:
         return enter(session, sid, pid, wish, held=None, seen=seen)
     if pid not in {None, os.getpid()}:
