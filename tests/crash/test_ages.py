@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 import crewlog
 from crewlog import host
 from crewlog.errors import CrewlogError, HistoryRewound, LogCorrupt, LogRegressed
-from crewlog.local import layout, recovery
+from crewlog.local import layout, recovery, redo
 from crewlog.local.heads import States
+from crewlog.local.layout import Directory
 from crewlog.local.segments import Segments
 from crewlog.registry import Registry
 from crewlog_compactor import compact, repair, verify
@@ -253,19 +255,55 @@ def test_a_proof_is_found_where_there_is_one(place: Path) -> None:
     assert look(place, 3) == 3
 
 
-def test_threads_that_open_one_store_judge_alike(place: Path) -> None:
+def _see(reg: Registry, seen: list[int]) -> None:
+    seen.append(reg.last_seq)
+
+
+@pytest.mark.parametrize("lost", [1, 10])
+def test_threads_that_open_one_store_judge_alike(place: Path, lost: int) -> None:
     """Each looks by itself; what one recovers the others go on from."""
-    copy, segment = grown(place, 1, 10)
+    copy, segment = grown(place, 1, lost)
     put_back(place, copy, segment, STATE, HEAD)
-    seen: list[int] = []
-    with crewlog.open(place) as reg:
-        threads = [threading.Thread(target=lambda: seen.append(reg.last_seq)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(set(seen)) == 1
+    interval_s = sys.getswitchinterval()
+    for _ in range(20):
+        seen: list[int] = []
+        with crewlog.open(place) as reg:
+            threads = [threading.Thread(target=_see, args=(reg, seen)) for _ in range(4)]
+            sys.setswitchinterval(1e-5)
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            finally:
+                sys.setswitchinterval(interval_s)
+        assert len(set(seen)) == 1
+        assert len(seen) == 4
     joined(forked(lambda: None))
+
+
+@pytest.mark.parametrize("lost", [1, 10])
+def test_thread_that_looks_later_judges_as_the_first_one_did(
+    place: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """It looks at the files, not at what the other one has completed, which stays in place."""
+    copy, segment = grown(place, 1, lost)
+    put_back(place, copy, segment, STATE, HEAD)
+    with crewlog.open(place) as reg:
+        log, first = files(reg), reg.last_seq
+        assert log.segments.completed
+        log._looked_at, log._aged = -1, None  # as it was when the other thread began to look
+        stood: list[bool] = []
+        real = redo.read
+
+        def look(directory: Directory) -> bytes:
+            stood.append(bool(log.segments.completed))
+            return real(directory)
+
+        monkeypatch.setattr(redo, "read", look)
+        assert reg.last_seq == first
+        assert stood
+        assert all(stood)
 
 
 # -- what lies in the place of a segment, or is missing from one --------------------------------

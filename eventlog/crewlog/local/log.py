@@ -52,9 +52,9 @@ class Log:
         self._looked_at = -1
         self._aged: DurableHead | None = None
         self._heads = States(directory)
-        written = Segments(directory)  # as the files are: what the redo completes is for readers
-        self._view = View(self.segments, written)
-        self._appender = Appender(written, self._heads, self._view, wait_s=wait_s)
+        self._files = Segments(directory)  # as they are: what the redo completes is for readers
+        self._view = View(self.segments, self._files)
+        self._appender = Appender(self._files, self._heads, self._view, wait_s=wait_s)
         self.commits = Commits(
             self._appender, where=str(directory.path), wait_s=wait_s, limits=directory.limits
         )
@@ -137,7 +137,7 @@ class Log:
         if head is None or head.boot != self._boot or self._heads.is_elsewhere(head):
             return False
         if not 0 <= self._looked_at <= head.generation or head == self._aged:
-            self._aged = head if recovery.proof(self.segments, self._heads) else None
+            self._aged = head if recovery.proof(self._files, self._heads) else None
         self._looked_at = head.generation
         return self._aged is None
 

@@ -198,13 +198,15 @@ def completed(data: bytes, first: int, kept: bytes) -> bytes:
 
 
 def complete(segments: Segments) -> None:
-    """Complete the last segment from the redo, in memory, until a writer has recovered it."""
-    segments.completed.clear()
-    firsts = segments.in_log()
-    if not firsts:
-        return
-    with segments.open(firsts[-1]) as source:
-        data = source.whole()
-    whole = completed(data, firsts[-1], read(segments.directory))
-    if whole != data:
-        segments.completed[firsts[-1]] = whole
+    """Complete the last segment from the redo, in memory, until a writer has recovered it.
+
+    What was completed before stands until then: another thread may be reading it.
+    """
+    files, whole = Segments(segments.directory), {}
+    for first in files.in_log()[-1:]:
+        with files.open(first) as source:
+            data = source.whole()
+        more = completed(data, first, read(segments.directory))
+        if more != data:
+            whole[first] = more
+    segments.completed = whole
