@@ -68,7 +68,7 @@ class Request:
         self.phase = phase
 
 
-LOOK_S: Final = 1.0  # so long somebody waits before he looks whether anybody leads
+LOOK_S: Final = 1.0  # who waits looks after so long whether anybody leads
 
 # Called once a request is settled; runs work in another thread.
 Done: TypeAlias = Callable[[Request], None]

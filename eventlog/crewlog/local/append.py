@@ -190,12 +190,11 @@ class Appender:
             state = self._heads.append_state()
         if state is None or state.boot != self._boot:
             return  # recovery comes first
+        head = None
         if not knows:
             with self.mutex:
                 if self._view.reaches(state):
                     return
-        head = None
-        if not knows:
             self._heads.renew()
             with disk.failures("cannot read the registry", where=self._where):
                 head = self._heads.head()

@@ -227,7 +227,7 @@ def parse(raw: bytes) -> Line:
             and ("b" not in value or _is_place(value["b"]))
             and (kind[:1] != "_" or kind in OWN_TYPES or kind[:2] == "_x")
         ):
-            return cast("Line", value)  # a string: no call
+            return cast("Line", value)
     except KeyError as error:
         raise LineError(f"field {error} is missing") from error
     raise _strange(value)
