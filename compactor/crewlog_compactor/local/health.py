@@ -54,7 +54,7 @@ def _writing(log: Log) -> Iterator[Check]:
         yield Check(
             name="log",
             status="note",
-            found=f"seq {head.seq}; the machine was restarted since the last change",
+            found=f"seq {head.seq}; the machine was restarted since, or files differ in age",
             remedy="The next change recovers what needs it",
         )
     else:
