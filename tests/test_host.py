@@ -141,6 +141,7 @@ def _work(reg: Registry, place: Path) -> None:
         reg.get("a")
 
 
+@pytest.mark.long
 def test_child_forked_while_another_thread_opens_goes_on(place: Path) -> None:
     """The store is there only in part, and whoever opens it holds a mutex."""
     stops = Stops(*OPENING)

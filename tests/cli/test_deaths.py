@@ -264,6 +264,7 @@ def test_what_it_does_stands_beside_its_life(cli: Cli, reg: Registry, crew: Crew
     assert "starting 0s, busy" in cli("ls").stdout
 
 
+@pytest.mark.long
 @LINUX
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a pid namespace")
 def test_observer_in_a_container_leads_beside_one_on_the_host(

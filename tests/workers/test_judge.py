@@ -152,6 +152,7 @@ def test_kernel_that_tells_a_moment_later_is_asked_again(
         until(lambda: ends(reg, "a") == [("worker.exited", 7)])
 
 
+@pytest.mark.long
 @LINUX
 def test_run_keeps_the_exit_code_when_it_is_asked_to_end_behind_a_busy_lock(
     reg: Registry, place: Path, tmp_path: Path
