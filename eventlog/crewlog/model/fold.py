@@ -6,7 +6,7 @@ it out. Records are replaced, never changed in place, so a reader may keep one a
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, TypedDict, cast
+from typing import Final, cast
 
 from crewlog.errors import InvalidTransition, WorkerExists, WorkerNotFound
 from crewlog.model import events
@@ -14,7 +14,6 @@ from crewlog.model.events import (
     FINAL,
     LIVING,
     ExitRecord,
-    IdentityRecord,
     JsonObject,
     JsonValue,
     Line,
@@ -168,26 +167,9 @@ def _patch(fresh: Record, patch: JsonObject) -> None:
                 continue
 
 
-class _Registration(TypedDict, total=False):
-    """What the data of a registration may hold; all but `pid` and `state` is taken as it is."""
-
-    pid: JsonValue
-    sock: str
-    version: str
-    created_at: str
-    state: str
-    labels: dict[str, str]
-    meta: JsonObject
-    identity: IdentityRecord | None
-    owner: IdentityRecord | None
-    lease: str
-    heartbeat_s: float
-    sock_id: str
-
-
 def _registered(old: Record | None, line: Line) -> Record:
-    data, seq, ts = cast("_Registration", line["data"]), line["seq"], line["ts"]
-    pid = data["pid"]
+    data = cast("Record", line["data"])  # what it says has the same name there
+    pid, seq, ts = line["data"]["pid"], line["seq"], line["ts"]
     if type(pid) is not int or pid < 1:
         message = f"pid {pid!r} is not a process id"
         raise FoldError(message)
