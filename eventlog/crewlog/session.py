@@ -76,11 +76,8 @@ class Session:
         """Give back what is open; the store is opened anew when it is needed."""
         with self._opening:
             if self._store is not None:
-                held, self._store = (
-                    self._store,
-                    None,
-                )  # first: an interrupt must not leave it closed
-                held.close()
+                store, self._store = self._store, None  # first: an interrupt must leave none closed
+                store.close()
 
     def close(self) -> None:
         """Release every resource; idempotent."""

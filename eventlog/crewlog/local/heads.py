@@ -83,9 +83,17 @@ class DurableHead(NamedTuple):
 def durable(state: AppendState, *, base: int, after: DurableHead | None) -> DurableHead:
     """Return the head that tells of a state which is durable; `after` is the one before, if any."""
     generation = 0 if after is None else after.generation + 1
-    place = 0 if after is None else after.place
-    boot, segment, end, seq = state.boot, state.segment, state.end, state.seq
-    return DurableHead(generation, boot, segment, base, end, seq, place, False, 0)  # noqa: FBT003
+    return DurableHead(
+        generation,
+        state.boot,
+        state.segment,
+        base,
+        state.end,
+        state.seq,
+        place=0 if after is None else after.place,
+        poisoned=False,
+        errno=0,
+    )
 
 
 _APPEND_STATE: Final = Shape(b"crewlogA", "16sQQQQQQ32s?3x")
@@ -174,9 +182,7 @@ class StateFile(Generic[T]):
 
     def load(self) -> T | None:
         """Read it; None if it is absent or stays unreadable."""
-        tries = TORN_READ_TRIES
-        while tries:
-            tries -= 1
+        for _ in range(TORN_READ_TRIES):
             with self._guard:
                 try:
                     fd = self._fd if self._fd != _NONE else self._open(change=False)

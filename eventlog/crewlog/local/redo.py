@@ -170,14 +170,17 @@ def empty(directory: Directory) -> None:
         os.close(fd)
 
 
+def _lines_from(kept: bytes, seq: int) -> bytes:
+    """Return what the redo holds from the line `seq` on; b"" where no line of it begins so."""
+    begin = b'{"v":1,"seq":%d,' % seq
+    at = 0 if kept.startswith(begin) else kept.find(b"\n" + begin) + 1
+    return kept[at:] if kept.startswith(begin, at) else b""
+
+
 def line_after(kept: bytes, seq: int, hash_: bytes) -> bytes:
     """Return the line of the redo that follows line `seq` with that hash; b"" where none does."""
-    begin = b'{"v":1,"seq":%d,' % (seq + 1)
-    at = 0 if kept.startswith(begin) else kept.find(b"\n" + begin) + 1
-    end = kept.find(b"\n", at)
-    if end < 0 or not kept.startswith(begin, at):
-        return b""
-    raw = kept[at:end]
+    rest = _lines_from(kept, seq + 1)
+    raw = rest[: max(0, rest.find(b"\n"))]
     try:
         return raw if codec.parse(raw)["prev"] == hash_.hex() else b""
     except LineError:
@@ -189,12 +192,11 @@ def completed(data: bytes, first: int, kept: bytes) -> bytes:
     found = chain.scan(data, offset=0, seq=first - 1, prev=None)
     if found.end == 0 or found.sealed:
         return data
-    next_line = b'{"v":1,"seq":%d,' % (found.seq + 1)
-    at = 0 if kept.startswith(next_line) else kept.find(b"\n" + next_line) + 1
-    if not kept.startswith(next_line, at):
+    rest = _lines_from(kept, found.seq + 1)
+    if not rest:
         return data
-    more = chain.scan(kept[at:], offset=found.end, seq=found.seq, prev=found.hash)
-    return data[: found.end] + kept[at : at + more.end - found.end] + data[more.end :]
+    more = chain.scan(rest, offset=found.end, seq=found.seq, prev=found.hash)
+    return data[: found.end] + rest[: more.end - found.end] + data[more.end :]
 
 
 def complete(segments: Segments) -> None:

@@ -39,7 +39,6 @@ INT64_MAX: Final = 2**63 - 1
 _PREV_KEY: Final = b',"prev":"'
 _CRC_KEY: Final = b'","crc":"'
 _PREV_AT: Final = -(len(_PREV_KEY) + 64 + len(_CRC_KEY) + 8 + 2)
-_HASH_AT: Final = _PREV_AT + len(_PREV_KEY)
 _CRC_AT: Final = -(len(_CRC_KEY) - 1 + 8 + 2)
 _STRICT: Final = (
     orjson.OPT_PASSTHROUGH_DATACLASS
@@ -209,52 +208,44 @@ def parse(raw: bytes) -> Line:
     Raises LineError with the first reason, or FormatTooNew where the line is whole but written
     by a newer crewlog.
     """
-    if raw[_PREV_AT:_HASH_AT] != _PREV_KEY or not is_intact(raw) or len(raw) > LINE_BYTES_CEILING:
-        raise LineError(_damage(raw))
+    if len(raw) > LINE_BYTES_CEILING:
+        raise LineError("longer than a line may be")
+    if raw[_PREV_AT : _PREV_AT + 9] != _PREV_KEY or raw[_CRC_AT - 1 : -10] != _CRC_KEY:
+        raise LineError("NUL bytes" if b"\0" in raw else "no trailer")
+    if not is_intact(raw):
+        raise LineError("crc differs")
     try:
         value: object = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise LineError(f"not JSON: {error}") from error
+    return _checked_shape(value)
+
+
+def is_intact(raw: bytes) -> bool:
+    """Say whether a line is as it was written, by its crc alone."""
+    return raw[-10:] == b'%08x"}' % zlib.crc32(raw[:_CRC_AT])
+
+
+def _checked_shape(value: object) -> Line:
     if type(value) is not dict:
         raise LineError("not an object")
     try:
         kind = value["type"]
-        if (
+        if not (
             value["v"] == LINE_VERSION
             and type(value["seq"]) is type(value["synced"]) is int
             and type(kind) is type(value["sid"]) is type(value["ts"]) is type(value["prev"]) is str
             and type(value["actor"]) is type(value["data"]) is dict
             and ("b" not in value or _is_place(value["b"]))
-            and (kind[:1] != "_" or kind in OWN_TYPES or kind[:2] == "_x")
         ):
-            return cast("Line", value)
+            if value["v"] != LINE_VERSION:
+                raise FormatTooNew("a line of the log", why=f"it has version {value['v']!r}")
+            raise LineError("a field has the wrong shape")
     except KeyError as error:
         raise LineError(f"field {error} is missing") from error
-    raise _strange(value)
-
-
-def is_intact(raw: bytes) -> bool:
-    """Say whether a line is as it was written, by its crc alone."""
-    return raw[_CRC_AT - 1 :] == b'","crc":"%08x"}' % zlib.crc32(raw[:_CRC_AT])
-
-
-def _damage(raw: bytes) -> str:
-    """Say what is wrong with the bytes of a line."""
-    if len(raw) > LINE_BYTES_CEILING:
-        return "longer than a line may be"
-    if raw[_PREV_AT:_HASH_AT] != _PREV_KEY or raw[_CRC_AT - 1 : -10] != _CRC_KEY:
-        return "NUL bytes" if b"\0" in raw else "no trailer"
-    return "crc differs"
-
-
-def _strange(value: JsonObject) -> LineError | FormatTooNew:
-    """Return the error of a whole line that is not as this version writes it."""
-    if value["v"] != LINE_VERSION:
-        return FormatTooNew("a line of the log", why=f"it has version {value['v']!r}")
-    kind = value["type"]
-    if isinstance(kind, str) and kind[:1] == "_" and kind not in OWN_TYPES and kind[:2] != "_x":
-        return FormatTooNew("a line of the log", why=f"its type is {kind!r}")
-    return LineError("a field has the wrong shape")
+    if kind[:1] == "_" and kind not in OWN_TYPES and kind[:2] != "_x":
+        raise FormatTooNew("a line of the log", why=f"its type is {kind!r}")
+    return cast("Line", value)
 
 
 def _is_place(value: object) -> bool:

@@ -514,9 +514,6 @@ def identity_of(record: IdentityRecord | None) -> Identity | None:
 _STATES: Final = {state.value: state for state in WorkerState}
 
 
-_PLAIN: Final = len(Record.__required_keys__)  # fields of a record that has no other
-
-
 def worker_of(record: Record) -> Worker:
     """Build the frozen worker from its record; later changes of the record do not reach it."""
     ended = record["exit"]
@@ -540,7 +537,7 @@ def worker_of(record: Record) -> Worker:
         lease=record["lease"],
         heartbeat_s=record["heartbeat_s"],
         sock_id=record["sock_id"],
-        **(_more_of(record) if len(record) > _PLAIN else {}),
+        **_more_of(record),
     )
 
 

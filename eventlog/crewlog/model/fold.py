@@ -41,7 +41,6 @@ _NEXT: Final = {
     events.LOST: WorkerState.LOST.value,
     events.RELEASED: WorkerState.RELEASED.value,
 }
-_STATES: Final = {state.value: state.value for state in WorkerState}
 _PATCHING: Final = frozenset({events.UPDATED, events.READY})
 # A worker that ends in one of these states was asked to.
 _EXPECTING: Final = frozenset({WorkerState.DRAINING, WorkerState.STOPPING})
@@ -179,7 +178,7 @@ def _registered(old: Record | None, line: Line) -> Record:
         "sock": data["sock"],
         "version": data["version"],
         "created_at": data.get("created_at", ts),
-        "state": _STATES.get(data["state"]) or WorkerState(data["state"]).value,
+        "state": WorkerState(data["state"]).value,
         "labels": data["labels"],
         "meta": data["meta"],
         "rev": seq,

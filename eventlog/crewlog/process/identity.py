@@ -496,8 +496,7 @@ def look(pid: int | None = None) -> tuple[Identity, Stat | None]:
     if not LINUX:
         return _capture_portable(number), None
     here = scope()
-    opened, fd = open_pidfd(number)
-    try:
+    with opened_pidfd(number) as (opened, fd):
         if opened in {"no_such_process", "thread"}:
             raise ProcessNotFound(number)
         stat = read_stat(number)
@@ -515,9 +514,6 @@ def look(pid: int | None = None) -> tuple[Identity, Stat | None]:
         )
         if fd >= 0 and ended(fd):  # last, so that all of the above belongs to it
             raise ProcessNotFound(number)
-    finally:
-        if fd >= 0:
-            os.close(fd)
     return identity, stat
 
 

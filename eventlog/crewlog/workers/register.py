@@ -36,10 +36,8 @@ def register(
 
     `seen` is what else is known of it and is to be recorded.
     """
-    arguments.check_sid(sid)  # before anything is looked at
-    if not wish.lease and wish.heartbeat_s is None:
-        return enter(session, sid, pid, wish, held=None, seen=seen)
-    if pid not in {None, os.getpid()}:
+    leased = wish.lease or wish.heartbeat_s is not None
+    if leased and pid not in {None, os.getpid()}:
         message = "a lease is held by the worker: register it from inside, or spawn it"
         raise ValueError(message)
     with lease_for(session, sid, wish) as held:
