@@ -144,7 +144,7 @@ REGISTERING: dict[str, Callable[[Path, int], Contestant]] = {
 
 def cost(home: Path, count: int) -> dict[str, object]:
     """Return what a change costs where a sync costs nothing: processor time, calls of Python."""
-    found: dict[str, object] = {}
+    row: dict[str, object] = {}
     for name, make in (("update", Ours), ("register", Registering)):
         contestant = make(home, 0)
         for number in range(200):
@@ -155,10 +155,10 @@ def cost(home: Path, count: int) -> dict[str, object]:
             for number in range(first, first + count):
                 contestant.change(number)
             slices.append((time.process_time() - began) / count * 1e6)
-        found[f"{name}, µs of processor time"] = round(min(slices), 1)
-        found[f"{name}, calls of Python"] = _calls_of(functools.partial(contestant.change, -2)) - 1
+        row[f"{name}, µs of processor time"] = round(min(slices), 1)
+        row[f"{name}, calls of Python"] = _calls_of(functools.partial(contestant.change, -2)) - 1
         contestant.close()
-    return found
+    return row
 
 
 def _calls_of(work: Callable[[], None]) -> int:

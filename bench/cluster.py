@@ -97,10 +97,10 @@ def one_writer(port: int, *, seconds: float, rounds: int) -> tuple[Rows, dict[st
         reg.register("w")
         for _ in range(rounds):
             took = {"crewlog": _changes(reg, "w", seconds), "floor": _floor(port, seconds)}
-            rows.append({name: len(found) / seconds for name, found in took.items()})
-            for name, found in took.items():
-                times[name] += found
-    return rows, {name: _p99(found) for name, found in times.items()}
+            rows.append({name: len(slices) / seconds for name, slices in took.items()})
+            for name, slices in took.items():
+                times[name] += slices
+    return rows, {name: _p99(slices) for name, slices in times.items()}
 
 
 def _p99(times: list[float]) -> float:
@@ -116,8 +116,8 @@ def eight_writers(port: int, *, seconds: float, rounds: int) -> tuple[Rows, floa
         for number in range(8):
             reg.register(f"w{number}")
         for _ in range(rounds):
-            done, found = _processes(place, seconds)
-            slow += found
+            done, more = _processes(place, seconds)
+            slow += more
             rows.append({"crewlog": done / seconds, "8 threads": _threads(reg, seconds) / seconds})
     return rows, _p99(slow)
 
@@ -137,8 +137,8 @@ def _processes(place: str, seconds: float) -> tuple[int, list[float]]:
                 os._exit(code)
         pids.append(pid)
     os.close(writing)
-    with os.fdopen(reading) as told:
-        times = [float(word) for word in told.read().split()]
+    with os.fdopen(reading) as reports:
+        times = [float(word) for word in reports.read().split()]
     for pid in pids:
         os.waitpid(pid, 0)
     return len(times), times
@@ -196,12 +196,12 @@ def _seen(
         finally:
             os._exit(code)
     os.close(writing)
-    with os.fdopen(reading) as told:
-        told.readline()
+    with os.fdopen(reading) as reports:
+        reports.readline()
         for number in range(count):
             reg.update("w", meta={"at": time.monotonic_ns(), "n": number})
             time.sleep(0.02)
-        late = [float(row) for row in told.read().split()]
+        late = [float(row) for row in reports.read().split()]
     os.waitpid(pid, 0)
     return {
         f"{name}, p50": round(statistics.median(late), 2),
@@ -209,7 +209,7 @@ def _seen(
     }
 
 
-def _watch(place: str, told: int, count: int, watchers: int) -> None:
+def _watch(place: str, report: int, count: int, watchers: int) -> None:
     with crewlog.open(place) as reg:
         watches = [reg.watch(after="now") for _ in range(watchers)]
         late: list[float] = []
@@ -227,10 +227,10 @@ def _watch(place: str, told: int, count: int, watchers: int) -> None:
         for thread in threads:
             thread.start()
         time.sleep(0.2)
-        os.write(told, b"ready\n")
+        os.write(report, b"ready\n")
         for thread in threads:
             thread.join()
-        os.write(told, " ".join(f"{t:.3f}" for t in late).encode())
+        os.write(report, " ".join(f"{t:.3f}" for t in late).encode())
 
 
 def run(home: Path, figures: Callable[..., None], tell: Callable[..., None], *, seconds: float,

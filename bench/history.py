@@ -121,12 +121,12 @@ def run(home: Path, *, events: int, rounds: int) -> Iterator[tuple[str, list[dic
 
 
 def _newest(reg: Registry, count: int) -> list[object]:
-    found: list[object] = []
+    newest: list[object] = []
     for event in reg.history(newest_first=True):
-        found.append(event)
-        if len(found) == count:
+        newest.append(event)
+        if len(newest) == count:
             break
-    return found
+    return newest
 
 
 def _database(home: Path, reg: Registry) -> sqlite3.Connection:

@@ -64,7 +64,7 @@ def judgement(home: Path, *, rounds: int) -> list[dict[str, float]]:
                 for number, pid in enumerate(pids):
                     batch.register(f"w-{number}", pid=pid)
             workers = reg.workers() * (WORKERS // PROCESSES)
-            assert all(found.alive for found in reg.judge(workers))
+            assert all(liveness.alive for liveness in reg.judge(workers))
             return [_round(reg, workers) for _ in range(rounds)]
     finally:
         end(pids)
@@ -101,7 +101,7 @@ def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
 
         return run(self, timed_work)
 
-    found = []
+    rows = []
     for number in range(rounds):
         pids = processes(DEAD)
         with crewlog.open(home / f"collected-{number}") as reg:
@@ -116,18 +116,18 @@ def lock_time(home: Path, *, rounds: int) -> list[dict[str, float]]:
             finally:
                 Appender._run = run  # type: ignore[method-assign]
             assert not reg.workers()
-        found.append({"crewlog": max(held), "whole collection": whole})
-    return found
+        rows.append({"crewlog": max(held), "whole collection": whole})
+    return rows
 
 
 def spawning(home: Path, *, rounds: int) -> list[dict[str, float]]:
     """Start `true` as a worker and wait for it, beside subprocess alone; milliseconds."""
-    found = []
+    rows = []
     with crewlog.open(home / "spawned") as reg:
         reg.register("first")
         for number in range(rounds * 5):
             alone = timed(lambda: subprocess.run(["true"], check=True))
             ours = timed(lambda n=number: reg.spawn(f"s-{n}", ["true"]))  # type: ignore[misc]
             reg.observe(f"s-{number}", timeout_s=30)
-            found.append({"crewlog": ours, "subprocess": alone})
-    return found
+            rows.append({"crewlog": ours, "subprocess": alone})
+    return rows

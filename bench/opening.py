@@ -73,7 +73,7 @@ def opening(
         assert len(other.execute("select * from workers").fetchall()) == workers
         other.close()
 
-    found = [
+    rows = [
         {"crewlog": timed(ours), "orjson alone": timed(floor), "sqlite select": timed(sqlite)}
         for _ in range(rounds)
     ]
@@ -84,8 +84,8 @@ def opening(
         with crewlog.open(home / "opened-without") as fresh:
             fresh.state()
 
-    tail_ms = statistics.median(row["crewlog"] for row in found) - timed(short)
-    return found, events / tail_ms * 1e3
+    tail_ms = statistics.median(row["crewlog"] for row in rows) - timed(short)
+    return rows, events / tail_ms * 1e3
 
 
 def compaction(home: Path, *, events: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def compaction(home: Path, *, events: int) -> dict[str, float]:
     place = home / "compacted"
     grown(place, 1000, events, snapshot=False).close()
     calm = _writer(place, 0.5, None)
-    up, told = os.pipe()
+    up, down = os.pipe()
     pid = os.fork()
     if pid == 0:
         with crewlog.open(place) as mine:
@@ -101,9 +101,9 @@ def compaction(home: Path, *, events: int) -> dict[str, float]:
             report = compact(mine, gc=False)
             took = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.write(told, orjson.dumps([report.folded_events, took, peak]))
+        os.write(down, orjson.dumps([report.folded_events, took, peak]))
         os._exit(0)
-    os.close(told)
+    os.close(down)
     busy = _writer(place, 0.0, pid)
     with os.fdopen(up, "rb") as source:
         folded, took, peak = orjson.loads(source.read(4096))
@@ -133,7 +133,7 @@ def ages(home: Path, *, seconds: float, rounds: int, many: int) -> list[dict[str
     lots = grown(home / "lots", many, 0)
     old = grown(home / "old", 100, many)
     compact(old, gc=False)
-    found = [
+    rows = [
         {name: _rate(reg, seconds) for name, reg in
          (("crewlog", few), (f"{many:,} workers", lots), (f"{many:,} events before", old))}
         for _ in range(rounds)
@@ -141,7 +141,7 @@ def ages(home: Path, *, seconds: float, rounds: int, many: int) -> list[dict[str
     for reg in (few, lots, old):
         reg.close()
         shutil.rmtree(reg.path)
-    return found
+    return rows
 
 
 def _rate(reg: Registry, seconds: float) -> float:

@@ -202,15 +202,15 @@ def _predecessor(workers: int) -> Callable[[Path, int], Contestant]:
 
 def installed() -> dict[str, Callable[[Path, int], Contestant]]:
     """Return the peers that can take part here."""
-    found: dict[str, Callable[[Path, int], Contestant]] = {}
+    peers: dict[str, Callable[[Path, int], Contestant]] = {}
     if find_spec("lmdb"):
-        found["lmdb"] = Lmdb
+        peers["lmdb"] = Lmdb
     if find_spec("redis") and shutil.which("redis-server"):
-        found["redis"] = Redis
+        peers["redis"] = Redis
     if find_spec("diskcache"):
-        found["diskcache"] = Diskcache
+        peers["diskcache"] = Diskcache
     if find_spec("eventsourcing"):
-        found["eventsourcing"] = Eventsourcing
+        peers["eventsourcing"] = Eventsourcing
     for workers in (100, 1000, 10_000):
-        found[f"predecessor, {workers:,} workers"] = _predecessor(workers)
-    return found
+        peers[f"predecessor, {workers:,} workers"] = _predecessor(workers)
+    return peers

@@ -53,9 +53,9 @@ class Run:
         """Return how many of something, by whether this is but a smoke test."""
         return few if self.smoke else many
 
-    def tell(self, key: str, name: str, found: Mapping[str, object]) -> None:
+    def tell(self, key: str, name: str, fields: Mapping[str, object]) -> None:
         """Print a figure, and keep it."""
-        row = json.dumps({"key": key, "figure": name, **found})
+        row = json.dumps({"key": key, "figure": name, **fields})
         print(row, flush=True)
         if self._out is not None:
             with self._out.open("a") as file:
@@ -103,8 +103,8 @@ def one_process(run: Run) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.exists() else run.home) as home:
         run.tell("P1c", "one change, without a disk", append.cost(Path(home), run.few(2000, 20)))
     many = run.few(100_000, 1000)
-    found = opening.ages(run.home, seconds=run.seconds, rounds=run.rounds, many=many)
-    run.figure("P1b", "changes/s by size and age, one process", found)
+    rows = opening.ages(run.home, seconds=run.seconds, rounds=run.rounds, many=many)
+    run.figure("P1b", "changes/s by size and age, one process", rows)
 
 
 def many_processes(run: Run) -> None:
@@ -135,24 +135,24 @@ def many_processes(run: Run) -> None:
 
 def shared(run: Run) -> None:
     """P3 and P4: threads, tasks, batches."""
-    found = sharing.sharing(run.home, seconds=run.seconds, rounds=run.rounds)
-    run.figure("P3", "changes/s, 1 thread against 64", found)
+    rows = sharing.sharing(run.home, seconds=run.seconds, rounds=run.rounds)
+    run.figure("P3", "changes/s, 1 thread against 64", rows)
     run.figure("P4", "events/s in batches of 1,000", sharing.batches(run.home, rounds=run.rounds))
 
 
 def opened(run: Run) -> None:
     """P5: open and state."""
     workers, events = run.few(10_000, 100), run.few(100_000, 500)
-    found, rate = opening.opening(run.home, workers=workers, events=events, rounds=run.rounds)
+    rows, rate = opening.opening(run.home, workers=workers, events=events, rounds=run.rounds)
     name = f"open, {workers:,} workers and a tail of {events:,} events, ms"
-    run.figure("P5", name, found, tail_events_per_s=round(rate))
+    run.figure("P5", name, rows, tail_events_per_s=round(rate))
 
 
 def asked_of_history(run: Run) -> None:
     """P6 and P11: one worker's history, sizes."""
     events = run.few(1_000_000, 20_000)
-    found = history.run(run.home, events=events, rounds=min(run.rounds, 5))
-    for key, (name, rows) in zip(("P6", "P6b", "P11"), found, strict=True):
+    figures = history.run(run.home, events=events, rounds=min(run.rounds, 5))
+    for key, (name, rows) in zip(("P6", "P6b", "P11"), figures, strict=True):
         run.figure(key, name, rows)
 
 
@@ -164,9 +164,9 @@ def compacted(run: Run) -> None:
 
 def watched(run: Run) -> None:
     """P8: how soon a change is seen."""
-    found = watch.run(run.home, count=run.few(150, 5), rounds=min(run.rounds, 5),
+    figures = watch.run(run.home, count=run.few(150, 5), rounds=min(run.rounds, 5),
                       seconds=run.soak, smoke=run.smoke)  # fmt: skip
-    for key, (name, row) in zip(("P8", "P8b", "P8c", "P8d", "P8e"), found, strict=True):
+    for key, (name, row) in zip(("P8", "P8b", "P8c", "P8d", "P8e"), figures, strict=True):
         run.tell(key, name, row)
 
 

@@ -74,7 +74,7 @@ def sharing(home: Path, *, seconds: float, rounds: int) -> list[dict[str, float]
 
 def batches(home: Path, *, rounds: int) -> list[dict[str, float]]:
     """P4: events a second in batches of 1,000, beside SQLite's executemany."""
-    found = []
+    speeds = []
     database = sqlite3.connect(home / "batches.db", isolation_level=None)
     database.execute("pragma journal_mode=wal")
     database.execute("pragma synchronous=full")
@@ -97,5 +97,5 @@ def batches(home: Path, *, rounds: int) -> list[dict[str, float]]:
                                  [(sid, data) for _, sid, data in rows])  # fmt: skip
             database.execute("commit")
             theirs = time.perf_counter() - began
-            found.append({"crewlog": SIZE / ours, "sqlite, executemany": SIZE / theirs})
-    return found
+            speeds.append({"crewlog": SIZE / ours, "sqlite, executemany": SIZE / theirs})
+    return speeds

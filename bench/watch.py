@@ -149,11 +149,11 @@ def bare(home: Path, how: str, count: int) -> list[float]:
     def by_inotify(count: int, note: Callable[[int], None]) -> None:
         from inotify_simple import INotify, flags
 
-        told = INotify()
-        told.add_watch(str(place), flags.MODIFY)
+        inotify = INotify()
+        inotify.add_watch(str(place), flags.MODIFY)
         note(-1)
         for number in range(count):
-            os.read(told.fileno(), 4096)
+            os.read(inotify.fileno(), 4096)
             note(number)
 
     sent: Stamps = {}
@@ -176,10 +176,10 @@ def sqlite(home: Path, count: int) -> list[float]:
     place.unlink(missing_ok=True)
 
     def connect() -> sqlite3.Connection:
-        found = sqlite3.connect(place, isolation_level=None, timeout=30)
-        found.execute("pragma journal_mode=wal")
-        found.execute("pragma synchronous=full")
-        return found
+        connection = sqlite3.connect(place, isolation_level=None, timeout=30)
+        connection.execute("pragma journal_mode=wal")
+        connection.execute("pragma synchronous=full")
+        return connection
 
     writer = connect()
     writer.execute("create table events (seq integer primary key, data text)")
@@ -189,11 +189,11 @@ def sqlite(home: Path, count: int) -> list[float]:
         version, last = -1, 0
         note(-1)
         while last < count:
-            found = mine.execute("pragma data_version").fetchone()[0]
-            if found == version:
+            now = mine.execute("pragma data_version").fetchone()[0]
+            if now == version:
                 time.sleep(0.001)
                 continue
-            version = found
+            version = now
             for (seq,) in mine.execute("select seq from events where seq > ?", (last,)):
                 last = seq
                 note(seq)
@@ -204,9 +204,9 @@ def sqlite(home: Path, count: int) -> list[float]:
             sent[number] = time.monotonic_ns()
             writer.execute("insert into events values (?, ?)", (number, "x" * 230))
             time.sleep(PAUSE_S)
-        found = delays(sent, up)
+        times = delays(sent, up)
     writer.close()
-    return found
+    return times
 
 
 def redis(home: Path, count: int) -> list[float]:
@@ -314,9 +314,9 @@ def sustained(home: Path, seconds: float) -> dict[str, float]:
             time.sleep(max(0.0, due - time.monotonic()))
         reg.update("w", meta={"at": str(time.monotonic_ns()), "last": True})
     with os.fdopen(up) as source:
-        told = json.load(source)
+        figures = json.load(source)
     os.waitpid(pid, 0)
-    return {"lag_p99_ms": told["1"] / 1000, "rss_growth_bytes": told["2"]}
+    return {"lag_p99_ms": figures["1"] / 1000, "rss_growth_bytes": figures["2"]}
 
 
 def _rss() -> int:
@@ -357,10 +357,10 @@ def run(
     home: Path, *, count: int, rounds: int, seconds: float, smoke: bool
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the figures of P8, interleaved."""
-    found: dict[str, list[float]] = {}
+    delays_of: dict[str, list[float]] = {}
 
     def keep(name: str, values: list[float]) -> None:
-        found.setdefault(name, []).append(statistics.median(values))
+        delays_of.setdefault(name, []).append(statistics.median(values))
 
     for _ in range(rounds):
         for backend in ("inotify", "watchdog", "poll"):
@@ -372,7 +372,7 @@ def run(
         keep("call: sqlite data_version", sqlite(home, count))
         if shutil.which("redis-server") and find_spec("redis"):
             keep("call: redis XREAD BLOCK", redis(home, count))
-    medians = {name: round(statistics.median(values)) for name, values in sorted(found.items())}
+    medians = {name: round(statistics.median(values)) for name, values in sorted(delays_of.items())}
     yield "delay of a change, p50 in microseconds", medians
     pairs = {
         "watchdog to its bare callback": ("publish: crewlog by watchdog",
@@ -383,7 +383,7 @@ def run(
         "ratio to the floor",
         {
             name: round(
-                statistics.median(a / b for a, b in zip(found[x], found[y], strict=True)), 2
+                statistics.median(a / b for a, b in zip(delays_of[x], delays_of[y], strict=True)), 2
             )
             for name, (x, y) in pairs.items()
         },
