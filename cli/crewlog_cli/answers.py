@@ -65,45 +65,45 @@ def listed(
         "seq": seen.seq,
         "at": timestamp(now),
         **(inputs.window(seen) if isinstance(seen, Past) else {}),
-        "workers": [render.worker_json(worker, found) for worker, found in workers],
+        "workers": [render.worker_json(worker, liveness) for worker, liveness in workers],
     }
 
 
 def shown(
-    worker: Worker, found: Liveness | None, seen: Past | None, last: Iterable[Event]
+    worker: Worker, liveness: Liveness | None, seen: Past | None, last: Iterable[Event]
 ) -> dict[str, object]:
     """Return what show says of a worker."""
     return {
         **({} if seen is None else inputs.window(seen)),
-        "worker": render.worker_json(worker, found),
+        "worker": render.worker_json(worker, liveness),
         "events": [render.event_json(event) for event in last],
     }
 
 
 def explained(
-    reg: Registry, worker: Worker, found: Liveness, story: Iterable[Event]
+    reg: Registry, worker: Worker, liveness: Liveness, story: Iterable[Event]
 ) -> dict[str, object]:
     """Return what explain says of a worker."""
     return {
         "seq": reg.last_seq,
         "sid": worker.sid,
-        "verdict": found.verdict.value,
-        "liveness": found.verdict.value,  # as every other command calls it
-        "cause": found.cause,
-        "because": because(found.cause),
-        "flags": sorted(flag.value for flag in found.flags),
-        "tree": [] if found.alive else list(reg.trees([worker]).get(worker.sid, ())),
+        "verdict": liveness.verdict.value,
+        "liveness": liveness.verdict.value,  # as every other command calls it
+        "cause": liveness.cause,
+        "because": because(liveness.cause),
+        "flags": sorted(flag.value for flag in liveness.flags),
+        "tree": [] if liveness.alive else list(reg.trees([worker]).get(worker.sid, ())),
         "recorded": None if worker.identity is None else worker.identity.as_json(),
-        "evidence": found.evidence.seen(),
-        "worker": render.worker_json(worker, found),
+        "evidence": liveness.evidence.seen(),
+        "worker": render.worker_json(worker, liveness),
         "events": [render.event_json(event) for event in story],
     }
 
 
-def chosen_events(found: Iterable[Event], actor: str | None, *, crashed: bool) -> Iterator[Event]:
+def chosen_events(events: Iterable[Event], actor: str | None, *, crashed: bool) -> Iterator[Event]:
     """Pass on the events that somebody did, or that tell of a crash."""
     keys = ("name", "user", "program", "via", "pid")
-    for event in found:
+    for event in events:
         if crashed and not event.crashed:
             continue
         if actor is None or actor in {str(event.actor[k]) for k in keys if k in event.actor}:

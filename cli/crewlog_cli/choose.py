@@ -90,8 +90,8 @@ class Chosen(NamedTuple):
         Raises: WorkerNotFound, with the nearest, for a name that means nobody; with `some` also
         where nobody has the labels: a list may be empty, but an act needs somebody.
         """
-        found = self.of(workers)
-        if some and self.labels and not self.names and not found:
+        chosen = self.of(workers)
+        if some and self.labels and not self.names and not chosen:
             raise render.no_such_labels(self.labels)
         for name in self.names:
             means = matcher((name,))
@@ -99,8 +99,8 @@ class Chosen(NamedTuple):
                 raise render.not_found(reg, name)
         if self.is_exact:
             place = {name: at for at, name in enumerate(dict.fromkeys(self.names))}
-            found.sort(key=lambda worker: place[worker.sid])
-        return found
+            chosen.sort(key=lambda worker: place[worker.sid])
+        return chosen
 
     def sids(self, reg: Registry, *, required: Iterable[str] = ()) -> list[str] | None:
         """Return the sids that are meant, also of workers that are no longer listed; None: all.
@@ -108,15 +108,15 @@ class Chosen(NamedTuple):
         A name that is `required` must be one that a worker has, or had as far as history is kept.
         Raises: WorkerNotFound, with the nearest.
         """
-        found = self._sids(reg)
+        sids = self._sids(reg)
         for name in required:
             if not GLOB.search(name):  # an event is found without a fold of the log
                 known = any(reg.history(sid=name)) or reg.get(name) is not None
             else:  # the labels may have left out whom it means
-                known = any(map(matcher((name,)), found or ())) or bool(Chosen((name,)).sids(reg))
+                known = any(map(matcher((name,)), sids or ())) or bool(Chosen((name,)).sids(reg))
             if not known:
                 raise render.not_found(reg, name)
-        return found
+        return sids
 
     def _sids(self, reg: Registry) -> list[str] | None:
         if not self:
@@ -125,18 +125,18 @@ class Chosen(NamedTuple):
             return list(dict.fromkeys(self.names))
         listed = {worker.sid: worker.labels for worker in reg.workers(all=True)}
         wants = self.wants_sid()
-        found = dict.fromkeys(name for name in self.exact if not self.labels)
+        sids = dict.fromkeys(name for name in self.exact if not self.labels)
         for sid, labels in listed.items():
             if wants(sid) and self.fits(labels):
-                found[sid] = None
+                sids[sid] = None
         for event in reg.history(types=[events.REGISTERED]):  # who was pruned since
             given = event.data.get("labels")
-            known = event.sid in found or not wants(event.sid)
+            known = event.sid in sids or not wants(event.sid)
             if known or not isinstance(given, dict):
                 continue
             if self.fits({key: str(value) for key, value in given.items()}):
-                found[event.sid] = None
-        return list(found)
+                sids[event.sid] = None
+        return list(sids)
 
 
 class Stream:

@@ -53,24 +53,24 @@ def period(
 def instant(words: str, sh: Shell) -> datetime:
     """Read a time given on the command line."""
     try:
-        found, assumed = read_time(words, now=datetime.now(UTC))
+        when, assumed = read_time(words, now=datetime.now(UTC))
     except TimeError as error:
         raise click.UsageError(str(error)) from error
     if assumed:
         sh.note(f"note: {assumed}")
-    return found
+    return when
 
 
 def pairs(rows: Iterable[str]) -> dict[str, str]:
     """Read labels given as KEY=VALUE."""
-    found: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for row in rows:
         key, equals, value = row.partition("=")
         if not key or not equals:
             message = f"a label is KEY=VALUE, not {row!r}"
             raise click.UsageError(message)
-        found[key] = value
-    return found
+        by_key[key] = value
+    return by_key
 
 
 _WHOLE: Final = re.compile(r"[0-9]{1,19}")
@@ -158,14 +158,14 @@ def at(sh: Shell, reg: Registry, words: str) -> Past:
     """Return the state at a time or seq given on the command line; say what it is the state of."""
     seq = whole(words)
     if seq is not None:
-        found = reg.at(seq)
-        if seq > found.seq:
+        past = reg.at(seq)
+        if seq > past.seq:
             hint = f"; for a time write @{words}" if seq >= _EPOCHS else ""
             sh.note(f"seq {seq} is not reached yet{hint}")
     else:
-        found = reg.at(instant(words, sh))
-    tell_window(sh, found)
-    return found
+        past = reg.at(instant(words, sh))
+    tell_window(sh, past)
+    return past
 
 
 def asked_at(words: str | None, seen: State) -> datetime | None:
@@ -182,28 +182,28 @@ def moment_of(seen: State) -> datetime | None:
     return seen.until if isinstance(seen, Past) else None
 
 
-def tell_window(sh: Shell, found: Past) -> None:
+def tell_window(sh: Shell, past: Past) -> None:
     """Say what a past state is the state of."""
-    unknown = "a time that is no longer kept" if found.seq else "the beginning"
-    since = unknown if found.since is None else text.exact(found.since, utc=sh.utc)
-    until = "now" if found.until is None else text.exact(found.until, utc=sh.utc)
-    if not found.workers and found.since is None and not found.seq and found.until is not None:
+    unknown = "a time that is no longer kept" if past.seq else "the beginning"
+    since = unknown if past.since is None else text.exact(past.since, utc=sh.utc)
+    until = "now" if past.until is None else text.exact(past.until, utc=sh.utc)
+    if not past.workers and past.since is None and not past.seq and past.until is not None:
         sh.note(f"the history begins at {until}: of the time before nothing is known")
         return
-    sh.note(f"as it was after seq {found.seq}, from {since} until {until}")
-    if found.disputed is not None:
-        first, last = found.disputed
+    sh.note(f"as it was after seq {past.seq}, from {since} until {until}")
+    if past.disputed is not None:
+        first, last = past.disputed
         output.warn(
             f"crewlog: the clock stepped back there: events {first} to {last} claim times "
             "on both sides; ask by seq to be exact"
         )
 
 
-def window(found: Past) -> dict[str, object]:
+def window(past: Past) -> dict[str, object]:
     """Return what a past state is the state of, as JSON shows it."""
     return {
-        "seq": found.seq,
-        "since": None if found.since is None else timestamp(found.since),
-        "until": None if found.until is None else timestamp(found.until),
-        "disputed": found.disputed,
+        "seq": past.seq,
+        "since": None if past.since is None else timestamp(past.since),
+        "until": None if past.until is None else timestamp(past.until),
+        "disputed": past.disputed,
     }

@@ -100,9 +100,9 @@ class _Lazy(click.Group):
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"crewlog_cli.commands.{COMMANDS[name]}")
-        found: object = module.COMMANDS[name]
-        assert isinstance(found, click.Command)
-        return found
+        command: object = module.COMMANDS[name]
+        assert isinstance(command, click.Command)
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -117,7 +117,9 @@ class _Lazy(click.Group):
         """List the commands by what they are for, one line each; then the options."""
         for title, commands in GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(f"{name:<10}", told) for name, (_, told) in commands.items()])
+                formatter.write_dl(
+                    [(f"{name:<10}", summary) for name, (_, summary) in commands.items()]
+                )
         click.Command.format_options(self, ctx, formatter)
 
 

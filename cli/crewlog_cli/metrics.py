@@ -74,8 +74,8 @@ def _compaction(took_s: float, *, success: bool) -> Iterator[str]:
     )  # fmt: skip
 
 
-def _metric(name: str, kind: str, told: str, values: Mapping[str, float]) -> Iterator[str]:
-    yield f"# HELP crewlog_{name} {told}"
+def _metric(name: str, kind: str, summary: str, values: Mapping[str, float]) -> Iterator[str]:
+    yield f"# HELP crewlog_{name} {summary}"
     yield f"# TYPE crewlog_{name} {kind}"
     for labels, value in values.items():
         yield f"crewlog_{name}{labels} {value}"

@@ -163,7 +163,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     with ExitStack() as open_bar:
         bars: list[Bar] = []
 
-        def told(done: int, whole: int) -> None:
+        def show(done: int, whole: int) -> None:
             if not sys.stderr.isatty() or time.monotonic() - began < _PROGRESS_AFTER_S:
                 return
             if not bars:
@@ -171,7 +171,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
                 bars.append(open_bar.enter_context(bar))
             bars[0].update(done - bars[0].pos)
 
-        yield told
+        yield show
 
 
 def lose_stdout() -> None:

@@ -27,7 +27,7 @@ from crewlog_cli import text
 from crewlog_cli.shell import Shell
 
 
-def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
+def worker_json(worker: Worker, liveness: Liveness | None) -> dict[str, object]:
     """Return a worker as the CLI's JSON shows it."""
     ended = worker.exit
     return {
@@ -37,9 +37,9 @@ def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         "version": worker.version,
         "created_at": timestamp(worker.created_at),
         "state": worker.state.value,
-        "liveness": None if found is None else found.verdict.value,
-        "cause": None if found is None else found.cause,
-        "flags": [] if found is None else sorted(flag.value for flag in found.flags),
+        "liveness": None if liveness is None else liveness.verdict.value,
+        "cause": None if liveness is None else liveness.cause,
+        "flags": [] if liveness is None else sorted(flag.value for flag in liveness.flags),
         "labels": dict(worker.labels),
         "meta": dict(worker.meta),
         "rev": worker.rev,
@@ -51,7 +51,7 @@ def worker_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         "lease": worker.lease,
         "heartbeat_s": worker.heartbeat_s,
         "exit": None if ended is None else exit_json(ended),
-        **_more_json(worker, found),
+        **_more_json(worker, liveness),
     }
 
 
@@ -77,7 +77,7 @@ def exit_json(ended: Exit) -> dict[str, object]:
     }
 
 
-def _more_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
+def _more_json(worker: Worker, liveness: Liveness | None) -> dict[str, object]:
     """Return what only some workers have."""
     log, group = worker.log, worker.group
     more: dict[str, object] = {
@@ -91,8 +91,8 @@ def _more_json(worker: Worker, found: Liveness | None) -> dict[str, object]:
         else {"session": group.session, "pgid": group.pgid, "cgroup": group.cgroup},
         "argv": None if worker.argv is None else list(worker.argv),
         "cwd": worker.cwd,
-        "status": None if found is None else found.status,
-        "note": None if found is None else found.note,
+        "status": None if liveness is None else liveness.status,
+        "note": None if liveness is None else liveness.note,
     }
     return {key: value for key, value in more.items() if value is not None}
 
@@ -155,14 +155,14 @@ def not_found(reg: Registry, sid: str) -> WorkerNotFound:
     return error
 
 
-def liveness_text(found: Liveness) -> str:
+def liveness_text(liveness: Liveness) -> str:
     """Say a verdict, with its flags, and its cause where it does not go without saying."""
-    if found.alive:
-        flags = sorted(flag.value for flag in found.flags)
-        return ", ".join((found.verdict.value, *flags, *filter(None, (found.status,))))
-    if found.cause == "recorded":
-        return found.verdict.value
-    return f"{found.verdict.value} ({found.cause})"
+    if liveness.alive:
+        flags = sorted(flag.value for flag in liveness.flags)
+        return ", ".join((liveness.verdict.value, *flags, *filter(None, (liveness.status,))))
+    if liveness.cause == "recorded":
+        return liveness.verdict.value
+    return f"{liveness.verdict.value} ({liveness.cause})"
 
 
 class Before(NamedTuple):
@@ -182,26 +182,26 @@ def before(reg: Registry, workers: Iterable[Worker]) -> dict[str, Before]:
     """
     lost = {worker.sid: worker for worker in workers if worker.state == WorkerState.LOST}
     again = {worker.sid: worker for worker in workers if worker.generation > 1}
-    found: dict[str, Before] = {}
+    by_sid: dict[str, Before] = {}
     deadline = time.monotonic() + _BEFORE_S
     if not lost and not again:
-        return found
+        return by_sid
     for event in reg.history(sids=[*lost, *again], newest_first=True):
         sid = event.sid
-        known = found.get(sid, Before())
+        known = by_sid.get(sid, Before())
         if sid in lost and known.seen_at is None and event.seq < lost[sid].rev:
-            known = found[sid] = known._replace(seen_at=event.ts)
+            known = by_sid[sid] = known._replace(seen_at=event.ts)
         if sid in again and event.seq < again[sid].registered_seq and event.type in ENDING:
-            found[sid] = known._replace(ended=event)
+            by_sid[sid] = known._replace(ended=event)
             del again[sid]
-        done = all(found.get(sid, Before()).seen_at for sid in lost) and not again
+        done = all(by_sid.get(sid, Before()).seen_at for sid in lost) and not again
         if done or time.monotonic() > deadline:
             break
-    return found
+    return by_sid
 
 
 def status_text(
-    worker: Worker, found: Liveness | None, now: datetime, seen_at: datetime | None = None
+    worker: Worker, liveness: Liveness | None, now: datetime, seen_at: datetime | None = None
 ) -> str:
     """Say how a worker stands, in the words of docker and kubectl: ready, crashed (3) 5s ago.
 
@@ -214,18 +214,18 @@ def status_text(
         words[0] += f" {figures.brief(now - worker.created_at)}"
     elif worker.state in {WorkerState.DRAINING, WorkerState.STOPPING}:
         words[0] += f" {figures.brief(now - worker.updated_at)}"
-    if found is None:
+    if liveness is None:
         return words[0]
-    if found.dead:
-        return f"dead ({found.cause})"
-    if not found.alive:
-        return f"{words[0]}, unknown ({found.cause})"
-    flags = {flag.value for flag in found.flags}
-    if Flag.PAUSED in found.flags:
+    if liveness.dead:
+        return f"dead ({liveness.cause})"
+    if not liveness.alive:
+        return f"{words[0]}, unknown ({liveness.cause})"
+    flags = {flag.value for flag in liveness.flags}
+    if Flag.PAUSED in liveness.flags:
         words[0] = Flag.PAUSED.value
     words += sorted(flags - {Flag.PAUSED.value})
-    if found.status:
-        words.append(found.status)
+    if liveness.status:
+        words.append(liveness.status)
     return ", ".join(words)
 
 
@@ -275,14 +275,14 @@ def end_text(worker: Worker, seen_at: datetime | None = None, *, utc: bool = Tru
         if seen_at is not None:
             first, last = (text.exact(t, utc=utc) for t in (seen_at, worker.updated_at))
             when = f"it died between {first} and {last}"
-    told = [_how(ended), _want(ended), when]
+    parts = [_how(ended), _want(ended), when]
     if ended.max_rss_bytes is not None:
-        told.append(f"at most {figures.size(ended.max_rss_bytes)} of memory")
+        parts.append(f"at most {figures.size(ended.max_rss_bytes)} of memory")
     if ended.cpu_s is not None and ended.cpu_s >= _CPU_MIN_S:
-        told.append(f"{ended.cpu_s:.1f} s of processor time")
+        parts.append(f"{ended.cpu_s:.1f} s of processor time")
     if ended.message:
-        told.append(f"saying: {ended.message}")
-    return f"{end_word(worker)}: {', '.join(filter(None, told))} (source: {ended.source})"
+        parts.append(f"saying: {ended.message}")
+    return f"{end_word(worker)}: {', '.join(filter(None, parts))} (source: {ended.source})"
 
 
 _CPU_MIN_S: Final = 0.1

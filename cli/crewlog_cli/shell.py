@@ -100,8 +100,8 @@ class Shell:
 
     def prose(self, words: str, *, indent: int = 0) -> None:
         """Print a sentence, on a terminal in lines of its width."""
-        columns, told = output.columns(), text.visible(words)
-        for row in text.wrapped(told, columns, indent=indent) if columns else [told]:
+        columns, line = output.columns(), text.visible(words)
+        for row in text.wrapped(line, columns, indent=indent) if columns else [line]:
             output.put(row)
 
     def table(
@@ -159,13 +159,13 @@ class Shell:
         able = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         return bool(os.environ.get("FORCE_COLOR")) or able
 
-    def document(self, found: Mapping[str, object]) -> None:
+    def document(self, fields: Mapping[str, object]) -> None:
         """Print one JSON object on one line, ASCII only, with its schema."""
-        output.put(_dumped({"schema": 1, **found}))
+        output.put(_dumped({"schema": 1, **fields}))
 
-    def stream(self, found: Mapping[str, object]) -> None:
+    def stream(self, fields: Mapping[str, object]) -> None:
         """Print one JSON object of a stream, flushed."""
-        output.put(_dumped(found), flush=True)
+        output.put(_dumped(fields), flush=True)
 
     def note(self, words: str) -> None:
         """Tell a person something that is not data."""
@@ -184,20 +184,20 @@ class Shell:
 
     def when(self, moment: datetime) -> str:
         """Write a time for a table."""
-        told = text.moment(moment, utc=self.utc)
+        words = text.moment(moment, utc=self.utc)
         own = text.offset(moment, utc=self.utc)  # the clock may have been changed since
-        return told if own == self.offset() else f"{told} {own}"
+        return words if own == self.offset() else f"{words} {own}"
 
     def offset(self) -> str:
         """Write the offset that the table's times have."""
         return text.offset(datetime.now(UTC), utc=self.utc)
 
 
-def _dumped(found: Mapping[str, object]) -> str:
+def _dumped(fields: Mapping[str, object]) -> str:
     """Write JSON in ASCII, which no terminal takes for anything else."""
     import json  # noqa: PLC0415 (start-up; most want a table)
 
-    return json.dumps(found, separators=(",", ":"))
+    return json.dumps(fields, separators=(",", ":"))
 
 
 def confirmed(question: str, what: str) -> bool:
@@ -257,8 +257,8 @@ def complete_sid(ctx: click.Context, _param: click.Parameter, begun: str) -> lis
 
 def complete_label(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
     """Name the labels that begin so, for a shell's completion."""
-    found = {f"{key}={value}" for worker in _listed(ctx) for key, value in worker.labels.items()}
-    return sorted(label for label in found if label.startswith(begun))
+    labels = {f"{key}={value}" for worker in _listed(ctx) for key, value in worker.labels.items()}
+    return sorted(label for label in labels if label.startswith(begun))
 
 
 def _listed(ctx: click.Context) -> "list[Worker]":

@@ -70,34 +70,34 @@ class Story:
             asked = self._asked.pop(event.sid, None)
             by = "" if asked is None else f"by {_name(asked)}"
             why = "" if asked is None else str(asked.data.get("reason") or "")
-            told = f"{word} {by}".strip() + (f": {why}" if why else "")
+            what = f"{word} {by}".strip() + (f": {why}" if why else "")
             how = signal_name(number) if isinstance(number, int) else how
-            return (told, f"({how})" if how else "", *more)
+            return (what, f"({how})" if how else "", *more)
         return (word, how, *more)
 
     # -- printed ----------------------------------------------------------------------------
 
-    def tell(self, found: Iterable[Event], *, paged: bool = True) -> None:
+    def tell(self, history: Iterable[Event], *, paged: bool = True) -> None:
         """Print events as a table; on a terminal the date once a day, `paged` if it is long."""
-        lines = self.lines(found)
+        lines = self.lines(history)
         if paged:
             self._shell.page(lines)
             return
         for line in lines:
             output.put(line)
 
-    def lines(self, found: Iterable[Event]) -> list[str]:
+    def lines(self, history: Iterable[Event]) -> list[str]:
         """Return the lines of a table; the events are in either order."""
-        told = list(found)
-        ordered = sorted(told, key=lambda event: event.seq)
+        listed = list(history)
+        ordered = sorted(listed, key=lambda event: event.seq)
         said = {event.seq: self.what(event) for event in ordered}
         short = output.columns() > 0
-        rows = [self._row(event, said[event.seq], short=short) for event in told]
+        rows = [self._row(event, said[event.seq], short=short) for event in listed]
         title, *lines = self._shell.laid_out(_heads(self._shell, short=short), rows)
         if not short:
             return [title, *lines]
         days: list[str] = [title]
-        for event, line in zip(told, lines, strict=True):
+        for event, line in zip(listed, lines, strict=True):
             days += [*self._rule(event), line]
         return days
 
@@ -176,16 +176,16 @@ _TELLING: Final = (
 
 def data_text(event: Event, keys: Iterable[str] = _TELLING) -> str:
     """Say the telling part of an event's data in a few words."""
-    told = []
+    words = []
     for key in keys:
         value = event.data.get(key)
         if value is None or value in ("", {}):
             continue
         if isinstance(value, dict):
-            told += [f"-{k}" if v is None else f"{k}={_short(v)}" for k, v in value.items()]
+            words += [f"-{k}" if v is None else f"{k}={_short(v)}" for k, v in value.items()]
         else:
-            told.append(f"{key}={value}")
-    return " ".join(told)
+            words.append(f"{key}={value}")
+    return " ".join(words)
 
 
 def _oom(event: Event) -> str:

@@ -145,7 +145,7 @@ def _words() -> re.Pattern[str]:
 
 def coloured(line: str) -> str:
     """Colour the words of a table's row that tell how things stand."""
-    return _words().sub(lambda found: f"\x1b[{_COLOURS[found[0]]}m{found[0]}\x1b[0m", line)
+    return _words().sub(lambda match: f"\x1b[{_COLOURS[match[0]]}m{match[0]}\x1b[0m", line)
 
 
 def moment(when: datetime, *, utc: bool) -> str:

@@ -16,7 +16,7 @@ from crewlog.model.lives import Life
 from crewlog.registry import Registry
 from crewlog_cli import text
 from crewlog_cli.pages import page
-from crewlog_cli.pages.stories import Told
+from crewlog_cli.pages.stories import Account
 from crewlog_compactor import collect
 from procs import Crew, kill, until
 
@@ -51,7 +51,7 @@ def lives(count: int, *, sid: str = "worker", version: str = "1.2") -> list[Life
 
 def written(path: Path, found: list[Life], **options: object) -> Path:
     """Write a page of these lives."""
-    given = {"unknown": frozenset[int](), "now": NOW, "told": "a test", **options}
+    given = {"unknown": frozenset[int](), "now": NOW, "caption": "a test", **options}
     path.write_bytes(page.page(found, **given))  # type: ignore[arg-type]
     return path
 
@@ -100,11 +100,11 @@ def frame(browser: Browser) -> tuple[float, float, float, float]:
     return x, y, width, height
 
 
-def stories(found: list[Life]) -> dict[int, Told]:
+def stories(found: list[Life]) -> dict[int, Account]:
     """Tell of each life: labels, owner, host, and what happened by whom."""
     every = {}
     for life in found:
-        told_ = Told(
+        told_ = Account(
             labels={"role": "web" if life.pid % 2 else "job", "n": str(life.pid)}, host="here",
             owner=f"pid {life.pid % 3}", meta={"try": 1}, tail="Traceback\nValueError: bad",
             evidence="source wait",
@@ -721,7 +721,7 @@ def test_hostile_names_are_inert(
         one.labels[_HOSTILE] = _HOSTILE
         one.tail = one.evidence = one.host = one.owner = _HOSTILE
         one.steps.append((NOW, 0, text.visible(_HOSTILE), text.visible(_HOSTILE)))
-    path = written(tmp_path / "page.html", found, told=_HOSTILE, stories=every)
+    path = written(tmp_path / "page.html", found, caption=_HOSTILE, stories=every)
     browser.open(path)
     until(lambda: browser.run("document.documentElement.dataset.whole") == "yes")
     until(lambda: browser.run("document.querySelector('#rows td') !== null") is True)

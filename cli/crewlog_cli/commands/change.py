@@ -16,21 +16,21 @@ def _meta(given: str | None) -> dict[str, JsonValue] | None:
     if given is None:
         return None
     try:
-        found: object = json.loads(given, object_pairs_hook=_unique)
+        meta: object = json.loads(given, object_pairs_hook=_unique)
     except ValueError as error:
         message = f"--meta is no JSON object: {error}"
         raise click.UsageError(message) from error
-    if not isinstance(found, dict):
+    if not isinstance(meta, dict):
         message = "--meta is no JSON object"
         raise click.UsageError(message)
-    return found
+    return meta
 
 
-def _unique(found: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
-    if len({key for key, _ in found}) != len(found):
+def _unique(rows: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    if len({key for key, _ in rows}) != len(rows):
         message = "a key stands twice"
         raise ValueError(message)
-    return dict(found)
+    return dict(rows)
 
 
 def _done(sh: Shell, sid: str, seq: int, **more: object) -> None:
@@ -67,7 +67,7 @@ def register(
     ready: bool,
 ) -> None:
     """Register a running process; prints the seq once it is durable."""
-    found = inputs.pairs([safe(row) for row in labels])
+    pairs = inputs.pairs([safe(row) for row in labels])
     with sh.registry() as reg:
         worker = tried(
             lambda: reg.register(
@@ -75,7 +75,7 @@ def register(
                 pid=pid,
                 sock=safe(sock),
                 version=safe(version),
-                labels=found,
+                labels=pairs,
                 meta=_meta(meta),
                 ready=ready,
                 owner=owner,

@@ -68,9 +68,9 @@ class _Stage:
     def end(self, *, took_s: float, broken: str | None) -> None:
         """Sum up: every claim that held, and the one that did not."""
         if self.sh.json:
-            told = {"ok": broken is None, "held": self.held, "broken": broken}
+            outcome = {"ok": broken is None, "held": self.held, "broken": broken}
             kept = str(self.place) if self.keep else None
-            self.sh.document({**told, "took_s": round(took_s, 1), "dir": kept})
+            self.sh.document({**outcome, "took_s": round(took_s, 1), "dir": kept})
         elif broken is None:
             self.say(f"\nEvery claim held, in {took_s:.1f} s.")
         else:
@@ -181,9 +181,9 @@ def _first_manager_dies(stage: _Stage, reg: Registry) -> None:
     manager.wait()
     stage.claim("the manager is dead", manager.returncode == -signal.SIGKILL)
     stage.say("\n2. Another process opens the same directory and finds them:\n")
-    found = reg.workers()
-    stage.claim("all three are listed", tuple(w.sid for w in found) == _SIDS)
-    stage.claim("all three are proven to live", all(j.alive for j in reg.judge(found)))
+    workers = reg.workers()
+    stage.claim("all three are listed", tuple(w.sid for w in workers) == _SIDS)
+    stage.claim("all three are proven to live", all(j.alive for j in reg.judge(workers)))
 
 
 def _await_watcher(watcher: subprocess.Popen[str]) -> None:
@@ -241,11 +241,11 @@ def _watcher_saw(stage: _Stage, watcher: subprocess.Popen[str], killed: str) -> 
 
 def _history_tells(stage: _Stage, reg: Registry) -> None:
     stage.say("\n6. `crewlog history` tells what happened, and who did it:\n")
-    found = list(reg.history())
+    events = list(reg.history())
     if not stage.sh.json:
-        Story(stage.sh).tell(found)
+        Story(stage.sh).tell(events)
     stage.say("")
-    stage.claim("four events, each with its author", len(found) == len(_SIDS) + 1)
+    stage.claim("four events, each with its author", len(events) == len(_SIDS) + 1)
 
 
 def _timeline_shows(stage: _Stage, killed: str) -> None:

@@ -76,7 +76,7 @@ def history(
     chosen = Chosen((*names, *sids), labels)
     meant, last_seq = chosen.sids(reg, required=names), reg.last_seq
     newest_first = reverse or count is not None  # then the end of a long history is enough
-    found: Iterable[Event] = answers.chosen_events(
+    selected: Iterable[Event] = answers.chosen_events(
         reg.history(
             sids=meant,
             types=types or None,
@@ -89,17 +89,18 @@ def history(
         crashed=crashed,
     )
     if follow:  # what comes later is followed, and must not be printed twice
-        found = (event for event in found if event.seq <= last_seq)
+        selected = (event for event in selected if event.seq <= last_seq)
     if count is not None:  # then gaps are looked for no further back than these reach
-        found = list(itertools.islice(found, min(count, sys.maxsize)))
-        after = min((event.seq for event in found), default=last_seq) - 1
+        selected = list(itertools.islice(selected, min(count, sys.maxsize)))
+        after = min((event.seq for event in selected), default=last_seq) - 1
     if newest_first and not reverse:
-        found = list(found)[::-1]
+        selected = list(selected)[::-1]
     if sh.json:
-        for event in found:
+        for event in selected:
             sh.stream(render.event_json(event))
     else:
-        Story(sh).tell(found, paged=not follow)  # nobody would leave a pager to hear of what comes
+        # with --follow no pager: nobody would leave it to hear of what comes
+        Story(sh).tell(selected, paged=not follow)
     _tell_missing(sh, reg, Chosen(sids).exact, nobody=bool(chosen) and not meant)
     _print_period(sh, reg, after)
     if follow:
@@ -172,36 +173,38 @@ def diff(sh: Shell, *, begin: str, end: str | None) -> None:
     if after.seq < before.seq:
         message = f"--from is after --to (seq {before.seq} and {after.seq})"
         raise click.UsageError(message)
-    found = diff_of(before.workers.revs(), after.workers.revs())
+    changes = diff_of(before.workers.revs(), after.workers.revs())
     if sh.json:
         sh.document(
             {
                 "from": inputs.window(before),
                 "to": inputs.window(after),
-                "added": [render.worker_json(after.workers[sid], None) for sid in found.added],
+                "added": [render.worker_json(after.workers[sid], None) for sid in changes.added],
                 "changed": [
                     {
                         "before": render.worker_json(before.workers[sid], None),
                         "after": render.worker_json(after.workers[sid], None),
                     }
-                    for sid in found.changed
+                    for sid in changes.changed
                 ],
-                "removed": [render.worker_json(before.workers[sid], None) for sid in found.removed],
+                "removed": [
+                    render.worker_json(before.workers[sid], None) for sid in changes.removed
+                ],
             }
         )
     else:
-        rows = [["+", sid, _said(after.workers[sid])] for sid in found.added]
+        rows = [["+", sid, _said(after.workers[sid])] for sid in changes.added]
         rows += [
-            ["~", sid, _changed(before.workers[sid], after.workers[sid])] for sid in found.changed
+            ["~", sid, _changed(before.workers[sid], after.workers[sid])] for sid in changes.changed
         ]
-        rows += [["-", sid, _said(before.workers[sid])] for sid in found.removed]
+        rows += [["-", sid, _said(before.workers[sid])] for sid in changes.removed]
         sh.table(["", "sid", "what"], rows)
-    if not (found.added or found.changed or found.removed):
+    if not (changes.added or changes.changed or changes.removed):
         raise SystemExit(shell.EXIT_NO)
 
 
 def _facts(worker: Worker) -> dict[str, str]:
-    told = {
+    facts = {
         "state": worker.state.value,
         "pid": str(worker.pid),
         "generation": str(worker.generation),
@@ -209,8 +212,8 @@ def _facts(worker: Worker) -> dict[str, str]:
         "sock": worker.sock,
         "ended": render.end_text(worker),
     }
-    told |= {f"labels.{key}": value for key, value in worker.labels.items()}
-    return told | {f"meta.{key}": repr(value) for key, value in worker.meta.items()}
+    facts |= {f"labels.{key}": value for key, value in worker.labels.items()}
+    return facts | {f"meta.{key}": repr(value) for key, value in worker.meta.items()}
 
 
 def _said(worker: Worker) -> str:
@@ -219,12 +222,12 @@ def _said(worker: Worker) -> str:
 
 def _changed(before: Worker, after: Worker) -> str:
     old, new = _facts(before), _facts(after)
-    told = [
+    facts = [
         f"{name} {old.get(name) or '-'} → {new.get(name) or '-'}"
         for name in {**old, **new}
         if old.get(name, "") != new.get(name, "")
     ]
-    return ", ".join(told) or f"rev {before.rev} → {after.rev}"
+    return ", ".join(facts) or f"rev {before.rev} → {after.rev}"
 
 
 # So many starts of one sid within so long are flapping.
@@ -308,16 +311,16 @@ def stats(sh: Shell, *, since: str | None, prometheus: str | None) -> None:
         if sh.json:
             sh.document({"seq": reg.last_seq, "prometheus": prometheus})
         return
-    with output.progress("reading") as told:
-        lives = reg.lives(progress=told)
-    found = _ends([life for life in lives if first is None or life.began_at >= first])
+    with output.progress("reading") as progress:
+        lives = reg.lives(progress=progress)
+    ends = _ends([life for life in lives if first is None or life.began_at >= first])
     if sh.json:
-        sh.document(_document(reg, found))
+        sh.document(_document(reg, ends))
     else:
-        _print(sh, reg, found)
+        _print(sh, reg, ends)
 
 
-def _document(reg: Registry, found: _Ends) -> dict[str, object]:
+def _document(reg: Registry, ends: _Ends) -> dict[str, object]:
     compacted = reg.compacted()
     return {
         "last_seq": reg.last_seq,
@@ -327,15 +330,15 @@ def _document(reg: Registry, found: _Ends) -> dict[str, object]:
         "liveness": _verdicts(reg),
         "events": dict(sorted(reg.totals().items())),
         "lives": {
-            "started": found.started,
-            "ended": found.ended,
-            "crashed": found.crashed,
-            "crash_ratio": found.crash_ratio,
-            "lifetime_p50_s": found.quantile(0.50),
-            "lifetime_p95_s": found.quantile(0.95),
-            "causes": dict(found.causes.most_common()),
-            "restarts": dict(found.restarts.most_common()),
-            "flapping": found.flapping,
+            "started": ends.started,
+            "ended": ends.ended,
+            "crashed": ends.crashed,
+            "crash_ratio": ends.crash_ratio,
+            "lifetime_p50_s": ends.quantile(0.50),
+            "lifetime_p95_s": ends.quantile(0.95),
+            "causes": dict(ends.causes.most_common()),
+            "restarts": dict(ends.restarts.most_common()),
+            "flapping": ends.flapping,
         },
         "bytes": reg.sizes(),
     }
@@ -343,21 +346,21 @@ def _document(reg: Registry, found: _Ends) -> dict[str, object]:
 
 def population(reg: Registry) -> dict[str, int]:
     """Count the listed workers by state; every state is named."""
-    found = Counter(worker.state for worker in reg.workers(all=True))
-    return {state.value: found[state] for state in WorkerState}
+    counts = Counter(worker.state for worker in reg.workers(all=True))
+    return {state.value: counts[state] for state in WorkerState}
 
 
 def _verdicts(reg: Registry) -> dict[str, int]:
-    found = Counter(judged.verdict for judged in reg.judge(reg.workers()))
-    return {verdict.value: found[verdict] for verdict in Verdict}
+    counts = Counter(judged.verdict for judged in reg.judge(reg.workers()))
+    return {verdict.value: counts[verdict] for verdict in Verdict}
 
 
-def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
+def _print(sh: Shell, reg: Registry, ends: _Ends) -> None:
     compacted = reg.compacted()
     when = "never" if compacted is None else text.exact(compacted[1], utc=sh.utc)
     covered = 0 if compacted is None else compacted[0]
-    p50, p95 = found.quantile(0.50), found.quantile(0.95)
-    ratio = found.crash_ratio
+    p50, p95 = ends.quantile(0.50), ends.quantile(0.95)
+    ratio = ends.crash_ratio
     sections: dict[str, list[list[str]]] = {
         "store": [
             ["last seq", str(reg.last_seq)],
@@ -369,16 +372,16 @@ def _print(sh: Shell, reg: Registry, found: _Ends) -> None:
             *([name, str(count)] for name, count in _verdicts(reg).items() if count),
         ],
         "lives": [
-            ["started", str(found.started)],
-            ["ended", str(found.ended)],
-            *([["removed", str(found.removed)]] if found.removed else []),
-            ["crashed", "0" if not ratio else f"{found.crashed} ({ratio:.1%} of the ended)"],
+            ["started", str(ends.started)],
+            ["ended", str(ends.ended)],
+            *([["removed", str(ends.removed)]] if ends.removed else []),
+            ["crashed", "0" if not ratio else f"{ends.crashed} ({ratio:.1%} of the ended)"],
         ],
-        "how they ended": [[what, str(count)] for what, count in found.causes.most_common(_SHOWN)],
-        "started again": [[sid, str(n)] for sid, n in found.restarts.most_common(_SHOWN)],
+        "how they ended": [[what, str(count)] for what, count in ends.causes.most_common(_SHOWN)],
+        "started again": [[sid, str(n)] for sid, n in ends.restarts.most_common(_SHOWN)],
         "flapping": [
             [sid, f"{most} starts in {figures.duration(_FLAP_SPAN)}"]
-            for sid, most in list(found.flapping.items())[:_SHOWN]
+            for sid, most in list(ends.flapping.items())[:_SHOWN]
         ],
         "events": [[name, str(count)] for name, count in sorted(reg.totals().items())],
     }
@@ -411,10 +414,10 @@ class _Rows:
         output.put(row.removesuffix("\r\n"))
 
 
-def _csv(found: Iterator[Event]) -> None:
+def _csv(selected: Iterator[Event]) -> None:
     writer = csv.writer(_Rows())
     writer.writerow(_COLUMNS)
-    for event in found:
+    for event in selected:
         actor = event.actor
         cells = [
             str(event.seq),
@@ -427,16 +430,16 @@ def _csv(found: Iterator[Event]) -> None:
         writer.writerow([f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells])
 
 
-def _jsonl(found: Iterator[Event]) -> None:
-    for event in found:
+def _jsonl(selected: Iterator[Event]) -> None:
+    for event in selected:
         output.put(json.dumps(render.event_json(event), separators=(",", ":")))
 
 
 def _cloudevents(store: str) -> Callable[[Iterator[Event]], None]:
     """Write CloudEvents 1.0; `source` and `id` name an event for ever. Source: cloudevents.io."""
 
-    def write(found: Iterator[Event]) -> None:
-        for event in found:
+    def write(selected: Iterator[Event]) -> None:
+        for event in selected:
             output.put(
                 json.dumps(
                     {
@@ -491,13 +494,13 @@ def export(
     reg = sh.existing()
     chosen = Chosen((*names, *sids), labels)
     meant = chosen.sids(reg, required=names)
-    found = reg.history(sids=meant, types=types or None, since=first, until=last, after=after)
+    selected = reg.history(sids=meant, types=types or None, since=first, until=last, after=after)
     writers: dict[str, Callable[[Iterator[Event]], None]] = {
         "jsonl": _jsonl,
         "csv": _csv,
         "cloudevents": _cloudevents(reg.id),
     }
-    writers[form](found)
+    writers[form](selected)
 
 
 COMMANDS: Final[dict[str, click.Command]] = {

@@ -85,7 +85,7 @@ def _ended(given: str | None) -> timedelta | int | None:
     return _span(given) if number is None else number
 
 
-def _told(report: CollectReport) -> dict[str, object]:
+def _fields(report: CollectReport) -> dict[str, object]:
     return {
         "dry_run": report.dry_run,
         "lost": report.lost,
@@ -99,7 +99,7 @@ def _told(report: CollectReport) -> dict[str, object]:
 
 
 def _print_report(sh: Shell, report: CollectReport) -> None:
-    for name, sids in _told(report).items():
+    for name, sids in _fields(report).items():
         if isinstance(sids, tuple):
             for sid in sids:
                 sh.line(f"{name}  {sid}")
@@ -160,7 +160,7 @@ def gc(
         report = collect(reg, dry_run=dry_run, keep=span, force=force)
     if sh.json:
         refused = None if report.refused is None else str(report.refused)
-        sh.document({"seq": reg.last_seq, **_told(report), "refused": refused})
+        sh.document({"seq": reg.last_seq, **_fields(report), "refused": refused})
     else:
         if not sh.quiet:
             _print_report(sh, report)
@@ -173,11 +173,11 @@ def _tell_refused(refused: CollectRefused | None) -> None:
 
 
 def _jitter_s(given: str) -> float:
-    found = inputs.span_s(given)
-    if found > _JITTER_MAX_S:
+    span_s = inputs.span_s(given)
+    if span_s > _JITTER_MAX_S:
         message = f"--jitter is at most a day, not {given}"
         raise click.UsageError(message)
-    return found
+    return span_s
 
 
 def _assume_dead(sh: Shell, reg: Registry, sid: str, reason: str) -> None:
@@ -284,7 +284,7 @@ def compact_(
     wait_s = 0.0 if jitter is None else random.uniform(0.0, _jitter_s(jitter))  # noqa: S311 (no secret)
     reg = _there(sh)
     time.sleep(0.0 if dry_run else wait_s)
-    with _metered(reg, prometheus) as told:
+    with _metered(reg, prometheus) as outcome:
         report = compact(
             reg,
             gc=gc_,
@@ -294,7 +294,7 @@ def compact_(
             packing=pack,
             dry_run=dry_run,
         )
-        told.refused = report.refused is not None
+        outcome.refused = report.refused is not None
         if sh.json:
             sh.document(_compaction(reg, report))
         elif dry_run or not sh.quiet:
@@ -316,7 +316,7 @@ def _compaction(reg: Registry, report: CompactReport) -> dict[str, object]:
         "snapshot_seq": report.snapshot_seq,
         "archived_segments": report.archived_segments,
         "dropped": report.dropped,
-        "collected": None if report.collected is None else _told(report.collected),
+        "collected": None if report.collected is None else _fields(report.collected),
         "refused": None if report.refused is None else str(report.refused),
     }
 
@@ -325,8 +325,10 @@ def _print_compaction(sh: Shell, report: CompactReport) -> None:
     if report.collected is not None and (sh.verbose or report.dry_run):
         _print_report(sh, report.collected)
     elif report.collected is not None:
-        told = {name: sids for name, sids in _told(report.collected).items() if sids}
-        counts = [f"{len(sids)} {name}" for name, sids in told.items() if isinstance(sids, tuple)]
+        collected = {name: sids for name, sids in _fields(report.collected).items() if sids}
+        counts = [
+            f"{len(sids)} {name}" for name, sids in collected.items() if isinstance(sids, tuple)
+        ]
         if counts:
             sh.line("collected: " + ", ".join(counts))
     fold, archive, drop = (
@@ -343,18 +345,18 @@ def _print_compaction(sh: Shell, report: CompactReport) -> None:
 
 
 @dataclass(slots=True)
-class _Told:
+class _Outcome:
     """What the metrics say of a compaction."""
 
     refused: bool = False
 
 
 @contextmanager
-def _metered(reg: Registry, path: str | None) -> Iterator[_Told]:
+def _metered(reg: Registry, path: str | None) -> Iterator[_Outcome]:
     """Write metrics after a compaction, also where it failed; of one beside another, nothing."""
-    began, told = time.monotonic(), _Told()
+    began, outcome = time.monotonic(), _Outcome()
     try:
-        yield told
+        yield outcome
     except LockBusy:
         raise
     except CrewlogError:
@@ -363,7 +365,7 @@ def _metered(reg: Registry, path: str | None) -> Iterator[_Told]:
         raise
     if path is not None:
         took_s = time.monotonic() - began
-        metrics.write(reg, Path(path), took_s=took_s, refused=told.refused)
+        metrics.write(reg, Path(path), took_s=took_s, refused=outcome.refused)
 
 
 @command(
@@ -376,8 +378,8 @@ crewlog verify --json | jq .findings""",
 def verify_(sh: Shell, *, kept: str | None) -> None:
     """Read everything, change nothing, report every finding; 1 if there is any."""
     held = None if kept is None else tried(lambda: Anchor.parse(kept))
-    with output.progress("verify") as told:
-        report = verify(sh.registry().where, anchor=held, progress=told)
+    with output.progress("verify") as progress:
+        report = verify(sh.registry().where, anchor=held, progress=progress)
     if sh.json:
         sh.document(
             {
@@ -393,9 +395,9 @@ def verify_(sh: Shell, *, kept: str | None) -> None:
             }
         )
     else:
-        for found in report.findings:
-            at = "" if found.offset is None else f" at byte {found.offset}"
-            sh.line(f"{found.code}  {found.path}{at}: {found.message}")
+        for finding in report.findings:
+            at = "" if finding.offset is None else f" at byte {finding.offset}"
+            sh.line(f"{finding.code}  {finding.path}{at}: {finding.message}")
         for first, last in report.gaps:
             sh.note(f"events {first} to {last} are lost; a repair gave them up")
         for note in report.notes:
@@ -462,11 +464,11 @@ git notes add -m "$(crewlog anchor)\"""",
 )
 def anchor_(sh: Shell) -> None:
     """Print SEQ:HASH of the last event, to be kept elsewhere; see verify --anchor."""
-    found = anchor(sh.existing())
+    end = anchor(sh.existing())
     if sh.json:
-        sh.document({"seq": found.seq, "hash": found.hash})
+        sh.document({"seq": end.seq, "hash": end.hash})
     else:
-        sh.line(str(found))
+        sh.line(str(end))
 
 
 @command(
@@ -484,8 +486,8 @@ def migrate_(sh: Shell, *, source: str, target: str) -> None:
     if sh.place is not None:
         message = "migrate takes two places, FROM and TO, and no --dir"
         raise click.UsageError(message)
-    with output.progress("migrate") as told:
-        report = tried(lambda: migrate(source, target, progress=told))
+    with output.progress("migrate") as progress:
+        report = tried(lambda: migrate(source, target, progress=progress))
     _tell_copy(sh, report)
 
 
@@ -500,8 +502,8 @@ def backup_(sh: Shell, *, target: str) -> None:
 
     Its writers go on meanwhile; what was acknowledged before is in the copy.
     """
-    with output.progress("backup") as told:
-        report = tried(lambda: backup(str(locate(sh.place)), target, progress=told))
+    with output.progress("backup") as progress:
+        report = tried(lambda: backup(str(locate(sh.place)), target, progress=progress))
     _tell_copy(sh, report)
 
 

@@ -31,22 +31,22 @@ def logs(sh: Shell, *, sid: str, lines: int | None, follow: bool) -> None:
     if worker.log is None:
         message = f"the output of {sid} goes to no log: start it with --log FILE"
         raise click.UsageError(message)
-    found = reg.logs(sid, lines=lines)
+    follower = reg.logs(sid, lines=lines)
     try:
-        if not found.is_there and not follow:
+        if not follower.is_there and not follow:
             sh.note(f"its log is gone: {worker.log.path}")
             raise SystemExit(shell.EXIT_NO)
-        _print(sh, found)
+        _print(sh, follower)
         if follow:
-            _follow(sh, reg, worker, found, since=since)
+            _follow(sh, reg, worker, follower, since=since)
     finally:
-        found.close()
+        follower.close()
 
 
-def _print(sh: Shell, found: Follower) -> bool:
+def _print(sh: Shell, follower: Follower) -> bool:
     """Print what is there; False for nothing."""
     some = False
-    while part := found.read():
+    while part := follower.read():
         some = True
         if sh.json:
             sh.stream({"output": part.decode(errors="replace")})
@@ -55,19 +55,19 @@ def _print(sh: Shell, found: Follower) -> bool:
     return some
 
 
-def _follow(sh: Shell, reg: Registry, worker: Worker, found: Follower, *, since: int) -> None:
+def _follow(sh: Shell, reg: Registry, worker: Worker, follower: Follower, *, since: int) -> None:
     """Go on with this life and the next ones, those that began after seq `since`."""
     with (
         ExitStack() as lives,
         reg.watch(after=since, sids=[worker.sid], types=[REGISTERED]) as items,
     ):
         while True:
-            begun = items.next(0 if _print(sh, found) else _LOOK_S)
+            begun = items.next(0 if _print(sh, follower) else _LOOK_S)
             if begun is not None and begun.kind == "change":
-                _print(sh, found)
+                _print(sh, follower)
                 sh.note(f"-- {worker.sid} was started again --")
-                found = reg.logs(worker.sid)
-                lives.callback(found.close)
+                follower = reg.logs(worker.sid)
+                lives.callback(follower.close)
 
 
 COMMANDS: Final[dict[str, click.Command]] = {"logs": logs}

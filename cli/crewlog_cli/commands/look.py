@@ -25,9 +25,9 @@ from crewlog_cli.story import Story
 _LOOK_S: Final = 0.05  # a death is no event: it is looked for
 
 
-def _verdict(found: Liveness) -> str:
-    told = render.liveness_text(found)
-    return f"{told} ({found.cause})" if found.alive else told
+def _verdict(liveness: Liveness) -> str:
+    words = render.liveness_text(liveness)
+    return f"{words} ({liveness.cause})" if liveness.alive else words
 
 
 @command(
@@ -74,30 +74,30 @@ def _each(
 ) -> None:
     """Tell of one worker after the other; in JSON of several in one document."""
     workers, single = meant
-    told = []
+    rows = []
     for number, worker in enumerate(workers):
         if number and not sh.json:
             sh.line("")
-        told.append(tell(worker))
+        rows.append(tell(worker))
     if sh.json:
-        sh.document((told[0] or {}) if single else {"workers": told})
+        sh.document((rows[0] or {}) if single else {"workers": rows})
 
 
 def _show(
     sh: Shell, reg: Registry, seen: Past | None, now: datetime | None, worker: Worker
 ) -> dict[str, object] | None:
     sid = worker.sid
-    found = reg.liveness(sid) if seen is None else None
+    liveness = reg.liveness(sid) if seen is None else None
     last = answers.last_events(reg, sid, seen)
     if sh.json:
-        return answers.shown(worker, found, seen, last)
+        return answers.shown(worker, liveness, seen, last)
     now = now or datetime.now(UTC)
     past = render.before(reg, [worker] if seen is None else []).get(sid, render.Before())
     fields = {
         "sid": worker.sid,
         "pid": str(worker.identity or worker.pid),
-        "status": render.status_text(worker, found, now, past.seen_at),
-        "liveness": "" if found is None else _verdict(found),
+        "status": render.status_text(worker, liveness, now, past.seen_at),
+        "liveness": "" if liveness is None else _verdict(liveness),
         "started": text.exact(worker.created_at, utc=sh.utc),
         "updated": f"{text.exact(worker.updated_at, utc=sh.utc)}, rev {worker.rev}",
         "version": worker.version,
@@ -107,7 +107,9 @@ def _show(
         "command": "" if worker.argv is None else shlex.join(worker.argv),
         "cwd": worker.cwd or "",
         "log": "" if worker.log is None else worker.log.path,
-        "says": "" if found is None else ": ".join(filter(None, (found.status, found.note))),
+        "says": ""
+        if liveness is None
+        else ": ".join(filter(None, (liveness.status, liveness.note))),
         "uptime": ""
         if worker.final or seen is not None
         else figures.duration(now - worker.created_at),
@@ -140,18 +142,25 @@ def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
     reg = sh.existing()
     if wait_s is None:
         render.known(reg, sid)
-    holds, found = _await(reg, sid, wanted, wait_s or 0.0)
+    holds, liveness = _await(reg, sid, wanted, wait_s or 0.0)
     if sh.json:
-        told = {} if found is None else {
-            "liveness": found.verdict.value,
-            "cause": found.cause,
-            "evidence": found.evidence.seen(),
+        verdict = {} if liveness is None else {
+            "liveness": liveness.verdict.value,
+            "cause": liveness.cause,
+            "evidence": liveness.evidence.seen(),
         }  # fmt: skip
         sh.document(
-            {"sid": sid, "alive": found is not None and found.alive, "holds": holds, **told}
+            {
+                "sid": sid,
+                "alive": liveness is not None and liveness.alive,
+                "holds": holds,
+                **verdict,
+            }
         )
     else:
-        sh.line("not registered" if found is None else f"{found.verdict.value} ({found.cause})")
+        sh.line(
+            "not registered" if liveness is None else f"{liveness.verdict.value} ({liveness.cause})"
+        )
     if not holds:
         raise SystemExit(shell.EXIT_NO if wait_s is None else shell.EXIT_TIMEOUT)
 
@@ -159,15 +168,15 @@ def alive(sh: Shell, *, sid: str, wanted: str, timeout: str | None) -> None:
 def _await(reg: Registry, sid: str, wanted: str, wait_s: float) -> tuple[bool, Liveness | None]:
     """Look until it is as wanted or time is up: changes wake, a death is looked for."""
     deadline = time.monotonic() + wait_s
-    holds, found = _holds(reg, sid, wanted)
+    holds, liveness = _holds(reg, sid, wanted)
     if holds or not wait_s:
-        return holds, found
+        return holds, liveness
     with reg.watch(after="now") as items:
         while True:
-            holds, found = _holds(reg, sid, wanted)
+            holds, liveness = _holds(reg, sid, wanted)
             left_s = deadline - time.monotonic()
             if holds or left_s <= 0:
-                return holds, found
+                return holds, liveness
             items.next(min(left_s, _LOOK_S))
 
 
@@ -175,10 +184,10 @@ def _holds(reg: Registry, sid: str, wanted: str) -> tuple[bool, Liveness | None]
     worker = reg.get(sid)
     if worker is None:
         return False, None
-    found = reg.judge([worker])[0]
+    liveness = reg.judge([worker])[0]
     if wanted == "dead":
-        return found.dead, found
-    return found.alive and (wanted == "alive" or worker.state == WorkerState.READY), found
+        return liveness.dead, liveness
+    return liveness.alive and (wanted == "alive" or worker.state == WorkerState.READY), liveness
 
 
 @command("path", examples='ls -l "$(crewlog path)"')
@@ -225,42 +234,44 @@ def explain(sh: Shell, *, names: tuple[str, ...], labels: tuple[LabelTest, ...])
 
 def _explain(sh: Shell, reg: Registry, worker: Worker) -> dict[str, object] | None:
     sid = worker.sid
-    found = reg.liveness(sid)
+    liveness = reg.liveness(sid)
     story = answers.story_of(reg, sid)
     if sh.json:
-        return answers.explained(reg, worker, found, story)
-    sh.prose(f"{sid} is {found.verdict.value} ({found.cause}): {answers.because(found.cause)}.")
-    for flag in sorted(found.flags):
+        return answers.explained(reg, worker, liveness, story)
+    sh.prose(
+        f"{sid} is {liveness.verdict.value} ({liveness.cause}): {answers.because(liveness.cause)}."
+    )
+    for flag in sorted(liveness.flags):
         sh.prose(f"It is {_FLAGS[flag]}.")
     if worker.exit is not None:
         past = render.before(reg, [worker]).get(sid, render.Before())
-        told = render.end_text(worker, past.seen_at, utc=sh.utc)
+        end = render.end_text(worker, past.seen_at, utc=sh.utc)
         was = "was " if render.end_word(worker) in {"lost", "removed", "stopped"} else ""
-        sh.prose(f"It {was}{told}, {text.exact(worker.updated_at, utc=sh.utc)}.")
+        sh.prose(f"It {was}{end}, {text.exact(worker.updated_at, utc=sh.utc)}.")
         render.print_last_lines(sh, worker)
-    if found.status or found.note:
-        sh.prose(f"It says: {': '.join(filter(None, (found.status, found.note)))}.")
-    left = reg.trees([worker]).get(sid, ()) if not found.alive else ()
+    if liveness.status or liveness.note:
+        sh.prose(f"It says: {': '.join(filter(None, (liveness.status, liveness.note)))}.")
+    left = reg.trees([worker]).get(sid, ()) if not liveness.alive else ()
     if left:
         numbers = ", ".join(map(str, left))
         sh.prose(f"It left processes running: {numbers}. End them: crewlog stop --tree {sid}.")
-    remedy = _REMEDIES.get(found.cause)
+    remedy = _REMEDIES.get(liveness.cause)
     if remedy is not None:
         sh.prose(f"{sh.advice(remedy.replace('SID', sid))}.")
     if sh.verbose:
         sh.line("")
-        _print_evidence(sh, worker, found)
+        _print_evidence(sh, worker, liveness)
     sh.line("")
     Story(sh).tell(story)
     return None
 
 
-def _print_evidence(sh: Shell, worker: Worker, found: Liveness) -> None:
+def _print_evidence(sh: Shell, worker: Worker, liveness: Liveness) -> None:
     """Put what was recorded beside what is seen now."""
     recorded: JsonObject = {} if worker.identity is None else worker.identity.as_json()
     recorded |= {"lease": worker.lease, "heartbeat_s": worker.heartbeat_s, "sock": worker.sock}
     recorded["owner"] = _owner(worker.owner)
-    seen = found.evidence.seen()
+    seen = liveness.evidence.seen()
     names = dict.fromkeys((*recorded, *seen))
     rows = [
         [name, _cell(recorded.get(name)), _cell(seen.get(name))]

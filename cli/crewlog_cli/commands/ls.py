@@ -159,10 +159,12 @@ class _Wanted(NamedTuple):
         every = self.final or self.chosen.names  # a name may mean somebody who has ended
         known = list(seen.workers.values() if every else seen.workers.living())
         exact = self.chosen.exact  # shown, dead or alive
-        found = self.chosen.required(reg, known, some=False) if required else self.chosen.of(known)
+        workers = (
+            self.chosen.required(reg, known, some=False) if required else self.chosen.of(known)
+        )
         workers = [
             worker
-            for worker in found
+            for worker in workers
             if (self.final or not worker.final or worker.sid in exact)
             and (not self.states or worker.state.value in self.states)
         ]
@@ -188,14 +190,14 @@ def _print_json(
 
 def _key(sort: str, now: datetime) -> Callable[[_Seen], tuple[object, ...]]:
     def key(seen: _Seen) -> tuple[object, ...]:
-        worker, found = seen
+        worker, liveness = seen
         match sort:
             case "age":  # the youngest first
                 return (-worker.created_at.timestamp(),)
             case "id":
                 return (worker.sid,)
             case "status":
-                return (render.status_text(worker, found, now), worker.sid)
+                return (render.status_text(worker, liveness, now), worker.sid)
             case "restarts":
                 return (-worker.generation, worker.sid)
             case "pid":
@@ -267,13 +269,15 @@ def _print_workers(
         trees = reg.trees([worker for worker, _ in shown])
         uses = {
             worker.sid: reg.usage(worker, tree=trees.get(worker.sid, ()))
-            for worker, found in shown
-            if found is not None and found.alive
+            for worker, liveness in shown
+            if liveness is not None and liveness.alive
         }
     past = render.before(reg, [worker for worker, _ in shown]) if shape.looks_back else {}
     rows = [
-        _cells(sh, worker, found, now, uses.get(worker.sid), past.get(worker.sid, render.Before()))
-        for worker, found in shown
+        _cells(
+            sh, worker, liveness, now, uses.get(worker.sid), past.get(worker.sid, render.Before())
+        )
+        for worker, liveness in shown
     ]
     if not shape.columns:  # what nobody has is no column
         optional = {"restarts", "labels", "version"}
@@ -288,14 +292,14 @@ def _print_workers(
 def _cells(
     sh: Shell,
     worker: Worker,
-    found: Liveness | None,
+    liveness: Liveness | None,
     now: datetime,
     usage: Usage | None,
     past: render.Before,
 ) -> dict[str, str]:
     cells = {
         "sid": worker.sid,
-        "status": render.status_text(worker, found, now, past.seen_at),
+        "status": render.status_text(worker, liveness, now, past.seen_at),
         "pid": str(worker.pid),
         "age": figures.brief(now - worker.created_at),
         "restarts": render.restarts_text(worker, past.ended, now),
@@ -304,7 +308,7 @@ def _cells(
         "started": sh.when(worker.created_at),
         "updated": sh.when(worker.updated_at),
         "state": worker.state.value,
-        "liveness": "" if found is None else render.liveness_text(found),
+        "liveness": "" if liveness is None else render.liveness_text(liveness),
         "generation": str(worker.generation),
         "mem": "" if usage is None else figures.size(usage.rss_bytes),
         "cpu": "" if usage is None else figures.duration(timedelta(seconds=usage.cpu_s)),
@@ -313,7 +317,7 @@ def _cells(
         "host": "" if worker.identity is None else worker.identity.host_id or "",
         "command": shlex.join(worker.argv or ()),
         "cwd": worker.cwd or "",
-        "note": "" if found is None or found.note is None else found.note,
+        "note": "" if liveness is None or liveness.note is None else liveness.note,
     }
     return {name: cell or "-" for name, cell in cells.items()}
 

@@ -96,21 +96,21 @@ class Asked:
         reg = self._reg
         chosen = Chosen(tuple(names or ()), tests_of(labels or ()))
         seen = reg.state() if at is None else inputs.at(self._sh, reg, at)
-        found = chosen.of(seen.workers.values() if ended else seen.workers.living())
-        judged = reg.judge(found) if at is None else [None] * len(found)
-        return answers.listed(seen, zip(found, judged, strict=True), datetime.now(UTC))
+        listed = chosen.of(seen.workers.values() if ended else seen.workers.living())
+        judged = reg.judge(listed) if at is None else [None] * len(listed)
+        return answers.listed(seen, zip(listed, judged, strict=True), datetime.now(UTC))
 
     def worker(self, sid: str) -> dict[str, object]:
         """Show one worker: whether it lives, how it ended, its last events."""
         worker = render.known(self._reg, sid)
-        found = self._reg.liveness(sid)
-        return answers.shown(worker, found, None, answers.last_events(self._reg, sid, None))
+        liveness = self._reg.liveness(sid)
+        return answers.shown(worker, liveness, None, answers.last_events(self._reg, sid, None))
 
     def explain(self, sid: str) -> dict[str, object]:
         """Tell why a worker counts as alive, dead or unknown: the evidence, and its story."""
         worker = render.known(self._reg, sid)
-        found = self._reg.liveness(sid)
-        return answers.explained(self._reg, worker, found, answers.story_of(self._reg, sid))
+        liveness = self._reg.liveness(sid)
+        return answers.explained(self._reg, worker, liveness, answers.story_of(self._reg, sid))
 
     def history(
         self,
@@ -131,15 +131,15 @@ class Asked:
         reg, sh = self._reg, self._sh
         meant = Chosen(tuple(sids or ())).sids(reg)
         wanted = cast("tuple[EventType, ...]", tuple(types or ()))
-        found = reg.history(
+        events = reg.history(
             sids=meant,
             types=(inputs.ends(wanted) if crashed else wanted) or None,
             since=inputs.moment(since, sh),
             until=inputs.moment(until, sh),
             newest_first=True,
         )
-        told = answers.chosen_events(found, actor, crashed=crashed)
-        last = list(itertools.islice(told, max(0, min(limit, _EVENTS))))[::-1]
+        chosen = answers.chosen_events(events, actor, crashed=crashed)
+        last = list(itertools.islice(chosen, max(0, min(limit, _EVENTS))))[::-1]
         return {"last_seq": reg.last_seq, "events": [render.event_json(event) for event in last]}
 
 

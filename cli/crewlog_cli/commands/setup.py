@@ -103,20 +103,22 @@ def units(kind: Kind, where: str, *, owner: int) -> dict[str, str]:
 
 def _word(word: str, *, command: bool = True) -> str:
     """Quote a word for a unit. Source: systemd.syntax(7), systemd.service(5) "Command lines"."""
-    told = word.replace("%", "%%")
+    text = word.replace("%", "%%")
     if command:
-        told = told.replace("$", "$$")
+        text = text.replace("$", "$$")
     if shlex.quote(word) == word:
-        return told
-    escaped = told.replace("\\", "\\\\").replace('"', '\\"')
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
 def cron_line(where: str) -> str:
     """Return the line of a crontab; there, a percent sign would end the command."""
     words = [program(), "--dir", where, "compact", "-q", "--jitter", _JITTER]
-    told = [f"{name}={shlex.quote(value)}" for name, value in locate(where).environment().items()]
-    command = " ".join([*told, shlex.join(words)])
+    variables = [
+        f"{name}={shlex.quote(value)}" for name, value in locate(where).environment().items()
+    ]
+    command = " ".join([*variables, shlex.join(words)])
     return f"*/{_EVERY_MINUTES} * * * * {command}".replace("%", "\\%")
 
 
@@ -204,9 +206,9 @@ def help_(_sh: Shell, *, name: str | None) -> None:
     if name is None:
         put(above.get_help())
         return
-    _, found, _ = crewlog.resolve_command(above, [name])
-    if found is not None:
-        put(found.get_help(click.Context(found, info_name=found.name, parent=above)))
+    _, named, _ = crewlog.resolve_command(above, [name])
+    if named is not None:
+        put(named.get_help(click.Context(named, info_name=named.name, parent=above)))
 
 
 @command(
@@ -238,18 +240,18 @@ crewlog doctor --json | jq -r '.checks[] | select(.status != "ok") | .remedy'"""
 )
 def doctor(sh: Shell) -> None:
     """Look at what crewlog depends on, and say what to do; 1 if something must be done."""
-    found = list(checks(sh.registry()))
-    bad = [check for check in found if check.status == "fail"]
+    results = list(checks(sh.registry()))
+    bad = [check for check in results if check.status == "fail"]
     if sh.json:
         rows = [
             {"name": c.name, "status": c.status, "found": c.found, "remedy": sh.advice(c.remedy)}
-            for c in found
+            for c in results
         ]
         sh.document({"ok": not bad, "checks": rows})
     else:
-        rows_ = [[c.status, c.name, c.found] for c in found]
+        rows_ = [[c.status, c.name, c.found] for c in results]
         sh.table(["status", "check", "found"], rows_)
-        for check in found:
+        for check in results:
             if check.remedy:
                 sh.note(f"{check.name}: {check.remedy}")
     if bad:

@@ -74,8 +74,8 @@ def timeline(
     reg = sh.existing()
     chosen = Chosen((*names, *sids), labels)
     meant = chosen.sids(reg, required=names)
-    with output.progress("reading") as told:
-        lives = reg.lives(progress=told)
+    with output.progress("reading") as progress:
+        lives = reg.lives(progress=progress)
     now = datetime.now(UTC)
     lives = [
         life
@@ -90,7 +90,7 @@ def timeline(
             lives,
             unknown=unknown,
             now=now,
-            told=f"{reg.where}, up to seq {reg.last_seq}.",
+            caption=f"{reg.where}, up to seq {reg.last_seq}.",
             stories=stories(reg.history(sids=meant), Story(sh)),
         )
         _write(sh, made, len(lives), html)
@@ -105,14 +105,14 @@ def _judge(reg: Registry, lives: Sequence[Life], now: datetime) -> frozenset[int
     places = {life.seq: index for index, life in enumerate(lives)}
     unknown = set()
     workers = [worker for worker in reg.workers() if worker.registered_seq in places]
-    for worker, found in zip(workers, reg.judge(workers), strict=True):
+    for worker, liveness in zip(workers, reg.judge(workers), strict=True):
         index = places[worker.registered_seq]
         life = lives[index]
-        match found.verdict:
+        match liveness.verdict:
             case Verdict.ALIVE:
                 life.seen_at = now
             case Verdict.DEAD:
-                life.ended_at, life.end, life.cause = now, WorkerState.LOST, found.cause
+                life.ended_at, life.end, life.cause = now, WorkerState.LOST, liveness.cause
             case _:
                 unknown.add(index)
     return frozenset(unknown)

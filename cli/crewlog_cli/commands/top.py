@@ -55,7 +55,7 @@ _LATE_EVENTS: Final = 1000
 @dataclass(slots=True)
 class _Row:
     worker: Worker
-    found: Liveness
+    liveness: Liveness
     cpu: float | None = None  # share of one processor since the last look
     rss_bytes: int | None = None
 
@@ -83,7 +83,7 @@ class _Top:
         rows = [_Row(*pair) for pair in zip(workers, self.reg.judge(workers), strict=True)]
         if measure:
             self._measure(rows if len(rows) <= _USED_MAX else [])
-            self.population.append(sum(row.found.alive for row in rows))
+            self.population.append(sum(row.liveness.alive for row in rows))
             living = {worker.sid for worker in workers}
             self.last = {sid: event for sid, event in self.last.items() if sid in living}
         for row in rows:
@@ -102,14 +102,14 @@ class _Top:
         before, self.used, self.shares = self.used, {}, {}
         for row in rows:
             sid = row.worker.sid
-            found = self.reg.usage(row.worker) if row.found.alive else None
-            if found is None:
+            usage = self.reg.usage(row.worker) if row.liveness.alive else None
+            if usage is None:
                 continue
             now = time.monotonic()
-            self.used[sid] = now, found
-            then, old = before.get(sid, (now, found))
-            if now > then and found.cpu_s >= old.cpu_s:
-                self.shares[sid] = (found.cpu_s - old.cpu_s) / (now - then)
+            self.used[sid] = now, usage
+            then, old = before.get(sid, (now, usage))
+            if now > then and usage.cpu_s >= old.cpu_s:
+                self.shares[sid] = (usage.cpu_s - old.cpu_s) / (now - then)
 
     def _key(self, row: _Row) -> tuple[float, str]:
         match self.sort:
@@ -328,8 +328,8 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], size: "ConsoleDimensi
     from rich.console import Group  # noqa: PLC0415 (an extra)
     from rich.text import Text  # noqa: PLC0415
 
-    alive = sum(row.found.alive for row in rows)
-    told = f"crewlog top  {state.reg.where}  seq {state.reg.last_seq}"
+    alive = sum(row.liveness.alive for row in rows)
+    title = f"crewlog top  {state.reg.where}  seq {state.reg.last_seq}"
     counts = f"{alive} alive, {len(rows) - alive} dead or unknown  {_spark(state.population)}"
     at, room = _marked(state, rows), max(1, size.height - _HEAD_ROWS - 1)
     first = max(0, min(at - room // 2, len(rows) - room))
@@ -340,7 +340,7 @@ def _picture(sh: Shell, state: _Top, rows: Sequence[_Row], size: "ConsoleDimensi
         more += f"  filter: {state.filter}{'_' if state.types else ''}"
     body = _detail(sh, state) if state.detail else _table(sh, state, shown, size.width)
     return Group(
-        Text(text.visible(told), style="bold", no_wrap=True, overflow="ellipsis"),
+        Text(text.visible(title), style="bold", no_wrap=True, overflow="ellipsis"),
         Text(text.visible(f"{counts}  by {state.sort}{more}"), no_wrap=True, overflow="ellipsis"),
         Text(text.visible(_prompt(state)), style="dim", no_wrap=True, overflow="ellipsis"),
         body,
@@ -377,7 +377,7 @@ def _table(sh: Shell, state: _Top, shown: Sequence[_Row], width: int) -> "Render
         rows.append(
             [
                 worker.sid,
-                render.status_text(worker, row.found, now),
+                render.status_text(worker, row.liveness, now),
                 str(worker.pid),
                 figures.brief(now - worker.created_at),
                 "-" if row.cpu is None else f"{row.cpu:.0%}",
@@ -390,7 +390,7 @@ def _table(sh: Shell, state: _Top, shown: Sequence[_Row], width: int) -> "Render
     at = _marked(state, shown)
     styled = [Text(head, style="bold", no_wrap=True)]
     for number, (row, line) in enumerate(zip(shown, lines, strict=True)):
-        style = "" if row.found.alive else "red" if row.found.dead else "yellow"
+        style = "" if row.liveness.alive else "red" if row.liveness.dead else "yellow"
         mark = " reverse" if number == at and state.chosen else ""
         styled.append(Text(line, style=(style + mark).strip(), no_wrap=True))
     return Group(*styled)
@@ -403,8 +403,8 @@ def _detail(sh: Shell, state: _Top) -> "RenderableType":
     worker = state.reg.get(state.detail)
     if worker is None:
         return Text(text.visible(f"{state.detail} is no longer listed"))
-    found = state.reg.liveness(worker.sid)
-    why = f"{worker.sid} is {found.verdict.value}: {answers.because(found.cause)}."
+    liveness = state.reg.liveness(worker.sid)
+    why = f"{worker.sid} is {liveness.verdict.value}: {answers.because(liveness.cause)}."
     rows = [why, *filter(None, (render.end_text(worker),)), ""]
     story = Story(sh).lines(answers.story_of(state.reg, worker.sid)[-_STORY:])
     return Text("\n".join([*map(text.visible, rows), *story]), no_wrap=True, overflow="ellipsis")

@@ -133,10 +133,10 @@ def _require_free(reg: Registry, sid: str, argv: Sequence[str]) -> None:
     holder = reg.get(sid)
     if holder is None or holder.final:
         return
-    found = reg.judge([holder])[0]
+    liveness = reg.judge([holder])[0]
     path = which(argv[0])
     same = path is not None and reg.runs(holder, path)
-    if found.alive and Flag.ORPHANED in found.flags and same:
+    if liveness.alive and Flag.ORPHANED in liveness.flags and same:
         reg.stop(sid, reason="replaced: its supervisor is dead", tree=True)
 
 
@@ -267,10 +267,10 @@ def _tell_end(sh: Shell, child: Child, status: Status) -> None:
     killed = status.signal is not None
     how = f"was ended by signal {status.signal}" if killed else f"exited with {status.code}"
     sid = child.worker.sid
-    told = f"worker {sid} {how}"
+    end = f"worker {sid} {how}"
 
     def late(error: CrewlogError) -> None:
-        output.warn(f"crewlog: {told}; that is not recorded yet: {error}")
+        output.warn(f"crewlog: {end}; that is not recorded yet: {error}")
         # Ctrl-C ends the waiting, and nothing else any more
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -279,7 +279,7 @@ def _tell_end(sh: Shell, child: Child, status: Status) -> None:
         if not child.record(status, late=late):
             sh.note(f"crewlog: {sid} is no longer ours in the registry")
     except (CrewlogError, KeyboardInterrupt) as error:
-        output.warn(f"crewlog: {told}; that is not recorded: {error or 'interrupted'}")
+        output.warn(f"crewlog: {end}; that is not recorded: {error or 'interrupted'}")
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
@@ -315,10 +315,10 @@ def _reap_orphans(child: Child) -> None:
     """Reap what the kernel gave to us as the first process of a container, but not our child."""
     while os.getpid() == 1:
         try:
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None or found.si_pid == child.worker.pid:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None or ended.si_pid == child.worker.pid:
                 return
-            os.waitpid(found.si_pid, os.WNOHANG)
+            os.waitpid(ended.si_pid, os.WNOHANG)
         except ChildProcessError:
             return
 
@@ -328,12 +328,12 @@ def _next_signal() -> tuple[int, bool]:
     if not hasattr(signal, "sigwaitinfo"):
         return signal.sigwait(wanted), False
     try:
-        found = signal.sigwaitinfo(wanted)
+        info = signal.sigwaitinfo(wanted)
     except OSError as error:
         if error.errno != errno.EINTR:
             raise
         return signal.SIGWINCH, True
-    return found.si_signo, found.si_code == _FROM_KERNEL
+    return info.si_signo, info.si_code == _FROM_KERNEL
 
 
 _LOOK_S: Final = 0.02
@@ -401,11 +401,16 @@ def _listens(reg: Registry, worker: Worker) -> bool:
     Raises: WorkerEnded.
     """
     now = reg.get(worker.sid)
-    found = None if now is None else reg.liveness(worker.sid)
-    if now is None or found is None or now.registered_seq != worker.registered_seq or found.dead:
+    liveness = None if now is None else reg.liveness(worker.sid)
+    if (
+        now is None
+        or liveness is None
+        or now.registered_seq != worker.registered_seq
+        or liveness.dead
+    ):
         raise WorkerEnded(worker.sid, state="ended" if now is None else now.state.value,
                           wanted="ready")  # fmt: skip
-    if found.evidence.sock != "answers":
+    if liveness.evidence.sock != "answers":
         return False
     if now.state == WorkerState.STARTING:
         reg.update(worker.sid, state="ready")
@@ -516,8 +521,8 @@ def _chosen(reg: Registry, *, orphaned: bool, older: timedelta | None, tree: boo
         workers = [w for w in workers if w.created_at <= before]
     if not orphaned:
         return [w for w in workers if not w.final] if not tree else workers
-    found = zip(workers, reg.judge(workers), strict=True)
-    return [w for w, j in found if w.final or Flag.ORPHANED in j.flags]
+    pairs = zip(workers, reg.judge(workers), strict=True)
+    return [w for w, j in pairs if w.final or Flag.ORPHANED in j.flags]
 
 
 def _at_once(
@@ -542,13 +547,13 @@ def _at_once(
             if not number:
                 work()
             break
-    found: dict[str, Event | CrewlogError] = {}
+    results: dict[str, Event | CrewlogError] = {}
     for _ in workers:
-        sid, told = ended.get()
-        if isinstance(told, Exception) and not isinstance(told, CrewlogError):
-            raise told
-        found[sid] = told
-    return {worker.sid: found[worker.sid] for worker in workers}
+        sid, result = ended.get()
+        if isinstance(result, Exception) and not isinstance(result, CrewlogError):
+            raise result
+        results[sid] = result
+    return {worker.sid: results[worker.sid] for worker in workers}
 
 
 def _print_targets(sh: Shell, reg: Registry, workers: list[Worker], *, tree: bool) -> None:
@@ -558,12 +563,12 @@ def _print_targets(sh: Shell, reg: Registry, workers: list[Worker], *, tree: boo
         for worker, judged in zip(workers, reg.judge(workers), strict=True)
     ]
     if sh.json:
-        told = [
+        targets = [
             {"sid": w.sid, "pid": w.pid, "liveness": j.verdict.value, "cause": j.cause,
              "would": would, "why": why, "tree": list(left.get(w.sid, ()))}
             for w, j, would, why in rows
         ]  # fmt: skip
-        sh.document({"seq": reg.last_seq, "dry_run": True, "workers": told})
+        sh.document({"seq": reg.last_seq, "dry_run": True, "workers": targets})
         return
     sh.table(
         ["sid", "pid", "state", "liveness", "would"],

@@ -16,7 +16,7 @@ try {
   const text = $("data").textContent;
   data = text.startsWith("{") ? JSON.parse(text) : await unpack(text);
 } catch (error) {
-  $("told").textContent = "This browser cannot unpack the page's data (DecompressionStream): " + error.message;
+  $("caption").textContent = "This browser cannot unpack the page's data (DecompressionStream): " + error.message;
   throw error;
 }
 

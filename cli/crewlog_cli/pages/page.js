@@ -84,7 +84,7 @@ const print = (now) => () => {
 };
 window.addEventListener("beforeprint", print(true));
 window.addEventListener("afterprint", print(false));
-$("told").textContent = data.told + " Times are local (" + zone() + "), as of " + moment(span) + ".";
+$("caption").textContent = data.caption + " Times are local (" + zone() + "), as of " + moment(span) + ".";
 match();
 size();
 tell();

@@ -19,7 +19,7 @@ from typing import Final
 from crewlog.model.events import WorkerState
 from crewlog.model.lives import Life
 from crewlog_cli import text
-from crewlog_cli.pages.stories import Told
+from crewlog_cli.pages.stories import Account
 
 _KINDS: Final = {
     None: 0,
@@ -51,15 +51,15 @@ def page(
     *,
     unknown: frozenset[int],
     now: datetime,
-    told: str,
-    stories: Mapping[int, Told] | None = None,
+    caption: str,
+    stories: Mapping[int, Account] | None = None,
 ) -> bytes:
     """Return the page for these lives; `unknown` are the positions of those nobody can judge.
 
     `stories` are told of lives by the seq of their registration.
     """
     begin = min((life.began_at for life in lives), default=now)
-    words, sets, classes, told_of = _Words(), _Words(), _Words(), stories or {}
+    words, sets, classes, accounts = _Words(), _Words(), _Words(), stories or {}
     rows = [
         _row(
             life,
@@ -67,7 +67,7 @@ def page(
             sets,
             classes,
             unknown=at in unknown,
-            told=told_of.get(life.seq, _NOTHING),
+            account=accounts.get(life.seq, _NOTHING),
         )
         for at, life in enumerate(lives)
     ]
@@ -75,7 +75,7 @@ def page(
     picture = {
         "from": first,
         "to": max(_ms(now), first),
-        "told": text.visible(told),
+        "caption": text.visible(caption),
         "workers": len({life.sid for life in lives}),
         "lives": _columns(rows, _SEEN, begin=first),
         "classes": [json.loads(alike) for alike in classes.all],
@@ -83,34 +83,34 @@ def page(
         "words": list(words.all),
     }
     known = len(words.all)
-    steps = [_steps(life, words, told_of.get(life.seq, _NOTHING)) for life in lives]
-    found = {
-        "lives": _columns(rows, _TOLD, begin=first),
+    steps = [_steps(life, words, accounts.get(life.seq, _NOTHING)) for life in lives]
+    rest = {
+        "lives": _columns(rows, _IN_PANE, begin=first),
         "steps": steps,
         "words": list(words.all)[known:],
     }
-    return _filled(picture, found, large=len(lives) > _LARGE)
+    return _filled(picture, rest, large=len(lives) > _LARGE)
 
 
-_NOTHING: Final = Told()
+_NOTHING: Final = Account()
 
 
 def _row(
-    life: Life, words: _Words, sets: _Words, classes: _Words, *, unknown: bool, told: Told
+    life: Life, words: _Words, sets: _Words, classes: _Words, *, unknown: bool, account: Account
 ) -> list[int]:
     """Return a life as the picture takes it; see data.js. Times are whole ms: order is kept."""
     began = _ms(life.began_at)
     proof = max(0, _ms(life.proven_until) - began)
     end = -1 if life.ended_at is None else max(0, _ms(life.ended_at) - began)
-    labels = [words.number(text.visible(f"{k}={v}")) for k, v in sorted(told.labels.items())]
+    labels = [words.number(text.visible(f"{k}={v}")) for k, v in sorted(account.labels.items())]
     alike = [
         _UNKNOWN if unknown else _KINDS[life.end],
         life.generation,
         words.number(text.visible("not known" if unknown else life.reason())),
         words.number(text.visible(life.version)),
         sets.number(json.dumps(labels)),
-        words.number(told.host),
-        words.number(told.owner),
+        words.number(account.host),
+        words.number(account.owner),
     ]
     return [
         words.number(text.visible(life.sid)),
@@ -127,38 +127,38 @@ def _row(
 _COLUMNS: Final = ("sid", "pid", "began", "proof", "end", "seq", "class")
 # What the picture shows; and what is only told of a life, so it may come later.
 _SEEN: Final = ("sid", "began", "proof", "end", "class")
-_TOLD: Final = ("pid", "seq")
+_IN_PANE: Final = ("pid", "seq")
 
 
 def _columns(
     rows: Sequence[list[int]], names: Sequence[str], *, begin: int
 ) -> dict[str, list[int]]:
     """Return lives as columns; pids, beginnings and seqs as differences to the life before."""
-    found = {}
+    columns = {}
     for name in names:
         at = _COLUMNS.index(name)
-        found[name] = [row[at] for row in rows]
+        columns[name] = [row[at] for row in rows]
         if name in {"pid", "began", "seq"}:
-            before = [begin if name == "began" else 0, *found[name]]
-            found[name] = [now - then for then, now in itertools.pairwise(before)]
-    return found
+            before = [begin if name == "began" else 0, *columns[name]]
+            columns[name] = [now - then for then, now in itertools.pairwise(before)]
+    return columns
 
 
 # Stands for "registered pid" and the life's own, so lives share a text; no visible text has it.
 _REGISTERED: Final = "\1"
 
 
-def _steps(life: Life, words: _Words, told: Told) -> list[int]:
+def _steps(life: Life, words: _Words, account: Account) -> list[int]:
     """Return what happened in a life, and the number of what else is told of it."""
     began, last, registered = _ms(life.began_at), 0, f"registered pid {life.pid}"
-    found = [words.number(told.more)]
-    for when, step, what, who in told.steps:
+    numbers = [words.number(account.more)]
+    for when, step, what, who in account.steps:
         at = max(last, _ms(when) - began)
         own = what.startswith(registered)
         shared = _REGISTERED + what.removeprefix(registered) if own else what
-        found += [at - last, step, words.number(shared), words.number(who)]
+        numbers += [at - last, step, words.number(shared), words.number(who)]
         last = at
-    return found
+    return numbers
 
 
 def _filled(picture: Mapping[str, object], stories: Mapping[str, object], *, large: bool) -> bytes:
@@ -180,16 +180,16 @@ def _filled(picture: Mapping[str, object], stories: Mapping[str, object], *, lar
 _ESCAPED: Final = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
-def _plain(found: Mapping[str, object]) -> str:
+def _plain(document: Mapping[str, object]) -> str:
     """Return what is larger, and at hand sooner: nothing need be unpacked."""
-    data = json.dumps(found, separators=(",", ":"))  # ASCII only, so no other line ends either
+    data = json.dumps(document, separators=(",", ":"))  # ASCII only, so no other line ends either
     for char, escaped in _ESCAPED.items():
         data = data.replace(char, escaped)
     return data
 
 
-def _packed(found: Mapping[str, object]) -> str:
-    data = json.dumps(found, separators=(",", ":")).encode()
+def _packed(document: Mapping[str, object]) -> str:
+    data = json.dumps(document, separators=(",", ":")).encode()
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 
@@ -197,8 +197,8 @@ def names(made: bytes) -> list[str]:
     """Return what a page names: ids, labels, words; packed, no search finds them in the file."""
     data = made.split(b'id="data">', 1)[1].split(b"<", 1)[0]
     plain = data if data.startswith(b"{") else gzip.decompress(base64.b64decode(data))
-    found: list[str] = json.loads(plain)["words"]
-    return found
+    words: list[str] = json.loads(plain)["words"]
+    return words
 
 
 def _asset(name: str) -> str:

@@ -26,7 +26,7 @@ _TAIL_CHARS: Final = 2000
 
 
 @dataclass(slots=True)
-class Told:
+class Account:
     """What is told of one life; `steps` are (when, what it does to the bar, words, who)."""
 
     labels: JsonObject = field(default_factory=dict)
@@ -46,36 +46,36 @@ class Told:
         return "\n".join(map(text.visible, rows))
 
 
-def stories(found: Iterable[Event], teller: Story) -> dict[int, Told]:
+def stories(history: Iterable[Event], teller: Story) -> dict[int, Account]:
     """Return what is told of each life, by the seq of its registration; events oldest first."""
-    lives: dict[int, Told] = {}
-    current: dict[str, Told] = {}
-    for event in found:
+    lives: dict[int, Account] = {}
+    current: dict[str, Account] = {}
+    for event in history:
         if event.type == events.REGISTERED:
-            current[event.sid] = lives[event.seq] = Told()
-        told = current.get(event.sid)
-        if told is None:
+            current[event.sid] = lives[event.seq] = Account()
+        account = current.get(event.sid)
+        if account is None:
             continue  # its registration is no longer kept
-        _take(told, event)
+        _take(account, event)
         who = text.visible(story.actor_text(event))
         step = (event.ts, _STEPS.get(event.type, 0), text.visible(teller.what(event)), who)
         if event.type == events.REGISTERED and event.data.get("state") == "ready":
             step = (step[0], 2, step[2], step[3])
-        told.steps.append(step)
+        account.steps.append(step)
     return lives
 
 
-def _take(told: Told, event: Event) -> None:
+def _take(account: Account, event: Event) -> None:
     data = event.data
-    _merge(told.labels, data.get("labels"))
-    _merge(told.meta, data.get("meta"))
+    _merge(account.labels, data.get("labels"))
+    _merge(account.meta, data.get("meta"))
     if event.type == events.REGISTERED:
         owner, host = data.get("owner"), event.actor.get("host")
-        told.owner = f"pid {owner.get('pid')}" if isinstance(owner, dict) else ""
-        told.host = text.visible(str(host or ""))
+        account.owner = f"pid {owner.get('pid')}" if isinstance(owner, dict) else ""
+        account.host = text.visible(str(host or ""))
     elif event.type in events.ENDING:
-        told.tail = str(data.get("tail") or "")[-_TAIL_CHARS:]
-        told.evidence = _evidence(event)
+        account.tail = str(data.get("tail") or "")[-_TAIL_CHARS:]
+        account.evidence = _evidence(event)
 
 
 def _merge(into: JsonObject, patch: JsonValue) -> None:
