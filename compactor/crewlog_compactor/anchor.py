@@ -31,11 +31,11 @@ class Anchor:
 
         Raises: ValueError for anything else.
         """
-        found = _FORM.fullmatch(text.strip())
-        if found is None:
+        match = _FORM.fullmatch(text.strip())
+        if match is None:
             message = f"{text!r} is no anchor: an anchor is SEQ:HASH, as `crewlog anchor` prints it"
             raise ValueError(message)
-        return cls(int(found[1]), found[2])
+        return cls(int(match[1]), match[2])
 
 
 def anchor(reg: Registry) -> Anchor:

@@ -155,8 +155,8 @@ def apply_plan(reg: Registry, decided: Plan, *, force: bool = False) -> CollectR
         raise PlanInvalid(reg.where, why=f"it was made for store {decided.store or '(none)'}")
     revs = {task.sid: task.rev for task in decided.tasks if task.action == "bury"}
     same = [w for w in reg.workers() if revs.get(w.sid) == w.rev]
-    found = zip(same, reg.judge(same), strict=True)
-    alive = [worker.sid for worker, now in found if now.alive]
+    pairs = zip(same, reg.judge(same), strict=True)
+    alive = [worker.sid for worker, now in pairs if now.alive]
     return _carry_out(reg, decided, alive=alive, force=force)
 
 
@@ -169,13 +169,13 @@ def assume_dead(reg: Registry, sid: str, *, reason: str) -> Event:
     worker = reg.get(sid)
     if worker is None:
         raise WorkerNotFound(sid)
-    found = reg.judge([worker])[0]
-    if found.alive:
+    liveness = reg.judge([worker])[0]
+    if liveness.alive:
         raise WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
-    if found.dead:
-        return reg.change(judge.death(reg.author(), worker, found))
+    if liveness.dead:
+        return reg.change(judge.death(reg.author(), worker, liveness))
     step = release_step(
-        reg.author(), sid, reason=reason, expect=worker.rev, assumed=found.evidence.seen()
+        reg.author(), sid, reason=reason, expect=worker.rev, assumed=liveness.evidence.seen()
     )
     return reg.change(step)
 

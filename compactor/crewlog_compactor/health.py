@@ -52,21 +52,21 @@ def checks(reg: Registry) -> Iterator[Check]:
         )
         yield from engine.outlook(reg.place)[1]
     else:
-        yield from _told("log", lambda: engine.checks(store))
-        yield from _told("compaction", lambda: iter([_compaction(reg)]))
-        yield from _told("collection", lambda: iter([_collection(reg)]))
-        yield from _told("clock", lambda: iter([_clock(reg)]))
+        yield from _guarded("log", lambda: engine.checks(store))
+        yield from _guarded("compaction", lambda: iter([_compaction(reg)]))
+        yield from _guarded("collection", lambda: iter([_collection(reg)]))
+        yield from _guarded("clock", lambda: iter([_clock(reg)]))
     yield from _kernel()
     yield _versions()
 
 
-def _told(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+def _guarded(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     """Yield what a look finds; what it stumbles over is found, too."""
     try:
         yield from look()
     except CrewlogError as error:
-        found = ": ".join(part for part in (error.what, error.where, error.why) if part)
-        yield Check(name=name, status="fail", found=found, remedy=error.remedy)
+        why = ": ".join(part for part in (error.what, error.where, error.why) if part)
+        yield Check(name=name, status="fail", found=why, remedy=error.remedy)
 
 
 # -- the store ------------------------------------------------------------------------------
@@ -76,12 +76,12 @@ def _compaction(reg: Registry) -> Check:
     compacted, last = reg.compacted(), reg.last_seq
     covered = 0 if compacted is None else compacted[0]
     when = "never" if compacted is None else _ago(compacted[1])
-    told = f"{when}; {last - covered} events since"
+    age = f"{when}; {last - covered} events since"
     old = compacted is None or datetime.now(UTC) - compacted[1] > _COMPACTED
     if last - covered > (_BACKLOG if compacted is not None else _NEVER) and old:
         remedy = "Let cron run it: crewlog schedule cron"
-        return Check(name="compaction", status="warn", found=told, remedy=remedy)
-    return Check(name="compaction", status="ok", found=told)
+        return Check(name="compaction", status="warn", found=age, remedy=remedy)
+    return Check(name="compaction", status="ok", found=age)
 
 
 def _collection(reg: Registry) -> Check:
@@ -134,14 +134,14 @@ def _kernel() -> Iterator[Check]:
     else:
         yield Check(name="identity", status="ok", found=f"exact: {me}")
     up = _ago(identity.booted_at()).removesuffix(" ago")
-    told = f"boot {identity.boot_id()}, up {up}"
+    boot = f"boot {identity.boot_id()}, up {up}"
     if identity.scope().host_id:
-        yield Check(name="boot", status="ok", found=told)
+        yield Check(name="boot", status="ok", found=boot)
     else:
         yield Check(
             name="boot",
             status="warn",
-            found=f"{told}; the machine has no id",
+            found=f"{boot}; the machine has no id",
             remedy="Give it an /etc/machine-id: else who lived before a restart stays UNKNOWN",
         )
     yield _namespace()
@@ -180,11 +180,11 @@ def _hidepid() -> Check:
 
 
 def _versions() -> Check:
-    found = [f"crewlog {crewlog.__version__}", f"Python {platform.python_version()}"]
-    found += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    versions = [f"crewlog {crewlog.__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     extras = [name for name in _EXTRAS if _installed(name)]
-    told = ", ".join(found) + (f"; extras: {', '.join(extras)}" if extras else "")
-    return Check(name="versions", status="ok", found=f"{told}; {platform.platform()}")
+    text = ", ".join(versions) + (f"; extras: {', '.join(extras)}" if extras else "")
+    return Check(name="versions", status="ok", found=f"{text}; {platform.platform()}")
 
 
 def _installed(name: str) -> bool:

@@ -118,10 +118,10 @@ def _read(source: Path) -> list[_Entry]:
     except OSError as error:
         raise from_oserror(error, "cannot read the older registry", where=where) from error
     try:
-        found = codec.load_object(data)
+        document = codec.load_object(data)
     except codec.DocumentError as error:
         raise LegacyCorrupt(where, why=str(error)) from error
-    sessions = found.get("sessions")
+    sessions = document.get("sessions")
     if not isinstance(sessions, list):
         raise LegacyCorrupt(where, why='it has no list "sessions"')
     return [_entry(where, number, value) for number, value in enumerate(sessions)]

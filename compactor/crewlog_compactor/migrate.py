@@ -95,8 +95,8 @@ def _proven(copy: Copy, place: Place) -> MigrateReport:
     made = place.open(wait_s=LOCK_WAIT_S)
     try:
         report = verify(str(place))
-        told = _last_hash(made)
-        if not report.ok or (report.events, told) != (copy.events, copy.hash):
+        last_hash = _last_hash(made)
+        if not report.ok or (report.events, last_hash) != (copy.events, copy.hash):
             raise HistoryDiverged(str(place), seq=_differing(report, copy))
         with made.state() as state:
             there = state.copy()

@@ -104,18 +104,18 @@ def make(
     """
     tasks: list[tuple[int, Task]] = []  # each behind the seq of its worker's registration
     unknown: list[str] = []
-    for worker, found in zip(living, judged, strict=True):
-        if found.dead:
+    for worker, answer in zip(living, judged, strict=True):
+        if answer.dead:
             bury = Task(
                 action="bury",
                 sid=worker.sid,
                 rev=worker.rev,
-                cause=found.cause,
-                evidence=found.evidence.seen(),
-                status=judge.status_in(found),
+                cause=answer.cause,
+                evidence=answer.evidence.seen(),
+                status=judge.status_in(answer),
             )
             tasks.append((worker.registered_seq, bury))
-        elif not found.alive:
+        elif not answer.alive:
             unknown.append(worker.sid)
     over = [(one["rev"], one["registered_seq"], one["updated_at"], one["sid"]) for one in ended]
     oldest = sorted(rev for rev, *_ in over)[-most] if most and most < len(over) else 0
@@ -174,18 +174,18 @@ def decode(data: bytes, *, where: str) -> Plan:
         raise PlanInvalid(where, why=str(error)) from error
 
 
-def _plan(found: JsonObject) -> Plan:
-    if found.get("crewlog_plan") != _FORMAT:
+def _plan(fields: JsonObject) -> Plan:
+    if fields.get("crewlog_plan") != _FORMAT:
         message = f"it is no plan of format {_FORMAT}"
         raise ValueError(message)
-    steps, unknown = found.get("steps"), found.get("unknown")
+    steps, unknown = fields.get("steps"), fields.get("unknown")
     if not isinstance(steps, list) or not isinstance(unknown, list):
         message = "its steps are missing"
         raise ValueError(message)  # noqa: TRY004 (a plan of a wrong shape, not a wrong argument)
     return Plan(
-        store=_text(found, "store"),
-        made_at=_text(found, "made_at"),
-        living=_number(found, "living"),
+        store=_text(fields, "store"),
+        made_at=_text(fields, "made_at"),
+        living=_number(fields, "living"),
         tasks=tuple(_task_of(row) for row in steps),
         unknown=tuple(str(sid) for sid in unknown),
     )
@@ -195,13 +195,13 @@ def _task_of(row: JsonValue) -> Task:
     if not isinstance(row, dict):
         message = "a step is not an object"
         raise ValueError(message)  # noqa: TRY004 (as above)
-    found = cast("JsonObject", row)
-    action, evidence, source = found.get("action"), found.get("evidence"), found.get("source")
+    fields = cast("JsonObject", row)
+    action, evidence, source = fields.get("action"), fields.get("evidence"), fields.get("source")
     if not _is_action(action) or not isinstance(evidence, dict):
         message = f"a step has the action {action!r}"
         raise ValueError(message)
-    code = None if found.get("code") is None else _number(found, "code")
-    signal = None if found.get("signal") is None else _number(found, "signal")
+    code = None if fields.get("code") is None else _number(fields, "code")
+    signal = None if fields.get("signal") is None else _number(fields, "signal")
     status = None
     if _is_source(source):
         status = Status(code, signal, source)
@@ -210,9 +210,9 @@ def _task_of(row: JsonValue) -> Task:
         raise ValueError(message)
     return Task(
         action=action,
-        sid=_text(found, "sid"),
-        rev=_number(found, "rev"),
-        cause=_text(found, "cause"),
+        sid=_text(fields, "sid"),
+        rev=_number(fields, "rev"),
+        cause=_text(fields, "cause"),
         evidence=cast("JsonObject", evidence),
         status=status,
     )
@@ -226,16 +226,16 @@ def _is_source(value: JsonValue) -> TypeGuard[StatusSource]:
     return value in {"pidfd", "zombie"}
 
 
-def _text(found: JsonObject, name: str) -> str:
-    value = found.get(name)
+def _text(fields: JsonObject, name: str) -> str:
+    value = fields.get(name)
     if not isinstance(value, str):
         message = f"{name!r} is missing or no string"
         raise ValueError(message)  # noqa: TRY004 (as above)
     return value
 
 
-def _number(found: JsonObject, name: str) -> int:
-    value = found.get(name)
+def _number(fields: JsonObject, name: str) -> int:
+    value = fields.get(name)
     if type(value) is not int:
         message = f"{name!r} is missing or no integer"
         raise ValueError(message)

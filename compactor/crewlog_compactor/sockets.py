@@ -82,14 +82,14 @@ def _remove(worker: Worker, via: Disk, *, named: int) -> str | None:
 def _mismatch(worker: Worker, name: str, at: int) -> str | None:
     """Return how what is there differs from the recorded socket."""
     try:
-        found = os.stat(name, dir_fd=at, follow_symlinks=False)
+        inode = os.stat(name, dir_fd=at, follow_symlinks=False)
     except FileNotFoundError:
         return "it is gone"
-    if not stat.S_ISSOCK(found.st_mode):
+    if not stat.S_ISSOCK(inode.st_mode):
         return "it is no socket"
-    if found.st_uid != os.geteuid():
-        return f"it belongs to uid {found.st_uid}"
-    if socket.id_of(found) != worker.sock_id:
+    if inode.st_uid != os.geteuid():
+        return f"it belongs to uid {inode.st_uid}"
+    if socket.id_of(inode) != worker.sock_id:
         return "it is another socket than the recorded one"
     return None
 

@@ -37,8 +37,8 @@ class History:
     seq: int = 0
     hash: str = ""
     anchored: str = ""
-    snapshot_told: int = 0  # the log tells of a snapshot up to here
-    base_told: tuple[int, JsonValue] = (0, None)  # a retention left this state, and its hash
+    snapshot_seq: int = 0  # the log tells of a snapshot up to here
+    base_note: tuple[int, JsonValue] = (0, None)  # a retention left this state, and its hash
     hole: bool = False  # damage so far: the fold is no longer the truth
     partial: bool = False  # retention took the beginning: the fold begins at the older snapshot
     bases: dict[int, Snapshot] = field(default_factory=dict)
@@ -68,17 +68,17 @@ class History:
             )
         )
 
-    def is_told(self, told: JsonObject, first: int) -> bool:
+    def begins_behind(self, dropped: JsonObject, first: int) -> bool:
         """Begin at `first` if a retention announced that what was before it would go."""
-        begin, last = told.get("first"), told.get("last")
+        begin, last = dropped.get("first"), dropped.get("last")
         if not isinstance(begin, int) or not isinstance(last, int):
             return False
         if not begin <= first <= last + 1:  # killed half way, some of it is still there
             return False
         self.seq = first - 1
-        self.hash = str(told.get("head")) if first == last + 1 else ""
+        self.hash = str(dropped.get("head")) if first == last + 1 else ""
         self.partial = True
-        self.base_told = last, told.get("base")
+        self.base_note = last, dropped.get("base")
         self.rebase()
         return True
 
@@ -122,8 +122,8 @@ class History:
             self._gap(line)
             return _ANY
         if line["type"] == events.SNAPSHOT:
-            told = line["data"].get("last_seq")
-            self.snapshot_told = told if isinstance(told, int) else 0
+            seq = line["data"].get("last_seq")
+            self.snapshot_seq = seq if isinstance(seq, int) else 0
         try:
             if not self.partial:
                 self.state.apply(line)
@@ -163,47 +163,47 @@ class History:
 
     # -- snapshots against history ----------------------------------------------------------
 
-    def compare(self, name: str, found: Snapshot) -> None:
+    def compare(self, name: str, snapshot: Snapshot) -> None:
         """Hold a snapshot against the refolded history, where there is a whole one."""
-        there = self.checkpoints.get(found.last_seq)
+        there = self.checkpoints.get(snapshot.last_seq)
         if there is None:
-            if not self.hole and not any(a <= found.last_seq <= b for a, b in self.gaps):
+            if not self.hole and not any(a <= snapshot.last_seq <= b for a, b in self.gaps):
                 self.report(
                     "log_regressed",
                     name,
-                    f"it covers seq {found.last_seq}, the log ends at {self.seq}",
+                    f"it covers seq {snapshot.last_seq}, the log ends at {self.seq}",
                 )
             return
-        self.hold(name, found, *there)
+        self.hold(name, snapshot, *there)
 
     def hold(
         self,
         name: str,
-        found: Snapshot,
+        snapshot: Snapshot,
         hash_: str,
         records: Records | None,
         totals: Mapping[str, int],
     ) -> None:
         """Report what a snapshot says otherwise than the history up to its last event."""
-        if hash_ != found.last_hash:
+        if hash_ != snapshot.last_hash:
             self.report(
                 "history_diverged",
                 name,
-                f"the hash of event {found.last_seq} differs",
-                seq=found.last_seq,
+                f"the hash of event {snapshot.last_seq} differs",
+                seq=snapshot.last_seq,
             )
         elif not self.hole and records is not None:
             try:
-                wrong = _differing(found.records(), records)
+                wrong = _differing(snapshot.records(), records)
             except SnapshotCorrupt as error:  # a row of one who has ended
-                self.report(error.code, name, error.why, seq=found.last_seq)
+                self.report(error.code, name, error.why, seq=snapshot.last_seq)
                 return
-            if wrong or dict(found.totals) != dict(totals):
+            if wrong or dict(snapshot.totals) != dict(totals):
                 self.report(
                     "snapshot_differs",
                     name,
                     f"refolding the history gives other workers: {wrong[:5]}",
-                    seq=found.last_seq,
+                    seq=snapshot.last_seq,
                 )
 
     def hold_anchor(self) -> None:

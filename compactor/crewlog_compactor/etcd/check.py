@@ -57,30 +57,31 @@ class _Check:
     ) -> None:
         self._log = log
         self._progress = progress
-        self._found = History(where=self._where, log_name="e", anchor=anchor)
-        self._told: dict[int, tuple[int, int]] = {}  # parts: their last seq and bytes, by first seq
+        self._history = History(where=self._where, log_name="e", anchor=anchor)
+        # the sealed parts as the log names them, by first seq: last seq and bytes
+        self._sealed: dict[int, tuple[int, int]] = {}
 
     def _where(self, name: str) -> str:
         return f"{self._log.where}: {name}"
 
     def run(self) -> VerifyReport:
         """Read everything and return what was found."""
-        log, found = self._log, self._found
+        log, history = self._log, self._history
         try:
             head, records, parts = self._still()
         except DataDamaged as error:
-            found.report(error.code, "w, s", str(error))
+            history.report(error.code, "w, s", str(error))
             return self._report()
         state = fold.restored(head.seq, records, (), head.totals)
         now = snapshot_of(state, store=log.id, last_hash=head.hash.hex(), written_at="")
-        found.checkpoints = {head.seq: None}
-        found.hash = log.digest.hex()
+        history.checkpoints = {head.seq: None}
+        history.hash = log.digest.hex()
         self._begin()
         self._walk(head.seq)
-        if found.seq == head.seq:
-            found.compare("w", now)
+        if history.seq == head.seq:
+            history.compare("w", now)
         self._parts(parts)
-        found.hold_anchor()
+        history.hold_anchor()
         self._strays()
         return self._report()
 
@@ -93,17 +94,17 @@ class _Check:
                 return head, records, parts
 
     def _report(self) -> VerifyReport:
-        found = self._found
+        history = self._history
         return VerifyReport(
-            events=found.events,
-            last_seq=found.seq,
-            findings=tuple(found.findings),
-            gaps=tuple(found.gaps),
+            events=history.events,
+            last_seq=history.seq,
+            findings=tuple(history.findings),
+            gaps=tuple(history.gaps),
         )
 
     def _begin(self) -> None:
         """Begin with the oldest line, and the state before it if a line of the log tells of it."""
-        log, found = self._log, self._found
+        log, history = self._log, self._history
         first = log.first_seq()
         if first == 1:
             return
@@ -111,33 +112,33 @@ class _Check:
             base = log.read_base()
         except SnapshotCorrupt as error:
             base = None
-            found.report(error.code, "b", error.why)
+            history.report(error.code, "b", error.why)
         if base is not None:
-            found.bases = {base.last_seq: base}
+            history.bases = {base.last_seq: base}
         for line, _ in log.read(first - 1, sieve=Sieve([type_needle(events.DROPPED)])):
-            if line["type"] == events.DROPPED and found.is_told(line["data"], first):
+            if line["type"] == events.DROPPED and history.begins_behind(line["data"], first):
                 self._hold_base(base)
                 return
-        found.seq, found.hash, found.partial = first - 1, "", True
-        found.rebase()
+        history.seq, history.hash, history.partial = first - 1, "", True
+        history.rebase()
         # Dropped while the quota was full, nothing could be told; but parts go whole.
         oldest = next((line for line, _ in log.read(first - 1)), None)
         if oldest is None or oldest["type"] != events.SEGMENT:
-            found.report("segment_missing", "e", f"events 1 to {first - 1} are gone", seq=1)
-            found.hole = True
+            history.report("segment_missing", "e", f"events 1 to {first - 1} are gone", seq=1)
+            history.hole = True
 
     def _hold_base(self, base: Snapshot | None) -> None:
-        last, told = self._found.base_told
-        if told is not None and (base is None or base.last_seq < last):
-            self._found.report("snapshot_differs", "b", "it is missing", seq=last)
-        elif base is not None and base.last_seq == last and told not in {None, base.sha256}:
+        last, digest = self._history.base_note
+        if digest is not None and (base is None or base.last_seq < last):
+            self._history.report("snapshot_differs", "b", "it is missing", seq=last)
+        elif base is not None and base.last_seq == last and digest not in {None, base.sha256}:
             why = "it is not the one that the log tells of"
-            self._found.report("snapshot_differs", "b", why, seq=last)
+            self._history.report("snapshot_differs", "b", why, seq=last)
 
     def _walk(self, stop: int) -> None:
         """Check every line up to the durable end; after a bad one, go on at the next."""
-        found, batch = self._found, (0, 0)
-        begun = found.seq
+        history, batch = self._history, (0, 0)
+        begun = history.seq
         for row in self._log.transactions(begun, stop):
             name = f"e/{row.name}"
             offset = 0
@@ -145,21 +146,21 @@ class _Check:
                 try:
                     line = codec.parse(raw)
                 except LineError as error:
-                    found.bad_line(name, offset, str(error))
+                    history.bad_line(name, offset, str(error))
                 else:
-                    batch = found.good_line(name, offset, line, raw, batch)
+                    batch = history.good_line(name, offset, line, raw, batch)
                     if line["type"] == events.SEGMENT:
                         self._begun(line)
                 offset += len(raw) + 1
-            if found.seq != int(row.name):
-                why = f"its last line has seq {found.seq}"
-                found.report("log_corrupt", name, why, seq=found.seq)
-                found.seq, found.hash, found.hole = int(row.name), "", True
+            if history.seq != int(row.name):
+                why = f"its last line has seq {history.seq}"
+                history.report("log_corrupt", name, why, seq=history.seq)
+                history.seq, history.hash, history.hole = int(row.name), "", True
             if self._progress is not None:
-                self._progress(found.seq - begun, stop - begun)
-        if found.seq < stop:
-            why = f"seq {stop} was durable, the log ends at {found.seq}"
-            found.report("log_regressed", "head", why, seq=stop)
+                self._progress(history.seq - begun, stop - begun)
+        if history.seq < stop:
+            why = f"seq {stop} was durable, the log ends at {history.seq}"
+            history.report("log_regressed", "head", why, seq=stop)
 
     def _begun(self, line: Line) -> None:
         """Note the part before, as the first line of the next one tells of it."""
@@ -167,20 +168,22 @@ class _Check:
         if isinstance(before, dict):
             first, last, size = (before.get(name) for name in ("first", "last", "size"))
             if isinstance(first, int) and isinstance(last, int) and isinstance(size, int):
-                self._told[first] = last, size
+                self._sealed[first] = last, size
 
     def _parts(self, parts: list[Part]) -> None:
         """Hold the sealed parts against what the log tells of them."""
-        if self._found.hole:
+        if self._history.hole:
             return
         there = {part.first: (part.last, part.size) for part in parts}
         begun = self._log.first_seq()
-        for first in sorted({*there, *self._told}):
-            found, told = there.get(first, (0, 0)), self._told.get(first, (0, 0))
+        for first in sorted({*there, *self._sealed}):
+            stored, logged = there.get(first, (0, 0)), self._sealed.get(first, (0, 0))
             # where a repair gave lines up, the bytes that were told of are no longer there
-            if first >= begun and (found[0] != told[0] or (found != told and not self._found.gaps)):
-                why = f"up to seq {found[0]}, {found[1]} bytes; the log: {told[0]}, {told[1]}"
-                self._found.report("state_differs", f"s/{first:016d}", why, seq=first)
+            if first >= begun and (
+                stored[0] != logged[0] or (stored != logged and not self._history.gaps)
+            ):
+                why = f"up to seq {stored[0]}, {stored[1]} bytes; the log: {logged[0]}, {logged[1]}"
+                self._history.report("state_differs", f"s/{first:016d}", why, seq=first)
 
     def _strays(self) -> None:
         """Report keys under the prefix that are none of the store's."""
@@ -191,7 +194,7 @@ class _Check:
             room = key[len(begin) :].split(b"/")[0].decode(errors="replace")
             if key not in known and room not in set(Room):
                 name = key[len(begin) :].decode(errors="replace")
-                self._found.report("stray", name, "it is no key of a store")
+                self._history.report("stray", name, "it is no key of a store")
         for cursor in log.cursors.every():
             if cursor.damaged:
-                self._found.report("cursor_corrupt", f"c/{cursor.name}", "it holds no seq")
+                self._history.report("cursor_corrupt", f"c/{cursor.name}", "it holds no seq")

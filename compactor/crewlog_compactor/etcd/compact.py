@@ -128,9 +128,9 @@ def _sealed(log: EtcdLog, attempt: Attempt, first: int, size: int, newest: str) 
     attempt.cut()
     last, hash_ = attempt.written.seq, attempt.written.hash.hex()
     size += attempt.size()
-    told: JsonObject = {"last": last, "size": size, "newest": max(newest, at), "at": at}
+    part: JsonObject = {"last": last, "size": size, "newest": max(newest, at), "at": at}
     attempt.absent = log.keys.part(first)
-    attempt.extra = [keys.put(attempt.absent, codec.dump(told))]
+    attempt.extra = [keys.put(attempt.absent, codec.dump(part))]
     previous: JsonObject = {"first": first, "last": last, "size": size, "hash": hash_}
     header = section_data(log.id, previous)
     attempt.add([codec.own_draft(events.SEGMENT, header)], ts=at)
@@ -173,11 +173,11 @@ def _tell(log: EtcdLog, going: list[Part]) -> None:
     """
     last = going[-1].last
     after = next(line for line, _ in log.lines(last, last + 1))
-    told: JsonObject = {"first": going[0].first, "last": last, "head": after["prev"]}
+    data: JsonObject = {"first": going[0].first, "last": last, "head": after["prev"]}
     base = base_at(log, last)
     if base is not None:
-        told["base"] = put_base(log, base).sha256
-    draft = codec.own_draft(events.DROPPED, told)
+        data["base"] = put_base(log, base).sha256
+    draft = codec.own_draft(events.DROPPED, data)
     at = events.timestamp(host.now())
     log.note(lambda attempt: attempt.add([draft], ts=at))
 

@@ -95,8 +95,8 @@ class _Writer:
         answer = self._target.client.commit(keys.transaction(compare, then, [keys.get(key)]))
         if answer.get("succeeded") is True:
             return
-        found = keys.ranges(answer)[0]
-        if proof is None or not found or found[0].value != value:
+        rows = keys.ranges(answer)[0]
+        if proof is None or not rows or rows[0].value != value:
             raise LockBusy(self._target.where, waited_s=0, holder="another migration")
 
     def _take(self) -> None:
@@ -150,8 +150,8 @@ class _Writer:
             self._put(self._keys.event(last), b"".join(rows) + self._token)
 
     def _part(self, first: int, seal: Line, size: int, newest: str) -> None:
-        told: JsonObject = {"last": seal["seq"], "size": size, "newest": newest, "at": seal["ts"]}
-        self._put(self._keys.part(first), codec.dump(told))
+        part: JsonObject = {"last": seal["seq"], "size": size, "newest": newest, "at": seal["ts"]}
+        self._put(self._keys.part(first), codec.dump(part))
 
     def _put(self, key: bytes, value: bytes) -> None:
         if self._bytes + len(value) > keys.TXN_BYTES_MAX or len(self._ops) >= _LINES_A_KEY:

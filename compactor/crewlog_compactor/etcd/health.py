@@ -63,19 +63,19 @@ def _servers(log: EtcdLog) -> Iterator[Check]:
             )
             continue
         version = str(answer.get("version"))
-        found = f"{host}: etcd {version}, {size(keys.number(answer, 'dbSize'))}"
+        server = f"{host}: etcd {version}, {size(keys.number(answer, 'dbSize'))}"
         old = outdated(version)
         if keys.number(answer, "leader") == 0:
             yield Check(
                 name="server",
                 status="fail",
-                found=f"{found}, knows no leader",
+                found=f"{server}, knows no leader",
                 remedy="Start the other servers: nothing is written without a quorum",
             )
         elif old:
-            yield Check(name="server", status="warn", found=f"{found}: {old}", remedy="Upgrade it")
+            yield Check(name="server", status="warn", found=f"{server}: {old}", remedy="Upgrade it")
         else:
-            yield Check(name="server", status="ok", found=found)
+            yield Check(name="server", status="ok", found=server)
 
 
 def _room(log: EtcdLog) -> Check:

@@ -76,12 +76,12 @@ def _require_intact(data: bytes, first: int) -> None:
     """Refuse to archive what is no longer as it was written: whoever keeps it must hear of it."""
     if all(map(codec.is_intact, data.split(b"\n")[:-1])):
         return
-    found = chain.scan(data, offset=0, seq=first - 1, prev=None)
+    scan = chain.scan(data, offset=0, seq=first - 1, prev=None)
     raise LogCorrupt(
         layout.segment_name(first),
-        offset=found.end,
-        seq=found.seq + 1,
-        reason=found.reason or "crc differs",
+        offset=scan.end,
+        seq=scan.seq + 1,
+        reason=scan.reason or "crc differs",
         proof="a snapshot covers it: it was whole",
     )
 
@@ -171,7 +171,7 @@ def _joined(segments: Segments, run: Sequence[Archive]) -> bytes:
     Raises: ArchiveDamaged, LogCorrupt where one is damaged, another store's, begins with a gap, or
     does not follow the one before it.
     """
-    found: list[bytes] = []
+    contents: list[bytes] = []
     prev: str | None = None
     for one in run:
         data = content(segments.directory, one.name) or b""
@@ -189,9 +189,9 @@ def _joined(segments: Segments, run: Sequence[Archive]) -> bytes:
             reason = "it does not follow the one before it"
         if reason is not None:
             raise ArchiveDamaged(one.name, offset=0, seq=one.first, reason=reason)
-        found.append(data)
+        contents.append(data)
         prev = chain.hash_after(*last).hex()
-    return b"".join(found)
+    return b"".join(contents)
 
 
 def _last_line(data: bytes) -> tuple[Line, bytes]:
@@ -240,14 +240,14 @@ def strange(segments: Segments, *, known: int) -> list[str]:
     Where one stands for another and does not hold it, it is the one of the two that is not sound.
     """
     directory, log = segments.directory, segments.in_log()
-    found: set[str] = set()
+    names: set[str] = set()
     if log:  # the active segment is behind every archive, whatever else is lost
         end = max(known, log[-1])
-        found = {one.name for one in archives(directory) if one.last > end}
+        names = {one.name for one in archives(directory) if one.last > end}
     for name, large in covered_archives(directory):
         if not holds(directory, large, name):
-            found.add(name if _is_sound(directory, large) else large.name)
-    return sorted(found)
+            names.add(name if _is_sound(directory, large) else large.name)
+    return sorted(names)
 
 
 def _is_sound(directory: Directory, one: Archive) -> bool:

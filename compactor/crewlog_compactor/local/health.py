@@ -26,19 +26,19 @@ def checks(store: Store) -> Iterator[Check]:
 
 
 def _room(log: Log) -> Check:
-    found = os.fstatvfs(log.directory.root)
-    free = found.f_bavail * found.f_frsize
-    told = f"{size(free)} free"
-    if found.f_favail == 0 and found.f_files:
+    room = os.fstatvfs(log.directory.root)
+    free = room.f_bavail * room.f_frsize
+    free_text = f"{size(free)} free"
+    if room.f_favail == 0 and room.f_files:
         return Check(name="room", status="fail", found="no inode is free", remedy="Remove files")
     if free < _ROOM_BYTES:
         return Check(
             name="room",
             status="warn",
-            found=told,
+            found=free_text,
             remedy="Make room: a compaction needs space for a second snapshot and an archive",
         )
-    return Check(name="room", status="ok", found=told)
+    return Check(name="room", status="ok", found=free_text)
 
 
 def _writing(log: Log) -> Iterator[Check]:
@@ -79,8 +79,10 @@ def _waking(log: Log) -> Check:
             remedy="Raise fs.inotify.max_user_instances and fs.inotify.max_user_watches (sysctl)",
         )
     limits = [_limit(name) for name in ("max_user_instances", "max_user_watches")]
-    told = ", ".join(limit for limit in limits if limit)
-    return Check(name="wakes", status="ok", found=f"by {source}" + (f" ({told})" if told else ""))
+    limited = ", ".join(limit for limit in limits if limit)
+    return Check(
+        name="wakes", status="ok", found=f"by {source}" + (f" ({limited})" if limited else "")
+    )
 
 
 def _limit(name: str) -> str:

@@ -61,31 +61,31 @@ def repair(place: Place, *, yes: bool, accept_loss: list[Range]) -> RepairReport
 def _repair(log: Log, accepted: Sequence[Range]) -> RepairReport:
     """Survey again and carry out, with everybody kept out. Held: compact."""
     with log.alone() as states, disk.failures("cannot repair", where=str(log.directory.path)):
-        found = _survey(log.segments)
-        kept, aside = [], _aside(found)
-        while found.strange:
-            kept += [_set_aside(log.directory, layout.ARCHIVE, name) for name in found.strange]
-            found = _survey(log.segments)
-        for loss in found.losses:
+        survey = _survey(log.segments)
+        kept, aside = [], _aside(survey)
+        while survey.strange:
+            kept += [_set_aside(log.directory, layout.ARCHIVE, name) for name in survey.strange]
+            survey = _survey(log.segments)
+        for loss in survey.losses:
             if not any(first <= loss[0] and loss[1] <= last for first, last in accepted):
-                raise LossRefused(str(log.directory.path), losses=found.losses)
-        if not found.needed and not kept:
-            return _report(found, done=False)
-        kept += [_set_aside(log.directory, layout.LOG, name) for name in found.foreign]
-        if any(part.changed for part in found.parts):
+                raise LossRefused(str(log.directory.path), losses=survey.losses)
+        if not survey.needed and not kept:
+            return _report(survey, done=False)
+        kept += [_set_aside(log.directory, layout.LOG, name) for name in survey.foreign]
+        if any(part.changed for part in survey.parts):
             kept.append(_set_redo_aside(log.directory))
-        kept += [_rewrite(log.directory, part) for part in found.parts if part.changed]
-        _tell_states(states, found)
-        if found.poisoned:
+        kept += [_rewrite(log.directory, part) for part in survey.parts if part.changed]
+        _tell_states(states, survey)
+        if survey.poisoned:
             kept += _lift_mark(log.directory)
-    told: JsonObject = {
-        "losses": [list(loss) for loss in found.losses],
-        "poisoned": found.poisoned,
-        "rewritten": [part.name for part in found.parts if part.changed],
+    data: JsonObject = {
+        "losses": [list(loss) for loss in survey.losses],
+        "poisoned": survey.poisoned,
+        "rewritten": [part.name for part in survey.parts if part.changed],
         "quarantined": list(kept),
     }
-    log.note(events.REPAIRED, told)
-    return _report(found, aside, done=True, quarantined=tuple(kept), seq=log.last_seq())
+    log.note(events.REPAIRED, data)
+    return _report(survey, aside, done=True, quarantined=tuple(kept), seq=log.last_seq())
 
 
 # -- looking --------------------------------------------------------------------------------
@@ -141,14 +141,14 @@ class _Survey:
         first = self.seq + 1
         self.losses.append((first, last))
         next_prev = next_prev or self.hashes.get(last)
-        told: JsonObject = {"store": self.store, "first": first, "last": last}
+        data: JsonObject = {"store": self.store, "first": first, "last": last}
         if end:
-            told["sealed"] = part.sealed = True
+            data["sealed"] = part.sealed = True
         if next_prev is not None:
-            told["next_prev"] = next_prev
+            data["next_prev"] = next_prev
         raw, _ = chain.own_line(
             events.GAP,
-            told,
+            data,
             seq=last,
             ts=events.timestamp(host.now()),
             synced=0,
@@ -174,8 +174,8 @@ class _Survey:
         part.sealed = line["type"] == events.SEAL
         self.seq, self.hash = line["seq"], chain.hash_after(line, raw).hex()
         if line["type"] == events.DROPPED and isinstance(line["data"].get("last"), int):
-            told = line["data"]
-            self.dropped = max(self.dropped, (int(str(told["last"])), str(told["head"])))
+            data = line["data"]
+            self.dropped = max(self.dropped, (int(str(data["last"])), str(data["head"])))
 
 
 def _survey(segments: Segments) -> _Survey:
@@ -192,14 +192,14 @@ def _survey(segments: Segments) -> _Survey:
     known = max((last_seq for last_seq, _ in snapshots), default=0)
     known = max(known, 0 if head is None else head.seq)
     begin = at.digest.hex()
-    found = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
+    survey = _Survey(at.store, poisoned, head, dict(snapshots), hash=begin, dropped=(0, begin))
     redo.complete(segments)
-    found.strange += strange(segments, known=known)
-    if found.strange:  # they hide what is ours: all else is looked at without them
-        return found
+    survey.strange += strange(segments, known=known)
+    if survey.strange:  # they hide what is ours: all else is looked at without them
+        return survey
     firsts = segments.all()
     while firsts and _is_foreign(segments, firsts[-1], known):
-        found.foreign.append(layout.segment_name(firsts.pop()))
+        survey.foreign.append(layout.segment_name(firsts.pop()))
     kept = redo.read(at)
     for index, first in enumerate(firsts):
         last = index == len(firsts) - 1
@@ -209,15 +209,15 @@ def _survey(segments: Segments) -> _Survey:
             boot = identity.boot_bytes()
             data = recovery.acknowledged(first, data, head, boot=boot, snapshot_seq=known)
             data += _behind_a_gap(data, kept, first, known)
-        if first > found.seq + 1:
-            _missing(found, part, _prev_of(data or b""))
-        _follow(found, part, data or b"")
+        if first > survey.seq + 1:
+            _missing(survey, part, _prev_of(data or b""))
+        _follow(survey, part, data or b"")
         if first in segments.completed and head is not None and head.boot == identity.boot_bytes():
             part.changed = True  # no recovery of this boot will put back what the redo holds
-        _close(found, part, known + 1 if last else firsts[index + 1], segments)
-    _end(found)
-    found.strange += map(layout.state_name, snapshot.strange(segments))
-    return found
+        _close(survey, part, known + 1 if last else firsts[index + 1], segments)
+    _end(survey)
+    survey.strange += map(layout.state_name, snapshot.strange(segments))
+    return survey
 
 
 def _is_foreign(segments: Segments, first: int, known: int) -> bool:
@@ -245,11 +245,11 @@ def _behind_a_gap(data: bytes, kept: bytes, first: int, known: int) -> bytes:
 def _snapshots(at: Directory) -> Iterator[tuple[int, str]]:
     for name in (layout.SNAPSHOT_PREV, layout.SNAPSHOT):
         try:
-            found = snapshot.read(at, name)
+            state = snapshot.read(at, name)
         except SnapshotCorrupt:  # the other one and the log are the truth then
             continue
-        if found is not None:
-            yield found.last_seq, found.last_hash
+        if state is not None:
+            yield state.last_seq, state.last_hash
 
 
 def _in_log(at: Directory, first: int) -> bool:
@@ -273,15 +273,15 @@ def _prev_of(data: bytes) -> str | None:
         return None
 
 
-def _missing(found: _Survey, following: _Part, next_prev: str | None) -> None:
+def _missing(survey: _Survey, following: _Part, next_prev: str | None) -> None:
     """Put a segment of one gap where segments are missing, unless retention dropped them."""
-    if not found.parts and following.first > 1:
-        found.seq, found.hash = following.first - 1, next_prev or "0" * 64
+    if not survey.parts and following.first > 1:
+        survey.seq, survey.hash = following.first - 1, next_prev or "0" * 64
         return  # decided once the lines that tell of a retention were read
-    found.lose_rest(following.beside(found.seq + 1), following.first - 1, next_prev)
+    survey.lose_rest(following.beside(survey.seq + 1), following.first - 1, next_prev)
 
 
-def _follow(found: _Survey, part: _Part, data: bytes) -> None:
+def _follow(survey: _Survey, part: _Part, data: bytes) -> None:
     """Take over the good lines of one segment; what is lost between them becomes a gap."""
     for raw in data.split(b"\n"):
         if not raw:
@@ -292,62 +292,62 @@ def _follow(found: _Survey, part: _Part, data: bytes) -> None:
             part.changed = True
             continue
         begins = line["data"].get("first") if line["type"] == events.GAP else line["seq"]
-        if not isinstance(begins, int) or begins <= found.seq:
+        if not isinstance(begins, int) or begins <= survey.seq:
             part.changed = True  # a line that stands twice
             continue
-        if begins > found.seq + 1:
-            found.lose(part, begins - 1, line["prev"])
-        elif line["prev"] != found.hash:
+        if begins > survey.seq + 1:
+            survey.lose(part, begins - 1, line["prev"])
+        elif line["prev"] != survey.hash:
             raise HistoryDiverged(part.name, seq=line["seq"] - 1)
-        found.keep(part, line, raw)
+        survey.keep(part, line, raw)
     part.changed |= data != b"".join(part.lines)
 
 
-def _close(found: _Survey, part: _Part, following: int, segments: Segments) -> None:
+def _close(survey: _Survey, part: _Part, following: int, segments: Segments) -> None:
     """Bring a segment to its end: the next one's first seq says how far it went."""
-    if found.seq + 1 >= following or part.sealed:
-        found.parts.append(part)  # where a whole segment is missing behind it, the next one tells
+    if survey.seq + 1 >= following or part.sealed:
+        survey.parts.append(part)  # where a whole segment is missing behind it, the next one tells
         return
     there = segments.all()
-    found.lose_rest(
+    survey.lose_rest(
         part,
         following - 1,
         _prev_of(_bytes(segments, following) or b"") if following in there else None,
     )
 
 
-def _end(found: _Survey) -> None:
+def _end(survey: _Survey) -> None:
     """Seal the end, if it is rewritten, and see to the beginning."""
-    if not found.parts:
+    if not survey.parts:
         return
-    begin = found.parts[0].first
-    if begin > 1 and found.dropped[0] < begin - 1:
-        _beginning(found, begin)
-    last = found.parts[-1]
-    if not last.changed and not found.poisoned:
+    begin = survey.parts[0].first
+    if begin > 1 and survey.dropped[0] < begin - 1:
+        _beginning(survey, begin)
+    last = survey.parts[-1]
+    if not last.changed and not survey.poisoned:
         return
     last.changed = True
     if not last.sealed:
         raw, _ = chain.own_line(
             events.SEAL,
             {"first": last.first},
-            seq=found.seq + 1,
+            seq=survey.seq + 1,
             ts=events.timestamp(host.now()),
             synced=0,
-            prev=bytes.fromhex(found.hash),
+            prev=bytes.fromhex(survey.hash),
         )
         last.lines.append(raw)
-        found.seq, found.hash = found.seq + 1, codec.digest(raw[:-1]).hex()
+        survey.seq, survey.hash = survey.seq + 1, codec.digest(raw[:-1]).hex()
 
 
-def _beginning(found: _Survey, begin: int) -> None:
+def _beginning(survey: _Survey, begin: int) -> None:
     """Put gaps for a beginning that is lost without a word."""
-    last, hash_ = found.dropped
-    before = _Survey(found.store, found.poisoned, None, found.hashes, seq=last, hash=hash_)
-    part = found.parts[0].beside(last + 1)
-    before.lose_rest(part, begin - 1, _prev_of(b"".join(found.parts[0].lines[:1])))
-    found.parts[:0] = before.parts
-    found.losses[:0] = before.losses
+    last, hash_ = survey.dropped
+    before = _Survey(survey.store, survey.poisoned, None, survey.hashes, seq=last, hash=hash_)
+    part = survey.parts[0].beside(last + 1)
+    before.lose_rest(part, begin - 1, _prev_of(b"".join(survey.parts[0].lines[:1])))
+    survey.parts[:0] = before.parts
+    survey.losses[:0] = before.losses
 
 
 # -- changing -------------------------------------------------------------------------------
@@ -407,17 +407,17 @@ def _numbered(stem: str) -> Iterator[str]:
     yield from (f"{stem}.{number}" for number in range(_QUARANTINE_MAX))
 
 
-def _tell_states(states: States, found: _Survey) -> None:
+def _tell_states(states: States, survey: _Survey) -> None:
     """Write states for the rewritten end of the log, if it was rewritten."""
-    last = found.parts[-1]
+    last = survey.parts[-1]
     if not last.changed:
         return
-    end, digest = sum(map(len, last.lines)), bytes.fromhex(found.hash)
+    end, digest = sum(map(len, last.lines)), bytes.fromhex(survey.hash)
     boot = identity.boot_bytes()
-    state = heads.written(boot, last.first, end, found.seq, digest, sealed=True)
+    state = heads.written(boot, last.first, end, survey.seq, digest, sealed=True)
     states.renew()
     states.put_append_state(state)
-    states.put_head(heads.durable(state, base=end, after=found.head))
+    states.put_head(heads.durable(state, base=end, after=survey.head))
 
 
 def _lift_mark(at: Directory) -> list[str]:
@@ -432,14 +432,14 @@ def _lift_mark(at: Directory) -> list[str]:
     return [kept]
 
 
-def _aside(found: _Survey) -> tuple[str, ...]:
+def _aside(survey: _Survey) -> tuple[str, ...]:
     """Name the files that a repair takes out of the store."""
-    archives = [f"{layout.ARCHIVE}/{name}" for name in found.strange]
-    return tuple([f"{layout.LOG}/{name}" for name in found.foreign] + archives)
+    archives = [f"{layout.ARCHIVE}/{name}" for name in survey.strange]
+    return tuple([f"{layout.LOG}/{name}" for name in survey.foreign] + archives)
 
 
 def _report(
-    found: _Survey,
+    survey: _Survey,
     aside: tuple[str, ...] = (),
     *,
     done: bool,
@@ -448,10 +448,10 @@ def _report(
 ) -> RepairReport:
     return RepairReport(
         done=done,
-        poisoned=found.poisoned,
-        losses=tuple(found.losses),
-        rewritten=tuple(part.name for part in found.parts if part.changed),
-        aside=aside or _aside(found),
+        poisoned=survey.poisoned,
+        losses=tuple(survey.losses),
+        rewritten=tuple(part.name for part in survey.parts if part.changed),
+        aside=aside or _aside(survey),
         quarantined=tuple(name for name in quarantined if name),
         seq=seq,
     )

@@ -55,11 +55,11 @@ def retain(log: Log, keep: Keep) -> tuple[int, int] | None:
     if not going:
         return None
     first, last = going[0].first, going[-1].last
-    told: JsonObject = {"first": first, "last": last, "head": _hash_after(log, last)}
+    data: JsonObject = {"first": first, "last": last, "head": _hash_after(log, last)}
     base = base_at(log.segments, last)
     if base is not None:
-        told["base"] = snapshot.put_base(log.directory, base)
-    log.note(events.DROPPED, told)
+        data["base"] = snapshot.put_base(log.directory, base)
+    log.note(events.DROPPED, data)
     _drop(log, first, last)
     return first, last
 
@@ -96,20 +96,20 @@ def _archive(
         name, reason = archive_of(segments.directory, firsts[-1]), "the log does not come so far"
         raise ArchiveDamaged(name, offset=0, seq=firsts[-1], reason=reason)
     following = [*firsts[1:], left]
-    found = []
+    candidates = []
     young = not isinstance(keep, timedelta)  # else times are asked for, until the first is young
     for first, after in zip(firsts, following, strict=True):
         size = coming[first]() if first in coming else _bytes(segments.directory, there[first])
         newest = "" if young else _newest(segments, first)
         if isinstance(keep, timedelta) and newest >= retention.oldest_ts(keep):
             young = True
-        found.append(Part(first, after - 1, size, newest))
-    edge = retention.surplus(found, keep, last_seq=last_seq)
+        candidates.append(Part(first, after - 1, size, newest))
+    edge = retention.surplus(candidates, keep, last_seq=last_seq)
     for index in (edge, edge - 1):  # the first that stays, and the last that goes
-        one = there.get(found[index].first) if 0 <= index < len(found) else None
+        one = there.get(candidates[index].first) if 0 <= index < len(candidates) else None
         if one is not None and one.last > one.first:
-            found[index : index + 1] = _within(segments.directory, one, found[index])
-    return found
+            candidates[index : index + 1] = _within(segments.directory, one, candidates[index])
+    return candidates
 
 
 def _within(directory: Directory, one: Archive, part: Part) -> list[Part]:
@@ -117,11 +117,11 @@ def _within(directory: Directory, one: Archive, part: Part) -> list[Part]:
     data = content(directory, one.name) or b""
     held = parts(data)
     ends = [*(first - 1 for first, _ in held[1:]), part.last]
-    found = []
+    smaller = []
     for (first, lines), last in zip(held, ends[: len(held)], strict=True):
         newest = max(_TIME.findall(lines)).decode()
-        found.append(Part(first, last, part.size * len(lines) // len(data), newest))
-    return found or [part]
+        smaller.append(Part(first, last, part.size * len(lines) // len(data), newest))
+    return smaller or [part]
 
 
 _TIME: Final = re.compile(rb'^\{"v":1,"seq":\d+,"ts":"([^"]*)"', re.MULTILINE)
@@ -164,8 +164,8 @@ def _finish(log: Log) -> None:
         base = snapshot.read_base(directory)
         if base is None or not firsts or firsts[0] > base.last_seq:
             return
-        told = log.backwards(sieve=Sieve([type_needle(events.DROPPED)]))
-        newest = next((line for line, _ in told if line["type"] == events.DROPPED), None)
+        drops = log.backwards(sieve=Sieve([type_needle(events.DROPPED)]))
+        newest = next((line for line, _ in drops if line["type"] == events.DROPPED), None)
         if newest is None or newest["data"].get("last") != base.last_seq:
             return
         first = newest["data"].get("first")

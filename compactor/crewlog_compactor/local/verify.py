@@ -82,7 +82,7 @@ def _check(
     progress: Callable[[int, int], None] | None,
 ) -> VerifyReport:
     """Read everything and return what was found."""
-    found = _Verification(
+    verification = _Verification(
         where=opened.where,
         log_name=layout.LOG,
         anchor=anchor,
@@ -90,7 +90,7 @@ def _check(
         segments=Segments(opened),
         progress=progress,
     )
-    return found.run()
+    return verification.run()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,9 +110,9 @@ class _Verification(History):
         snapshots = list(self._snapshots())
         self.kept = set(snapshot.kept(self.directory))
         head, written = self._states()
-        self.checkpoints = dict.fromkeys(found.last_seq for _, found in snapshots)
+        self.checkpoints = dict.fromkeys(stored.last_seq for _, stored in snapshots)
         base = self._archive_base()
-        self.bases = {found.last_seq: found for _, found in snapshots}
+        self.bases = {stored.last_seq: stored for _, stored in snapshots}
         if base is not None:
             self.bases[base.last_seq] = base
         self.hash = self.directory.digest.hex()
@@ -122,8 +122,8 @@ class _Verification(History):
         if not firsts:
             self.report("log_regressed", layout.LOG, "there is no segment at all")
         end = self._walk_all(firsts, head)
-        for name, found in snapshots:
-            self.compare(name, found)
+        for name, stored in snapshots:
+            self.compare(name, stored)
         self._newest()
         self._base()
         self._unreached(firsts, head)
@@ -190,12 +190,12 @@ class _Verification(History):
         """Yield the good snapshots, the older first: a compaction may replace them meanwhile."""
         for name in (layout.SNAPSHOT_PREV, layout.SNAPSHOT):
             try:
-                found = snapshot.read(self.directory, name)
+                stored = snapshot.read(self.directory, name)
             except SnapshotCorrupt as error:
                 self.report(error.code, name, error.why)
                 continue
-            if found is not None:
-                yield name, found
+            if stored is not None:
+                yield name, stored
 
     def _archive_base(self) -> Snapshot | None:
         """Read the state that the archive begins with."""
@@ -207,11 +207,15 @@ class _Verification(History):
 
     def _base(self) -> None:
         """Hold the state that the archive begins with against what its retention told of it."""
-        last, told = self.base_told
-        if told is None or any(f.path.endswith(layout.BASE) for f in self.findings):
+        last, digest = self.base_note
+        if digest is None or any(f.path.endswith(layout.BASE) for f in self.findings):
             return
         base = self.base
-        if base is None or base.last_seq < last or (base.last_seq == last and base.sha256 != told):
+        if (
+            base is None
+            or base.last_seq < last
+            or (base.last_seq == last and base.sha256 != digest)
+        ):
             why = "it is missing" if base is None else "it is not the one that the log tells of"
             self.report("snapshot_differs", f"{layout.ARCHIVE}/{layout.BASE}", why, seq=last)
 
@@ -310,19 +314,19 @@ class _Verification(History):
         self.kept.discard(self.seq)
         name = f"{layout.ARCHIVE}/{layout.state_name(self.seq)}"
         try:
-            found = snapshot.read_kept(self.directory, self.seq)
+            kept = snapshot.read_kept(self.directory, self.seq)
         except SnapshotCorrupt as error:
             self.report("kept_state_wrong", name, error.why)
             return
         except UnsafePermissions:  # told as a stray
             return
-        if found is None:  # a retention took it
+        if kept is None:  # a retention took it
             return
-        if found.last_hash != self.hash:
+        if kept.last_hash != self.hash:
             why = f"the hash of event {self.seq} differs: nobody goes by it"
             self.report("kept_state_wrong", name, why, seq=self.seq)
             return
-        self.hold(name, found, self.hash, self.state.records, self.state.totals)
+        self.hold(name, kept, self.hash, self.state.records, self.state.totals)
 
     def _walk_on(self, following: int) -> None:
         """Go on to the segment that was listed next: archives may be put together since then."""
@@ -350,15 +354,15 @@ class _Verification(History):
         first = firsts[0] if firsts else 1
         if first == 1:
             return
-        for found in reversed(firsts):
+        for segment in reversed(firsts):
             try:
-                _, data = self._bytes(found)
+                _, data = self._bytes(segment)
             except ArchiveDamaged:  # reported when its turn comes
                 continue
             for raw in reversed(data.split(b"\n")):
                 if type_needle(events.DROPPED) in raw:
                     with contextlib.suppress(LineError):
-                        if self.is_told(codec.parse(raw)["data"], first):
+                        if self.begins_behind(codec.parse(raw)["data"], first):
                             return
 
     def _missing(self, first: int) -> None:
@@ -437,9 +441,9 @@ class _Verification(History):
         with contextlib.suppress(SnapshotCorrupt):  # reported before
             now = snapshot.read(self.directory, layout.SNAPSHOT)
             covered = 0 if now is None else now.last_seq
-            if covered < self.snapshot_told:
+            if covered < self.snapshot_seq:
                 self.report(
                     "snapshot_regressed",
                     layout.SNAPSHOT,
-                    f"it covers seq {covered}, the log tells of one up to {self.snapshot_told}",
+                    f"it covers seq {covered}, the log tells of one up to {self.snapshot_seq}",
                 )
