@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, cast
 
-from crewlog.host import Closing
+from crewlog.host import Closable
 from procs import until
 
 MISSING: Final = "" if shutil.which("etcd") else "etcd is not installed (Debian: etcd-server)"
@@ -91,7 +91,7 @@ class Server:
         return found.get("leader") == header["member_id"]
 
 
-class Cluster(Closing):
+class Cluster(Closable):
     """One server or more, which end with the block."""
 
     def __init__(

@@ -15,7 +15,7 @@ from crewlog.errors import LogCorrupt
 from crewlog.model import events
 from crewlog.model.events import Line
 from crewlog.model.snapshot import Snapshot
-from crewlog.store import Standing
+from crewlog.store import CursorState
 
 _logger = logging.getLogger("crewlog.retain")
 
@@ -93,7 +93,7 @@ def going(
     keep: Keep,
     *,
     last_seq: int,
-    cursors: Sequence[Standing],
+    cursors: Sequence[CursorState],
     hold_bytes: int,
 ) -> list[P]:
     """Return the parts that go, oldest first, when the log has come to `last_seq`.
@@ -126,7 +126,7 @@ def surplus(parts: Sequence[Parted], keep: Keep, *, last_seq: int) -> int:
 
 
 def held_back(
-    parts: Sequence[Parted], surplus: int, cursors: Sequence[Standing], hold_bytes: int
+    parts: Sequence[Parted], surplus: int, cursors: Sequence[CursorState], hold_bytes: int
 ) -> int:
     """Return how many may go with regard to cursors: what they need stays, up to the cap."""
     for cursor in cursors:
@@ -154,9 +154,9 @@ def folded(fold: Callable[[Callable[[Line], None]], Snapshot]) -> Snapshot | Non
             gaps.append(line["seq"])
 
     try:
-        found = fold(seen)
+        state = fold(seen)
     except LogCorrupt:
         if gaps:  # behind it, events of workers whose registration was lost
             return None
         raise
-    return None if gaps else found
+    return None if gaps else state

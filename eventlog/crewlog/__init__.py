@@ -202,13 +202,13 @@ def __getattr__(name: str) -> object:
         message = f"module 'crewlog' has no attribute {name!r}"
         raise AttributeError(message)
     with no_fork():
-        found: object = getattr(importlib.import_module(f"crewlog.{room}"), name)
+        value: object = getattr(importlib.import_module(f"crewlog.{room}"), name)
     if name in _MOVED:
         message = f"crewlog.{name} is crewlog.errors.{name} now"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
     else:
-        globals()[name] = found
-    return found
+        globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -120,18 +120,18 @@ def _lives(store: Store, progress: Callable[[int, int], None] | None) -> "list[L
     with no_fork():
         from crewlog.model.lives import Lives  # noqa: PLC0415 (start-up; few ask)
 
-    last, found, first, told = store.last_seq(), Lives(()), 0, 0
+    last, lives, first, base_seq = store.last_seq(), Lives(()), 0, 0
     for line, _ in store.read(store.first_seq() - 1):
         if not first:
             first = line["seq"]
             kept = oldest_state(store, first)
-            found = Lives(() if kept is None else kept.records().values())
-            told = 0 if kept is None else kept.last_seq
-        if line["seq"] > told:
-            found.add(line)
+            lives = Lives(() if kept is None else kept.records().values())
+            base_seq = 0 if kept is None else kept.last_seq
+        if line["seq"] > base_seq:
+            lives.add(line)
         if progress is not None and line["seq"] % _PROGRESS_LINES == 0:
             progress(line["seq"] - first, last - first + 1)
-    return found.found
+    return lives.every
 
 
 def _from_oldest(store: Store, sieve: Sieve | None) -> Iterator[tuple[Line, bytes]]:
@@ -163,19 +163,19 @@ def _before(store: Store, ts: str) -> _Place:
         raise CompactedError(requested=last, oldest=firsts[0])
     if not fitting:
         return _Place(0, None)
-    found = firsts[fitting - 1] - 1
+    seq = firsts[fitting - 1] - 1
     end = firsts[fitting] - 1 if fitting < len(firsts) else None
     disputed: tuple[int, int] | None = None
-    for line, _ in store.read(found):
+    for line, _ in store.read(seq):
         if line["ts"] > ts:
             later = later or line["seq"]
         else:
-            found = line["seq"]
+            seq = line["seq"]
             if later:
-                disputed = (later, found)
+                disputed = (later, seq)
         if line["seq"] == end:
             break
-    return _Place(found, disputed)
+    return _Place(seq, disputed)
 
 
 # A clock that was ahead for more parts of a history than so many is not noticed.
@@ -222,9 +222,9 @@ def _time_of(store: Store, seq: int) -> str | None:
 
 def _nearest(store: Store, seq: int) -> Snapshot:
     """Return the nearest older state that the history leads on from."""
-    found = next(store.nearest(seq), None)
-    if found is not None:
-        return found
+    snapshot = next(store.nearest(seq), None)
+    if snapshot is not None:
+        return snapshot
     oldest = store.first_seq()
     later = (kept.last_seq for kept in store.snapshots() if kept.last_seq + 1 >= oldest)
     raise CompactedError(requested=seq, oldest=min(later, default=oldest) + 1)
@@ -236,10 +236,10 @@ def _matching(
     """Yield the events that are wanted, from one time on and before another."""
     sieve = wanted.sieve(first)
     if newest_first:
-        found = store.backwards(sieve=sieve)
+        lines = store.backwards(sieve=sieve)
     else:
-        found = _from_oldest(store, sieve) if after is None else store.read(after, sieve=sieve)
-    for line, raw in found:
+        lines = _from_oldest(store, sieve) if after is None else store.read(after, sieve=sieve)
+    for line, raw in lines:
         if newest_first and after is not None and line["seq"] <= after:
             return
         # times may step back: whatever is out of range, the next one may match again
@@ -250,5 +250,5 @@ def _matching(
 
 def _moment(when: When | None, *, name: str) -> str:
     """Write a time as the log does, "" for none."""
-    found = times.moment(when, now=host.now(), name=name)
-    return "" if found is None else events.timestamp(found)
+    moment = times.moment(when, now=host.now(), name=name)
+    return "" if moment is None else events.timestamp(moment)

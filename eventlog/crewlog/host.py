@@ -148,7 +148,7 @@ def is_mine(lock: "threading.RLock") -> bool:
     return bool(lock._is_owned())  # type: ignore[attr-defined] # noqa: SLF001 (Condition asks so, too)
 
 
-class Closing(ABC):
+class Closable(ABC):
     """A context manager that gives itself, and closes itself at the end."""
 
     __slots__ = ()
@@ -189,9 +189,9 @@ _owned: Final[dict[int, int]] = {}  # by number: the serial of who opened it las
 
 def own(fd: int) -> FileId:
     """Take a number that was opened just now as the caller's own."""
-    found = os.fstat(fd)
+    inode = os.fstat(fd)
     _owned[fd] = serial = next(_serials)
-    return FileId(found.st_dev, found.st_ino, serial)
+    return FileId(inode.st_dev, inode.st_ino, serial)
 
 
 def is_still(fd: int, file: FileId) -> bool:
@@ -201,11 +201,11 @@ def is_still(fd: int, file: FileId) -> bool:
     opened has ours. That may also be our own, opened anew: then the number is the later owner's.
     """
     try:
-        found = os.fstat(fd)
+        inode = os.fstat(fd)
     except OSError:  # EBADF
         return False
     mine = _owned.get(fd) == file.serial
-    return mine and (found.st_dev, found.st_ino) == (file.device, file.inode)
+    return mine and (inode.st_dev, inode.st_ino) == (file.device, file.inode)
 
 
 def close_own(fd: int, file: FileId) -> None:

@@ -20,7 +20,7 @@ from typing import Final
 
 from crewlog import host
 from crewlog.errors import CrewlogError, LockBusy, ProcessNotFound
-from crewlog.host import Closing
+from crewlog.host import Closable
 from crewlog.model import events
 from crewlog.model.events import Identity, JsonObject, Oom, Status, Worker
 from crewlog.model.items import Item
@@ -41,7 +41,7 @@ _SIGKILL: Final = 9
 _logger = logging.getLogger("crewlog.observer")
 
 
-class Observer(Closing):
+class Observer(Closable):
     """Records the ends of all workers of a store, until it is closed; see `Registry.observe_all`.
 
     Its thread alone touches the fields that are not said to be another's.
@@ -180,12 +180,12 @@ class Observer(Closing):
         afar = list(self._afar.values())
         dead: dict[str, int] = {}
         steps: list[Step] = []
-        for worker, found in zip(afar, judge(self._session, afar), strict=True):
-            if not found.dead:
+        for worker, liveness in zip(afar, judge(self._session, afar), strict=True):
+            if not liveness.dead:
                 continue
             dead[worker.sid] = worker.registered_seq
             if self._seen_dead.get(worker.sid) == worker.registered_seq:
-                steps.append(unless_changed(death(self._session.author(), worker, found)))
+                steps.append(unless_changed(death(self._session.author(), worker, liveness)))
         self._seen_dead = dead
         for step in steps:
             self._session.append([step])
@@ -278,12 +278,12 @@ class _Observed(_Held):
         return True
 
     def step(self, session: Session) -> Step | None:
-        found = judge(session, [self.worker])[0]
-        if not found.dead:
+        liveness = judge(session, [self.worker])[0]
+        if not liveness.dead:
             return None
         oom = self._oom
         details: JsonObject = {} if oom is None else {"oom": oom.as_json()}
-        return death(session.author(), self.worker, found, status=self._status, details=details)
+        return death(session.author(), self.worker, liveness, status=self._status, details=details)
 
 
 class _Owner(_Held):

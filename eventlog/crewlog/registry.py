@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar, Unpack
 from crewlog import history
 from crewlog.errors import CrewlogError
 from crewlog.history import HistoryOptions, When
-from crewlog.host import Closing, no_fork
+from crewlog.host import Closable, no_fork
 from crewlog.model import choice
 from crewlog.model.events import Event, StateName, Worker, worker_of
 from crewlog.model.figures import Usage
@@ -95,7 +95,7 @@ def shows(
     return spell_out
 
 
-class Registry(Closing):
+class Registry(Closable):
     """The workers of one store: change them durably, read them without a lock, see their history.
 
     Guarantee: a method that changes something returns once the event is durable; reading shows only
@@ -308,8 +308,8 @@ class Registry(Closing):
         leader of one; also when the worker itself has ended, as long as one of them is older than
         its end. A worker without any is left out.
         """
-        found = process_tree.members(workers)
-        return {sid: [member.pid for member in every] for sid, every in found.items()}
+        members = process_tree.members(workers)
+        return {sid: [member.pid for member in every] for sid, every in members.items()}
 
     def stop_left_behind(self) -> list[str]:
         """Stop the workers that are to end with their owner, whose owner is proven dead.
@@ -387,7 +387,7 @@ class Registry(Closing):
         """
         there = self.workers(labels=labels, sids=sids)
         judged = self.judge(there)
-        return [one for one, found in zip(there, judged, strict=True) if not found.dead]
+        return [one for one, liveness in zip(there, judged, strict=True) if not liveness.dead]
 
     def state(self) -> State:
         """Return every worker that is not pruned, and the seq that this is the state of."""

@@ -276,7 +276,7 @@ class Tail(Protocol):
 # -- cursors --------------------------------------------------------------------------------
 
 
-class Standing(NamedTuple):
+class CursorState(NamedTuple):
     """A cursor as anyone may see it: everything up to `seq` is acknowledged.
 
     Of a damaged one that is not known: `seq` is then 0, and it holds back everything. `digest` is
@@ -327,11 +327,11 @@ class Cursor(Protocol):
 class Cursors(Protocol):
     """The cursors of a store."""
 
-    def read(self, name: str) -> Standing | None:
+    def read(self, name: str) -> CursorState | None:
         """Read a cursor, whoever owns it; None if there is none of that name."""
         ...
 
-    def every(self) -> list[Standing]:
+    def every(self) -> list[CursorState]:
         """Read every cursor; a damaged one hides no other."""
         ...
 

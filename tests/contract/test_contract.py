@@ -648,13 +648,13 @@ def test_cursor_knows_the_line_it_stood_at(reg: Registry) -> None:
             found = items.next(5)
         return found.reason if isinstance(found, crewlog.Reset) else type(found).__name__
 
-    standing = reg.store().cursors.read("c")
-    assert standing is not None
-    assert (standing.seq, standing.damaged) == (last, False)
-    assert standing.digest != 0
+    state = reg.store().cursors.read("c")
+    assert state is not None
+    assert (state.seq, state.damaged) == (last, False)
+    assert state.digest != 0
     reg.update("a", meta={"n": 3})
-    assert stand(standing.digest) == "Change"
-    assert stand(standing.digest ^ 2) == "replaced"  # what it saw there was another line
+    assert stand(state.digest) == "Change"
+    assert stand(state.digest ^ 2) == "replaced"  # what it saw there was another line
     assert stand(0) == "Change"  # as version 0.1 left it: not known
 
 

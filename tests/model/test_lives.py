@@ -27,7 +27,7 @@ def _lives(*lines: Line) -> list[Life]:
     found = Lives()
     for line in lines:
         found.add(line)
-    return found.found
+    return found.every
 
 
 def test_lost_worker_is_proven_only_up_to_its_last_own_event() -> None:
@@ -99,7 +99,7 @@ def test_workers_of_an_older_state_live_on() -> None:
     lives = Lives(state.records.values())
     lives.add(_line(4, "worker.exited", "a", code=0))
     lives.add(_line(5, "worker.registered", "b"))
-    assert [(life.sid, life.generation, life.seq) for life in lives.found] == [
+    assert [(life.sid, life.generation, life.seq) for life in lives.every] == [
         ("a", 1, 1), ("b", 2, 5),
     ]  # fmt: skip
-    assert lives.found[0].ended_at == utc(_AT.format(4))
+    assert lives.every[0].ended_at == utc(_AT.format(4))

@@ -51,9 +51,9 @@ def test_the_callback_under_way_at_close_is_acknowledged(reg: Registry, closed_b
         threading.Timer(0.2, may_return.set).start()
         box[0].close()
     until(lambda: not box[0].alive)
-    standing = reg.cursors.read("c")
-    assert standing is not None
-    assert [standing.seq] == heard
+    state = reg.cursors.read("c")
+    assert state is not None
+    assert [state.seq] == heard
 
 
 def test_threads_create_the_same_cursor_at_once(reg: Registry) -> None:

@@ -16,7 +16,7 @@ from crewlog.model.events import Event, EventType, Worker
 from crewlog.model.items import Item
 from crewlog.model.state import State
 from crewlog.registry import Registry
-from crewlog.store import Standing
+from crewlog.store import CursorState
 from crewlog.watch.feed import After, digest_at
 from crewlog.watch.watch import Watch
 from crewlog_cli import choose, inputs, output, render, shell
@@ -233,8 +233,8 @@ def _print(sh: Shell, reg: Registry, item: Item, task: _Task) -> None:
                 sh.stream({"kind": "synced", "seq": item.seq, "workers": shown})
             else:
                 here = [worker for worker in workers or [] if not worker.final]
-                for worker, found in zip(here, reg.judge(here), strict=True):
-                    status = render.status_text(worker, found, datetime.now(UTC))
+                for worker, liveness in zip(here, reg.judge(here), strict=True):
+                    status = render.status_text(worker, liveness, datetime.now(UTC))
                     sh.line(f"{worker.rev}  {worker.sid}  {status}  pid={worker.pid}")
                 sh.note(f"-- in step at seq {item.seq}; waiting for changes --")
         case "reset":
@@ -303,7 +303,7 @@ def _no_cursor(sh: Shell, name: str) -> NoReturn:
     raise SystemExit(shell.EXIT_NO)
 
 
-def _print_cursors(sh: Shell, reg: Registry, cursors: Sequence[Standing]) -> None:
+def _print_cursors(sh: Shell, reg: Registry, cursors: Sequence[CursorState]) -> None:
     oldest, last = reg.first_seq, reg.last_seq
     rows = [
         {

@@ -81,22 +81,22 @@ def _aside(
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
 
-        def settle(found: R | None, error: Exception | None) -> None:
+        def settle(result: R | None, error: Exception | None) -> None:
             if future.done():  # its task was cancelled
                 return
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(cast("R", found))
+                future.set_result(cast("R", result))
 
         def work() -> None:
-            found, failed = None, None
+            result, failed = None, None
             try:
-                found = method(self.registry, *args, **kwargs)
+                result = method(self.registry, *args, **kwargs)
             except Exception as error:  # noqa: BLE001 (the task raises it)
                 failed = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, found, failed)
+                loop.call_soon_threadsafe(settle, result, failed)
 
         host.start_thread(work, name="crewlog-aside")
         return await future
@@ -178,10 +178,10 @@ class AsyncRegistry:
         return AsyncBatch(self._session, self._append)
 
     async def _event(self, step: Step) -> Event:
-        found, session = event_in(await self._append([step])), self._session
-        if found is None:  # it had been recorded before
+        event, session = event_in(await self._append([step])), self._session
+        if event is None:  # it had been recorded before
             return await self.call(lambda: session.last_event(session.known(step.sid)))
-        return found
+        return event
 
     async def _append(self, steps: Sequence[Step]) -> Appended:
         self._mind_fork()
@@ -255,9 +255,9 @@ class AsyncRegistry:
 
     async def history(self, **options: Unpack[HistoryOptions]) -> AsyncIterator[Event]:
         """Yield the events that match; see `Registry.history`."""
-        found = self.registry.history(**options)
+        events = self.registry.history(**options)
         while True:
-            part = await self.call(lambda: list(itertools.islice(found, _EVENTS_A_STEP)))
+            part = await self.call(lambda: list(itertools.islice(events, _EVENTS_A_STEP)))
             for event in part:
                 yield event
             if len(part) < _EVENTS_A_STEP:

@@ -62,13 +62,13 @@ class EtcdAddress:
 
 
 def _host(url: str, name: str) -> str:
-    found = _HOST.fullmatch(name)
-    if found is None:
+    match = _HOST.fullmatch(name)
+    if match is None:
         raise _bad(url, f"{_shown(url, name)} is no host" if name else "a host is missing")
-    port = int(found[2] or _PORT)
+    port = int(match[2] or _PORT)
     if not 0 < port < 2**16:
         raise _bad(url, f"there is no port {port}")
-    return f"{found[1]}:{port}"
+    return f"{match[1]}:{port}"
 
 
 def _bad(url: str, why: str) -> ValueError:

@@ -13,7 +13,7 @@ from crewlog.etcd import layout as keys
 from crewlog.etcd.address import EtcdAddress
 from crewlog.etcd.layout import KeyValue, Room
 from crewlog.etcd.reader import Head, begin_of, encode_head, token_of
-from crewlog.etcd.state import EtcdReading
+from crewlog.etcd.state import EtcdState
 from crewlog.etcd.waiters import Place, Waiters
 from crewlog.model import codec, events, fold
 from crewlog.model.codec import Draft
@@ -136,7 +136,7 @@ class Attempt:
             self.raws.append(raw)
 
 
-class EtcdLog(EtcdReading):
+class EtcdLog(EtcdState):
     """The store under one prefix; threads may share it, and a forked child may go on using it."""
 
     def __init__(self, address: EtcdAddress, *, wait_s: float, limits: Limits = DEFAULT) -> None:
@@ -355,8 +355,8 @@ class EtcdLog(EtcdReading):
     def _by_sid(
         self, sids: Sequence[str], rows: Sequence[Sequence[KeyValue]]
     ) -> dict[str, Record | None]:
-        found = zip(sids, rows, strict=True)
-        return {sid: self.decoded(row[0]) if row else None for sid, row in found}
+        pairs = zip(sids, rows, strict=True)
+        return {sid: self.decoded(row[0]) if row else None for sid, row in pairs}
 
     def _commit(self, attempt: Attempt, sids: Sequence[str], place: Place | None) -> EtcdTip | None:
         """Send the transaction; None if it is done, else the state that has passed it by for good.
@@ -392,8 +392,8 @@ class EtcdLog(EtcdReading):
         if answer.get("succeeded") is True:
             self.seen = head
             return None
-        next_, found, *rows = keys.ranges(answer)
-        now = self.saw(found, before=before)
+        next_, head_row, *rows = keys.ranges(answer)
+        now = self.saw(head_row, before=before)
         if self._is_mine(attempt, next_, now):
             return None
         if attempt.absent is not None and rows.pop(0):
@@ -488,19 +488,19 @@ def section_data(store: str, previous: JsonObject | None) -> JsonObject:
 
 def is_sound(version: str) -> bool:
     """Say whether a version of etcd can be trusted with data."""
-    found = _VERSION.match(version)
-    if found is None:
+    match = _VERSION.match(version)
+    if match is None:
         return False
-    line, patch = (int(found[1]), int(found[2])), int(found[3])
+    line, patch = (int(match[1]), int(match[2])), int(match[3])
     return line >= (3, 4) and patch >= _SOUND.get(line, 0)
 
 
 def outdated(version: str) -> str:
     """Return what is to be said of a version that is sound but old, "" for nothing."""
-    found = _VERSION.match(version)
-    if found is None:
+    match = _VERSION.match(version)
+    if match is None:
         return ""
-    line, patch = (int(found[1]), int(found[2])), int(found[3])
+    line, patch = (int(match[1]), int(match[2])), int(match[3])
     newest = max(_CURRENT)
     if line < min(_CURRENT) or (line <= newest and patch < _CURRENT.get(line, 0)):
         lines = ", ".join(f"{a}.{b}.{c}" for (a, b), c in _CURRENT.items())

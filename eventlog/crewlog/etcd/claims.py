@@ -50,8 +50,8 @@ def keep_or_make(client: Client, id_: int, ttl_s: int, key: bytes) -> None:
 def keep(client: Client, id_: int) -> bool:
     """Keep a lease for its whole time again; False if it has run out."""
     answer = client.call("lease/keepalive", {"ID": str(id_)})
-    found = answer.get("result")
-    return isinstance(found, dict) and keys.number(cast("JsonObject", found), "TTL") > 0
+    lease = answer.get("result")
+    return isinstance(lease, dict) and keys.number(cast("JsonObject", lease), "TTL") > 0
 
 
 def revoke(client: Client, id_: int) -> None:
@@ -106,11 +106,11 @@ class Claim:
             header = cast("JsonObject", answer["header"])
             self.revision = keys.number(header, "revision")
             return None
-        found = keys.ranges(answer)[0]
-        if found and found[0].lease == self._id:  # ours: sent twice
-            self.revision = found[0].create_revision
+        rows = keys.ranges(answer)[0]
+        if rows and rows[0].lease == self._id:  # ours: sent twice
+            self.revision = rows[0].create_revision
             return None
-        return found[0].value.decode(errors="replace") if found else "somebody"
+        return rows[0].value.decode(errors="replace") if rows else "somebody"
 
     def move(
         self, key: bytes, before: bytes | None, after: bytes, *, also: Sequence[JsonObject] = ()
@@ -129,9 +129,9 @@ class Claim:
         answer = self._client.call("kv/txn", body)
         if answer.get("succeeded") is True:
             return True
-        claim, found = keys.ranges(answer)
+        claim, rows = keys.ranges(answer)
         ours = bool(claim) and claim[0].create_revision == self.revision
-        return ours and bool(found) and found[0].value == after  # it was sent twice
+        return ours and bool(rows) and rows[0].value == after  # it was sent twice
 
     def close(self) -> None:
         """Give it up; idempotent. Where no server answers, it runs out."""

@@ -218,9 +218,9 @@ class Client:
         left_s = max(0.05, deadline - time.monotonic())
         host = self._host()
         answer = self._request(host, f"v3/{path}", body, read_s=min(left_s, ANSWER_WAIT_S))
-        found = self._checked(host, answer.status, answer.data)
-        self._require_one(host, keys.cluster(found))
-        return found
+        fields = self._checked(host, answer.status, answer.data)
+        self._require_one(host, keys.cluster(fields))
+        return fields
 
     def _host(self) -> str:
         return self._address.hosts[self._next % len(self._address.hosts)]
@@ -253,14 +253,14 @@ class Client:
 
     def _typed(self, error: Refused) -> CrewlogError:
         """Return what a refusal means to a caller of ours."""
-        told = error.why
-        if _NO_SPACE in told:
+        why = error.why
+        if _NO_SPACE in why:
             return QuotaExceeded(self.where)
-        if error.status in {_DENIED, _UNAUTHENTICATED} or "authentication failed" in told:
-            return AuthFailed(self.where, why=told)
-        if "authentication is not enabled" in told:
-            return AuthFailed(self.where, why=told, remedy="Unset the user, or enable it there")
-        if "user name is empty" in told:
+        if error.status in {_DENIED, _UNAUTHENTICATED} or "authentication failed" in why:
+            return AuthFailed(self.where, why=why)
+        if "authentication is not enabled" in why:
+            return AuthFailed(self.where, why=why, remedy="Unset the user, or enable it there")
+        if "user name is empty" in why:
             if self._secrets.cert is not None and not self._secrets.user:
                 return AuthFailed(
                     self.where,
@@ -326,8 +326,8 @@ class Client:
         if not self._token:
             who: JsonObject = {"name": self._secrets.user, "password": self._secrets.password}
             answer = self._request(host, _LOGIN, who, read_s=read_s)
-            found = self._checked(host, answer.status, answer.data)
-            self._token = str(found.get("token", ""))
+            fields = self._checked(host, answer.status, answer.data)
+            self._token = str(fields.get("token", ""))
         return self._token
 
     def each(self, path: str, body: JsonObject) -> Iterator[tuple[str, JsonObject | str]]:
@@ -440,7 +440,7 @@ def _checked(status: int, data: bytes, where: str, *, host: str) -> JsonObject:
             remedy="Use one without (a subject of /O=…), and CREWLOG_ETCD_USER with a password",
         )
     try:
-        found = codec.load_object(data)
+        fields = codec.load_object(data)
     except DocumentError as error:
         if status in _GATEWAY_ERRORS:
             raise Unanswered(f"{host}: HTTP {status}", sent=True) from error
@@ -451,9 +451,9 @@ def _checked(status: int, data: bytes, where: str, *, host: str) -> JsonObject:
             remedy="Check host and port",
         ) from error
     if status == _OK:
-        return found
-    code = found.get("code")
-    message = str(found.get("message") or found.get("error") or f"HTTP {status}")
+        return fields
+    code = fields.get("code")
+    message = str(fields.get("message") or fields.get("error") or f"HTTP {status}")
     busy = code == _EXHAUSTED and _NO_SPACE not in message and _TOO_LARGE not in message
     if code in _PASSING or busy:
         raise Unanswered(f"{host}: {message}", sent=True)
@@ -466,8 +466,8 @@ _REFUSALS: Final = ("certificate", "unknown ca", "unknown_ca", "version", "hands
 
 def _is_refusal(error: SSLError) -> bool:
     """Say whether a failure of TLS was one of letting us in: then nothing was read or written."""
-    told = str(error).lower()
-    return any(word in told for word in _REFUSALS)
+    text = str(error).lower()
+    return any(word in text for word in _REFUSALS)
 
 
 def _reason(error: BaseException) -> str:

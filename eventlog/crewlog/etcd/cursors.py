@@ -7,7 +7,7 @@ from crewlog.etcd.claims import Claim
 from crewlog.etcd.client import Client
 from crewlog.etcd.layout import Keys, KeyValue, Room
 from crewlog.model.limits import Limits
-from crewlog.store import Standing
+from crewlog.store import CursorState
 
 
 class EtcdCursors:
@@ -21,26 +21,24 @@ class EtcdCursors:
         self._keys = names
         self._limits = limits
 
-    def read(self, name: str) -> Standing | None:
+    def read(self, name: str) -> CursorState | None:
         """Read a cursor, whoever owns it.
 
         Raises: CursorCorrupt.
         """
         asked = [self._keys.named(room, name) for room in (Room.CURSOR, Room.LINE)]
-        found, lines = keys.ranges(self._client.at_once(*map(keys.get, asked)))
-        if not found:
+        rows, lines = keys.ranges(self._client.at_once(*map(keys.get, asked)))
+        if not rows:
             return None
-        standing = _standing(found[0])
-        if standing.damaged:
+        state = _state_of(rows[0])
+        if state.damaged:
             raise CursorCorrupt(f"{self._client.where}: {name}", name)
-        return (
-            standing._replace(digest=_digest(lines[0].value, standing.seq)) if lines else standing
-        )
+        return state._replace(digest=_digest(lines[0].value, state.seq)) if lines else state
 
-    def every(self) -> list[Standing]:
+    def every(self) -> list[CursorState]:
         """Read every cursor; a damaged one hides no other."""
         page = keys.page(*self._keys.room(Room.CURSOR), limit=0)
-        return [_standing(row) for row in keys.pairs(self._client.call("kv/range", page))]
+        return [_state_of(row) for row in keys.pairs(self._client.call("kv/range", page))]
 
     def own(self, name: str, *, start: int, digest: int = 0) -> "EtcdCursor":
         """Take ownership, and create the cursor at `start` if there is none.
@@ -97,7 +95,7 @@ class EtcdCursor:
 
     __slots__ = ("_claim", "_closed", "_key", "_line", "_stored", "digest", "name", "seq")
 
-    def __init__(self, claim: Claim, name: str, names: Keys, known: Standing | None) -> None:
+    def __init__(self, claim: Claim, name: str, names: Keys, known: CursorState | None) -> None:
         """Use a claim that was taken; None: there is no position yet."""
         self.name = name
         self.seq = 0 if known is None else known.seq
@@ -133,9 +131,9 @@ class EtcdCursor:
         self._claim.close()
 
 
-def _standing(row: KeyValue) -> Standing:
+def _state_of(row: KeyValue) -> CursorState:
     whole = row.value.isdigit()
-    return Standing(row.name, int(row.value) if whole else 0, damaged=not whole)
+    return CursorState(row.name, int(row.value) if whole else 0, damaged=not whole)
 
 
 def line_of(seq: int, digest: int) -> bytes:

@@ -51,9 +51,9 @@ class Keeper:
         Raises: SpawnFailed.
         """
         us = codec.dump(identity.capture(None).as_json()).decode()
-        told = [url, key.decode(), str(lease), str(ttl_s), us]
+        arguments = [url, key.decode(), str(lease), str(ttl_s), us]
         paths = [os.path.abspath(path) for path in sys.path]  # it runs in another directory
-        words = [sys.executable, "-c", _SCRIPT, *told, *paths]
+        words = [sys.executable, "-c", _SCRIPT, *arguments, *paths]
         try:
             self._process = subprocess.Popen(
                 words,
@@ -137,13 +137,13 @@ def main(url: str, key: str, lease: str, ttl_s: str, starter: str) -> None:
         os._exit(0)
     os.close(_STDERR)
     os.open(os.devnull, os.O_WRONLY)
-    guarded = _told(watch, _identity(starter.encode()))
+    guarded = _read_guarded(watch, _identity(starter.encode()))
     if guarded is not None:
         _guard(watch, guarded)
     watch.end()
 
 
-def _told(watch: _Watch, starter: Identity | None) -> Identity | None:
+def _read_guarded(watch: _Watch, starter: Identity | None) -> Identity | None:
     """Read whom to guard, and keep the lease meanwhile; None for nobody.
 
     The starter is looked at, too: the end of the pipe may be held open by a process that it forked.

@@ -184,9 +184,9 @@ def transaction(
 # -- answers --------------------------------------------------------------------------------
 
 
-def number(found: JsonObject, name: str) -> int:
+def number(fields: JsonObject, name: str) -> int:
     """Read an int64, 0 where it is left out."""
-    value = found.get(name, 0)
+    value = fields.get(name, 0)
     return int(cast("str | int", value))
 
 
@@ -195,12 +195,12 @@ def cluster(answer: JsonObject) -> str:
     return str(cast("JsonObject", answer.get("header") or {}).get("cluster_id", ""))
 
 
-def objects(found: JsonObject, name: str) -> list[JsonObject]:
+def objects(fields: JsonObject, name: str) -> list[JsonObject]:
     """Read a list of objects, empty where it is left out."""
-    return cast("list[JsonObject]", found.get(name) or [])
+    return cast("list[JsonObject]", fields.get(name) or [])
 
 
-def pairs(found: JsonObject) -> list[KeyValue]:
+def pairs(fields: JsonObject) -> list[KeyValue]:
     """Read the keys of a range's answer."""
     return [
         KeyValue(
@@ -209,18 +209,18 @@ def pairs(found: JsonObject) -> list[KeyValue]:
             number(pair, "create_revision"),
             number(pair, "lease"),
         )
-        for pair in objects(found, "kvs")
+        for pair in objects(fields, "kvs")
     ]
 
 
 def ranges(answer: JsonObject) -> list[list[KeyValue]]:
     """Read the answers to the range requests of a transaction, in their order."""
-    found = []
+    results = []
     for part in objects(answer, "responses"):
         asked = part.get("response_range")
         if isinstance(asked, dict):
-            found.append(pairs(cast("JsonObject", asked)))
-    return found
+            results.append(pairs(cast("JsonObject", asked)))
+    return results
 
 
 def _bytes(value: JsonValue) -> bytes:

@@ -68,8 +68,8 @@ class EtcdLeases:
         place = self._place(keys.cluster(answer))
 
         def seen(name: str) -> LeaseSeen:
-            found = _NAME.fullmatch(name)
-            if found is None or found[1] != place:  # of another place, from before a migration
+            match = _NAME.fullmatch(name)
+            if match is None or match[1] != place:  # of another place, from before a migration
                 return LeaseSeen("absent")
             state: LeaseState = "held" if name in held else "free"
             return LeaseSeen(state, beat_expired=name not in fresh, said=fresh.get(name, b""))
@@ -90,10 +90,10 @@ class EtcdLeases:
 
         The cluster counts in whole seconds, and not below its election timeout.
         """
-        found = _NAME.fullmatch(name)
-        if found is None or not self._client.read(self._keys.named(Room.LEASE, name)):
+        match = _NAME.fullmatch(name)
+        if match is None or not self._client.read(self._keys.named(Room.LEASE, name)):
             return False
-        id_, key = int(found[2], 16), self._keys.named(Room.BEAT, name)
+        id_, key = int(match[2], 16), self._keys.named(Room.BEAT, name)
         if heartbeat_s is not None:
             id_ += 1
             claims.keep_or_make(self._client, id_, math.ceil(heartbeat_s), key)

@@ -120,35 +120,35 @@ class EtcdLines:
         Raises: StoreMissing, HistoryRewound.
         """
         before = self.seen
-        found, *more = self.ask([keys.get(self.keys.head), *wanted])
-        return self.saw(found, before=before), more
+        head_row, *more = self.ask([keys.get(self.keys.head), *wanted])
+        return self.saw(head_row, before=before), more
 
-    def saw(self, found: Sequence[KeyValue], *, before: Head | None) -> Head:
+    def saw(self, row: Sequence[KeyValue], *, before: Head | None) -> Head:
         """Take over a head that was read; `before` had been seen when it was asked for.
 
         Raises: StoreMissing, HistoryRewound.
         """
-        if not found:
+        if not row:
             raise StoreMissing(self.where, why="it was removed")
-        head = self._decoded(found[0].value)
+        head = self._decoded(row[0].value)
         if head.store != self.id or (before is not None and not _follows(before, head)):
             raise self.went_back(before.seq if before else 0, head.seq)
         self.seen = head
         return head
 
-    def went_back(self, seen: int, found: int) -> HistoryRewound:
+    def went_back(self, seen: int, now: int) -> HistoryRewound:
         """Note that this is not the history that was seen, and return the error."""
         self.rewound = True
-        return HistoryRewound(self.where, seen=seen, found=found)
+        return HistoryRewound(self.where, seen=seen, found=now)
 
     def _decoded(self, raw: bytes) -> Head:
         try:
-            found = codec.load_object(raw)
-            seq, totals = found["seq"], found["totals"]
+            fields = codec.load_object(raw)
+            seq, totals = fields["seq"], fields["totals"]
             if type(seq) is not int or not isinstance(totals, dict):
                 raise self._broken(self.keys.head, "a field has the wrong shape")
-            hash_ = bytes.fromhex(str(found["hash"]))
-            return Head(raw, str(found["store"]), seq, hash_, cast("dict[str, int]", totals))
+            hash_ = bytes.fromhex(str(fields["hash"]))
+            return Head(raw, str(fields["store"]), seq, hash_, cast("dict[str, int]", totals))
         except (DocumentError, KeyError, ValueError) as error:
             raise self._broken(self.keys.head, str(error)) from error
 
@@ -321,12 +321,12 @@ class Newest:
         """Return the lines after a seq up to another one; `read` gets what is not kept."""
         with self._mutex:
             if not self._after <= after <= stop <= self._last:
-                found = read()
+                lines = read()
                 if after != self._last or len(self._kept) > NEWEST_LINES_MAX:
                     self._kept, self._after = [], after
-                self._kept += found
+                self._kept += lines
                 self._last = stop
-                return found
+                return lines
             return [(line, raw) for line, raw in self._kept if after < line["seq"] <= stop]
 
 
@@ -385,9 +385,9 @@ def _first_seq(data: bytes) -> int:
     """Return the seq of the first line; of a gap, the first that it stands for."""
     first = data[: data.find(b"\n")]
     if type_needle(events.GAP) in first:
-        told = codec.parse(first)["data"].get("first")
-        if isinstance(told, int):
-            return told
+        seq = codec.parse(first)["data"].get("first")
+        if isinstance(seq, int):
+            return seq
     digits = first[_SEQ_AT : first.find(b",", _SEQ_AT)]
     return int(digits) if digits.isdigit() else 0
 

@@ -54,7 +54,7 @@ class Part(NamedTuple):
     sealed_at: str
 
 
-class EtcdReading(EtcdLines):
+class EtcdState(EtcdLines):
     """The reading half of the store."""
 
     def __init__(self, address: EtcdAddress, *, wait_s: float, limits: Limits) -> None:
@@ -123,8 +123,8 @@ class EtcdReading(EtcdLines):
         page = keys.page(begin, end, limit=RECORDS_A_PAGE)
         before = self.seen
         answer = self.client.at_once(keys.get(self.keys.head), {"requestRange": page})
-        found, rows = keys.ranges(answer)
-        head = self.saw(found, before=before)
+        head_row, rows = keys.ranges(answer)
+        head = self.saw(head_row, before=before)
         revision = keys.number(cast("JsonObject", answer["header"]), "revision")
         records: list[Record] = []
         while rows:
@@ -160,8 +160,8 @@ class EtcdReading(EtcdLines):
 
     def _part(self, row: KeyValue) -> Part:
         try:
-            told = codec.load_object(row.value)
-            last, size, newest, at = (told[name] for name in ("last", "size", "newest", "at"))
+            fields = codec.load_object(row.value)
+            last, size, newest, at = (fields[name] for name in ("last", "size", "newest", "at"))
             if type(last) is not int or type(size) is not int:
                 raise DocumentError("a field has the wrong shape")
             events.utc(str(at))
@@ -231,10 +231,10 @@ class EtcdReading(EtcdLines):
         return None
 
     def _base_of(self, data: bytes) -> Snapshot:
-        found = decode_snapshot(data)
-        if found.store != self.id:
+        base = decode_snapshot(data)
+        if base.store != self.id:
             raise DocumentError("it is another store's")
-        return found
+        return base
 
     def fold_to(self, start: Snapshot, seq: int, *, seen: Callable[[Line], None]) -> Snapshot:
         """Return the state at a durable seq from an older one; `seen` is told of each line."""

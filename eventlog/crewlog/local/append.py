@@ -350,10 +350,10 @@ class Appender:
         return self._active
 
     def _adopt(self, active: Segment, state: AppendState, head: DurableHead) -> AppendState:
-        state, found = recovery.adopt(self.directory, active, state)
+        state, scan = recovery.adopt(self.directory, active, state)
         self._heads.put_append_state(state)
-        if found.reason is not None and not state.sealed:
-            state = self._write_recovered(state, head, found)
+        if scan.reason is not None and not state.sealed:
+            state = self._write_recovered(state, head, scan)
         return state
 
     def _write(  # noqa: C901, PLR0912, PLR0915 (a protocol: the page is the unit)
@@ -540,16 +540,16 @@ class Appender:
         active = self._open_active(first)
         self._require_one_name(active)
         data = active.whole()
-        found = chain.scan(data, offset=0, seq=sealed.seq, prev=sealed.hash)
-        if found.reason is not None or found.end == 0:
+        scan = chain.scan(data, offset=0, seq=sealed.seq, prev=sealed.hash)
+        if scan.reason is not None or scan.end == 0:
             raise LogCorrupt(
                 active.name,
-                offset=found.end,
-                seq=found.seq + 1,
-                reason=found.reason or "it is empty",
+                offset=scan.end,
+                seq=scan.seq + 1,
+                reason=scan.reason or "it is empty",
                 proof="it follows a durable seal",
             )
-        begun = heads.written(sealed.boot, first, found.end, found.seq, found.hash)
+        begun = heads.written(sealed.boot, first, scan.end, scan.seq, scan.hash)
         self._heads.put_append_state(begun)
         self._view.catch_up(begun)
         self.sync.make_durable(begun.seq)

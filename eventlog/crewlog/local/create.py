@@ -59,11 +59,11 @@ def create_with(path: Path, content: Content, *, wait_s: float) -> Directory:
     Raises: NotAStore where there is a store already, or anything else.
     """
     with contextlib.suppress(StoreMissing):
-        found = open_existing(path)
+        there = open_existing(path)
         raise NotAStore(
             "the target is not empty",
             where=str(path),
-            why=f"there is store {found.store}",
+            why=f"there is store {there.store}",
             remedy="Choose an empty or a new directory",
         )
 
@@ -204,23 +204,23 @@ def _filled_with(content: Content, blank: Blank) -> Newborn:
     first, data, seq = 0, b"", 0
     for first, data in content.segments:
         put(newborn, first, data)
-    found = chain.scan(data, offset=0, seq=first - 1, prev=None)
-    if found.reason is not None or not data:
+    scan = chain.scan(data, offset=0, seq=first - 1, prev=None)
+    if scan.reason is not None or not data:
         raise LogCorrupt(
             layout.segment_name(first),
-            offset=found.end,
-            seq=found.seq + 1,
-            reason=found.reason or "it is empty",
+            offset=scan.end,
+            seq=scan.seq + 1,
+            reason=scan.reason or "it is empty",
             proof="it was read from a whole history",
         )
-    seq = found.seq
+    seq = scan.seq
     if content.base is not None:
         snapshot.put_base(newborn, content.base)
         snapshot.replace(newborn, content.base)
     folded = content.snapshot()
     if folded is not None:
         snapshot.replace(newborn, folded)
-    return Newborn(newborn, content.identity, first, len(data), seq, found.hash, found.sealed)
+    return Newborn(newborn, content.identity, first, len(data), seq, scan.hash, scan.sealed)
 
 
 def _finish(made: Newborn, opened: Descriptors, via: Disk) -> None:

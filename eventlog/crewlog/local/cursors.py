@@ -15,7 +15,7 @@ from crewlog.local.disk import Disk
 from crewlog.local.layout import Directory
 from crewlog.local.lock import take
 from crewlog.model.shape import Shape
-from crewlog.store import Standing
+from crewlog.store import CursorState
 
 TEMPORARY_AGE_S: Final = 3600.0
 
@@ -43,7 +43,7 @@ def decode_slots(data: bytes) -> Slot | None:
     return max((Slot._make(whole) for whole in fields if whole is not None), default=None)
 
 
-def read(directory: Directory, name: str) -> Standing | None:
+def read(directory: Directory, name: str) -> CursorState | None:
     """Read a cursor, whoever owns it; None if there is none of that name.
 
     Raises: CursorCorrupt if neither slot is whole.
@@ -59,22 +59,22 @@ def read(directory: Directory, name: str) -> Standing | None:
     newest = decode_slots(data)
     if newest is None:
         raise CursorCorrupt(where, name)
-    return Standing(name, newest.seq, digest=newest.digest)
+    return CursorState(name, newest.seq, digest=newest.digest)
 
 
-def every(directory: Directory) -> list[Standing]:
+def every(directory: Directory) -> list[CursorState]:
     """Read every cursor; a damaged one hides no other."""
-    found = []
+    states = []
     for name in directory.names(layout.CURSORS):
         if disk.is_temporary(name):
             continue
         try:
-            standing = read(directory, name)
+            state = read(directory, name)
         except CursorCorrupt:
-            standing = Standing(name, 0, damaged=True)
-        if standing is not None:
-            found.append(standing)
-    return found
+            state = CursorState(name, 0, damaged=True)
+        if state is not None:
+            states.append(state)
+    return states
 
 
 class Cursor:
@@ -210,11 +210,11 @@ class Cursors:
         """Read nothing yet."""
         self._directory = directory
 
-    def read(self, name: str) -> Standing | None:
+    def read(self, name: str) -> CursorState | None:
         """Read a cursor, whoever owns it."""
         return read(self._directory, name)
 
-    def every(self) -> list[Standing]:
+    def every(self) -> list[CursorState]:
         """Read every cursor."""
         return every(self._directory)
 

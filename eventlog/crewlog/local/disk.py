@@ -171,14 +171,14 @@ def open_file(name: str, *, at: int, where: str, change: bool = False, append: b
     return fd
 
 
-def _check(found: os.stat_result, *, where: str, regular: bool = False) -> None:
-    if regular and not stat.S_ISREG(found.st_mode):
+def _check(inode: os.stat_result, *, where: str, regular: bool = False) -> None:
+    if regular and not stat.S_ISREG(inode.st_mode):
         raise _unsafe(where, "it is not a regular file", "Remove it")
-    if found.st_uid != os.geteuid():
-        raise _unsafe(where, f"its owner is uid {found.st_uid}, not {os.geteuid()}", "Use your own")
-    if found.st_mode & _OTHERS:
-        mode = stat.S_IMODE(found.st_mode)
-        deep = "-R " if stat.S_ISDIR(found.st_mode) else ""  # a copy lets them into all of it
+    if inode.st_uid != os.geteuid():
+        raise _unsafe(where, f"its owner is uid {inode.st_uid}, not {os.geteuid()}", "Use your own")
+    if inode.st_mode & _OTHERS:
+        mode = stat.S_IMODE(inode.st_mode)
+        deep = "-R " if stat.S_ISDIR(inode.st_mode) else ""  # a copy lets them into all of it
         raise _unsafe(where, f"mode {mode:04o} lets others in", f"Run: chmod {deep}go= {where}")
 
 
@@ -206,11 +206,11 @@ def resolved(path: Path) -> Path:
 def check_ancestors(path: Path) -> None:
     """Refuse a place that others could replace: a parent they may write, without sticky bit."""
     for parent in path.parents:
-        found = os.stat(parent)
-        shared = found.st_mode & stat.S_IWOTH or (
-            found.st_mode & stat.S_IWGRP and found.st_gid not in {0, os.getegid(), *os.getgroups()}
+        inode = os.stat(parent)
+        shared = inode.st_mode & stat.S_IWOTH or (
+            inode.st_mode & stat.S_IWGRP and inode.st_gid not in {0, os.getegid(), *os.getgroups()}
         )
-        if shared and not found.st_mode & stat.S_ISVTX:
+        if shared and not inode.st_mode & stat.S_ISVTX:
             raise _unsafe(str(parent), "others may rename what is in it", f"Run: chmod +t {parent}")
 
 
@@ -347,8 +347,8 @@ def require_length(size: int, *, where: str) -> None:
 
 def place_of(fd: int) -> int:
     """Return a digest of an open file's device and inode: 64 bits, never 0."""
-    found = os.fstat(fd)
-    names = b"%d %d" % (found.st_dev, found.st_ino)
+    inode = os.fstat(fd)
+    names = b"%d %d" % (inode.st_dev, inode.st_ino)
     return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), "little") or 1
 
 

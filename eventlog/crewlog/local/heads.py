@@ -192,10 +192,10 @@ class StateFile(Generic[T]):
             kept = self._kept  # one look: another thread may put a newer one in its place
             if kept is not None and kept[0] == data:
                 return kept[1]
-            found = self._decode(data)
-            if found is not None:
-                self._kept = data, found
-                return found
+            state = self._decode(data)
+            if state is not None:
+                self._kept = data, state
+                return state
             time.sleep(0)  # a writer on another core is in the middle of its pwrite
         return None
 

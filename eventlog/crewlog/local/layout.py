@@ -260,11 +260,11 @@ def incomplete(error: FileNotFoundError, *, root: int, where: str) -> CrewlogErr
 def unsafe(real: Path, error: UnsafePermissions, *, where: str) -> CrewlogError:
     """Return what to say of a directory that is open to others: nobody must close /etc for us."""
     try:
-        found = os.listdir(real)
+        names = os.listdir(real)
     except OSError:  # not even that is allowed
         return error
-    strangers = sorted(set(found) - {*DIRECTORIES, *NEWBORN})
-    if STORE in found or not strangers:
+    strangers = sorted(set(names) - {*DIRECTORIES, *NEWBORN})
+    if STORE in names or not strangers:
         return error
     return NotAStore(
         "not a registry",
@@ -299,11 +299,11 @@ _NEWBORN: Final = {
 
 def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
-    found = disk.names(root, where=str(path))
+    names = disk.names(root, where=str(path))
     known = {*DIRECTORIES, *NEWBORN}
-    strangers = [name for name in found if name not in known and not disk.is_temporary(name)]
+    strangers = [name for name in names if name not in known and not disk.is_temporary(name)]
     for name in DIRECTORIES:
-        if name in found:
+        if name in names:
             strangers += _strangers(root, path, name)
     # Looked for last: another process may have finished its creation since the listing.
     if not strangers or STORE in disk.names(root, where=str(path)):
@@ -323,16 +323,16 @@ def _strangers(root: int, path: Path, name: str) -> list[str]:
     fd = disk.open_directory(name, at=root, where=str(path / name))
     try:
         allowed, there = _NEWBORN.get(name, frozenset()), disk.names(fd, where=str(path / name))
-        found = [n for n in there if n not in allowed and not disk.is_temporary(n)]
+        strangers = [n for n in there if n not in allowed and not disk.is_temporary(n)]
         first = segment_name(1)
         if name == LOG and first in there:
             where = str(path / name / first)
             data = disk.read_all(first, at=fd, where=where, limit=SNAPSHOT_BYTES_MAX)
             if data.count(b"\n") > 1:  # more than its header: it was a store once
-                found.append(first)
+                strangers.append(first)
     finally:
         os.close(fd)
-    return [f"{name}/{n}" for n in found]
+    return [f"{name}/{n}" for n in strangers]
 
 
 def _require_local(root: int, path: Path) -> bool:

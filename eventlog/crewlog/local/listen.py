@@ -173,10 +173,10 @@ class HeadChannel:
     def identity(self) -> Hashable:
         """Return the device and inode of the directory, None where it is gone."""
         try:
-            found = os.stat(self._directory)
+            inode = os.stat(self._directory)
         except FileNotFoundError:
             return None
-        return found.st_dev, found.st_ino
+        return inode.st_dev, inode.st_ino
 
     def unheard(self) -> str:
         """Return why it must be polled."""

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from crewlog import host
 from crewlog.errors import LockBusy, StoreMissing
-from crewlog.host import Closing
+from crewlog.host import Closable
 from crewlog.local import disk
 from crewlog.local.disk import Stamp
 
@@ -44,7 +44,7 @@ class Bell(Protocol):
         ...
 
 
-class Lock(Closing):
+class Lock(Closable):
     """One lock file, opened on first use."""
 
     __slots__ = (
@@ -105,11 +105,11 @@ class Lock(Closing):
     def _in_place(self) -> bool:
         """Say whether the path still names the file that is locked."""
         try:
-            found = os.stat(self._name, dir_fd=self._at, follow_symlinks=False)
+            inode = os.stat(self._name, dir_fd=self._at, follow_symlinks=False)
         except FileNotFoundError as error:
             self.close()
             raise StoreMissing(self.where, why="its lock file was removed") from error
-        if found.st_ino != self._inode:
+        if inode.st_ino != self._inode:
             return False
         self._stamp.settle()
         return True

@@ -152,9 +152,9 @@ class Log:
         with self._appender.mutex:
             self._view.load()
             snapshot_seq = self._view.snapshot_seq
-        segment, found, _ = recovery.judge(self.segments, head, snapshot_seq=snapshot_seq)
-        state = recovery.recovered(self._boot, segment, found)
-        return heads.durable(state, base=found.end, after=head)
+        segment, scan, _ = recovery.judge(self.segments, head, snapshot_seq=snapshot_seq)
+        state = recovery.recovered(self._boot, segment, scan)
+        return heads.durable(state, base=scan.end, after=head)
 
     def last_seq(self) -> int:
         """Return the seq of the last durable line."""
@@ -295,7 +295,7 @@ class Log:
 
     def since_boot(self, boot: str) -> int | None:
         """Return from which seq on all was written in a boot, as the headers say; None if none."""
-        found: int | None = None
+        since: int | None = None
         upto = self.last_seq() + 1
         for first in reversed(self.firsts()):
             try:
@@ -304,12 +304,12 @@ class Log:
                 break
             for line in reversed(headers):
                 if line["data"].get("boot") != boot:
-                    return found
-                found = line["seq"]
+                    return since
+                since = line["seq"]
             if not headers:
                 break
             upto = first
-        return found
+        return since
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Yield every older state that is kept, the empty one too."""
@@ -331,8 +331,8 @@ class Log:
 
     def compacted(self) -> tuple[int, datetime] | None:
         """Return what seq registry.json covers, and when it was written."""
-        found = snapshot.load(self.directory).snapshot
-        return None if found is None else (found.last_seq, events.utc(found.written_at))
+        newest = snapshot.load(self.directory).snapshot
+        return None if newest is None else (newest.last_seq, events.utc(newest.written_at))
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of the log, the archive and the quarantine."""

@@ -55,11 +55,11 @@ def proof(segments: Segments, states: States) -> str | None:
         if before is None:
             return None
         kept = redo.read(segments.directory)
-        found = _look(segments, states, before, kept)
-        if found is None:
+        why = _look(segments, states, before, kept)
+        if why is None:
             return None
         if states.head() == before:
-            return found
+            return why
     return None
 
 
@@ -157,33 +157,33 @@ class Decision(NamedTuple):
 _HEADER_DURABLE: Final = "a segment's header is durable before the segment gets its name"
 
 
-def decide(segment: int, found: Scan, known: Known) -> Decision:
+def decide(segment: int, scan: Scan, known: Known) -> Decision:
     """Return the verdict of protocol.md's table for the last segment."""
     if known.head_segment > segment:
         return Decision(Action.REGRESSED, f"head/durable names segment {known.head_segment}")
-    proof = _proof(segment, found, known)
-    if found.end == 0:
+    proof = _proof(segment, scan, known)
+    if scan.end == 0:
         return Decision(Action.CORRUPT, _HEADER_DURABLE)
-    if found.reason is None:
+    if scan.reason is None:
         if proof is not None:
             return Decision(Action.REGRESSED, proof)
         return Decision(Action.USE, "every line holds")
-    if found.sealed:
+    if scan.sealed:
         return Decision(Action.CORRUPT, "nothing is written after a seal")
     if proof is not None:
         return Decision(Action.CORRUPT, proof)
     return Decision(Action.CUT, "nothing beyond this point was acknowledged")
 
 
-def _proof(segment: int, found: Scan, known: Known) -> str | None:
+def _proof(segment: int, scan: Scan, known: Known) -> str | None:
     """Name what proves that more than the valid prefix was durable, None if nothing does."""
-    if found.synced > found.end:
-        return f"a line bears witness that {found.synced} bytes were durable"
-    if known.head_segment == segment and known.head_end > found.end:
+    if scan.synced > scan.end:
+        return f"a line bears witness that {scan.synced} bytes were durable"
+    if known.head_segment == segment and known.head_end > scan.end:
         return f"head/durable says that {known.head_end} bytes were durable"
-    if known.head_seq > found.seq:
+    if known.head_seq > scan.seq:
         return f"head/durable says that seq {known.head_seq} was durable"
-    if known.snapshot_seq > found.seq:
+    if known.snapshot_seq > scan.seq:
         return f"the snapshot covers seq {known.snapshot_seq}"
     return None
 
@@ -195,12 +195,12 @@ def adopt(directory: Directory, source: Segment, state: AppendState) -> tuple[Ap
     """Take whole lines beyond the written end into the state; cut what is left."""
     data = source.read(state.end, source.size() - state.end)
     at, sealed = state.end, state.sealed  # nothing that comes behind a seal undoes it
-    found = chain.scan(data, offset=at, seq=state.seq, prev=state.hash, sealed=sealed)
-    if found.reason is not None:
-        quarantine(directory, source, found, data[found.end - state.end :])
-        directory.disk.cut(source.fd, found.end)
-    after = state._replace(end=found.end, seq=found.seq, hash=found.hash, sealed=found.sealed)
-    return after, found
+    scan = chain.scan(data, offset=at, seq=state.seq, prev=state.hash, sealed=sealed)
+    if scan.reason is not None:
+        quarantine(directory, source, scan, data[scan.end - state.end :])
+        directory.disk.cut(source.fd, scan.end)
+    after = state._replace(end=scan.end, seq=scan.seq, hash=scan.hash, sealed=scan.sealed)
+    return after, scan
 
 
 def known(head: DurableHead | None, *, snapshot_seq: int) -> Known:
@@ -228,20 +228,20 @@ def judge(
     redo.complete(segments)
     with segments.open(last) as source:
         data = source.whole()
-    found = chain.scan(data, offset=0, seq=last - 1, prev=None)
-    decision = decide(last, found, known(head, snapshot_seq=snapshot_seq))
+    scan = chain.scan(data, offset=0, seq=last - 1, prev=None)
+    decision = decide(last, scan, known(head, snapshot_seq=snapshot_seq))
     if decision.action is Action.CORRUPT:
         raise LogCorrupt(
             source.name,
-            offset=found.end,
-            seq=found.seq + 1,
-            reason=found.reason or "the file ends early",
+            offset=scan.end,
+            seq=scan.seq + 1,
+            reason=scan.reason or "the file ends early",
             proof=decision.proof,
         )
     if decision.action is Action.REGRESSED:
         raise LogRegressed(directory.where(layout.LOG, source.name), why=decision.proof)
     _check_header(segments, source, data[: data.find(b"\n")], snapshot_seq=snapshot_seq)
-    return last, found, decision.action
+    return last, scan, decision.action
 
 
 def _check_header(segments: Segments, source: Segment, raw: bytes, *, snapshot_seq: int) -> None:
@@ -267,14 +267,14 @@ def _check_header(segments: Segments, source: Segment, raw: bytes, *, snapshot_s
     except SegmentMissing as error:
         raise SegmentMissing(directory.where(layout.LOG), first=first, last=last) from error
     with before:
-        found = before.size()
-        rewritten = found != size and events.GAP.encode() in before.read(0, found)
-    if found != size and not rewritten:  # a repair told there what it gave up
+        actual = before.size()
+        rewritten = actual != size and events.GAP.encode() in before.read(0, actual)
+    if actual != size and not rewritten:  # a repair told there what it gave up
         raise LogCorrupt(
             before.name,
-            offset=min(found, int(size) if isinstance(size, int) else 0),
+            offset=min(actual, int(size) if isinstance(size, int) else 0),
             seq=last,
-            reason=f"it has {found} bytes",
+            reason=f"it has {actual} bytes",
             proof=f"its successor was told {size}",
         )
 
@@ -295,28 +295,28 @@ def rebuild(
     directory = segments.directory
     sweep(directory, layout.LOG)
     try:
-        last, found, action = judge(segments, head, snapshot_seq=snapshot_seq)
+        last, scan, action = judge(segments, head, snapshot_seq=snapshot_seq)
         with segments.open_to_append(last) as source:
             disk.require_one_name(source.fd, where=directory.where(layout.LOG, source.name))
             completed = segments.completed.get(last)
             if completed is not None:
-                _put_back(directory, source, completed[: found.end])
+                _put_back(directory, source, completed[: scan.end])
             elif action is Action.CUT:
-                cut = source.read(found.end, found.size - found.end)
-                quarantine(directory, source, found, cut)
-                directory.disk.cut(source.fd, found.end)
+                cut = source.read(scan.end, scan.size - scan.end)
+                quarantine(directory, source, scan, cut)
+                directory.disk.cut(source.fd, scan.end)
             sync(source.fd)
     finally:
         segments.completed.clear()
     redo.make(directory)
-    state = recovered(boot, last, found)
-    fresh = heads.durable(state, base=found.end, after=head)
-    return state, fresh, found if action is Action.CUT else None
+    state = recovered(boot, last, scan)
+    fresh = heads.durable(state, base=scan.end, after=head)
+    return state, fresh, scan if action is Action.CUT else None
 
 
-def recovered(boot: bytes, segment: int, found: Scan) -> AppendState:
+def recovered(boot: bytes, segment: int, scan: Scan) -> AppendState:
     """Return the state once the valid prefix of the last segment is all there is."""
-    return heads.written(boot, segment, found.end, found.seq, found.hash, sealed=found.sealed)
+    return heads.written(boot, segment, scan.end, scan.seq, scan.hash, sealed=scan.sealed)
 
 
 def acknowledged(
@@ -328,32 +328,32 @@ def acknowledged(
     """
     if head is not None and head.boot == boot and head.segment == first:
         return data[: head.end]
-    found = chain.scan(data, offset=0, seq=first - 1, prev=None)
-    decision = decide(first, found, known(head, snapshot_seq=snapshot_seq))
-    return data[: found.end] if decision.action is Action.CUT else data
+    scan = chain.scan(data, offset=0, seq=first - 1, prev=None)
+    decision = decide(first, scan, known(head, snapshot_seq=snapshot_seq))
+    return data[: scan.end] if decision.action is Action.CUT else data
 
 
 def _put_back(directory: Directory, source: Segment, data: bytes) -> None:
     """Put what the redo held where it belongs; killed on the way, the redo still holds it."""
     there = source.whole()
-    found = chain.scan(there, offset=0, seq=source.first - 1, prev=None)
-    if found.size > found.end:
-        quarantine(directory, source, found, there[found.end :])
-    directory.disk.cut(source.fd, found.end)
-    disk.write_all(directory.disk, source.fd, data[found.end :])
+    scan = chain.scan(there, offset=0, seq=source.first - 1, prev=None)
+    if scan.size > scan.end:
+        quarantine(directory, source, scan, there[scan.end :])
+    directory.disk.cut(source.fd, scan.end)
+    disk.write_all(directory.disk, source.fd, data[scan.end :])
 
 
-def quarantine(directory: Directory, source: Segment, found: Scan, data: bytes) -> None:
+def quarantine(directory: Directory, source: Segment, scan: Scan, data: bytes) -> None:
     """Keep bytes that are about to be cut, durable before the cut, with a note beside them."""
     at = directory[layout.QUARANTINE]
     taken = set(directory.names(layout.QUARANTINE))
-    stem = f"{source.first:020d}-{found.end}"
+    stem = f"{source.first:020d}-{scan.end}"
     number = next(n for n in range(len(taken) + 1) if f"{stem}.{n}.bytes" not in taken)
     note = {
         "segment": source.name,
-        "offset": found.end,
+        "offset": scan.end,
         "bytes": len(data),
-        "reason": found.reason,
+        "reason": scan.reason,
         "at": events.timestamp(host.now()),
     }
     disk.write_new(directory.disk, f"{stem}.{number}.bytes", data, at=at)
@@ -363,13 +363,13 @@ def quarantine(directory: Directory, source: Segment, found: Scan, data: bytes) 
     directory.disk.sync_directory(at)
 
 
-def recovered_data(source_first: int, found: Scan) -> JsonObject:
+def recovered_data(source_first: int, scan: Scan) -> JsonObject:
     """Return what the `_recovered` line says about a cut."""
     return {
         "segment": source_first,
-        "offset": found.end,
-        "bytes": found.size - found.end,
-        "reason": found.reason,
+        "offset": scan.end,
+        "bytes": scan.size - scan.end,
+        "reason": scan.reason,
     }
 
 

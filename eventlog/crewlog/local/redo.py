@@ -117,7 +117,7 @@ class Redo:
             via.sync(self._fd)
             self._copied = (0, 0, 0)
 
-    def holding(self, state: AppendState) -> int:
+    def descriptor(self, state: AppendState) -> int:
         """Return the descriptor whose sync makes all of `state` durable; -1: the segment's own.
 
         Held: the sync lock in turn.
@@ -189,14 +189,14 @@ def line_after(kept: bytes, seq: int, hash_: bytes) -> bytes:
 
 def completed(data: bytes, first: int, kept: bytes) -> bytes:
     """Return a segment's bytes with what the redo `kept` knows to follow their valid prefix."""
-    found = chain.scan(data, offset=0, seq=first - 1, prev=None)
-    if found.end == 0 or found.sealed:
+    scan = chain.scan(data, offset=0, seq=first - 1, prev=None)
+    if scan.end == 0 or scan.sealed:
         return data
-    rest = _lines_from(kept, found.seq + 1)
+    rest = _lines_from(kept, scan.seq + 1)
     if not rest:
         return data
-    more = chain.scan(rest, offset=found.end, seq=found.seq, prev=found.hash)
-    return data[: found.end] + rest[: more.end - found.end] + data[more.end :]
+    more = chain.scan(rest, offset=scan.end, seq=scan.seq, prev=scan.hash)
+    return data[: scan.end] + rest[: more.end - scan.end] + data[more.end :]
 
 
 def complete(segments: Segments) -> None:

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from crewlog import host
 from crewlog.errors import ArchiveDamaged, LogCorrupt, LogRegressed, SegmentMissing, from_oserror
-from crewlog.host import Closing
+from crewlog.host import Closable
 from crewlog.local import archive, disk, layout
 from crewlog.local.archive import PackingError
 from crewlog.local.disk import Stamp
@@ -33,7 +33,7 @@ _OPEN_TRIES: Final = 8
 HEADER_BYTES: Final = 1024  # a segment's first line ends within these
 
 
-class Segment(Closing):
+class Segment(Closable):
     """The bytes of one segment: of log/, or in memory of archive/, or as the redo completes it."""
 
     __slots__ = ("_data", "_file", "archived", "fd", "first", "name")
@@ -214,34 +214,34 @@ class Archive(NamedTuple):
 
 def archives(directory: Directory) -> list[Archive]:
     """List the archives, but for those that a merged one covers."""
-    found, covered = [], 0
+    outer, covered = [], 0
     for one in _every_archive(directory):
         if one.first > covered:
-            found.append(one)
+            outer.append(one)
             covered = one.last
-    return found
+    return outer
 
 
 def covered_archives(directory: Directory) -> list[tuple[str, Archive]]:
     """Name the archives that a merged one covers, and which: nobody looks at them any more."""
-    found, large = [], None
+    covered, large = [], None
     for one in _every_archive(directory):
         if large is not None and one.first <= large.last:
-            found.append((one.name, large))
+            covered.append((one.name, large))
         elif one.last > one.first:
             large = one
-    return found
+    return covered
 
 
 def _every_archive(directory: Directory) -> list[Archive]:
     """List all archives in order, of those that begin alike the longest first."""
-    found = []
+    ranks = []
     for name in directory.names(layout.ARCHIVE):
         first = layout.first_seq_of(name)
         seqs = layout.merged_seqs_of(name) if first is None else (first, first)
         if seqs is not None:
-            found.append((seqs[0], -seqs[1], name))
-    return [Archive(first, -last, name) for first, last, name in sorted(found)]
+            ranks.append((seqs[0], -seqs[1], name))
+    return [Archive(first, -last, name) for first, last, name in sorted(ranks)]
 
 
 def own_archive(directory: Directory, first: int) -> str | None:
@@ -301,11 +301,11 @@ _HEADER: Final = re.compile(rb'^\{"v":1,"seq":(\d+),"ts":"[^"]*","type":"_segmen
 
 def parts(data: bytes) -> list[tuple[int, bytes]]:
     """Cut a merged archive into its segments, each with its first seq."""
-    found = list(_HEADER.finditer(data))
-    ends = [*(header.start() for header in found[1:]), len(data)]
+    headers = list(_HEADER.finditer(data))
+    ends = [*(header.start() for header in headers[1:]), len(data)]
     return [
         (int(header[1]), data[header.start() : end])
-        for header, end in zip(found, ends, strict=False)
+        for header, end in zip(headers, ends, strict=False)
     ]
 
 
@@ -583,20 +583,20 @@ def segment_headers(segments: Segments, first: int, upto: int) -> list[Line]:
 
     Archives may be put together since the segments were listed, as for `_forwards`.
     """
-    found: list[Line] = []
+    headers: list[Line] = []
     begin, sieve = first, Sieve([type_needle(events.SEGMENT)])
     while begin < upto:
         with segments.open(begin) as source:
             archived, begins = source.archived, begin
             for line, _, _, seq in walk(source, start_of(begin), sieve=sieve if archived else None):
                 if line is not None and (seq == begins or line["type"] == events.SEGMENT):
-                    found.append(line)
+                    headers.append(line)
                 begin = seq + 1
                 if not archived:  # in log/ there is one header a file
-                    return found
+                    return headers
             if begin == begins:
                 raise damaged(source, 0, begin, "it is empty")
-    return found
+    return headers
 
 
 def raw_between(segments: Segments, start: Position, end: Position) -> Iterator[bytes]:

@@ -72,12 +72,12 @@ def read(directory: Directory, name: str, *, inside: str = "") -> Snapshot | Non
 
 def _decoded(directory: Directory, data: bytes, where: str) -> Snapshot:
     try:
-        found = decode_snapshot(data)
+        state = decode_snapshot(data)
     except DocumentError as error:
         raise SnapshotCorrupt(where, why=str(error)) from error
-    if found.store != directory.store:
-        raise SnapshotCorrupt(where, why=f"it belongs to store {found.store}")
-    return found
+    if state.store != directory.store:
+        raise SnapshotCorrupt(where, why=f"it belongs to store {state.store}")
+    return state
 
 
 def load(directory: Directory) -> Loaded:
@@ -89,15 +89,15 @@ def load(directory: Directory) -> Loaded:
     complaints: list[SnapshotCorrupt] = []
     for name in (layout.SNAPSHOT, layout.SNAPSHOT_PREV):
         try:
-            found = read(directory, name)
+            state = read(directory, name)
         except SnapshotCorrupt as error:
             complaints.append(error)
             continue
-        if found is not None:
+        if state is not None:
             if name == layout.SNAPSHOT_PREV and not complaints:
                 missing = directory.where(layout.SNAPSHOT)
                 complaints.append(SnapshotCorrupt(missing, why="it is missing"))
-            return Loaded(found, tuple(complaints))
+            return Loaded(state, tuple(complaints))
     return Loaded(None, tuple(complaints))
 
 
@@ -138,9 +138,9 @@ def every(directory: Directory) -> Iterator[Snapshot]:
     places = ((layout.BASE, layout.ARCHIVE), (layout.SNAPSHOT_PREV, ""), (layout.SNAPSHOT, ""))
     for name, inside in places:
         with contextlib.suppress(SnapshotCorrupt):
-            found = read(directory, name, inside=inside)
-            if found is not None:
-                yield found
+            state = read(directory, name, inside=inside)
+            if state is not None:
+                yield state
 
 
 # -- states of the past ----------------------------------------------------------------------
@@ -161,14 +161,14 @@ def read_kept(directory: Directory, seq: int) -> Snapshot | None:
     where = directory.where(layout.ARCHIVE, name)
     try:
         with disk.failures("cannot read the state", where=where):
-            found = _decoded(directory, unpacked(directory, name), where)
+            state = _decoded(directory, unpacked(directory, name), where)
     except FileNotFoundError:
         return None
     except (PackingError, FormatTooNew) as error:
         raise SnapshotCorrupt(where, why=str(error)) from error
-    if found.last_seq != seq:
-        raise SnapshotCorrupt(where, why=f"it is the state after event {found.last_seq}")
-    return found
+    if state.last_seq != seq:
+        raise SnapshotCorrupt(where, why=f"it is the state after event {state.last_seq}")
+    return state
 
 
 def keep(directory: Directory, snapshot: Snapshot) -> None:
@@ -196,14 +196,14 @@ def forget(directory: Directory, upto: int) -> None:
 def nearest(segments: Segments, seq: int) -> Iterator[Snapshot]:
     """Yield the states at or before `seq` that kept lines lead on from, the nearest first."""
     directory, oldest = segments.directory, segments.all()[0]
-    found = states_before(every(directory), seq, oldest=oldest)
-    beyond = found[0].last_seq if found else oldest - 1
+    states = states_before(every(directory), seq, oldest=oldest)
+    beyond = states[0].last_seq if states else oldest - 1
     for last in reversed(kept(directory)):
         if beyond < last <= seq:
             state = _vouched(segments, last)
             if state is not None:
                 yield state
-    yield from found
+    yield from states
 
 
 def _vouched(segments: Segments, seq: int) -> Snapshot | None:
@@ -220,22 +220,22 @@ def _vouched(segments: Segments, seq: int) -> Snapshot | None:
 
 def strange(segments: Segments) -> list[int]:
     """List the seqs of kept states that cannot be read, or that the line after them denies."""
-    found, oldest = [], segments.all()[:1]
+    seqs, oldest = [], segments.all()[:1]
     for seq in kept(segments.directory):
         if not oldest or seq < oldest[0]:  # of no use any more: the next retention takes it
             continue
         try:
             state = read_kept(segments.directory, seq)
         except SnapshotCorrupt:
-            found.append(seq)
+            seqs.append(seq)
             continue
         except UnsafePermissions:  # not ours to move
             continue
         with contextlib.suppress(DataDamaged):  # told of by itself
             line = first_line(segments, seq + 1)
             if state is not None and line is not None and line["prev"] != state.last_hash:
-                found.append(seq)
-    return found
+                seqs.append(seq)
+    return seqs
 
 
 def replace(directory: Directory, snapshot: Snapshot) -> Snapshot:
@@ -267,11 +267,11 @@ def _written(
 ) -> Snapshot:
     """Write a snapshot to a temporary file, durably, and return it as it reads back."""
     disk.write_new(directory.disk, temporary, encode_snapshot(snapshot), at=directory[inside])
-    found = read(directory, temporary, inside=inside)
-    if found is None or found.last_hash != snapshot.last_hash:
+    state = read(directory, temporary, inside=inside)
+    if state is None or state.last_hash != snapshot.last_hash:
         where = directory.where(inside, temporary)
         raise SnapshotCorrupt(where, why="it does not read back as written")
-    return found
+    return state
 
 
 def _keep_previous(directory: Directory) -> None:

@@ -167,7 +167,7 @@ class Syncer:
                 self._directory.where(layout.APPEND_STATE), why="it became unreadable"
             )
         # 4. what will be published; the disk is at work already, so this costs no time
-        via, kept = self._directory.disk, self._redo.holding(state)
+        via, kept = self._directory.disk, self._redo.descriptor(state)
         fresh = heads.durable(state, base=head.base if kept >= 0 else state.end, after=head)
         data = heads.encode_durable_head(fresh)
         # 5. sync the redo, where that holds all of it; else the segment, which is then read back

@@ -88,11 +88,11 @@ class View:
 
     def _load(self) -> tuple[Fold, Reader]:
         if self._loaded is None:
-            found = snapshot.load(self._directory)
-            for complaint in found.complaints:
+            loaded = snapshot.load(self._directory)
+            for complaint in loaded.complaints:
                 _logger.warning("%s", str(complaint))  # not what its traceback holds
             base = fold.empty()
-            kept = found.snapshot
+            kept = loaded.snapshot
             if kept is not None:
                 base = fold_of(kept)
                 self._check_joint(kept.last_seq, kept.last_hash)
@@ -126,8 +126,8 @@ class View:
             return False
         last = firsts[-1]
         with self._segments.open(last) as source:
-            found = chain.scan(source.whole(), offset=0, seq=last - 1, prev=None)
-        return found.sealed and found.seq == seq
+            scan = chain.scan(source.whole(), offset=0, seq=last - 1, prev=None)
+        return scan.sealed and scan.seq == seq
 
     # -- for writers ------------------------------------------------------------------------
 

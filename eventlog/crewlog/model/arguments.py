@@ -107,8 +107,8 @@ def check_labels(value: object, *, removing: bool) -> dict[str, JsonValue]:
 
 def check_wanted(labels: object) -> Mapping[str, str | None]:
     """Return labels to look for; None stands for any value."""
-    found = check_labels({} if labels is None else labels, removing=True)
-    return cast("dict[str, str | None]", found)
+    checked = check_labels({} if labels is None else labels, removing=True)
+    return cast("dict[str, str | None]", checked)
 
 
 def check_patience(value: bool | float) -> None:  # noqa: FBT001 (a value, as callers give it)
@@ -184,14 +184,14 @@ def check_heartbeat(heartbeat_s: float | None) -> float | None:
     """Return how long a worker may be silent, in seconds, None for as long as it likes."""
     if heartbeat_s is None:
         return None
-    found = check_wait(heartbeat_s)
-    if not HEARTBEAT_MIN_S <= found <= HEARTBEAT_MAX_S:
+    every_s = check_wait(heartbeat_s)
+    if not HEARTBEAT_MIN_S <= every_s <= HEARTBEAT_MAX_S:
         message = (
             f"heartbeat_s is {HEARTBEAT_MIN_S:g} to {HEARTBEAT_MAX_S:g} seconds, "
             f"not {heartbeat_s:g}"
         )
         raise ValueError(message)
-    return found
+    return every_s
 
 
 def check_wait(wait_s: float) -> float:

@@ -21,8 +21,8 @@ def follows(line: Line, seq: int) -> bool:
     """Say whether a line may stand where `seq` is due; a gap stands for all that it names."""
     if line["type"] != events.GAP:
         return line["seq"] == seq
-    told = line["data"]
-    return told.get("first") == seq and told.get("last") == line["seq"] >= seq
+    data = line["data"]
+    return data.get("first") == seq and data.get("last") == line["seq"] >= seq
 
 
 def is_end(line: Line) -> bool:

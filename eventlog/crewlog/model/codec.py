@@ -270,12 +270,12 @@ def decode_identity(data: bytes, *, where: str) -> str:
 
     Raises: DocumentError; FormatTooNew.
     """
-    found = load_object(data)
-    if found.get("format") != FORMAT:
-        raise FormatTooNew(where, why=f"it has format {found.get('format')!r}")
-    if found.get("incompat"):
-        raise FormatTooNew(where, why=f"it needs {found['incompat']!r}")
-    store = found.get("store")
+    fields = load_object(data)
+    if fields.get("format") != FORMAT:
+        raise FormatTooNew(where, why=f"it has format {fields.get('format')!r}")
+    if fields.get("incompat"):
+        raise FormatTooNew(where, why=f"it needs {fields['incompat']!r}")
+    store = fields.get("store")
     if not isinstance(store, str) or not store:
         raise DocumentError("it names no store")
     return store

@@ -437,26 +437,26 @@ class Views:
     @property
     def code(self) -> int | None:
         """Return the exit code of a worker that ended."""
-        found = self.data.get("code") if self.type == EXITED else None
-        return found if isinstance(found, int) else None
+        value = self.data.get("code") if self.type == EXITED else None
+        return value if isinstance(value, int) else None
 
     @property
     def signal(self) -> int | None:
         """Return the signal that ended a worker, or by which it was asked to end."""
-        found = self.data.get("signal")
-        return found if isinstance(found, int) else None
+        value = self.data.get("signal")
+        return value if isinstance(value, int) else None
 
     @property
     def reason(self) -> str | None:
         """Return why, as who did it said."""
-        found = self.data.get("reason")
-        return found if isinstance(found, str) else None
+        value = self.data.get("reason")
+        return value if isinstance(value, str) else None
 
     @property
     def expected(self) -> bool | None:
         """Return whether a worker that ended had been asked to."""
-        found = self.data.get("expected")
-        return found if isinstance(found, bool) else None
+        value = self.data.get("expected")
+        return value if isinstance(value, bool) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -624,16 +624,16 @@ _LAST_TYPES = {
 def remembered(worker: Worker) -> Event:
     """Tell of a worker's last event by what it left; its line, and who wrote it, is not kept."""
     ended = worker.exit
-    told: JsonObject = {}
+    data: JsonObject = {}
     if ended is not None:
-        told = {"code": ended.code, "signal": ended.signal, "source": ended.source}
-        told["expected"] = ended.expected
+        data = {"code": ended.code, "signal": ended.signal, "source": ended.source}
+        data["expected"] = ended.expected
     return Event(
         seq=worker.rev,
         ts=worker.updated_at,
         type=_LAST_TYPES[worker.state],
         sid=worker.sid,
         actor={},
-        data=told,
+        data=data,
         raw=b"",
     )

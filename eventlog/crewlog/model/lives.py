@@ -79,7 +79,7 @@ class Lives:
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         """Begin with the workers of an older state, whose beginning is no longer kept."""
-        self.found: list[Life] = []
+        self.every: list[Life] = []
         self._open: dict[str, Life] = {}
         self._generations: dict[str, int] = {}
         for record in records:
@@ -135,11 +135,11 @@ class Lives:
         )
 
     def _begin(self, life: Life) -> None:
-        self.found.append(life)
+        self.every.append(life)
         self._open[life.sid] = life
 
     def _lost(self, sid: str) -> Life | None:
-        for life in reversed(self.found):
+        for life in reversed(self.every):
             if life.sid == sid:
                 return life if life.end == WorkerState.LOST else None
         return None

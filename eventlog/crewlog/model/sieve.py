@@ -36,10 +36,10 @@ class Sieve(NamedTuple):
 
     def lines(self, data: bytes) -> Iterator[tuple[int, int]]:
         """Yield where each wanted line of whole lines begins, and where its newline stands."""
-        found = self._held(data) if self.needles is not None else _every(data)
+        spans = self._held(data) if self.needles is not None else _every(data)
         if not self.since:
-            return found
-        return ((at, end) for at, end in found if self._recent(data, at, end))
+            return spans
+        return ((at, end) for at, end in spans if self._recent(data, at, end))
 
     def _recent(self, data: bytes, at: int, end: int) -> bool:
         stamp = data.find(_TS, at, end) + len(_TS)

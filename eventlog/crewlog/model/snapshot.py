@@ -90,19 +90,19 @@ def decode_snapshot(data: bytes) -> Snapshot:
         raise DocumentError("its sha256 differs")
     middle = data.find(_ENDED)
     apart = middle >= 0 and data.endswith(b"\n]", middle, end)
-    found = load_object(data[:middle] + b"]}" if apart else data)
-    if found.get("format") != FORMAT:
-        raise FormatTooNew("registry.json", why=f"it has format {found.get('format')!r}")
+    fields = load_object(data[:middle] + b"]}" if apart else data)
+    if fields.get("format") != FORMAT:
+        raise FormatTooNew("registry.json", why=f"it has format {fields.get('format')!r}")
     return Snapshot(
-        store=_field(found, "store", str),
-        last_seq=_field(found, "last_seq", int),
-        last_hash=_field(found, "last_hash", str),
-        written_at=_field(found, "written_at", str),
-        sessions=_sessions(_field(found, "sessions", list)),
+        store=_field(fields, "store", str),
+        last_seq=_field(fields, "last_seq", int),
+        last_hash=_field(fields, "last_hash", str),
+        written_at=_field(fields, "written_at", str),
+        sessions=_sessions(_field(fields, "sessions", list)),
         ended=_rows(data[middle + len(_ENDED) : end - 2])
         if apart
-        else _checked(_field(found, "ended", list)),
-        totals=cast("dict[str, int]", _field(found, "totals", dict)),
+        else _checked(_field(fields, "ended", list)),
+        totals=cast("dict[str, int]", _field(fields, "totals", dict)),
         sha256=sha256,
     )
 
@@ -112,8 +112,8 @@ def decode_snapshot(data: bytes) -> Snapshot:
 _ENDED: Final = b'\n],"ended":[\n'
 
 
-def _field(found: JsonObject, name: str, kind: type[T]) -> T:
-    value = found.get(name)
+def _field(fields: JsonObject, name: str, kind: type[T]) -> T:
+    value = fields.get(name)
     if not isinstance(value, kind):
         raise DocumentError(f"field {name!r} is missing or has the wrong shape")
     return value
@@ -130,7 +130,7 @@ def _rows(data: bytes) -> Ended:
     """
     rows = data.split(b",\n") if data else []
     if _is_text(data) and b'},{"sid":' not in data:
-        keys = [found for row in rows if (found := keys_of(row)) is not None]
+        keys = [key for row in rows if (key := keys_of(row)) is not None]
         if len(keys) == len(rows):
             return Ended(rows, keys)
     return _checked(cast("list[object]", load_object(b'{"ended":[%b]}' % data)["ended"]))
@@ -149,8 +149,8 @@ def _checked(rows: list[object]) -> Ended:
 
 def states_before(states: Iterable[Snapshot], seq: int, *, oldest: int) -> list[Snapshot]:
     """Return those at or before `seq` that lines since `oldest` lead on from, nearest first."""
-    found = [one for one in states if oldest - 1 <= one.last_seq <= seq]
-    return sorted(found, key=lambda one: one.last_seq, reverse=True)
+    candidates = [one for one in states if oldest - 1 <= one.last_seq <= seq]
+    return sorted(candidates, key=lambda one: one.last_seq, reverse=True)
 
 
 # -- folding ----------------------------------------------------------------------------------

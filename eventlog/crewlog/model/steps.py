@@ -351,10 +351,10 @@ def exit_step(
             return ()
         fold.refuse(events.EXITED, sid, record)
         assert record is not None  # refuse() would have raised
-        told: JsonObject = {"expected": fold.expects_end(record, data)}
+        verdict: JsonObject = {"expected": fold.expects_end(record, data)}
         if fold.is_ok(record, data):  # for this worker it is no crash: readers of 0.1 see that, too
-            told = {"expected": True, "ok": True}
-        return (author.draft(events.EXITED, sid, {**data, **told}),)
+            verdict = {"expected": True, "ok": True}
+        return (author.draft(events.EXITED, sid, {**data, **verdict}),)
 
     return Step(sid, step)
 
@@ -393,9 +393,9 @@ def burial_step(
 
 def details_of(status: Status) -> JsonObject:
     """Return what a status tells beside code and signal, as an event's data bear it."""
-    found: JsonObject = {"max_rss_bytes": status.max_rss_bytes, "cpu_s": status.cpu_s}
-    told: JsonObject = {"core": True} if status.core else {}
-    return told | {key: value for key, value in found.items() if value is not None}
+    usage: JsonObject = {"max_rss_bytes": status.max_rss_bytes, "cpu_s": status.cpu_s}
+    core: JsonObject = {"core": True} if status.core else {}
+    return core | {key: value for key, value in usage.items() if value is not None}
 
 
 def loss_step(

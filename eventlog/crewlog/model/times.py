@@ -104,9 +104,9 @@ def _spoken(
     if _CLOCK.fullmatch(word) is None:
         return None
     clock = word if word[2] == ":" else f"0{word}"
-    found = _zoned(datetime.fromisoformat(f"{midnight.date()} {clock}"), zone)
-    if found[0] <= now:
-        return found
+    instant = _zoned(datetime.fromisoformat(f"{midnight.date()} {clock}"), zone)
+    if instant[0] <= now:
+        return instant
     before = midnight - timedelta(days=1)
     return _zoned(datetime.fromisoformat(f"{before.date()} {clock}"), zone)
 

@@ -41,8 +41,8 @@ class Place(NamedTuple):
 
 def path_of(pid: int) -> str | None:
     """Return the control group of a process as its own namespace calls it; None if not told."""
-    found = _paths(rows_of(pid))
-    return found.get("", found.get("memory"))
+    paths = _paths(rows_of(pid))
+    return paths.get("", paths.get("memory"))
 
 
 def rows_of(pid: int) -> bytes:
@@ -63,7 +63,7 @@ def _paths(text: bytes) -> dict[str, str]:
 @cache
 def _mounts() -> dict[str, str]:
     """Return where each hierarchy is mounted, by controller, "" for that of version 2."""
-    found: dict[str, str] = {}
+    mounts: dict[str, str] = {}
     try:
         with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
             rows = [row.split() for row in file]
@@ -71,11 +71,11 @@ def _mounts() -> dict[str, str]:
         return {}
     for _, where, kind, options, *_ in rows:
         if kind == "cgroup2":
-            found.setdefault("", where)
+            mounts.setdefault("", where)
         elif kind == "cgroup":
             for name in options.split(","):
-                found.setdefault(name, where)
-    return found
+                mounts.setdefault(name, where)
+    return mounts
 
 
 def place_of(pid: int) -> Place | None:
@@ -157,8 +157,8 @@ def _kills(text: bytes) -> int:
 
 
 def _limit(place: Place) -> int | None:
-    found = _number(f"{place.directory}/{'memory.max' if place.v2 else 'memory.limit_in_bytes'}")
-    return None if found is None or found >= _MANY else found
+    limit = _number(f"{place.directory}/{'memory.max' if place.v2 else 'memory.limit_in_bytes'}")
+    return None if limit is None or limit >= _MANY else limit
 
 
 def _number(path: str) -> int | None:

@@ -79,11 +79,11 @@ class Witness:
         )
         elsewhere = who is not None and not self._is_here(who)
         if lease is not None and self._leases is not None:
-            found = self._leases(lease)
-            seen = seen._replace(**_said(found.said))
+            beat = self._leases(lease)
+            seen = seen._replace(**_said(beat.said))
             if elsewhere or heartbeat_s is not None:
-                seen = seen._replace(lease=found.state, heartbeat_s=heartbeat_s)
-                seen = seen._replace(beat_age_s=found.beat_age_s, beat_expired=found.beat_expired)
+                seen = seen._replace(lease=beat.state, heartbeat_s=heartbeat_s)
+                seen = seen._replace(beat_age_s=beat.beat_age_s, beat_expired=beat.beat_expired)
         if who is None or who.boot_id != here.boot_id:
             return seen
         identity.check_pid(who.pid)
@@ -192,15 +192,15 @@ def _said(said: bytes) -> "_Said":
     if not said:
         return {}
     try:
-        found = codec.load_object(said)
+        fields = codec.load_object(said)
     except DocumentError:
         return {}
-    told: _Said = {}
-    if isinstance(status := found.get("status"), str):
-        told["status"] = status
-    if isinstance(note := found.get("note"), str):
-        told["note"] = note
-    return told
+    words: _Said = {}
+    if isinstance(status := fields.get("status"), str):
+        words["status"] = status
+    if isinstance(note := fields.get("note"), str):
+        words["note"] = note
+    return words
 
 
 class _Said(TypedDict, total=False):
@@ -223,10 +223,10 @@ def _with_status(who: Identity, seen: Evidence, fd: int) -> Evidence:
 
 
 def _look_portable(pid: int, seen: Evidence) -> Evidence:
-    found = identity.look_portable(pid)
+    process = identity.look_portable(pid)
     return seen._replace(
-        killed=None if found.exists else "no_such_process",
-        access_denied=found.denied,
-        start_ticks=found.start_ticks,
-        ended=found.ended,
+        killed=None if process.exists else "no_such_process",
+        access_denied=process.denied,
+        start_ticks=process.start_ticks,
+        ended=process.ended,
     )

@@ -42,8 +42,8 @@ _IDLE_S: Final = 60  # a server that is not asked for so long ends
 # Shared with launch.py: wait for the word, and become the program.
 BECOME: Final = """
 import os, signal
-def become(argv, env, held, told, turn, locale):
-    for fd in (told, turn):
+def become(argv, env, held, report, turn, locale):
+    for fd in (report, turn):
         if fd >= 0:
             os.set_inheritable(fd, False)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -55,11 +55,11 @@ def become(argv, env, held, told, turn, locale):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     if not locale:
         env.pop(b"LC_CTYPE", None)
-    os.write(told, b"+")
+    os.write(report, b"+")
     try:
         os.execvpe(argv[0], argv, env)
     except OSError as error:
-        os.write(told, str(error.errno).encode())
+        os.write(report, str(error.errno).encode())
         os._exit(127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126)
 """
 
@@ -85,7 +85,7 @@ def receive():
 
 def be_born(order, sent):
     argv, env, cwd, streams, kept, turn, locale, mask = order
-    held, told = sent[0], sent[1]
+    held, report = sent[0], sent[1]
     os.setsid()
     nowhere = -1
     for standard, at in enumerate(streams):
@@ -97,13 +97,13 @@ def be_born(order, sent):
     try:
         os.chdir(cwd)
     except OSError as error:
-        os.write(told, b"!%d" % error.errno)
+        os.write(report, b"!%d" % error.errno)
         os._exit(126)
     for at in kept:
         os.set_inheritable(sent[at], True)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    os.write(told, b"=")
-    become(argv, env, held, told, -1 if turn < 0 else sent[turn], locale)
+    os.write(report, b"=")
+    become(argv, env, held, report, -1 if turn < 0 else sent[turn], locale)
 
 while True:
     try:
@@ -134,7 +134,7 @@ class Order(NamedTuple):
     cwd: str
     streams: Sequence[int]
     held: int
-    told: int
+    report: int
     kept: Sequence[int]
     turn: int
     locale: bool
@@ -200,7 +200,7 @@ class ForkServer:
         return mine
 
     def _ask(self, line: "socket.socket", order: Order) -> int:
-        fds: list[int] = [order.held, order.told]
+        fds: list[int] = [order.held, order.report]
 
         def sent(fd: int) -> int:
             if fd < 0:
@@ -291,5 +291,5 @@ def _present() -> tuple[str, ...]:
 
 
 def _root() -> tuple[int, int]:
-    found = os.stat("/")
-    return found.st_dev, found.st_ino
+    inode = os.stat("/")
+    return inode.st_dev, inode.st_ino

@@ -11,7 +11,7 @@ from typing import Final
 
 from crewlog import host
 from crewlog.errors import ProcessNotFound
-from crewlog.host import Closing
+from crewlog.host import Closable
 from crewlog.model.events import Identity, Status
 from crewlog.process import identity
 from crewlog.process.evidence import witness
@@ -22,7 +22,7 @@ REAP_WAIT_S: Final = 0.5
 REAP_LOOK_S: Final = 0.01
 
 
-class Process(Closing):
+class Process(Closable):
     """The process of an identity, held by its pidfd; `close` lets go of it."""
 
     def __init__(self, who: Identity) -> None:
@@ -83,9 +83,9 @@ class Process(Closing):
 
     def _has_ended(self) -> bool:
         """Judge as everybody does, by the table: a zombie has ended, with a pidfd and without."""
-        told = identity.look_once(self.who)
-        if told is not None:
-            return told
+        answer = identity.look_once(self.who)
+        if answer is not None:
+            return answer
         seen = witness().look(self.who, last_event_at=host.now())
         return judge(self.who, seen, final=False).dead
 
@@ -99,9 +99,9 @@ class Process(Closing):
             return None
         deadline = time.monotonic() + REAP_WAIT_S
         while True:
-            found = identity.exit_status(self.who.pid, self._fd)
-            if found is not None or time.monotonic() > deadline:
-                return found
+            status = identity.exit_status(self.who.pid, self._fd)
+            if status is not None or time.monotonic() > deadline:
+                return status
             time.sleep(REAP_LOOK_S)
 
     def close(self) -> None:

@@ -351,9 +351,9 @@ def exit_status(pid: int, fd: int) -> Status | None:
     The kernel keeps a reaped process's status for whoever held its pidfd; before it is reaped, a
     zombie's stat tells, to its user and to root. -1 stands for a pidfd that is not to be had.
     """
-    found = kept_status(fd)
-    if found is not None:
-        return found
+    status = kept_status(fd)
+    if status is not None:
+        return status
     stat = read_stat(pid)
     if stat is None or stat.state != "Z" or not _is_shown(stat.wait_status, pid):
         return kept_status(fd)
@@ -404,9 +404,9 @@ def _is_shown(wait_status: int, pid: int) -> bool:
         rows = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return False
-    found = {name: rest.split() for name, _, rest in (row.partition(":") for row in rows)}
-    uids, gids = found.get("Uid", [])[:3], found.get("Gid", [])[:3]
-    capable = int(found.get("CapPrm", ["f"])[0], 16)
+    fields = {name: rest.split() for name, _, rest in (row.partition(":") for row in rows)}
+    uids, gids = fields.get("Uid", [])[:3], fields.get("Gid", [])[:3]
+    capable = int(fields.get("CapPrm", ["f"])[0], 16)
     return (
         uids == [str(os.geteuid())] * 3  # real, effective, saved
         and gids == [str(os.getegid())] * 3
@@ -434,13 +434,13 @@ def pidfds_have_inodes() -> bool:
 
 def ancestors() -> set[int]:
     """Return the pids that this process descends from, itself included."""
-    found: set[int] = set()
+    pids: set[int] = set()
     pid = os.getpid()
-    while pid > 0 and pid not in found:
-        found.add(pid)
+    while pid > 0 and pid not in pids:
+        pids.add(pid)
         stat = read_stat(pid)
         pid = 0 if stat is None else stat.parent
-    return found | {os.getppid()}
+    return pids | {os.getppid()}
 
 
 def is_in_first_namespace() -> bool:

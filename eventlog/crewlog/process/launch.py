@@ -44,8 +44,8 @@ _WAITING: Final = (
     BECOME
     + """
 import sys
-held, told, locale, turn = map(int, sys.argv[1:5])
-become(sys.argv[5:], dict(os.environb), held, told, turn, locale)
+held, report, locale, turn = map(int, sys.argv[1:5])
+become(sys.argv[5:], dict(os.environb), held, report, turn, locale)
 """
 )
 
@@ -88,7 +88,7 @@ class Launch:
     """A process that waits for the word to become the program."""
 
     __slots__ = (
-        *("_before", "_child", "_go", "_gone_at", "_pidfd", "_told", "argv", "error", "pid"),
+        *("_before", "_child", "_go", "_gone_at", "_pidfd", "_report", "argv", "error", "pid"),
     )
 
     def __init__(
@@ -110,7 +110,7 @@ class Launch:
         process holds.
         Raises: SpawnFailed.
         """
-        self._go = self._told = self._pidfd = -1
+        self._go = self._report = self._pidfd = -1
         self._before = (0, 0.0)  # the memory and time that the waiting process took
         self.error: str | None = None  # why the program did not begin: ENOENT
         self._gone_at: float | None = None  # when others were seen to have reaped it
@@ -123,16 +123,16 @@ class Launch:
                 held, self._go = _pipe()
                 passed.append(held)
                 _own(self._go)
-                self._told, told = _pipe()
-                passed.append(told)
-                _own(self._told)
+                self._report, report = _pipe()
+                passed.append(report)
+                _own(self._report)
                 kept = [_above_standard(os.dup(fd)) for fd in keep]
                 passed.extend(kept)
                 if turn >= 0:
                     turn = _above_standard(os.dup(turn))
                     passed.append(turn)
                 where, streams = _directory(cwd), (stdin, stdout, stderr)
-                order = Order(self.argv, variables, where, (), held, told, kept, turn, locale)
+                order = Order(self.argv, variables, where, (), held, report, kept, turn, locale)
                 self._child = self._made(order, streams, passed, own_session=own_session)
                 self._pidfd = _own(_pidfd(self._child.pid))
             except OSError as error:
@@ -154,8 +154,8 @@ class Launch:
         child = None if numbers is None else self._born(order._replace(streams=numbers))
         if child is not None:
             return child
-        told = [order.held, order.told, int(order.locale), order.turn]
-        words = [_interpreter(), "-I", "-S", "-c", _WAITING, *map(str, told)]
+        arguments = [order.held, order.report, int(order.locale), order.turn]
+        words = [_interpreter(), "-I", "-S", "-c", _WAITING, *map(str, arguments)]
         return _child_class()(
             [*words, *order.argv],
             cwd=order.cwd,
@@ -225,9 +225,9 @@ class Launch:
     def _next_word(self, deadline: float) -> bytes:
         """Read what the waiting process says next, b"" at the end or once time is up."""
         poll = select.poll()
-        poll.register(self._told, select.POLLIN)
+        poll.register(self._report, select.POLLIN)
         if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return os.read(self._told, 64)
+            return os.read(self._report, 64)
         return b""
 
     def __del__(self) -> None:
@@ -262,12 +262,12 @@ class Launch:
             if self._pidfd >= 0 and (file is None or not host.is_still(self._pidfd, file)):
                 self.let_go()  # the host has closed it: the pid is our child's until it is reaped
             try:
-                found = look(self.pid, self._pidfd, wait=wait and not host.is_green())
+                end = look(self.pid, self._pidfd, wait=wait and not host.is_green())
             except ChildProcessError:  # the host ignores SIGCHLD, or waits for every child itself
-                found = self._told_by_kernel()
-            if found is not None:  # many that end at once must not keep each other from descriptors
+                end = self._end_from_kernel()
+            if end is not None:  # many that end at once must not keep each other from descriptors
                 self.let_go()
-                return Ended(self._of_program(found.status))
+                return Ended(self._of_program(end.status))
             if not wait:
                 return None
             time.sleep(_LOOK_S if self._gone_at is None else handle.REAP_LOOK_S)
@@ -283,7 +283,7 @@ class Launch:
             cpu_s=round(max(0.0, status.cpu_s - cpu_s), 3),
         )
 
-    def _told_by_kernel(self) -> Ended | None:
+    def _end_from_kernel(self) -> Ended | None:
         """Return what the pidfd of a process that others reaped says; a moment later, maybe."""
         self._child.returncode = 0  # so that nobody waits for whoever has its pid by now
         status = identity.kept_status(self._pidfd)
@@ -305,9 +305,9 @@ class Launch:
 
     def _close(self) -> None:
         with no_fork():
-            for fd in (self._go, self._told):
+            for fd in (self._go, self._report):
                 _release(fd)
-            self._go = self._told = -1
+            self._go = self._report = -1
 
 
 class _Born:
@@ -475,7 +475,7 @@ def _interpreter() -> str:
     own = "" if getattr(sys, "frozen", False) else sys.executable
     import shutil  # noqa: PLC0415 (as child)
 
-    found = own or shutil.which("python3")
-    if not found:
+    path = own or shutil.which("python3")
+    if not path:
         raise SpawnFailed("python3", why="no interpreter to start from is known")
-    return found
+    return path

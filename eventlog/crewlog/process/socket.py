@@ -28,15 +28,15 @@ def socket_id(path: str) -> str | None:
     if not path.startswith("/") or "\0" in path:
         return None
     try:
-        found = os.lstat(path)
+        inode = os.lstat(path)
     except OSError:  # not there yet, or not for our eyes: then it is never removed either
         return None
-    return id_of(found) if stat.S_ISSOCK(found.st_mode) else None
+    return id_of(inode) if stat.S_ISSOCK(inode.st_mode) else None
 
 
-def id_of(found: os.stat_result) -> str:
+def id_of(inode: os.stat_result) -> str:
     """Write the identity of a socket's file."""
-    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}"
+    return f"{inode.st_dev}:{inode.st_ino}:{inode.st_mtime_ns}"
 
 
 def ask(path: str) -> Answer | None:

@@ -49,8 +49,8 @@ def look(pid: int, pidfd: int, *, wait: bool = False) -> Ended | None:
     info, usage = bytearray(_SIGINFO.size), bytearray(_RUSAGE.size)
     kind, number = (_P_PIDFD, pidfd) if pidfd >= 0 else (_P_PID, pid)
     call(kind, number, info, _EXITED | _LEAVE | (0 if wait else _AT_ONCE), usage)
-    _, _, how, found, _, status = _SIGINFO.unpack(info)
-    if not found:
+    _, _, how, ended_pid, _, status = _SIGINFO.unpack(info)
+    if not ended_pid:
         return None
     user_s, user_us, system_s, system_us, peak_kib = _RUSAGE.unpack(usage)
     exited = _CODES.get(how) == "exited"
@@ -69,8 +69,8 @@ def look(pid: int, pidfd: int, *, wait: bool = False) -> Ended | None:
 def _look_plainly(pid: int, pidfd: int, *, wait: bool) -> Ended | None:
     how = 0 if wait else os.WNOHANG
     if not hasattr(os, "waitid"):  # macOS before Python 3.13: it is reaped by the look
-        found_pid, found = os.waitpid(pid, how)
-        return Ended(_status(os.waitstatus_to_exitcode(found))) if found_pid else None
+        ended_pid, wait_status = os.waitpid(pid, how)
+        return Ended(_status(os.waitstatus_to_exitcode(wait_status))) if ended_pid else None
     kind, number = (os.P_PIDFD, pidfd) if pidfd >= 0 else (os.P_PID, pid)
     seen = os.waitid(kind, number, os.WEXITED | os.WNOWAIT | how)
     if seen is None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Final, Literal, TypeAlias
 
 from crewlog.errors import Unsupported, WaitTimeout
-from crewlog.host import Closing
+from crewlog.host import Closable
 from crewlog.model import arguments
 from crewlog.model.events import Worker
 from crewlog.model.items import Item
@@ -29,7 +29,7 @@ def check_on_error(on_error: object) -> None:
         raise ValueError(message)
 
 
-class Subscription(Closing):
+class Subscription(Closable):
     """A thread that calls back for every item, in order, one at a time.
 
     A callback that is slow or raises affects no other subscriber; what it raises is logged always.
@@ -129,7 +129,7 @@ class Subscription(Closing):
             self._end()
 
 
-class Mirror(Closing):
+class Mirror(Closable):
     """The state of now, and a way to wait until it is as wished; one thread at a time waits."""
 
     def __init__(self, watch: Watch, state: Callable[[], State]) -> None:

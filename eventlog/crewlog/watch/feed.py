@@ -122,11 +122,11 @@ class Feed:
     def _before(self, ts: str) -> int:
         sieve = Sieve(None, ts.encode())  # where the clock stepped back, the first is meant
 
-        def found() -> int | None:
+        def first() -> int | None:
             lines = self.store.read(self.store.first_seq() - 1, sieve=sieve)
             return next((line["seq"] - 1 for line, _ in lines if line["ts"] >= ts), None)
 
-        before = retried(found, CompactedError)
+        before = retried(first, CompactedError)
         return self.store.last_seq() if before is None else before
 
     def look(self, lines_max: int | None = None) -> Item | None:

@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from typing import Final, cast
 
 from crewlog import host
-from crewlog.host import Closing, no_fork
+from crewlog.host import Closable, no_fork
 from crewlog.store import Backend, Channel, Source
 
 # Polling: this soon after a change, then doubling.
@@ -166,7 +166,7 @@ def check_backend(backend: object) -> Backend:
     return cast("Backend", backend)
 
 
-class Waker(Closing):
+class Waker(Closable):
     """One reader's place at a hub."""
 
     def __init__(self, changes: Channel, *, backend: Backend, bell: Bell) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Self
 
 from crewlog.errors import HistoryRewound, RegistryClosed, StoreMissing, Unavailable
-from crewlog.host import Closing
+from crewlog.host import Closable
 from crewlog.model.items import Item, Reset
 from crewlog.store import Cursor, Store
 from crewlog.watch import wake
@@ -179,7 +179,7 @@ class Vigil:
             self.cursor.close()
 
 
-class Watch(Closing):
+class Watch(Closable):
     """An iterator over Change, Synced and Reset; also a context manager.
 
     One thread at a time may take items; `close` may come from any thread or a signal handler.
@@ -190,7 +190,7 @@ class Watch(Closing):
         self._vigil = vigil
         self._taking = threading.Lock()  # held while a thread is inside `next`
         self._pid = os.getpid()
-        self._kept: list[Closing] = []
+        self._kept: list[Closable] = []
         weakref.finalize(self, vigil.end)  # who forgets to close gives it back all the same
 
     @property
@@ -268,7 +268,7 @@ class Watch(Closing):
         """Return counts for a person: delivered, wakes, position, lag, source."""
         return self._vigil.stats()
 
-    def keep(self, beside: Closing) -> None:
+    def keep(self, beside: Closable) -> None:
         """Close something else together with the watch."""
         self._kept.append(beside)
 

@@ -33,10 +33,10 @@ _NOTHING: Final = Evidence()
 def liveness_of(session: Session, sid: str) -> Liveness:
     """Judge whether one worker lives, and ask its socket; see `Registry.liveness`."""
     worker = session.known(sid)
-    found = judge(session, [worker])[0]
-    if not found.alive or not worker.sock or not _is_of_this_boot(worker):
-        return found
-    seen = found.evidence._replace(sock=socket.ask(worker.sock))
+    answer = judge(session, [worker])[0]
+    if not answer.alive or not worker.sock or not _is_of_this_boot(worker):
+        return answer
+    seen = answer.evidence._replace(sock=socket.ask(worker.sock))
     return liveness.judge(worker.identity, seen, final=False)
 
 
@@ -84,8 +84,8 @@ def burial(session: Session, sid: str) -> list[Step]:
     worker = session.get(sid)
     if worker is None or worker.final:
         return []
-    found = judge(session, [worker])[0]
-    return [death(session.author(), worker, found)] if found.dead else []
+    answer = judge(session, [worker])[0]
+    return [death(session.author(), worker, answer)] if answer.dead else []
 
 
 def taken(session: Session, held: WorkerExists) -> WorkerExists:
@@ -93,15 +93,15 @@ def taken(session: Session, held: WorkerExists) -> WorkerExists:
     sid, worker = held.sid, session.get(held.sid)
     if worker is None:  # what holds it is not durable yet, or is gone again
         return held
-    found = judge(session, [worker])[0]
-    if found.verdict is not Verdict.UNKNOWN:
+    answer = judge(session, [worker])[0]
+    if answer.verdict is not Verdict.UNKNOWN:
         return held
     return WorkerExists(
         sid,
         pid=worker.pid,
         rev=worker.rev,
         state=worker.state.value,
-        remedy=f"From here nobody can tell whether it lives ({found.cause}). If you know that it "
+        remedy=f"From here nobody can tell whether it lives ({answer.cause}). If you know that it "
         f"does not: crewlog gc --assume-dead {sid}. A lease would tell: --lease, lease=True",
     )
 
@@ -181,8 +181,8 @@ def record_end(
 def runs_here(worker: Worker) -> bool:
     """Say whether the very process of a worker runs in this namespace, whatever is recorded."""
     seen = witness().look(worker.identity, last_event_at=worker.updated_at)
-    found = liveness.judge(worker.identity, seen, final=False)
-    return found.alive and found.cause in {"identity", "start_time"}
+    answer = liveness.judge(worker.identity, seen, final=False)
+    return answer.alive and answer.cause in {"identity", "start_time"}
 
 
 def _is_of_this_boot(worker: Worker) -> bool:
@@ -219,7 +219,7 @@ def exit_of(author: Author, sid: str, status: Status, *, of: int, details: JsonO
 def death(
     author: Author,
     worker: Worker,
-    found: Liveness,
+    answer: Liveness,
     *,
     status: Status | None = None,
     details: JsonObject | None = None,
@@ -228,17 +228,17 @@ def death(
     return burial_step(
         author,
         worker.sid,
-        cause=found.cause,
-        evidence=found.evidence.seen(),
-        status=status or status_in(found),
+        cause=answer.cause,
+        evidence=answer.evidence.seen(),
+        status=status or status_in(answer),
         details=details,
         of=worker.registered_seq,
     )
 
 
-def status_in(found: Liveness) -> Status | None:
+def status_in(answer: Liveness) -> Status | None:
     """Return how the process ended, if the evidence tells."""
-    seen = found.evidence
+    seen = answer.evidence
     if seen.exit_source is None:
         return None
     return Status(seen.exit_code, seen.exit_signal, seen.exit_source)

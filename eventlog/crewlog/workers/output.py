@@ -73,8 +73,8 @@ def opened(
             remedy=f"Make it: mkdir -p {os.path.dirname(where)}",
         ) from error
     try:
-        found = os.fstat(fd)
-        place = {"dev": found.st_dev, "ino": found.st_ino, "offset": found.st_size}
+        inode = os.fstat(fd)
+        place = {"dev": inode.st_dev, "ino": inode.st_ino, "offset": inode.st_size}
         yield Opened(fd, {"path": where, **place})
     finally:
         os.close(fd)
@@ -98,21 +98,21 @@ def find(log: LogFile) -> Lines | None:
         beside = sorted(p for p in path.parent.iterdir() if p.name.startswith(path.name))
     for one in (path, *(p for p in beside if p != path)):
         with contextlib.suppress(OSError):
-            found = one.lstat()
-            if (found.st_dev, found.st_ino) == (log.dev, log.ino):
-                cut = found.st_size < log.offset  # it was copied and cut: what is there came after
+            inode = one.lstat()
+            if (inode.st_dev, inode.st_ino) == (log.dev, log.ino):
+                cut = inode.st_size < log.offset  # it was copied and cut: what is there came after
                 return Lines(one, 0 if cut else log.offset)
     return None
 
 
 def tail(log: LogFile, size: int) -> str:
     """Return the last `size` bytes of a life's output as text, "" where it is gone."""
-    found = find(log)
-    if found is None:
+    lines = find(log)
+    if lines is None:
         return ""
-    with contextlib.suppress(OSError), found.path.open("rb") as file:
+    with contextlib.suppress(OSError), lines.path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(max(found.offset, end - size))
+        file.seek(max(lines.offset, end - size))
         return file.read(size).decode(errors="replace").replace("\0", "\ufffd")
     return ""
 
@@ -133,11 +133,11 @@ class Follower:
     def __init__(self, log: LogFile | None, *, lines: int | None) -> None:
         """Begin with its last `lines`, None: with the first one."""
         self._fd = -1
-        found = None if log is None else find(log)
-        if found is None:
+        place = None if log is None else find(log)
+        if place is None:
             return
-        self._fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._at = found.offset if lines is None else self._back(found.offset, lines)
+        self._fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._at = place.offset if lines is None else self._back(place.offset, lines)
 
     @property
     def is_there(self) -> bool:

@@ -96,8 +96,8 @@ class Own:
         """Record the end of a child of multiprocessing, whose error is still at hand."""
         process = sys.modules.get("multiprocessing.process")
         is_child = process is not None and process.parent_process() is not None
-        told = is_child and sys.version_info < (3, 13)
-        self.end(_code_of(sys.exc_info()[1]) if told else None)
+        known = is_child and sys.version_info < (3, 13)
+        self.end(_code_of(sys.exc_info()[1]) if known else None)
 
     def end(self, code: int | None = 0) -> None:
         """Record that this process ends, with this exit code, None for an unknown one; once.

@@ -236,14 +236,14 @@ class Reaper:
         if poll is None:
             time.sleep(min(wait_s, _GREEN_S))
             return []
-        found = self._polled_by(poll, wait_s)
+        ready = self._polled_by(poll, wait_s)
         with self._lock:
-            for fd, _ in found:
+            for fd, _ in ready:
                 if fd in self._memories:
                     self._memories[fd].look()
                 elif fd == self._bell:
                     os.eventfd_read(fd)
-            return [self._polled[fd] for fd, _ in found if fd in self._polled]
+            return [self._polled[fd] for fd, _ in ready if fd in self._polled]
 
     def _polled_by(self, poll: "select.epoll", wait_s: float) -> list[tuple[int, int]]:
         """Wait; where a host has closed our descriptors, look at all charges from here on."""

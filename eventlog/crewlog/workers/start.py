@@ -319,22 +319,22 @@ def ensure(
     while True:
         left_s = max(0.0, deadline - time.monotonic())
         with turn(session, sid, wait_s=left_s) as mine:
-            found = _running(session, sid)
-            if found is None:
+            worker = _running(session, sid)
+            if worker is None:
                 try:
                     return _spawn(session, sid, program, mine)
                 except WorkerExists:  # it was made just now, or shows only now
                     if not left_s:
                         raise
-        if found is None:
+        if worker is None:
             time.sleep(min(DEATH_LOOK_S, left_s))
             continue
-        if found.state not in _LEAVING and not is_exiting(found):
-            return found
+        if worker.state not in _LEAVING and not is_exiting(worker):
+            return worker
         if not left_s:
             what = f"the end of worker {sid!r}, which is leaving,"
             raise WaitTimeout(what, waited_s=timeout_s)
-        _await_end(found, min(DEATH_LOOK_S, left_s))
+        _await_end(worker, min(DEATH_LOOK_S, left_s))
 
 
 def _running(session: Session, sid: str) -> Worker | None:
@@ -342,10 +342,10 @@ def _running(session: Session, sid: str) -> Worker | None:
     worker = session.get(sid)
     if worker is None or worker.final:
         return None
-    found = judge(session, [worker])[0]
-    if found.alive:
+    liveness = judge(session, [worker])[0]
+    if liveness.alive:
         return worker
-    if found.dead:
+    if liveness.dead:
         return None
     held = WorkerExists(sid, pid=worker.pid, rev=worker.rev, state=worker.state.value)
     raise taken(session, held)

@@ -122,22 +122,22 @@ def _hold_living(session: Session, worker: Worker) -> Process | Status | None:
         held = hold(worker)  # before the look: how it ends, the kernel keeps for who holds it
         if held is not None:
             undo.enter_context(held)
-        found = judge(session, [worker])[0]
-        if found.dead:
-            status = status_in(found)
+        liveness = judge(session, [worker])[0]
+        if liveness.dead:
+            status = status_in(liveness)
             return held.status() if status is None and held is not None else status
-        _require_here(worker, found)
+        _require_here(worker, liveness)
         undo.pop_all()
     return held
 
 
-def _require_here(worker: Worker, found: Liveness) -> None:
+def _require_here(worker: Worker, liveness: Liveness) -> None:
     """Refuse a worker that is not proven to live in this pid namespace."""
-    if found.cause in {"foreign_pid_namespace", "foreign_host"}:
+    if liveness.cause in {"foreign_pid_namespace", "foreign_host"}:
         raise _refused(worker, "it is of another host or pid namespace", _THERE)
-    if worker.identity is None or not found.alive:
-        raise IdentityMismatch(worker.sid, pid=worker.pid, cause=found.cause)
-    if found.cause in {"lease", "found_in_namespace"}:
+    if worker.identity is None or not liveness.alive:
+        raise IdentityMismatch(worker.sid, pid=worker.pid, cause=liveness.cause)
+    if liveness.cause in {"lease", "found_in_namespace"}:
         raise _refused(worker, "it lives on another host or in another pid namespace", _THERE)
 
 
@@ -182,13 +182,13 @@ def _ended(
     tries = CHANGE_TRIES
     try:
         while True:
-            now, found = _told_by_owner(session, worker, wait_s)
+            now, liveness = _end_from_owner(session, worker, wait_s)
             if now.final and (status is None or now.state != WorkerState.LOST):
                 return session.last_event(now)
-            if found.alive or not (found.dead or proven or status is not None):
-                raise IdentityMismatch(now.sid, pid=now.pid, cause=found.cause)
+            if liveness.alive or not (liveness.dead or proven or status is not None):
+                raise IdentityMismatch(now.sid, pid=now.pid, cause=liveness.cause)
             try:
-                return session.change(death(session.author(), now, found, status=status))
+                return session.change(death(session.author(), now, liveness, status=status))
             except InvalidTransition:  # somebody else was faster: the next look shows it
                 tries -= 1
                 if not tries:
@@ -214,7 +214,7 @@ def _end_on_record(store: Store, worker: Worker) -> Event | None:
     return end
 
 
-def _told_by_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Worker, Liveness]:
+def _end_from_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Worker, Liveness]:
     """Return the worker, and a look at it, once its owner, maybe its parent, had time to tell.
 
     It may be the last look that shows how it ended: its parent can reap it at any moment.
@@ -222,10 +222,10 @@ def _told_by_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Wor
     deadline = time.monotonic() + wait_s
     while True:
         now = same(session, worker)
-        found = judge(session, [now])[0]
-        told = now.final or now.owner is None or found.evidence.owner_dead
-        if told or status_in(found) is not None or time.monotonic() >= deadline:
-            return now, found
+        liveness = judge(session, [now])[0]
+        over = now.final or now.owner is None or liveness.evidence.owner_dead
+        if over or status_in(liveness) is not None or time.monotonic() >= deadline:
+            return now, liveness
         time.sleep(handle.REAP_LOOK_S)
 
 
@@ -266,8 +266,8 @@ def stop_left_behind(session: Session, *, owner: Identity | None = None) -> list
         if worker.ends_with == "owner" and owner in {None, worker.owner}
     ]
     ended = []
-    for worker, found in zip(wanted, judge(session, wanted), strict=True):
-        if found.alive and found.evidence.owner_dead:
+    for worker, liveness in zip(wanted, judge(session, wanted), strict=True):
+        if liveness.alive and liveness.evidence.owner_dead:
             try:
                 stop(session, worker.sid, reason=LEFT_BEHIND, with_tree=True)
             except CrewlogError as error:

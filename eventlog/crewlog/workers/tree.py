@@ -67,11 +67,11 @@ def members(
             assert group is not None  # wanted
             if (stat.session == number == group.session) or (stat.pgid == number == group.pgid):
                 rows.setdefault(number, []).append((pid, stat))
-    found = {
+    proven = {
         wanted[n].sid: _proven(wanted[n], every, shown.get(wanted[n].sid, ()))
         for n, every in rows.items()
     }
-    return {sid: kept for sid, kept in found.items() if kept}
+    return {sid: kept for sid, kept in proven.items() if kept}
 
 
 def _every() -> Iterable[tuple[int, Stat]]:
