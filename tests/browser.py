@@ -41,8 +41,8 @@ class Browser:
         os.close(theirs[1])
         self._session: str | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        found = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self._session = str(found)
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = str(session)
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
@@ -56,10 +56,10 @@ class Browser:
         os.write(self._out, json.dumps(asked).encode() + b"\0")
         deadline = time.monotonic() + _WAIT_S
         while True:
-            told = self._next(deadline)
-            if told.get("id") == number:
-                assert "error" not in told, told
-                result = told["result"]
+            message = self._next(deadline)
+            if message.get("id") == number:
+                assert "error" not in message, message
+                result = message["result"]
                 assert isinstance(result, dict)
                 return result
 
@@ -70,15 +70,15 @@ class Browser:
             assert data, "the browser does not answer"
             self._left += data
         raw, _, self._left = self._left.partition(b"\0")
-        told: dict[str, object] = json.loads(raw)
-        self._note(told)
-        return told
+        message: dict[str, object] = json.loads(raw)
+        self._note(message)
+        return message
 
-    def _note(self, told: dict[str, object]) -> None:
-        given = told.get("params")
+    def _note(self, event: dict[str, object]) -> None:
+        given = event.get("params")
         if not isinstance(given, dict):
             return
-        match told.get("method"):
+        match event.get("method"):
             case "Network.requestWillBeSent":
                 self.requests.append(str(given["request"]["url"]))
             case "Runtime.exceptionThrown":
@@ -91,16 +91,16 @@ class Browser:
         self.call("Page.navigate", url=url or path.as_uri())
         deadline = time.monotonic() + _WAIT_S
         while True:
-            found = self.run("document.documentElement?.dataset.ready ?? ''")
-            if found:
-                return float(str(found))
+            ready = self.run("document.documentElement?.dataset.ready ?? ''")
+            if ready:
+                return float(str(ready))
             assert time.monotonic() < deadline, (self.complaints, self.requests)
 
     def run(self, expression: str) -> object:
         """Evaluate an expression in the page and return its value."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        result = found["result"]
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        result = answer["result"]
         assert isinstance(result, dict)
         return result.get("value")
 

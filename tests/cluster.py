@@ -79,16 +79,16 @@ class Server:
 
     def healthy(self) -> bool:
         """Say whether it answers and knows a leader."""
-        found = self.status()
-        return found is not None and str(found.get("leader", "0")) != "0"
+        status = self.status()
+        return status is not None and str(status.get("leader", "0")) != "0"
 
     def leads(self) -> bool:
         """Say whether it is the leader."""
-        found = self.status()
-        if found is None:
+        status = self.status()
+        if status is None:
             return False
-        header = cast("dict[str, object]", found["header"])
-        return found.get("leader") == header["member_id"]
+        header = cast("dict[str, object]", status["header"])
+        return status.get("leader") == header["member_id"]
 
 
 class Cluster(Closable):
@@ -136,14 +136,14 @@ class Cluster(Closable):
 
     def leader(self) -> Server:
         """Return the leader, once there is one."""
-        found: list[Server] = []
+        leaders: list[Server] = []
 
         def known() -> bool:
-            found[:] = [server for server in self.servers if server.leads()]
-            return bool(found)
+            leaders[:] = [server for server in self.servers if server.leads()]
+            return bool(leaders)
 
         until(known, wait_s=30)
-        return found[0]
+        return leaders[0]
 
     def url(self, prefix: str) -> str:
         """Return the address of a store."""

@@ -47,12 +47,12 @@ class Cli:
         done = self(*arguments, "--json", code=code)
         assert done.stdout.count("\n") == 1, "one object on one line"
         assert done.stdout.isascii()
-        found = json.loads(done.stdout)
-        assert found["schema"] == 1
-        return found  # type: ignore[no-any-return]
+        answer = json.loads(done.stdout)
+        assert answer["schema"] == 1
+        return answer  # type: ignore[no-any-return]
 
     def workers(self) -> list[dict[str, object]]:
         """Return what ls shows."""
-        found: object = self.json("ls")["workers"]
-        assert isinstance(found, list)
-        return found
+        workers: object = self.json("ls")["workers"]
+        assert isinstance(workers, list)
+        return workers

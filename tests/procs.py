@@ -130,8 +130,8 @@ def state_of(pid: int) -> str:
     """Return the state letter of a process, "" once it is gone."""
     from crewlog.process import identity
 
-    found = identity.read_stat(pid)
-    return "" if found is None else found.state
+    stat = identity.read_stat(pid)
+    return "" if stat is None else stat.state
 
 
 def kernel_keeps_status() -> bool:

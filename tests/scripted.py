@@ -93,7 +93,7 @@ def write(place: Path) -> None:
 
 def content(place: Path) -> dict[str, str]:
     """Return what the files of a store hold; what no two runs have alike is left out."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path in sorted(place.rglob("*")):
         if not path.is_file() or path.parent.name == layout.LOCKS:
             continue
@@ -104,12 +104,12 @@ def content(place: Path) -> dict[str, str]:
             data = data[:32] + bytes(8) + data[40:-4]
         name = str(path.relative_to(place))
         if name == layout.REDO:
-            found[name] = hashlib.sha256(data).hexdigest()
+            digests[name] = hashlib.sha256(data).hexdigest()
         elif (data.isascii() and b"\0" not in data) or path.suffix in {".json", ".jsonl", ".gz"}:
-            found[name] = data.decode()
+            digests[name] = data.decode()
         else:
-            found[name] = data.hex()
-    return found
+            digests[name] = data.hex()
+    return digests
 
 
 COMMANDS = (
@@ -136,22 +136,22 @@ _VOLATILE = (
 
 def answers(place: Path) -> dict[str, object]:
     """Return what every command that can answer alike each time answers with --json."""
-    found: dict[str, object] = {}
+    by_command: dict[str, object] = {}
     cli = Cli(place)
     for words in COMMANDS:
         done = cli.any(*words.split(), "--json")
-        told: dict[str, object] = {
+        answer: dict[str, object] = {
             "code": done.returncode,
             "stdout": done.stdout,
             "stderr": done.stderr,
         }
         for name in ("stdout", "stderr"):
-            text = str(told[name]).replace(str(place), "PLACE")
+            text = str(answer[name]).replace(str(place), "PLACE")
             for pattern, instead in _VOLATILE:
                 text = pattern.sub(instead, text)
-            told[name] = text.splitlines()
-        found[words] = told
-    return found
+            answer[name] = text.splitlines()
+        by_command[words] = answer
+    return by_command
 
 
 def helps(run: Callable[[str, str], str], names: list[str]) -> str:
@@ -160,6 +160,6 @@ def helps(run: Callable[[str, str], str], names: list[str]) -> str:
     return "".join(f"===== crewlog {name} --help\n{page}\n" for name, page in pages)
 
 
-def dumped(found: object) -> str:
+def dumped(document: object) -> str:
     """Write what is kept as a golden file."""
-    return json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -72,9 +72,9 @@ def test_state_at_every_seq_is_what_it_was(reg: Registry) -> None:
     compact(reg, gc=False)
     seen |= _grown(reg, 20)
     for seq, workers in seen.items():
-        found = reg.at(seq)
-        assert (found.seq, dict(found.workers)) == (seq, workers)
-        assert list(found.workers) == list(workers), "in order of registration"
+        past = reg.at(seq)
+        assert (past.seq, dict(past.workers)) == (seq, workers)
+        assert list(past.workers) == list(workers), "in order of registration"
     assert reg.at(0).workers == {}
     assert reg.at(10**9).seq == reg.last_seq
 
@@ -162,11 +162,11 @@ def test_verify_beside_a_retention_takes_its_word(
     read: list[Snapshot | None] = []
 
     def read_base(directory: Directory) -> Snapshot | None:
-        found = real(directory)
-        read.append(found)
+        result = real(directory)
+        read.append(result)
         if len(read) == 2:  # the first look was where the history begins
             compact(reg, gc=False, keep_history=KeepEvents(30))
-        return found
+        return result
 
     monkeypatch.setattr(snapshot, "read_base", read_base)
     report = verify(reg.path)
@@ -185,11 +185,11 @@ def test_time_finds_the_state_of_that_time(reg: Registry, clock: Clock) -> None:
         clock.at = BEGAN + timedelta(minutes=number)
         _change(reg, number)
     for number in (0, 1, 17, 33, 58):
-        found = reg.at(BEGAN + timedelta(minutes=number, seconds=30))
-        assert found.since == BEGAN + timedelta(minutes=number)
-        assert found.until == BEGAN + timedelta(minutes=number + 1)
-        assert found.disputed is None
-        assert dict(found.workers) == dict(reg.at(found.seq).workers)
+        past = reg.at(BEGAN + timedelta(minutes=number, seconds=30))
+        assert past.since == BEGAN + timedelta(minutes=number)
+        assert past.until == BEGAN + timedelta(minutes=number + 1)
+        assert past.disputed is None
+        assert dict(past.workers) == dict(reg.at(past.seq).workers)
     early = reg.at(BEGAN - timedelta(hours=1))
     assert (early.seq, len(early.workers)) == (0, 0)
     late = reg.at(BEGAN + timedelta(days=1))
@@ -201,10 +201,10 @@ def test_clock_that_stepped_back_is_named(reg: Registry, clock: Clock) -> None:
     for minute in (0, 10, 20, 12, 14, 30):
         clock.at = BEGAN + timedelta(minutes=minute)
         reg.register(f"at-{minute}")
-    found = reg.at(BEGAN + timedelta(minutes=15))
+    past = reg.at(BEGAN + timedelta(minutes=15))
     events_ = {event.sid: event.seq for event in reg.history()}
-    assert found.seq == events_["at-14"]
-    assert found.disputed == (events_["at-20"], events_["at-14"])
+    assert past.seq == events_["at-14"]
+    assert past.disputed == (events_["at-20"], events_["at-14"])
     assert reg.at(BEGAN + timedelta(minutes=5)).disputed is None
 
 

@@ -109,9 +109,9 @@ def test_starter_observers_and_collectors_write_one_event_a_death(
         until(lambda: all(w.final or w.sid == "first" for w in reg.workers(all=True)))
     for pid in others:
         slay(pid)
-    found = sorted(ends(reg))
-    assert len(found) == len({sid for sid, *_ in found}) == 20
-    codes = {sid: how for sid, _, how in found if sid.startswith("mine")}
+    exits = sorted(ends(reg))
+    assert len(exits) == len({sid for sid, *_ in exits}) == 20
+    codes = {sid: how for sid, _, how in exits if sid.startswith("mine")}
     assert codes == {f"mine-{n}": n for n in range(10)}, "whoever was first knew the code"
 
 
@@ -361,9 +361,9 @@ def test_worker_of_another_namespace_that_seems_dead_once_is_left_alone(
 
     def once(session: object, workers: list[crewlog.Worker]) -> list[crewlog.Liveness]:
         looks.extend(worker.sid for worker in workers)
-        found = judge.judge(session, workers)  # type: ignore[arg-type] # as it came
-        dead = replace(found[0], verdict=crewlog.Verdict.DEAD) if found else None
-        return [dead] if dead and len(looks) == 1 else found
+        answers = judge.judge(session, workers)  # type: ignore[arg-type] # as it came
+        dead = replace(answers[0], verdict=crewlog.Verdict.DEAD) if answers else None
+        return [dead] if dead and len(looks) == 1 else answers
 
     monkeypatch.setattr("crewlog.observer.judge", once)
     with reg.observe_all():

@@ -70,7 +70,7 @@ def test_packages_called_like_our_directories_are_left_alone(built: Path, tmp_pa
          "--disable-pip-version-check", str(wheel_of(built))], check=True,
     )  # fmt: skip
     code = "import cli, eventlog, compactor; print(cli.mine, eventlog.mine, compactor.mine)"
-    told = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    assert told.stdout == "cli eventlog compactor\n"
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "cli eventlog compactor\n"
     assert (tmp_path / "venv/bin/crewlog").exists()
     assert all((site / name / "__init__.py").exists() for name in PACKAGES)

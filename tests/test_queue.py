@@ -296,17 +296,17 @@ def test_leader_that_is_interrupted_before_it_leads_hands_on(
     if not first:
         riders, go = _held(stage, commits)
 
-        def told(self: object, timeout_s: float) -> bool:
+        def wait(self: object, timeout_s: float) -> bool:
             assert go is not None
             go.set()
             riders.threads[0].join(WAIT_S)
             return True
 
-        monkeypatch.setattr("crewlog.queue._Waiting.wait", told)
+        monkeypatch.setattr("crewlog.queue._Waiting.wait", wait)
     monkeypatch.setattr(commits, "lead", lambda *_: _interrupt())
     if go is not None:
         monkeypatch.undo()
-        monkeypatch.setattr("crewlog.queue._Waiting.wait", told)
+        monkeypatch.setattr("crewlog.queue._Waiting.wait", wait)
         lead = commits.lead
         mine = threading.get_ident()
         monkeypatch.setattr(
@@ -434,10 +434,10 @@ def test_whoever_is_served_meanwhile_does_not_lead(
     enough, real = threading.Event(), Commits._is_heir
 
     def look(one: Commits, request: queue._Waiting) -> bool:
-        looks.append(found := real(one, request))
+        looks.append(leads := real(one, request))
         if len(looks) > 20:
             enough.set()
-        return found
+        return leads
 
     def sync_of_the_riders() -> None:  # before it, whoever is to lead may learn that by a look
         monkeypatch.setattr(Commits, "_is_heir", look)

@@ -140,8 +140,8 @@ def page_blocks(name: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", PAGES)
 def test_python_of_a_page_runs_and_prints_what_it_says(name: str, tmp_path: Path) -> None:
     """Each block by itself, in a registry of its own; a text block behind it is its output."""
-    found = page_blocks(name)
-    for index, (language, code) in enumerate(found):
+    pieces = page_blocks(name)
+    for index, (language, code) in enumerate(pieces):
         if language != "python":
             continue
         env = {**os.environ, "CREWLOG_DIR": str(tmp_path / str(index))}
@@ -149,8 +149,8 @@ def test_python_of_a_page_runs_and_prints_what_it_says(name: str, tmp_path: Path
             [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
         )
         assert done.returncode == 0, done.stderr
-        if index + 1 < len(found) and found[index + 1][0] == "text":
-            assert done.stdout == found[index + 1][1]
+        if index + 1 < len(pieces) and pieces[index + 1][0] == "text":
+            assert done.stdout == pieces[index + 1][1]
 
 
 @pytest.mark.parametrize("name", PAGES)

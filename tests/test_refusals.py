@@ -162,15 +162,15 @@ class _FailingCalls:
         self.left = at
 
     def __getattr__(self, name: str) -> object:
-        found = getattr(os, name)
+        value = getattr(os, name)
         if name not in self.READS:
-            return found
+            return value
 
         def meet(*args: object, **options: object) -> object:
             self.left -= 1
             if self.left == -1:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return found(*args, **options)
+            return value(*args, **options)
 
         return meet
 

@@ -186,9 +186,9 @@ def test_what_a_reader_changes_in_its_copy_stays_there(reg: Registry) -> None:
     """A worker's mappings refuse it; what is nested in them is the caller's own."""
     worker = reg.register("a", labels={"k": "v"}, meta={"m": {"n": 1}})
     worker.meta["m"]["n"] = 2  # type: ignore[index]
-    found = reg.get("a")
-    assert found is not None
-    assert (found.labels, found.meta) == ({"k": "v"}, {"m": {"n": 1}})
+    copy = reg.get("a")
+    assert copy is not None
+    assert (copy.labels, copy.meta) == ({"k": "v"}, {"m": {"n": 1}})
 
 
 def test_threads_share_a_registry(reg: Registry, place: Path) -> None:
@@ -201,9 +201,9 @@ def test_threads_share_a_registry(reg: Registry, place: Path) -> None:
             reg.register(f"t-{number}")
             for change in range(30):
                 reg.update(f"t-{number}", meta={"change": change})
-                found = reg.get(f"t-{number}")
-                assert found is not None
-                assert found.meta == {"change": change}
+                worker = reg.get(f"t-{number}")
+                assert worker is not None
+                assert worker.meta == {"change": change}
                 assert len(reg.workers()) >= number // 16
         except BaseException as error:
             failures.append(error)
@@ -233,9 +233,9 @@ def test_forked_child_goes_on_using_the_registry(reg: Registry, place: Path) -> 
 
     def child(number: int) -> None:
         reg.register(f"child-{number}")
-        found = reg.get(f"child-{number}")
-        assert found is not None
-        assert found.pid == os.getpid()
+        worker = reg.get(f"child-{number}")
+        assert worker is not None
+        assert worker.pid == os.getpid()
         actor = next(reg.history(sid=f"child-{number}")).actor
         assert actor["pid"] == os.getpid()
 
@@ -421,7 +421,7 @@ def test_writer_of_a_moved_store_follows_it(place: Path, crew: Crew) -> None:
         place.rename(moved)
         reg.update("a", state="ready")
         with crewlog.open(moved) as other:
-            found = other.get("a")
-            assert found is not None
-            assert found.state == "ready"
+            worker = other.get("a")
+            assert worker is not None
+            assert worker.state == "ready"
         assert (moved / layout.STORE).exists()

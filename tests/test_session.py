@@ -33,12 +33,12 @@ NEW_PID_NAMESPACE = 0x20000000
 
 def _in_another_thread(work: Callable[[], object]) -> object:
     """Return what the work returns; fail if it hangs."""
-    found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()
     thread.join(30)
-    assert found, "it hangs, or raised"
-    return found[0]
+    assert results, "it hangs, or raised"
+    return results[0]
 
 
 def test_interrupts_leave_nothing_taken(place: Path) -> None:
@@ -104,18 +104,18 @@ def test_change_from_a_signal_handler_within_a_change_is_refused_at_once(
 ) -> None:
     """It could only wait for what it has interrupted; nothing of it is written."""
     reg.register("a")
-    told: list[str] = []
+    refusals: list[str] = []
 
     def handler(*_: object) -> None:
         with pytest.raises(LockBusy, match="this very thread") as caught:
             reg.update("a", labels={"by": "handler"})
-        told.append(caught.value.outcome)
+        refusals.append(caught.value.outcome)
 
     log = files(reg)
     step = (log._appender, "_ready") if phase == "write" else (log._appender.sync, "_share")
     with _interrupted_in(monkeypatch, step, handler):
         assert reg.update("a", meta={"n": 1}).labels == {}
-    assert told == ["not_written"]
+    assert refusals == ["not_written"]
 
 
 @pytest.mark.parametrize("phase", ["write", "settle"])
@@ -261,8 +261,8 @@ def test_cancelled_waits_of_tasks_keep_no_thread(reg: Registry) -> None:
             for _ in range(70):  # more than there are threads for calls
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(mine.wait("nobody", state="ready"), 0.01)
-            found = await asyncio.wait_for(mine.get("a"), 5)
-            assert found is not None
+            worker = await asyncio.wait_for(mine.get("a"), 5)
+            assert worker is not None
             with pytest.raises(crewlog.WaitTimeout, match="state ready of worker 'a'"):
                 await mine.wait("a", state="ready", timeout_s=0.01)
             waiting = asyncio.create_task(mine.wait("a", state="ready", timeout_s=10))

@@ -16,8 +16,8 @@ from crewlog_compactor import collect, verify
 def test_registry_is_the_one_that_open_finds(crewlog_registry: Registry) -> None:
     """A program under test needs no argument."""
     crewlog_registry.register("a")
-    with crewlog.open() as found:
-        assert [worker.sid for worker in found.workers()] == ["a"]
+    with crewlog.open() as opened:
+        assert [worker.sid for worker in opened.workers()] == ["a"]
 
 
 def test_fake_workers_live_and_die(
@@ -26,7 +26,7 @@ def test_fake_workers_live_and_die(
     """They are real processes, so a collection proves their death."""
     crewlog_workers.start("a", labels={"role": "web"})
     crewlog_workers.start("b")
-    assert all(found.alive for found in crewlog_registry.judge(crewlog_registry.workers()))
+    assert all(answers.alive for answers in crewlog_registry.judge(crewlog_registry.workers()))
     crewlog_workers.kill("a")
     assert collect(crewlog_registry).lost == ("a",)
     assert [worker.sid for worker in crewlog_registry.workers()] == ["b"]

@@ -205,8 +205,8 @@ def test_asyncio_has_the_same_names(place: Path) -> None:
                 assert await reg.last_seq() == seq
             with pytest.raises(TypeError, match="await it"):
                 bool(reg.exists)
-            found = [event async for event in reg.history(since="1h", types=["worker.exited"])]
-            assert [event.code for event in found] == [0]
+            ends = [event async for event in reg.history(since="1h", types=["worker.exited"])]
+            assert [event.code for event in ends] == [0]
             with pytest.raises(ZeroDivisionError):
                 async with reg.presence("broken"):
                     raise ZeroDivisionError
@@ -298,6 +298,6 @@ def test_type_checkers_find_each_mistake(checker: str, tmp_path: Path) -> None:
         rows = [row for row in done.stdout.splitlines() if " error:" in row]
         lines = {int(row.split(":")[1]) for row in rows}
     else:
-        found = json.loads(done.stdout)["generalDiagnostics"]
-        lines = {item["range"]["start"]["line"] + 1 for item in found}
+        mistakes = json.loads(done.stdout)["generalDiagnostics"]
+        lines = {item["range"]["start"]["line"] + 1 for item in mistakes}
     assert lines == marked, done.stdout

@@ -79,8 +79,8 @@ def stale_revision(cli: Cli, _: Crew, __: Path) -> None:
     cli("update", "a", "-l", "k=v")
     advice = hint(cli, "update", "a", "--expect", 2, "-l", "k=w", code="stale_revision")
     assert "Read it again" in advice
-    found = cast("dict[str, object]", cli.json("show", "a")["worker"])
-    cli("update", "a", "--expect", found["rev"], "-l", "k=w")
+    answer = cast("dict[str, object]", cli.json("show", "a")["worker"])
+    cli("update", "a", "--expect", answer["rev"], "-l", "k=w")
 
 
 def invalid_transition(cli: Cli, _: Crew, __: Path) -> None:

@@ -56,12 +56,12 @@ def test_ls_and_show_in_the_past(cli: Cli, reg: Registry) -> None:
     worker = reg.register("a", pid=os.getpid(), labels={"k": "old"})
     reg.update("a", labels={"k": "new"})
     reg.exited("a", code=0)
-    found = cli.json("ls", "--at", worker.rev)
-    workers = found["workers"]
+    answer = cli.json("ls", "--at", worker.rev)
+    workers = answer["workers"]
     assert isinstance(workers, list)
-    assert (found["seq"], workers[0]["labels"]) == (worker.rev, {"k": "old"})
+    assert (answer["seq"], workers[0]["labels"]) == (worker.rev, {"k": "old"})
     assert workers[0]["liveness"] is None
-    assert found["until"] is not None
+    assert answer["until"] is not None
     assert cli("ls", "--sids").stdout == ""
     done = cli("ls", "--sids", "--at", worker.rev)
     assert done.stdout == "a\n"
@@ -87,8 +87,8 @@ def test_diff_names_who_came_changed_and_went(cli: Cli, reg: Registry) -> None:
     done = cli("diff", "--from", start)
     assert re.search(r"\+ +new +starting", done.stdout)
     assert re.search(r"~ +changed +labels.k 1 → 2", done.stdout)
-    found = cli.json("diff", "--from", first.rev, "--to", start)
-    changed = found["changed"]
+    answer = cli.json("diff", "--from", first.rev, "--to", start)
+    changed = answer["changed"]
     assert isinstance(changed, list)
     assert [pair["after"]["state"] for pair in changed] == ["exited"]
     cli("diff", "--from", start, "--to", start, code=1)
@@ -114,8 +114,8 @@ def test_stats_tell_of_lifetimes_ends_and_flapping(cli: Cli, reg: Registry) -> N
         reg.register("flaps", pid=os.getpid())
         reg.exited("flaps", code=code)
     reg.register("lives", pid=os.getpid())
-    found = cli.json("stats")
-    lives = found["lives"]
+    answer = cli.json("stats")
+    lives = answer["lives"]
     assert isinstance(lives, dict)
     assert (lives["started"], lives["ended"], lives["crashed"]) == (4, 3, 2)
     assert lives["crash_ratio"] == pytest.approx(0.6667)
@@ -123,10 +123,10 @@ def test_stats_tell_of_lifetimes_ends_and_flapping(cli: Cli, reg: Registry) -> N
     assert lives["restarts"] == {"flaps": 2}
     assert lives["flapping"] == {"flaps": 3}
     assert 0 <= lives["lifetime_p50_s"] <= lives["lifetime_p95_s"]
-    assert found["liveness"] == {"alive": 1, "dead": 0, "unknown": 0}
-    told = cli("stats").stdout
-    assert "FLAPPING\n  flaps  3 starts" in told
-    assert "66.7%" in told
+    assert answer["liveness"] == {"alive": 1, "dead": 0, "unknown": 0}
+    output = cli("stats").stdout
+    assert "FLAPPING\n  flaps  3 starts" in output
+    assert "66.7%" in output
     later = cli.json("stats", "--since", "now")["lives"]
     assert isinstance(later, dict)
     assert later["started"] == 0
@@ -137,7 +137,7 @@ _SAMPLE = re.compile(r'crewlog_[a-z_]+(?:\{[a-z]+="[a-z._]+"\})? -?[0-9.e+]+')
 
 def _metrics(path: Path) -> dict[str, float]:
     """Parse the text format, strictly."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     declared = set()
     for row in path.read_text().splitlines():
         if row.startswith("# TYPE "):
@@ -146,8 +146,8 @@ def _metrics(path: Path) -> dict[str, float]:
             assert _SAMPLE.fullmatch(row), row
             name, _, value = row.rpartition(" ")
             assert name.partition("{")[0] in declared, "declared before its samples"
-            found[name] = float(value)
-    return found
+            values[name] = float(value)
+    return values
 
 
 @pytest.mark.limits(segment_bytes=4096)
@@ -213,9 +213,9 @@ def test_archive_is_read_by_everybodys_tools(
     packed = sorted((cli.place / layout.ARCHIVE).glob("0*"))
     assert len(packed) > 1
     line = f"{tool} {shlex.join(map(str, packed))} | jq -r 'select(.sid == \"w1\") | .seq'"
-    told = subprocess.run(["sh", "-c", line], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(["sh", "-c", line], check=True, capture_output=True, text=True).stdout
     kept = files(reg).segments.in_log()[0]  # what is not archived begins here
-    assert [int(row) for row in told.split()] == [
+    assert [int(row) for row in output.split()] == [
         event.seq for event in reg.history(sid="w1") if event.seq < kept
     ]
 
@@ -250,11 +250,11 @@ def test_crashed_is_what_nobody_had_asked_for(cli: Cli, reg: Registry, crew: Cre
         "lost",
     ]
     assert [e.sid for e in reg.history() if e.crashed] == ["bad", "killed", "lost"]
-    told = cli(
+    output = cli(
         "watch", "--cursor", "c", "--from-start", "--crashed", "--count", "3", "--exec", "--",
         sys.executable, "-c", "import json, sys; print(json.load(sys.stdin)['sid'])",
     ).stdout  # fmt: skip
-    assert told.split() == ["bad", "killed", "lost"]
+    assert output.split() == ["bad", "killed", "lost"]
 
 
 def test_history_of_a_worker_folds_no_log(

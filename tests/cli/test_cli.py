@@ -78,15 +78,15 @@ def test_refusal_has_its_exit_code_and_creates_nothing(
     cli: Cli, arguments: tuple[str, ...], code: int, slug: str
 ) -> None:
     """Usage is 2, no registry 66; three lines for people, one object for programs."""
-    told = cli(*arguments, code=code)
-    assert told.stdout == ""
-    assert told.stderr.startswith("crewlog: ")
-    assert 2 <= len(told.stderr.splitlines()) <= 3
+    output = cli(*arguments, code=code)
+    assert output.stdout == ""
+    assert output.stderr.startswith("crewlog: ")
+    assert 2 <= len(output.stderr.splitlines()) <= 3
     if slug != "usage" or arguments[0] != "nonsense":
-        found = json.loads(cli(*arguments, "--json", code=code).stderr)["error"]
-        assert (found["code"], found["exit"]) == (slug, code)
-        assert found["message"]
-        assert found["hint"]
+        answer = json.loads(cli(*arguments, "--json", code=code).stderr)["error"]
+        assert (answer["code"], answer["exit"]) == (slug, code)
+        assert answer["message"]
+        assert answer["hint"]
     assert not cli.place.exists()
 
 
@@ -143,9 +143,9 @@ def test_verify_of_a_damaged_store_is_one_with_every_finding(cli: Cli, reg: Regi
         data[data.index(lines[number]) + 40] ^= 1
     segment.write_bytes(bytes(data))
     empty_redo(cli.place)
-    found = cli.json("verify", code=1)
-    assert found["ok"] is False
-    codes = [f["code"] for f in found["findings"]]  # type: ignore[attr-defined]
+    answer = cli.json("verify", code=1)
+    assert answer["ok"] is False
+    codes = [f["code"] for f in answer["findings"]]  # type: ignore[attr-defined]
     assert codes == ["log_corrupt", "log_corrupt"]
     assert "damaged" in cli("ls", code=65).stderr
 
@@ -164,8 +164,8 @@ def test_repair_says_then_does_and_history_tells(cli: Cli, reg: Registry, crew: 
     segment.write_bytes(data.replace(b'"sid":"a"', b'"sid":"x"', 1))
     empty_redo(cli.place)
     assert "repairable" not in cli("verify", code=1).stdout
-    found = cli.json("repair", code=1)
-    assert (found["needed"], found["done"], found["losses"]) == (True, False, [[2, 2]])
+    answer = cli.json("repair", code=1)
+    assert (answer["needed"], answer["done"], answer["losses"]) == (True, False, [[2, 2]])
     assert "--accept-loss 2..2" in cli("repair", "--yes", code=65).stderr
     assert "gave" not in cli("repair", code=1).stdout
     assert "kept in quarantine" in cli("repair", "--yes", "--accept-loss", "2..2").stdout
@@ -390,9 +390,9 @@ def test_argument_that_is_not_utf8_is_kept_visible(cli: Cli, reg: Registry, crew
         [*CREWLOG, "--dir", str(cli.place), "register", "a", "--pid", str(worker.pid), "--sock",
          b"/run/\xff.sock"], check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    found = reg.get("a")
-    assert found is not None
-    assert found.sock == "/run/\\xff.sock"
+    now = reg.get("a")
+    assert now is not None
+    assert now.sock == "/run/\\xff.sock"
 
 
 def test_place_is_found_as_the_order_says(tmp_path: Path) -> None:
@@ -515,17 +515,22 @@ def test_demo_tells_its_claims_as_one_object() -> None:
     done = subprocess.run(
         [*CREWLOG, "--json", "demo"], check=True, capture_output=True, text=True, timeout=60
     )
-    told = json.loads(done.stdout)
-    assert (told["schema"], told["ok"], told["broken"], len(told["held"])) == (1, True, None, 12)
+    answer = json.loads(done.stdout)
+    assert (answer["schema"], answer["ok"], answer["broken"], len(answer["held"])) == (
+        1,
+        True,
+        None,
+        12,
+    )
     assert done.stdout.count("\n") == 1
-    assert told["dir"] is None
+    assert answer["dir"] is None
 
 
 def test_version_is_told_in_json_too(cli: Cli) -> None:
     """Before and after other global options."""
-    told = {"schema": 1, "version": crewlog.__version__}
+    answer = {"schema": 1, "version": crewlog.__version__}
     for words in (("--json", "--version"), ("--version", "--json")):
-        assert json.loads(cli(*words).stdout) == told
+        assert json.loads(cli(*words).stdout) == answer
     assert cli("-q", "--version").stdout == f"crewlog {crewlog.__version__}\n"
 
 
@@ -551,10 +556,10 @@ def test_a_misspelt_type_of_event_is_not_met_with_silence(
     """Nothing matches it, as a newer version may write it; a person is told what is known."""
     reg.register("a")
     more = ("--from-start", "--timeout", "0s") if command == "watch" else ()
-    found = cli(command, "--type", "worker.dead", *more)
-    assert "registered" not in found.stdout
-    assert "'worker.dead'" in found.stderr
-    assert "worker.lost" in found.stderr
+    output = cli(command, "--type", "worker.dead", *more)
+    assert "registered" not in output.stdout
+    assert "'worker.dead'" in output.stderr
+    assert "worker.lost" in output.stderr
     assert "no type" not in cli(command, "--type", "worker.lost", "--type", "_gap", *more).stderr
 
 
@@ -588,8 +593,8 @@ def test_watch_hands_each_change_to_a_program_and_acknowledges_after_success(
 def test_cursor_commands(cli: Cli, reg: Registry) -> None:
     """ls, show, set, rm; one owner at a time; unknown names are the honest no."""
     reg.register("a")
-    told = cli("cursor", "show", "c", "--json", code=1).stderr
-    assert json.loads(told)["error"]["code"] == "cursor_not_found"
+    output = cli("cursor", "show", "c", "--json", code=1).stderr
+    assert json.loads(output)["error"]["code"] == "cursor_not_found"
     cli("cursor", "show", "c", code=1)
     assert cli.json("cursor", "set", "c", 1)["cursors"] == [
         {"name": "c", "seq": 1, "lag": 1, "lost": False, "owned": False}
@@ -650,12 +655,12 @@ def test_compact_dry_run_needs_no_yes_and_does_nothing(cli: Cli, reg: Registry) 
     cli("compact", "-q")
     covered = reg.compacted()
     reg.update("a", version="2")
-    told = cli("compact", "--dry-run", "-q", "--keep-history", "0s").stdout
-    assert "would fold" in told
-    assert "archive 1 segments" in told
-    assert "would drop history: events 1 to" in told
-    found = cli.json("compact", "--dry-run")
-    assert (found["dry_run"], found["dropped"]) == (True, None)
+    output = cli("compact", "--dry-run", "-q", "--keep-history", "0s").stdout
+    assert "would fold" in output
+    assert "archive 1 segments" in output
+    assert "would drop history: events 1 to" in output
+    answer = cli.json("compact", "--dry-run")
+    assert (answer["dry_run"], answer["dropped"]) == (True, None)
     assert covered is not None
     assert reg.compacted() == covered
     cli("compact", "--dry-run", "--prometheus", "x", code=2)

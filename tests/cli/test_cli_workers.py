@@ -40,9 +40,9 @@ def test_stop_ends_workers_and_prints_how(cli: Cli, reg: Registry, crew: Crew) -
     out = cli("stop", "a", "b", "--reason", "deploy").stdout
     assert [row.split("  ")[2] for row in out.splitlines()] == ["a", "b"]
     assert out.count("stopped (SIGTERM)") == 2
-    found = cli.json("stop", "c", "a", "c")
-    assert [event["sid"] for event in found["stopped"]] == ["c", "a"]  # type: ignore[attr-defined]
-    assert found["failed"] == []
+    answer = cli.json("stop", "c", "a", "c")
+    assert [event["sid"] for event in answer["stopped"]] == ["c", "a"]  # type: ignore[attr-defined]
+    assert answer["failed"] == []
     asked = next(reg.history(sid="a", types=["worker.stop_requested"]))
     assert (asked.data["reason"], asked.actor["via"]) == ("deploy", "cli")
 
@@ -68,8 +68,8 @@ def test_stop_dry_run_says_what_would_become_of_each(cli: Cli, reg: Registry, cr
     reg.register("me")
     reg.register("ended")
     reg.exited("ended", code=0)
-    told = cli.json("stop", "dead", "me", "ended", "--dry-run")["workers"]
-    assert {row["sid"]: row["would"] for row in told} == {  # type: ignore[attr-defined]
+    workers = cli.json("stop", "dead", "me", "ended", "--dry-run")["workers"]
+    assert {row["sid"]: row["would"] for row in workers} == {  # type: ignore[attr-defined]
         "dead": "record its end", "me": "refuse", "ended": "nothing",
     }  # fmt: skip
     reg.register("living", pid=crew.sleeper().pid)
@@ -154,8 +154,8 @@ def test_stop_of_what_may_not_be_stopped_is_1_and_tells_all(
     assert done.stdout.endswith("1\n")
     assert "descends from it" in done.stderr
     done = subprocess.run(["sh", "-c", stop, "--json"], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[0])
-    assert [row["code"] for row in found["failed"]] == ["stop_refused"]
+    answer = json.loads(done.stdout.splitlines()[0])
+    assert [row["code"] for row in answer["failed"]] == ["stop_refused"]
     reg.register("me", pid=crew.sleeper().pid)
     assert cli("stop", "mee", code=1).stderr.count("Did you mean me") == 1
 
@@ -174,10 +174,10 @@ def test_explain_tells_verdict_evidence_and_story(cli: Cli, reg: Registry, crew:
     assert "registered pid" in out
     kill(worker)
     assert cli("explain", "a").stdout.startswith("a is dead (no_such_process): no process has its")
-    found = cli.json("explain", "a")
-    assert (found["verdict"], found["cause"]) == ("dead", "no_such_process")
-    assert found["evidence"]["opened"] == "no_such_process"  # type: ignore[index]
-    assert [e["type"] for e in found["events"]] == ["worker.registered"]  # type: ignore[attr-defined]
+    answer = cli.json("explain", "a")
+    assert (answer["verdict"], answer["cause"]) == ("dead", "no_such_process")
+    assert answer["evidence"]["opened"] == "no_such_process"  # type: ignore[index]
+    assert [e["type"] for e in answer["events"]] == ["worker.registered"]  # type: ignore[attr-defined]
     reg.exited("a", signal=9, source="wait")
     assert "It crashed: signal 9 (SIGKILL), " in cli("explain", "a").stdout
     cli("explain", "b", code=1)
@@ -207,8 +207,8 @@ def test_gc_plans_and_applies(cli: Cli, reg: Registry, crew: Crew, tmp_path: Pat
     assert json.loads(path.read_text())["steps"][0]["cause"] == "no_such_process"
     assert reg.last_seq == before
     assert cli("gc", "--apply", path).stdout == "lost  a\n"
-    found = cli.json("gc", "--apply", path)
-    assert (found["lost"], found["conflicts"]) == ([], ["a"])
+    answer = cli.json("gc", "--apply", path)
+    assert (answer["lost"], answer["conflicts"]) == ([], ["a"])
     path.write_text("{}")
     assert "cannot carry out this plan" in cli("gc", "--apply", path, code=65).stderr
 

@@ -220,8 +220,8 @@ def test_what_a_stop_left_running_is_said(cli: Cli, reg: Registry, tmp_path: Pat
     pids = tmp_path / "pids"
     reg.spawn("a", ["sh", "-c", f"sleep 300 & echo $! > {pids}; wait"])
     until(lambda: pids.exists() and pids.read_text() != "")
-    assert "crewlog" in (told := cli("stop", "a").stderr)
-    assert pids.read_text().strip() in told
+    assert "crewlog" in (output := cli("stop", "a").stderr)
+    assert pids.read_text().strip() in output
     assert "left processes running" in cli("explain", "a").stdout
     cli("stop", "--tree", "a")
     until(lambda: state_of(int(pids.read_text())) in {"", "Z"})
@@ -296,9 +296,9 @@ kill -9 $(cat {tmp_path}/pid); until [ -e {tmp_path}/over ]; do sleep 0.05; done
     box.wait(30)
     host.kill()
     host.communicate()
-    told = [(e.sid, e.type, e.data.get("signal")) for e in reg.history() if "exit" in e.type
+    ends = [(e.sid, e.type, e.data.get("signal")) for e in reg.history() if "exit" in e.type
             or "lost" in e.type]  # fmt: skip
-    assert sorted(told) == [
+    assert sorted(ends) == [
         ("boxed", "worker.exited", 9), ("outside", "worker.exited", 9),
     ]  # fmt: skip
 

@@ -58,8 +58,8 @@ def test_state_first_comes_first_for_the_command_too(place: Path) -> None:
             [*CREWLOG, "--dir", str(place), "watch", "--json", "--timeout", "0.1s", *arguments],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
-        found: dict[str, object] = json.loads(done.stdout.splitlines()[0])
-        return found
+        answer: dict[str, object] = json.loads(done.stdout.splitlines()[0])
+        return answer
 
     workers = first("--sid", "b")["workers"]
     assert isinstance(workers, list)

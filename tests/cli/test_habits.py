@@ -91,11 +91,11 @@ def test_show_and_explain_take_several(cli: Cli, crowd: Registry) -> None:
     """One after the other; as JSON one of them as ever, several in one document."""
     assert cli("show", "web-1", "job-1").stdout.count("sid:") == 2
     assert set(cli.json("show", "web-1")) == {"schema", "worker", "events"}
-    found = cli.json("show", "web-*")["workers"]
-    assert [row["worker"]["sid"] for row in found] == ["web-1", "web-2"]  # type: ignore[attr-defined]
-    told = cli("explain", "-l", "role=job").stdout
-    assert "job-1 is alive" in told
-    assert "done is dead" in told
+    workers = cli.json("show", "web-*")["workers"]
+    assert [row["worker"]["sid"] for row in workers] == ["web-1", "web-2"]  # type: ignore[attr-defined]
+    output = cli("explain", "-l", "role=job").stdout
+    assert "job-1 is alive" in output
+    assert "done is dead" in output
     cli("show", code=2)
 
 
@@ -138,8 +138,8 @@ def test_watch_takes_globs_and_labels(cli: Cli, crowd: Registry) -> None:
     one = cli("watch", "web-*", "-l", "tier=a", "--count", 1, *options).stdout
     assert json.loads(one.splitlines()[0])["sid"] == "web-1"
     two = cli("watch", "-l", "role=web", "--count", 2, *options).stdout
-    told = [json.loads(row) for row in two.splitlines()]
-    assert [row["sid"] for row in told if row["kind"] == "change"] == ["web-2", "web-1"]
+    rows = [json.loads(row) for row in two.splitlines()]
+    assert [row["sid"] for row in rows if row["kind"] == "change"] == ["web-2", "web-1"]
 
 
 def test_watch_waits_for_a_registry(cli: Cli) -> None:
@@ -171,11 +171,11 @@ def test_status_says_how_it_stands(cli: Cli, crowd: Registry, crew: Crew) -> Non
     kill(gone)
     assert "dead (no_such_process)" in cli("ls", "gone").stdout
     cli("gc", "-q")
-    told = {row.split()[0]: row for row in cli("ls", "-a").stdout.splitlines()}
-    assert re.search(r"crashed \(3\) \d+s ago", told["bad"])
-    assert re.search(r"stopped \d+s ago", told["done"])
-    assert re.search(r"lost, last seen \d+s ago", told["gone"])
-    assert re.search(r"ready +\d", told["web-1"])
+    rows = {row.split()[0]: row for row in cli("ls", "-a").stdout.splitlines()}
+    assert re.search(r"crashed \(3\) \d+s ago", rows["bad"])
+    assert re.search(r"stopped \d+s ago", rows["done"])
+    assert re.search(r"lost, last seen \d+s ago", rows["gone"])
+    assert re.search(r"ready +\d", rows["web-1"])
 
 
 def test_restarts_and_last_end_stand_beside_a_life(cli: Cli, reg: Registry, crew: Crew) -> None:
@@ -291,10 +291,10 @@ def test_what_happens_before_the_watch_is_open_is_printed(
 
 def test_history_says_who_asked_and_how_it_ended(cli: Cli, crowd: Registry) -> None:
     """A crash and a stop that was asked for do not read the same; both have a colour."""
-    told = cli("history").stdout
-    assert "crashed code 3" in told
-    assert re.search(r"stopped by \S+: deploy \(SIGTERM\)", told)
-    assert "asked to stop: deploy" in told
+    output = cli("history").stdout
+    assert "crashed code 3" in output
+    assert re.search(r"stopped by \S+: deploy \(SIGTERM\)", output)
+    assert "asked to stop: deploy" in output
     coloured = cli("--color", "always", "history").stdout
     assert "\x1b[31mcrashed\x1b[0m code 3" in coloured
     assert "\x1b[2mstopped\x1b[0m by" in coloured
@@ -400,9 +400,9 @@ def test_help_lists_commands_by_what_they_are_for(cli: Cli) -> None:
     assert "..." not in page.split("Options:")[0].split("\n", 1)[1]
     assert all(len(row) <= 80 for row in page.splitlines())
     for name in main.COMMANDS:
-        told = cli.any(name, "--help").stdout
-        assert "--debug" not in told.split("Everywhere:")[0], name
-        assert "CREWLOG_DIR" in told, name
+        output = cli.any(name, "--help").stdout
+        assert "--debug" not in output.split("Everywhere:")[0], name
+        assert "CREWLOG_DIR" in output, name
 
 
 def test_init_makes_a_store_once(cli: Cli) -> None:
@@ -452,9 +452,9 @@ def test_long_history_goes_through_a_pager_on_a_terminal(cli: Cli, crowd: Regist
     for n in range(20):
         crowd.update("web-1", meta={"n": n, "evil": "\x1b]0;x\x07"})
     marked = {"PAGER": "sed s/^/P:/"}
-    told = on_terminal(cli, "history", env=marked)
-    assert told.count("P:") > 20
-    assert "\x1b]0" not in told, "it stays inert"
+    output = on_terminal(cli, "history", env=marked)
+    assert output.count("P:") > 20
+    assert "\x1b]0" not in output, "it stays inert"
     assert "P:" not in on_terminal(cli, "--no-pager", "history", env=marked)
     assert "P:" not in on_terminal(cli, "history", "-n", "3", env=marked)
     assert "P:" not in on_terminal(cli, "history", env={**marked, "CREWLOG_PAGER": "cat"})
@@ -507,10 +507,10 @@ def test_shells_complete_ids_globs_and_labels(
         return done.stdout
 
     assert "history" in asked("hist")
-    told = asked("show", "web-")
-    assert "web-1" in told
-    assert "web-2" in told
-    assert "job-1" not in told
+    completed = asked("show", "web-")
+    assert "web-1" in completed
+    assert "web-2" in completed
+    assert "job-1" not in completed
     assert "role=web" in asked("ls", "-l", "ro")
     assert "web-2" in asked("history", "w*2") or shell == "fish"  # which expands it itself
 
@@ -546,8 +546,8 @@ def test_agents_ask_over_mcp(cli: Cli, crowd: Registry) -> None:
                 assert "\x1b" not in words
                 return json.loads(words)  # type: ignore[no-any-return]
 
-            found = await ask("workers", labels=["role=web"], ended=True)
-            rows = found["workers"]
+            seen = await ask("workers", labels=["role=web"], ended=True)
+            rows = seen["workers"]
             assert [w["sid"] for w in rows] == ["web-1", "web-2", "bad"]  # type: ignore[attr-defined]
             assert (await ask("worker", sid="bad"))["worker"]["exit"]["code"] == 3  # type: ignore[index]
             assert (await ask("explain", sid="web-1"))["verdict"] == "alive"

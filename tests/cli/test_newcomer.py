@@ -149,8 +149,8 @@ def test_table_on_a_narrow_terminal_keeps_what_matters(place: Path, crew: Crew) 
 def test_word_about_a_living_worker_says_what_to_do(cli: Cli, reg: Registry, crew: Crew) -> None:
     """Not to choose another sid."""
     reg.register("a", pid=crew.sleeper().pid)
-    told = cli("gc", "--assume-dead", "a", "--reason", "x", code=1).stderr
-    assert f"crewlog -d {cli.place} stop a" in told
+    output = cli("gc", "--assume-dead", "a", "--reason", "x", code=1).stderr
+    assert f"crewlog -d {cli.place} stop a" in output
 
 
 def test_keep_history_says_what_it_takes(cli: Cli, reg: Registry) -> None:
@@ -187,9 +187,9 @@ def test_dry_run_of_gc_says_that_it_would_be_refused(cli: Cli, reg: Registry, cr
         reg.register(f"d{number}", pid=process.pid)
     for process in doomed:
         kill(process)
-    told = cli("gc", "--dry-run")
-    assert len(told.stdout.splitlines()) == 12
-    assert "would be refused: 12 of 12 workers seem dead at once" in told.stderr
+    output = cli("gc", "--dry-run")
+    assert len(output.stdout.splitlines()) == 12
+    assert "would be refused: 12 of 12 workers seem dead at once" in output.stderr
     assert "would be refused" in cli("compact", "--dry-run").stderr
     assert "would be refused" in cli("gc", "--plan", cli.place.parent / "plan").stderr
     assert "12 of 12" in str(cli.json("gc", "--dry-run")["refused"])
@@ -234,8 +234,8 @@ def test_mistyped_names_are_told(cli: Cli, reg: Registry, tmp_path: Path) -> Non
     reg.register("a")
     assert "no event of 'typo' is kept" in cli("history", "--sid", "typo").stderr
     assert "is kept" not in cli("history", "--sid", "a", "--since", "now").stderr.splitlines()[0]
-    told = Cli(tmp_path / "nowhere")("schedule", "cron").stderr
-    assert "no registry at" in told
+    output = Cli(tmp_path / "nowhere")("schedule", "cron").stderr
+    assert "no registry at" in output
     assert "no registry" not in cli("schedule", "cron").stderr
 
 

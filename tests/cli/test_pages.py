@@ -98,21 +98,21 @@ class Scene:
 @pytest.fixture
 def scene(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """Write workers in every condition."""
-    found = Scene(place, monkeypatch)
-    reg = found.reg
+    job = Scene(place, monkeypatch)
+    reg = job.reg
     reg.register("web-1", pid=4801, ready=True, labels={"role": "web", "tier": "a"}, version="1.4")
-    found.after(seconds=2).register("web-2", pid=4802, ready=True, labels={"role": "web"})
-    found.after(seconds=5).register("job-7", pid=4803, labels={"queue": "mail"}, meta={"try": 1})
-    found.after(seconds=1).update("job-7", state="ready")
-    found.after(minutes=12).exited("job-7", code=1, message="disk quota exceeded")
-    found.after(minutes=3).register("job-7", pid=4903, ready=True, labels={"queue": "mail"})
-    found.after(minutes=4).exited("job-7", signal=11)
-    found.after(minutes=1).register("batch-of-the-night", pid=4950, ready=True)
-    found.after(minutes=2).register("old", pid=4960, ready=True)
-    found.after(minutes=1).update("old", state="stopping", reason="deploy of 1.4")
-    found.after(seconds=4).exited("old", signal=15)
-    found.who = "cron"
-    found.after(minutes=30).register("new", pid=5001)
+    job.after(seconds=2).register("web-2", pid=4802, ready=True, labels={"role": "web"})
+    job.after(seconds=5).register("job-7", pid=4803, labels={"queue": "mail"}, meta={"try": 1})
+    job.after(seconds=1).update("job-7", state="ready")
+    job.after(minutes=12).exited("job-7", code=1, message="disk quota exceeded")
+    job.after(minutes=3).register("job-7", pid=4903, ready=True, labels={"queue": "mail"})
+    job.after(minutes=4).exited("job-7", signal=11)
+    job.after(minutes=1).register("batch-of-the-night", pid=4950, ready=True)
+    job.after(minutes=2).register("old", pid=4960, ready=True)
+    job.after(minutes=1).update("old", state="stopping", reason="deploy of 1.4")
+    job.after(seconds=4).exited("old", signal=15)
+    job.who = "cron"
+    job.after(minutes=30).register("new", pid=5001)
     for module in (ls, look):
         monkeypatch.setattr(module, "datetime", _Now)
     monkeypatch.setattr(Registry, "judge", lambda _, workers: list(map(_judged, workers)))
@@ -122,7 +122,7 @@ def scene(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setattr(text, "offset", lambda *_, **__: "+00:00")
     monkeypatch.setenv("TZ", "UTC")
     monkeypatch.setenv("NO_COLOR", "1")
-    yield found
+    yield job
     reg.close()
 
 
@@ -145,18 +145,18 @@ def test_page_is_as_it_was_looked_at(
     scene: Scene, place: Path, page: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is wider than the terminal, and what the product is for is there."""
-    found = shown(place, PAGES[page], columns, monkeypatch)
+    picture = shown(place, PAGES[page], columns, monkeypatch)
     if page != "ls-wide":  # what was asked for stays, whatever it takes
-        assert all(text.width(row) <= columns for row in found.splitlines())
-    held(GOLDEN / f"{page}-{columns}.txt", found)
+        assert all(text.width(row) <= columns for row in picture.splitlines())
+    held(GOLDEN / f"{page}-{columns}.txt", picture)
 
 
-def held(path: Path, found: str) -> None:
+def held(path: Path, picture: str) -> None:
     """Hold a page against the one that was looked at, or write it anew."""
     if os.environ.get("GOLDEN_PAGES") == "write":
         path.parent.mkdir(exist_ok=True)
-        path.write_text(found)
-    assert found == path.read_text()
+        path.write_text(picture)
+    assert picture == path.read_text()
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
@@ -182,9 +182,9 @@ def test_picture_of_top_is_as_it_was_looked_at(
     console = rich.Console(width=columns, height=14, file=out, color_system=None, highlight=False)
     rows = state.look(measure=True)
     console.print(top._picture(Shell(utc=True), state, rows, console.size))
-    found = "".join(f"{row.rstrip()}\n" for row in out.getvalue().splitlines())
-    assert all(text.width(row) <= columns for row in found.splitlines())
-    held(GOLDEN / f"top{'-' + asked if asked else ''}-{columns}.txt", found)
+    picture = "".join(f"{row.rstrip()}\n" for row in out.getvalue().splitlines())
+    assert all(text.width(row) <= columns for row in picture.splitlines())
+    held(GOLDEN / f"top{'-' + asked if asked else ''}-{columns}.txt", picture)
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
@@ -196,8 +196,8 @@ def test_what_the_product_is_for_is_there_at_every_width(
     assert "web-1" in living
     assert "AGE" in living
     assert "crashed (SIGSEGV)" in living
-    told = shown(place, ("history",), columns, monkeypatch)
-    assert "crashed code 1" in told
-    assert "stopped by ann" in told
-    assert "ann@depl" in told
-    assert "-- 2026-03-05" in told
+    picture = shown(place, ("history",), columns, monkeypatch)
+    assert "crashed code 1" in picture
+    assert "stopped by ann" in picture
+    assert "ann@depl" in picture
+    assert "-- 2026-03-05" in picture

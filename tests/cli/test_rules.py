@@ -61,8 +61,8 @@ def test_every_command_tells_in_json(cli: Cli, reg: Registry, crew: Crew, tmp_pa
     values = {"pid": str(crew.sleeper().pid), "old": str(old)}
     assert {*FINITE, *STREAMS} | OTHERS == {*main.COMMANDS}, "a new command needs its place here"
     for name, words in FINITE.items():
-        found = cli.json(name, *(word.format(**values) for word in words))
-        assert len(found) > 1, name
+        answer = cli.json(name, *(word.format(**values) for word in words))
+        assert len(answer) > 1, name
     assert set(cli.json("ls", "--sids")) == {"schema", "seq", "sids"}
     for name, words in STREAMS.items():
         rows = cli(name, *words, "--json").stdout.splitlines()
@@ -79,7 +79,7 @@ def samples() -> list[CrewlogError]:
         "str": "words", "int": 7, "float": 1.5, "bool": True, "int | None": None,
         "collections.abc.Sequence[tuple[int, int]]": [(1, 2)],
     }  # fmt: skip
-    found: list[CrewlogError] = []
+    every: list[CrewlogError] = []
     for kind in vars(errors).values():
         if not (isinstance(kind, type) and issubclass(kind, CrewlogError)):
             continue
@@ -98,8 +98,8 @@ def samples() -> list[CrewlogError]:
         }  # fmt: skip
         if "remedy" in inspect.signature(kind.__init__).parameters:
             values["remedy"] = "Do something"  # test_tidy.py sees to it that each place gives one
-        found.append(kind(**values))
-    return found
+        every.append(kind(**values))
+    return every
 
 
 def test_every_error_is_three_lines_or_one_object(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,9 +111,9 @@ def test_every_error_is_three_lines_or_one_object(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as ended:
             shell.fail(Shell(), error)
         assert ended.value.code == error.exit_code
-        told = capsys.readouterr()
-        assert told.out == ""
-        rows = told.err.splitlines()
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        rows = printed.err.splitlines()
         assert 2 <= len(rows) <= 3, rows
         assert rows[0].startswith("crewlog: ")
         with pytest.raises(SystemExit):
@@ -197,7 +197,7 @@ BERLIN = ZoneInfo("Europe/Berlin")
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "moment"),
     [
         ("now", NOW),
         ("today", datetime(2026, 11, 23, 23, tzinfo=UTC)),
@@ -213,9 +213,9 @@ BERLIN = ZoneInfo("Europe/Berlin")
         ("1 day ago", NOW - timedelta(days=1)),
     ],
 )
-def test_times_are_read_as_people_type_them(words: str, found: datetime) -> None:
+def test_times_are_read_as_people_type_them(words: str, moment: datetime) -> None:
     """In the zone of the machine where they name none."""
-    assert times.read_time(words, now=NOW, zone=BERLIN) == (found, "")
+    assert times.read_time(words, now=NOW, zone=BERLIN) == (moment, "")
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_local_time_that_a_clock_change_skips_or_repeats() -> None:
     """The skipped one is refused, of the repeated one the earlier is taken, and said."""
     with pytest.raises(times.TimeError, match="does not exist"):
         times.read_time("2026-03-29T02:30", now=NOW, zone=BERLIN)
-    found, said = times.read_time("2026-10-25T02:30", now=NOW, zone=BERLIN)
-    assert found == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
+    moment, said = times.read_time("2026-10-25T02:30", now=NOW, zone=BERLIN)
+    assert moment == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
     assert "came twice" in said
 
 

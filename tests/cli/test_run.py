@@ -28,9 +28,9 @@ def test_run_never_records_its_exit_for_a_stranger(place: Path, crew: Crew) -> N
         assert process.stderr is not None
         assert b"no longer ours" in process.stderr.read()
         process.stderr.close()
-        found = reg.get("job")
-        assert found is not None
-        assert found.state == "ready"
+        worker = reg.get("job")
+        assert worker is not None
+        assert worker.state == "ready"
 
 
 def test_run_ends_as_its_program_though_the_worker_is_gone(place: Path) -> None:

@@ -29,7 +29,7 @@ from procs import Crew
 # -- doctor ---------------------------------------------------------------------------------
 
 
-def found_by(reg: Registry) -> dict[str, Check]:
+def checks_of(reg: Registry) -> dict[str, Check]:
     return {check.name: check for check in health.checks(reg)}
 
 
@@ -38,9 +38,9 @@ def test_doctor_finds_a_sound_place_sound(cli: Cli, reg: Registry) -> None:
     reg.register("a")
     compact(reg, gc=False)
     before = reg.last_seq
-    told = cli.json("doctor")
-    names = [check["name"] for check in told["checks"]]  # type: ignore[attr-defined]
-    assert told["ok"] is True
+    answer = cli.json("doctor")
+    names = [check["name"] for check in answer["checks"]]  # type: ignore[attr-defined]
+    assert answer["ok"] is True
     assert names == ["place", "room", "log", "wakes", "compaction", "collection", "clock",
                      "identity", "boot", "namespace", "hidepid", "versions"]  # fmt: skip
     assert "STATUS" in cli("doctor").stdout
@@ -49,9 +49,9 @@ def test_doctor_finds_a_sound_place_sound(cli: Cli, reg: Registry) -> None:
 
 def test_doctor_without_a_registry_creates_none(cli: Cli) -> None:
     """It says so, and is content: the first change makes one."""
-    told = cli.json("doctor")
-    assert told["ok"] is True
-    assert "no registry yet" in str(told["checks"])
+    answer = cli.json("doctor")
+    assert answer["ok"] is True
+    assert "no registry yet" in str(answer["checks"])
     assert not cli.place.exists()
 
 
@@ -68,8 +68,8 @@ def test_doctor_says_what_to_do_and_ends_with_one(
         cli.place.chmod(0o755)
     else:
         (cli.place / layout.POISON).touch(mode=0o600)
-    told = cli.json("doctor", code=1)
-    bad = [c for c in told["checks"] if c["status"] == "fail"]  # type: ignore[attr-defined]
+    answer = cli.json("doctor", code=1)
+    bad = [c for c in answer["checks"] if c["status"] == "fail"]  # type: ignore[attr-defined]
     assert [c["name"] for c in bad] == [name]
     assert remedy in bad[0]["remedy"]
     assert remedy in cli("doctor", code=1).stderr
@@ -83,20 +83,20 @@ def test_doctor_notices_the_clock_the_backlog_and_deaf_watchers(
     with monkeypatch.context() as patch:
         patch.setattr(host, "now", lambda: ahead)
         reg.register("a")
-    assert found_by(reg)["clock"].status == "warn"
+    assert checks_of(reg)["clock"].status == "warn"
     monkeypatch.setattr(health, "_BACKLOG", 0)
     monkeypatch.setattr(health, "_NEVER", 0)
-    assert "crewlog schedule cron" in found_by(reg)["compaction"].remedy
+    assert "crewlog schedule cron" in checks_of(reg)["compaction"].remedy
 
     def no_more(*_: object) -> Source:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(listen.HeadChannel, "source", no_more)
-    assert "max_user_watches" in found_by(reg)["wakes"].remedy
+    assert "max_user_watches" in checks_of(reg)["wakes"].remedy
     monkeypatch.setattr(local_health, "_ROOM_BYTES", 1 << 60)
-    assert found_by(reg)["room"].status == "warn"
+    assert checks_of(reg)["room"].status == "warn"
     (reg.path / layout.REDO).unlink()
-    assert found_by(reg)["redo"].status == "warn"
+    assert checks_of(reg)["redo"].status == "warn"
 
 
 # -- schedules ------------------------------------------------------------------------------
@@ -155,11 +155,11 @@ def test_units_satisfy_systemd(reg: Registry, tmp_path: Path, kind: setup.Kind) 
 
 def test_unit_blinds_no_collection(reg: Registry) -> None:
     """Nothing that hides processes, users or sockets from who collects."""
-    told = "".join(setup.units("systemd-system", reg.where, owner=0).values())
+    units = "".join(setup.units("systemd-system", reg.where, owner=0).values())
     mine = "".join(setup.units("systemd-user", reg.where, owner=0).values())
     for word in ("PrivatePIDs", "ProtectProc", "PrivateUsers", "PrivateTmp"):
-        assert word not in told + mine
-    assert "User=" in told
+        assert word not in units + mine
+    assert "User=" in units
     assert "ProtectSystem" not in mine, "in a user's unit it implies PrivateUsers"
 
 

@@ -18,14 +18,14 @@ from procs import Crew, files, until
 
 def marked(word: str) -> list[int]:
     """Return the pids of the processes that have a word in their environment."""
-    found = []
+    rows = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and word.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
+                rows.append(int(entry.name))
         except OSError:  # gone, or another's
             continue
-    return found
+    return rows
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -45,9 +45,9 @@ def test_demo_that_is_interrupted_leaves_nothing(
         if row.startswith(after):
             break
     os.killpg(demo.pid, number)
-    _, told = demo.communicate(timeout=30)
+    _, output = demo.communicate(timeout=30)
     assert demo.returncode == 128 + number
-    assert "Traceback" not in told
+    assert "Traceback" not in output
     until(lambda: not marked(word))
     assert list(tmp_path.iterdir()) == []
 
@@ -62,11 +62,11 @@ def test_doctor_looks_at_a_damaged_store(cli: Cli, reg: Registry) -> None:
     segment.write_bytes(data)
     assert cli.json("doctor")["checks"], "the redo still holds what was lost"
     empty_redo(cli.place)
-    found = cli.json("doctor", code=1)["checks"]
-    assert isinstance(found, list)
-    failed = {check["name"]: check["remedy"] for check in found if check["status"] == "fail"}
+    checks = cli.json("doctor", code=1)["checks"]
+    assert isinstance(checks, list)
+    failed = {check["name"]: check["remedy"] for check in checks if check["status"] == "fail"}
     assert any(f"crewlog -d {cli.place} repair" in remedy for remedy in failed.values())
-    assert {"versions", "place"} <= {check["name"] for check in found}
+    assert {"versions", "place"} <= {check["name"] for check in checks}
 
 
 def test_history_is_dropped_only_when_it_is_meant(cli: Cli, reg: Registry) -> None:
@@ -169,8 +169,8 @@ def test_copy_without_modes_is_mended_by_one_command(cli: Cli, reg: Registry) ->
     reg.register("a")
     for path in (cli.place, *cli.place.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    told = cli("ls", code=77).stderr
-    command = told.partition("Run: ")[2].strip()
+    output = cli("ls", code=77).stderr
+    command = output.partition("Run: ")[2].strip()
     subprocess.run(["sh", "-c", command], check=True)
     cli("update", "a", "--state", "ready")
     cli("compact", "-q")
@@ -262,9 +262,9 @@ def test_compaction_sums_up_and_doctor_warns_of_none(cli: Cli, reg: Registry) ->
         with reg.batch() as batch:
             for number in range(600):
                 batch.register(f"w{part}-{number}")
-    told = cli.json("doctor")["checks"]
-    assert isinstance(told, list)
-    assert [c["status"] for c in told if c["name"] == "compaction"] == ["warn"]
+    checks = cli.json("doctor")["checks"]
+    assert isinstance(checks, list)
+    assert [c["status"] for c in checks if c["name"] == "compaction"] == ["warn"]
     for part in range(2):
         with reg.batch() as batch:
             for number in range(600):

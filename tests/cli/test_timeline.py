@@ -27,11 +27,11 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not in
 def lives(count: int, *, sid: str = "worker", version: str = "1.2") -> list[Life]:
     """Return lives of every kind, two to a sid."""
     ends = [WorkerState.EXITED, WorkerState.FAILED, WorkerState.LOST, WorkerState.RELEASED, None]
-    found = []
+    results = []
     for number in range(count):
         end = ends[number % 5]
         began = NOW - timedelta(seconds=60 * (count - number))
-        found.append(
+        results.append(
             Life(
                 sid=f"{sid}-{number // 2:05d}",
                 generation=number % 2 + 1,
@@ -46,13 +46,13 @@ def lives(count: int, *, sid: str = "worker", version: str = "1.2") -> list[Life
                 cause="no_process" if end == WorkerState.LOST else None,
             )
         )
-    return found
+    return results
 
 
-def written(path: Path, found: list[Life], **options: object) -> Path:
+def written(path: Path, sample: list[Life], **options: object) -> Path:
     """Write a page of these lives."""
     given = {"unknown": frozenset[int](), "now": NOW, "caption": "a test", **options}
-    path.write_bytes(page.page(found, **given))  # type: ignore[arg-type]
+    path.write_bytes(page.page(sample, **given))  # type: ignore[arg-type]
     return path
 
 
@@ -67,7 +67,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 COUNT = "document.getElementById('count').textContent"
 
 
-def told(browser: Browser, ident: str) -> str:
+def text_of(browser: Browser, ident: str) -> str:
     """Return the text of an element."""
     return str(browser.run(f"document.getElementById('{ident}').textContent"))
 
@@ -84,49 +84,49 @@ def put(browser: Browser, ident: str, value: str) -> None:
 
 def rows(browser: Browser) -> list[str]:
     """Return the titles of the rows, from the top."""
-    found: object = browser.run("timeline.rows()")
-    assert isinstance(found, list)
-    return found
+    answer: object = browser.run("timeline.rows()")
+    assert isinstance(answer, list)
+    return answer
 
 
 def frame(browser: Browser) -> tuple[float, float, float, float]:
     """Return where the picture is: x, y, width, height."""
-    found: object = browser.run(
+    answer: object = browser.run(
         "(() => { const r = document.getElementById('frame').getBoundingClientRect(); "
         "return [r.x, r.y, r.width, r.height]; })()"
     )
-    assert isinstance(found, list)
-    x, y, width, height = found
+    assert isinstance(answer, list)
+    x, y, width, height = answer
     return x, y, width, height
 
 
-def stories(found: list[Life]) -> dict[int, Account]:
+def stories(sample: list[Life]) -> dict[int, Account]:
     """Tell of each life: labels, owner, host, and what happened by whom."""
     every = {}
-    for life in found:
-        told_ = Account(
+    for life in sample:
+        accounts = Account(
             labels={"role": "web" if life.pid % 2 else "job", "n": str(life.pid)}, host="here",
             owner=f"pid {life.pid % 3}", meta={"try": 1}, tail="Traceback\nValueError: bad",
             evidence="source wait",
         )  # fmt: skip
-        told_.steps = [
+        accounts.steps = [
             (life.began_at, 1, f"registered pid {life.pid}", "ann@deploy[1]"),
             (life.began_at + timedelta(seconds=5), 2, "ready", "ann@deploy[1]"),
             (life.began_at + timedelta(seconds=15), 4, "asked to stop: the deploy", "bob@cli[2]"),
         ]
-        every[life.seq] = told_
+        every[life.seq] = accounts
     return every
 
 
-def by_hand(found: list[Life], low: int, high: int) -> tuple[int, int]:
+def by_hand(sample: list[Life], low: int, high: int) -> tuple[int, int]:
     """Count how many lived at once between two times (ms after the first), most and fewest."""
-    first = min(int(life.began_at.timestamp() * 1000) for life in found)
+    first = min(int(life.began_at.timestamp() * 1000) for life in sample)
     spans = [
         (
             int(life.began_at.timestamp() * 1000) - first,
             int((life.ended_at or NOW).timestamp() * 1000) - first,
         )
-        for life in found
+        for life in sample
     ]
     moments = {low, *(t for span in spans for t in span if low <= t < high)}
     counts = [sum(a <= t < b or a == t == b for a, b in spans) for t in moments]
@@ -137,20 +137,20 @@ def by_hand(found: list[Life], low: int, high: int) -> tuple[int, int]:
 @needs_chromium
 def test_page_renders_filters_and_asks_for_nothing(tmp_path: Path, browser: Browser) -> None:
     """No console message, no request but itself; the filter narrows picture and table."""
-    found = lives(2000)
-    path = written(tmp_path / "page.html", found, unknown=frozenset({4}), stories=stories(found))
+    sample = lives(2000)
+    path = written(tmp_path / "page.html", sample, unknown=frozenset({4}), stories=stories(sample))
     assert path.stat().st_size <= 250 * 1024
     assert browser.open(path) < 5000
-    assert "1000 of 1000 workers, 2000 of 2000 lives" in told(browser, "count")
+    assert "1000 of 1000 workers, 2000 of 2000 lives" in text_of(browser, "count")
     drawn = "document.getElementById('lives').toDataURL().length"
     whole = browser.run(drawn)
     browser.run("document.getElementById('filter').focus()")
     browser.type("worker-0001")
-    until(lambda: "10 of 1000 workers, 20 of 2000 lives" in told(browser, "count"))
+    until(lambda: "10 of 1000 workers, 20 of 2000 lives" in text_of(browser, "count"))
     until(lambda: browser.run("document.getElementById('rows').children.length") == 20)
     assert browser.run(drawn) != whole
     browser.run("document.querySelectorAll('#kinds input')[2].click()")
-    until(lambda: "10 of 1000 workers, 16 of 2000 lives" in told(browser, "count"))
+    until(lambda: "10 of 1000 workers, 16 of 2000 lives" in text_of(browser, "count"))
     assert browser.complaints == []
     assert browser.requests == [path.as_uri()]
 
@@ -162,37 +162,37 @@ def test_count_of_the_living_is_exact_at_every_width(
 ) -> None:
     """Against a count by hand: the most of the view, and the most and fewest of each column."""
     chance = random.Random(width)
-    found = []
+    sample = []
     for number in range(300):
         began = NOW - timedelta(milliseconds=chance.randrange(1_000_000))
         length = timedelta(milliseconds=chance.choice([0, 1, 5, 40, 20_000]))
-        found.append(
+        sample.append(
             Life(
                 sid=f"w-{number}", generation=1, pid=1, version="", seq=number + 1, began_at=began,
                 seen_at=min(NOW, began + length), ended_at=min(NOW, began + length),
                 end=WorkerState.EXITED, code=0,
             )
         )  # fmt: skip
-    found.sort(key=lambda life: life.began_at)
+    sample.sort(key=lambda life: life.began_at)
     browser.resize(width, 900)
-    browser.open(written(tmp_path / "page.html", found))
-    first = min(int(life.began_at.timestamp() * 1000) for life in found)
+    browser.open(written(tmp_path / "page.html", sample))
+    first = min(int(life.began_at.timestamp() * 1000) for life in sample)
     span = int(NOW.timestamp() * 1000) - first
-    peak = by_hand(found, 0, span)[0]
+    peak = by_hand(sample, 0, span)[0]
     assert browser.run("document.getElementById('crowd').dataset.peak") == str(peak)
     low, columns, each = span // 3, 40, 1000
-    told_: object = browser.run(f"timeline.living({low}, {low + columns * each}, {columns})")
-    assert isinstance(told_, dict)
+    counted: object = browser.run(f"timeline.living({low}, {low + columns * each}, {columns})")
+    assert isinstance(counted, dict)
     for column in range(columns - 1):  # the last one's end belongs to the view, too
         begin = low + column * each
-        most, least = by_hand(found, begin, begin + each)
-        assert (told_["most"][column], told_["least"][column]) == (most, least), column
+        most, least = by_hand(sample, begin, begin + each)
+        assert (counted["most"][column], counted["least"][column]) == (most, least), column
 
 
 @needs_chromium
 def test_jobs_one_after_the_other_are_never_two(tmp_path: Path, browser: Browser) -> None:
     """3,000 of them, idle half of the time: at most 1, at least 0, at any zoom."""
-    found = [
+    sample = [
         Life(
             sid=f"job-{n}", generation=1, pid=1, version="", seq=n + 1, code=0,
             end=WorkerState.EXITED,
@@ -202,28 +202,28 @@ def test_jobs_one_after_the_other_are_never_two(tmp_path: Path, browser: Browser
         )
         for n in range(3000)
     ]  # fmt: skip
-    browser.open(written(tmp_path / "page.html", found))
+    browser.open(written(tmp_path / "page.html", sample))
     for _ in range(4):
         assert browser.run("document.getElementById('crowd').dataset.peak") == "1"
         assert browser.run("document.getElementById('crowd').dataset.least") == "0"
         browser.press("w")
         browser.frames()
-    assert "at most 1 at once" in told(browser, "count")
+    assert "at most 1 at once" in text_of(browser, "count")
 
 
 @needs_chromium
 def test_page_opens_on_what_matters_and_sorts(tmp_path: Path, browser: Browser) -> None:
     """The living first, then who ended last; by start, end, id, lifetime, crashes."""
-    found = lives(40)
-    browser.open(written(tmp_path / "page.html", found))
-    living = {life.sid for life in found if life.end is None}
+    sample = lives(40)
+    browser.open(written(tmp_path / "page.html", sample))
+    living = {life.sid for life in sample if life.end is None}
     assert set(rows(browser)[: len(living)]) == living
     put(browser, "sort", "start")
     assert rows(browser)[0] == "worker-00000"
     put(browser, "sort", "id")
-    assert rows(browser) == sorted(life.sid for life in found[::2])
+    assert rows(browser) == sorted(life.sid for life in sample[::2])
     put(browser, "sort", "crashes")
-    crashed = {life.sid for life in found if life.crashed}
+    crashed = {life.sid for life in sample if life.crashed}
     assert rows(browser)[0] in crashed
     for choice in ("end", "lifetime"):
         put(browser, "sort", choice)
@@ -233,8 +233,8 @@ def test_page_opens_on_what_matters_and_sorts(tmp_path: Path, browser: Browser) 
 @needs_chromium
 def test_rows_and_counts_are_those_of_the_view(tmp_path: Path, browser: Browser) -> None:
     """Rows with nothing in view are not there."""
-    found = lives(200)
-    browser.open(written(tmp_path / "page.html", [life for life in found if life.end is not None]))
+    sample = lives(200)
+    browser.open(written(tmp_path / "page.html", [life for life in sample if life.end is not None]))
     for _ in range(5):
         browser.press("w")
     browser.frames()
@@ -242,25 +242,25 @@ def test_rows_and_counts_are_those_of_the_view(tmp_path: Path, browser: Browser)
     view: object = browser.run("[timeline.state.low, timeline.state.high]")
     assert isinstance(view, list)
     assert 0 < len(shown) < 12
-    first = found[0].began_at
+    first = sample[0].began_at
     inside = {
         life.sid
-        for life in found
+        for life in sample
         if life.ended_at is not None
         and (life.began_at - first).total_seconds() * 1000 <= view[1]
         and (life.ended_at - first).total_seconds() * 1000 >= view[0]
     }
     assert set(shown) == inside
-    assert f"In view: {len(inside)} of" in told(browser, "count")
+    assert f"In view: {len(inside)} of" in text_of(browser, "count")
 
 
 @needs_chromium
 def test_groups_open_and_filters_know_labels_and_words(tmp_path: Path, browser: Browser) -> None:
     """By label, id prefix, owner, host; k=v, crashed, and code 1 is not code 137."""
-    found = lives(60)
-    for number, life in enumerate(life for life in found if life.end == WorkerState.FAILED):
+    sample = lives(60)
+    for number, life in enumerate(life for life in sample if life.end == WorkerState.FAILED):
         life.code = 137 if number % 2 else 1
-    browser.open(written(tmp_path / "page.html", found, stories=stories(found)))
+    browser.open(written(tmp_path / "page.html", sample, stories=stories(sample)))
     put(browser, "group", "label:role")
     assert set(rows(browser)) == {"role=web", "role=job"}
     x, y, *_ = frame(browser)
@@ -283,7 +283,7 @@ def test_groups_open_and_filters_know_labels_and_words(tmp_path: Path, browser: 
     )  # fmt: skip
     for words, wanted in cases:
         put(browser, "filter", words)
-        assert browser.run("timeline.view()") == len([life for life in found if wanted(life)]), (
+        assert browser.run("timeline.view()") == len([life for life in sample if wanted(life)]), (
             words
         )
 
@@ -291,8 +291,8 @@ def test_groups_open_and_filters_know_labels_and_words(tmp_path: Path, browser: 
 @needs_chromium
 def test_click_pins_a_life_with_its_story(tmp_path: Path, browser: Browser) -> None:
     """Events, who, why, evidence, meta, last lines; it stays until Esc lets go."""
-    found = lives(20)
-    path = written(tmp_path / "page.html", found, stories=stories(found))
+    sample = lives(20)
+    path = written(tmp_path / "page.html", sample, stories=stories(sample))
     browser.resize(1400, 900)
     browser.open(path)
     until(lambda: browser.run("document.documentElement.dataset.whole") == "yes")
@@ -303,18 +303,18 @@ def test_click_pins_a_life_with_its_story(tmp_path: Path, browser: Browser) -> N
     left, top, wide, high, _ = at
     spot = (x + left + wide / 2, y + top + high / 2)
     browser.mouse("mouseMoved", *spot)
-    assert "worker-00009, pid 1019" in told(browser, "tip")
+    assert "worker-00009, pid 1019" in text_of(browser, "tip")
     browser.click(*spot)
     browser.mouse("mouseMoved", x + 5, y + 5)
     browser.frames()
     assert browser.run("document.getElementById('tip').hidden") is True
-    assert told(browser, "who") == "worker-00009"
-    assert "labels: n=1019 role=web" in told(browser, "facts")
-    assert "owner: pid 2" in told(browser, "facts")
-    steps = told(browser, "steps")
+    assert text_of(browser, "who") == "worker-00009"
+    assert "labels: n=1019 role=web" in text_of(browser, "facts")
+    assert "owner: pid 2" in text_of(browser, "facts")
+    steps = text_of(browser, "steps")
     assert "registered pid 1019  by ann@deploy[1]" in steps
     assert "asked to stop: the deploy  by bob@cli[2]" in steps
-    assert told(browser, "more") == (
+    assert text_of(browser, "more") == (
         'meta: {"try": 1}\nevidence: source wait\nlast lines of its output:\n'
         "Traceback\nValueError: bad"
     )
@@ -330,9 +330,9 @@ def test_hands_zoom_pan_and_brush(tmp_path: Path, browser: Browser) -> None:
     x, y, width, _ = frame(browser)
 
     def view() -> tuple[float, float]:
-        found: object = browser.run("[timeline.state.low, timeline.state.high]")
-        assert isinstance(found, list)
-        return found[0], found[1]
+        answer: object = browser.run("[timeline.state.low, timeline.state.high]")
+        assert isinstance(answer, list)
+        return answer[0], answer[1]
 
     whole = view()
     left = min(280, max(110, width * 0.2))
@@ -376,8 +376,8 @@ def test_hands_zoom_pan_and_brush(tmp_path: Path, browser: Browser) -> None:
 @needs_chromium
 def test_link_says_what_is_shown(tmp_path: Path, browser: Browser) -> None:
     """View, filter, group, sort and choice are in the fragment, and come back with it."""
-    found = lives(60)
-    path = written(tmp_path / "page.html", found, stories=stories(found))
+    sample = lives(60)
+    path = written(tmp_path / "page.html", sample, stories=stories(sample))
     browser.open(path)
     put(browser, "group", "label:role")
     put(browser, "sort", "id")
@@ -387,11 +387,11 @@ def test_link_says_what_is_shown(tmp_path: Path, browser: Browser) -> None:
     until(lambda: "view=" in str(browser.run("location.hash")))
     until(lambda: "life=" in str(browser.run("location.hash")))
     shared = path.as_uri() + str(browser.run("location.hash"))
-    shown, who = rows(browser), told(browser, "who")
+    shown, who = rows(browser), text_of(browser, "who")
     view = browser.run("[Math.round(timeline.state.low), Math.round(timeline.state.high)]")
     browser.call("Page.navigate", url="about:blank")
     browser.open(path, url=shared)
-    assert (rows(browser), told(browser, "who")) == (shown, who)
+    assert (rows(browser), text_of(browser, "who")) == (shown, who)
     now: object = browser.run("[Math.round(timeline.state.low), Math.round(timeline.state.high)]")
     assert now == view
     assert browser.run("document.getElementById('filter').value") == "role=web"
@@ -409,10 +409,10 @@ def test_table_is_sorted_and_linked_both_ways(tmp_path: Path, browser: Browser) 
     browser.run(f"{heads}[1].click()")
     assert browser.run(pid) == "1039"
     browser.run("document.querySelector('#rows tr:nth-child(3)').click()")
-    assert "pid 1037" in told(browser, "facts")
+    assert "pid 1037" in text_of(browser, "facts")
     browser.press("Home")
     until(lambda: browser.run("document.querySelectorAll('#rows .chosen').length") == 1)
-    assert str(browser.run("document.querySelector('#rows .chosen td').textContent")) == told(
+    assert str(browser.run("document.querySelector('#rows .chosen td').textContent")) == text_of(
         browser, "who"
     )
 
@@ -420,7 +420,7 @@ def test_table_is_sorted_and_linked_both_ways(tmp_path: Path, browser: Browser) 
 @needs_chromium
 def test_marks_that_would_lie_on_each_other_are_counted(tmp_path: Path, browser: Browser) -> None:
     """Four crashes in a row are no blob."""
-    found = [
+    sample = [
         Life(
             sid="w", generation=n + 1, pid=n + 1, version="", seq=n + 1, code=1,
             began_at=NOW - timedelta(seconds=9000 - n),
@@ -429,7 +429,7 @@ def test_marks_that_would_lie_on_each_other_are_counted(tmp_path: Path, browser:
         )
         for n in range(4)
     ]  # fmt: skip
-    browser.open(written(tmp_path / "page.html", found))
+    browser.open(written(tmp_path / "page.html", sample))
     assert browser.run("timeline.badges()") == [["w", 4]]
     assert browser.run("document.getElementById('crowd').dataset.crashes") == "4"
 
@@ -441,8 +441,8 @@ def test_phone_reads_and_chooses(tmp_path: Path, dark: bool) -> None:
     browser = Browser(tmp_path / "profile", dark=dark)
     try:
         browser.resize(390, 844, phone=True)
-        found = lives(25)
-        browser.open(written(tmp_path / "page.html", found, stories=stories(found)))
+        sample = lives(25)
+        browser.open(written(tmp_path / "page.html", sample, stories=stories(sample)))
         assert browser.run("document.documentElement.scrollWidth") == 390
         x, y, _, _ = frame(browser)
         at: object = browser.run("timeline.at(24)")
@@ -464,9 +464,9 @@ def test_phone_reads_and_chooses(tmp_path: Path, dark: bool) -> None:
 @needs_chromium
 def test_twenty_thousand_lives_pan_without_a_stutter(tmp_path: Path, browser: Browser) -> None:
     """Ready within a second on a quiet machine; the script of a frame stays short."""
-    found = lives(20_000)
+    sample = lives(20_000)
     browser.resize(1400, 900)
-    assert browser.open(written(tmp_path / "page.html", found)) < 5000
+    assert browser.open(written(tmp_path / "page.html", sample)) < 5000
     x, y, *_ = frame(browser)
     browser.press("w")
     browser.frames()
@@ -486,17 +486,17 @@ def test_page_is_used_by_keyboard(tmp_path: Path, browser: Browser) -> None:
     browser.run("document.getElementById('sort').value = 'start'")
     put(browser, "sort", "start")
     browser.press("ArrowDown")
-    assert told(browser, "who") == "worker-00000"
-    assert "pid 1000, version 1.2" in told(browser, "facts")
+    assert text_of(browser, "who") == "worker-00000"
+    assert "pid 1000, version 1.2" in text_of(browser, "facts")
     browser.press("ArrowDown")
     browser.press("ArrowDown")
-    assert "died between" in told(browser, "facts"), "of a loss nobody knows the moment"
+    assert "died between" in text_of(browser, "facts"), "of a loss nobody knows the moment"
     for key in ("+", "-", "w", "s", "a", "d", "f", "0", "ArrowLeft", "End"):
         browser.press(key)
-    assert told(browser, "who") == "worker-00019"
+    assert text_of(browser, "who") == "worker-00019"
     browser.press("?")
     assert browser.run("document.getElementById('help').open") is True
-    assert "zoom in" in told(browser, "keylist")
+    assert "zoom in" in text_of(browser, "keylist")
     browser.run("document.getElementById('help').close()")
     browser.press("/")
     assert browser.run("document.activeElement.id") == "filter"
@@ -522,9 +522,9 @@ def test_who_begins_this_very_moment_lives_beside_the_others(
 ) -> None:
     """Who goes on does not end with the page; a clock that was ahead is still in it."""
     browser.open(written(tmp_path / "page.html", [one("a", 100), one("b", 50), one("c", 0)]))
-    assert "3 still living, 0 crashed or lost, at most 3 at once" in told(browser, "count")
+    assert "3 still living, 0 crashed or lost, at most 3 at once" in text_of(browser, "count")
     browser.open(written(tmp_path / "page.html", [one("a", 100, 50), one("ahead", -30)]))
-    assert "2 of 2 lives" in told(browser, "count")
+    assert "2 of 2 lives" in text_of(browser, "count")
 
 
 @needs_chromium
@@ -552,14 +552,14 @@ def test_bar_of_years_ends_where_it_ends_at_any_zoom(tmp_path: Path, browser: Br
 @needs_chromium
 def test_pointer_means_the_bar_that_it_is_on(tmp_path: Path, browser: Browser) -> None:
     """Of two that follow each other the second, from its first pixel on."""
-    found = [one("j", 600, 300), one("j", 300, 0.001, generation=2, pid=2)]
+    sample = [one("j", 600, 300), one("j", 300, 0.001, generation=2, pid=2)]
     browser.resize(1400, 900)
-    browser.open(written(tmp_path / "page.html", found))
+    browser.open(written(tmp_path / "page.html", sample))
     x, y, *_ = frame(browser)
     at: object = browser.run("timeline.at(1)")
     assert isinstance(at, list)
     browser.mouse("mouseMoved", x + at[0] + 3, y + at[1] + 9)
-    assert "pid 2" in told(browser, "tip")
+    assert "pid 2" in text_of(browser, "tip")
 
 
 @needs_chromium
@@ -583,8 +583,8 @@ def test_broken_links_show_the_page(tmp_path: Path, browser: Browser, fragment: 
 @needs_chromium
 def test_link_put_into_an_open_page_is_followed(tmp_path: Path, browser: Browser) -> None:
     """The choices show what it says, and what it does not say is as at first."""
-    found = lives(40)
-    browser.open(written(tmp_path / "page.html", found))
+    sample = lives(40)
+    browser.open(written(tmp_path / "page.html", sample))
     put(browser, "group", "prefix")
     browser.press("w")
     browser.run("location.hash = 'filter=worker-0001&sort=id&without=failed'")
@@ -592,7 +592,7 @@ def test_link_put_into_an_open_page_is_followed(tmp_path: Path, browser: Browser
     assert browser.run("document.getElementById('sort').value") == "id"
     assert browser.run("document.getElementById('group').value") == "none"
     assert browser.run("document.querySelectorAll('#kinds input')[2].checked") is False
-    wanted = [w for w in found if w.sid.startswith("worker-0001") and w.end != WorkerState.FAILED]
+    wanted = [w for w in sample if w.sid.startswith("worker-0001") and w.end != WorkerState.FAILED]
     until(lambda: browser.run("timeline.view()") == len(wanted))
 
 
@@ -617,14 +617,14 @@ def test_more_of_the_table_stays_when_a_row_is_chosen(tmp_path: Path, browser: B
 @needs_chromium
 def test_keys_walk_over_groups_and_stop_at_the_limit(tmp_path: Path, browser: Browser) -> None:
     """Down and Enter open the second group; End is the last; w at the limit moves nothing."""
-    found = [one(f"{group}-{n}", 100 + n, 50 + n) for group in "abc" for n in range(3)]
-    browser.open(written(tmp_path / "page.html", sorted(found, key=lambda w: w.began_at)))
+    sample = [one(f"{group}-{n}", 100 + n, 50 + n) for group in "abc" for n in range(3)]
+    browser.open(written(tmp_path / "page.html", sorted(sample, key=lambda w: w.began_at)))
     put(browser, "group", "prefix")
     put(browser, "sort", "id")
     for key in ("ArrowDown", "ArrowDown", "Enter", "ArrowDown"):
         browser.press(key)
     browser.frames()
-    assert told(browser, "who") == "b-0"
+    assert text_of(browser, "who") == "b-0"
     assert len(rows(browser)) == 6
     browser.press("End")
     browser.press("Enter")
@@ -640,10 +640,10 @@ def test_keys_walk_over_groups_and_stop_at_the_limit(tmp_path: Path, browser: Br
 @needs_chromium
 def test_filter_takes_values_with_spaces(tmp_path: Path, browser: Browser) -> None:
     """In quotes, in either place."""
-    found = lives(10)
-    every = stories(found)
+    sample = lives(10)
+    every = stories(sample)
     every[3].labels["Role"] = "Web Two"
-    browser.open(written(tmp_path / "page.html", found, stories=every))
+    browser.open(written(tmp_path / "page.html", sample, stories=every))
     for words in ('role="web two"', '"role=web two"', '"web two"'):
         put(browser, "filter", words)
         assert browser.run("timeline.view()") == 1, words
@@ -686,8 +686,8 @@ def test_paper_has_ink_and_says_what_it_leaves_out(tmp_path: Path) -> None:
         until(lambda: browser.run("document.getElementById('rows').children.length") == 200)
         browser.call("Emulation.setEmulatedMedia", media="print")
         browser.run("window.dispatchEvent(new Event('beforeprint'))")
-        told_ = told(browser, "cut")
-        assert "400 more of the table" in told_
+        words = text_of(browser, "cut")
+        assert "400 more of the table" in words
         assert browser.run("getComputedStyle(document.getElementById('space')).display") == "none"
         darkest: object = browser.run(
             "(() => { const c = document.getElementById('lives'); const p = "
@@ -713,20 +713,20 @@ def test_hostile_names_are_inert(
 ) -> None:
     """Whatever a sid, a version or a cause says, it is shown as text; the page stays whole."""
     monkeypatch.setattr(page, "_LARGE", large)  # from there on the data stand there unpacked
-    found = lives(10, sid=_HOSTILE, version=_HOSTILE)
-    for life in found:
+    sample = lives(10, sid=_HOSTILE, version=_HOSTILE)
+    for life in sample:
         life.cause = _HOSTILE
-    every = stories(found)
+    every = stories(sample)
     for one in every.values():
         one.labels[_HOSTILE] = _HOSTILE
         one.tail = one.evidence = one.host = one.owner = _HOSTILE
         one.steps.append((NOW, 0, text.visible(_HOSTILE), text.visible(_HOSTILE)))
-    path = written(tmp_path / "page.html", found, caption=_HOSTILE, stories=every)
+    path = written(tmp_path / "page.html", sample, caption=_HOSTILE, stories=every)
     browser.open(path)
     until(lambda: browser.run("document.documentElement.dataset.whole") == "yes")
     until(lambda: browser.run("document.querySelector('#rows td') !== null") is True)
     browser.press("ArrowDown")
-    assert "</script>" in told(browser, "steps")
+    assert "</script>" in text_of(browser, "steps")
     assert browser.run("document.querySelectorAll('#steps *').length") == 4
     assert browser.run("document.title") == "crewlog timeline"
     assert browser.run("document.scripts.length") == 3
@@ -792,9 +792,9 @@ def test_terminal_tells_how_each_ended(cli: Cli, reg: Registry, crew: Crew) -> N
     assert rows["lost"].endswith("?")
     assert "░" in rows["lost"]
     assert "░" not in rows["alive"]
-    found = cli.json("timeline")["lives"]
-    assert isinstance(found, list)
-    assert {life["sid"]: life["end"] for life in found} == {
+    answer = cli.json("timeline")["lives"]
+    assert isinstance(answer, list)
+    assert {life["sid"]: life["end"] for life in answer} == {
         "lost": "lost", "alive": None, "done": "exited", "crashed": "failed",
     }  # fmt: skip
 

@@ -14,13 +14,13 @@ from procs import forked, slay, until
 from stores import opened
 
 
-def _write(place: Path, told: int) -> None:
+def _write(place: Path, report: int) -> None:
     with opened(place) as reg:
         sid = f"w-{os.getpid()}"
         reg.register(sid)
         for number in range(1_000_000):
             reg.update(sid, meta={"n": number})
-            os.write(told, f"{sid} {number}\n".encode())
+            os.write(report, f"{sid} {number}\n".encode())
 
 
 @pytest.mark.limits(segment_bytes=20_000, redo_bytes=8192)
@@ -28,9 +28,9 @@ def test_backup_beside_writers_holds_all_that_was_acknowledged_before(
     place: Path, tmp_path: Path
 ) -> None:
     """Each of several copies opens as it is, verifies, and goes on."""
-    got, told = os.pipe()
+    got, up = os.pipe()
     os.set_blocking(got, False)
-    pids = [forked(lambda: _write(place, told)) for _ in range(3)]
+    pids = [forked(lambda: _write(place, up)) for _ in range(3)]
     try:
         acknowledged: dict[str, int] = {}
         for number in range(5):
@@ -50,7 +50,7 @@ def test_backup_beside_writers_holds_all_that_was_acknowledged_before(
         for pid in pids:
             slay(pid)
         os.close(got)
-        os.close(told)
+        os.close(up)
 
 
 def _heard(got: int, acknowledged: dict[str, int]) -> bool:

@@ -41,10 +41,10 @@ def test_three_collectors_at_once_write_one_event_a_death(place: Path, crew: Cre
         real = planning.make
 
         def make(*arguments: object, **options: object) -> planning.Plan:
-            found = real(*arguments, **options)  # type: ignore[arg-type]
+            result = real(*arguments, **options)  # type: ignore[arg-type]
             os.write(entered[1], b".")
             os.read(go[0], 1)
-            return found
+            return result
 
         planning.make = make
         with crewlog.open(place) as mine:
@@ -72,9 +72,9 @@ def test_worker_registered_again_between_probe_and_append_survives(
     real = planning.make
 
     def make_and_register(*arguments: object, **options: object) -> planning.Plan:
-        found = real(*arguments, **options)  # type: ignore[arg-type]
+        result = real(*arguments, **options)  # type: ignore[arg-type]
         reg.register("a", pid=second.pid)
-        return found
+        return result
 
     monkeypatch.setattr(planning, "make", make_and_register)
     report = collect_function(reg)
@@ -285,9 +285,9 @@ def test_dry_run_sizes_an_archive_as_an_interrupted_move_named_it(
     left.touch(0o600)
     left.write_bytes(packed)
     keep = len(packed) + spare
-    told = compact(reg, gc=False, keep_history=keep, packing="zstd", dry_run=True)
+    report = compact(reg, gc=False, keep_history=keep, packing="zstd", dry_run=True)
     done = compact(reg, gc=False, keep_history=keep, packing="zstd")
-    assert replace(told, dry_run=False) == done
+    assert replace(report, dry_run=False) == done
 
 
 @pytest.mark.limits(segment_bytes=2000)
@@ -310,9 +310,9 @@ def test_dry_run_beside_a_compaction_looks_again(
         return real(keep)
 
     monkeypatch.setattr(policy, "oldest_ts", beaten)
-    told = compact(reg, gc=False, keep_history=timedelta(0), dry_run=True)
+    report = compact(reg, gc=False, keep_history=timedelta(0), dry_run=True)
     assert not left
-    assert replace(told, dry_run=False) == compact(reg, gc=False, keep_history=timedelta(0))
+    assert replace(report, dry_run=False) == compact(reg, gc=False, keep_history=timedelta(0))
 
 
 def test_ended_workers_are_kept_by_number_or_by_time(

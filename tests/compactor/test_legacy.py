@@ -80,12 +80,12 @@ def test_concurrent_writers_lose_nothing(place: Path, writers: int, changes: int
 
     joined(*(forked(lambda n=n: write(n)) for n in range(writers)))  # type: ignore[misc]
     with crewlog.open(place) as reader:
-        found: dict[str, list[object]] = {f"w-{n}": [] for n in range(writers)}
+        versions: dict[str, list[object]] = {f"w-{n}": [] for n in range(writers)}
         for event in reader.history(types=["worker.updated"]):
             meta = event.data["meta"]
             assert isinstance(meta, dict)
-            found[event.sid].append(meta["change"])
-        assert all(seen == list(range(changes)) for seen in found.values())
+            versions[event.sid].append(meta["change"])
+        assert all(seen == list(range(changes)) for seen in versions.values())
         seqs = [event.seq for event in reader.history(types=None)]
         assert seqs == sorted(set(seqs))
         assert len(reader.workers()) == writers
@@ -108,11 +108,11 @@ def test_everything_is_owner_only_at_every_moment(place: Path, umask: int) -> No
     def looked() -> bool:
         for path in (place, *place.rglob("*")) if place.exists() else ():
             try:
-                found = path.lstat()
+                inode = path.lstat()
             except FileNotFoundError:
                 continue
-            if stat.S_IMODE(found.st_mode) & 0o077:
-                seen[str(path)] = found.st_mode
+            if stat.S_IMODE(inode.st_mode) & 0o077:
+                seen[str(path)] = inode.st_mode
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     until(looked)
@@ -139,8 +139,8 @@ time.sleep(300)
     try:
         kill(manager)
         with crewlog.open(place) as reg:
-            found = reg.workers()
-            assert [(w.sid, w.pid) for w in found] == [("survivor", worker)]
+            workers = reg.workers()
+            assert [(w.sid, w.pid) for w in workers] == [("survivor", worker)]
             assert reg.liveness("survivor").alive
     finally:
         os.kill(worker, 9)
@@ -150,8 +150,8 @@ def test_program_written_for_the_old_file_reads_the_new_one(reg: Registry, place
     """The five old fields have their names and types, strings are never null."""
     reg.register("a", sock="/run/a.sock", version="1.2", ready=True)
     compact(reg, gc=False)
-    found = json.loads((place / layout.SNAPSHOT).read_text())
-    (session,) = found["sessions"]
+    answer = json.loads((place / layout.SNAPSHOT).read_text())
+    (session,) = answer["sessions"]
     assert (session["sid"], session["pid"], session["sock"], session["version"]) == (
         "a", os.getpid(), "/run/a.sock", "1.2",
     )  # fmt: skip

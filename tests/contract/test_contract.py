@@ -55,20 +55,20 @@ def refolded(reg: Registry) -> dict[str, tuple[str, int]]:
         "worker.lost": "lost",
         "worker.released": "released",
     }
-    found: dict[str, tuple[str, int]] = {}
+    states: dict[str, tuple[str, int]] = {}
     for event in reg.history():
         match event.type:
             case "worker.registered":
-                found[event.sid] = str(event.data["state"]), event.seq
+                states[event.sid] = str(event.data["state"]), event.seq
             case "worker.pruned":
-                del found[event.sid]
+                del states[event.sid]
             case "worker.exited":
                 bad = event.data["signal"] is not None or event.data["code"] not in {None, 0}
                 failed = bad and event.data["expected"] is not True
-                found[event.sid] = "failed" if failed else "exited", event.seq
+                states[event.sid] = "failed" if failed else "exited", event.seq
             case kind:
-                found[event.sid] = after.get(kind, found[event.sid][0]), event.seq
-    return found
+                states[event.sid] = after.get(kind, states[event.sid][0]), event.seq
+    return states
 
 
 def shown(reg: Registry) -> dict[str, tuple[str, int]]:
@@ -375,21 +375,21 @@ with crewlog.open(sys.argv[1]) as reg:
 
 def test_writer_killed_with_9_loses_nothing_acknowledged(where: str, crew: Crew) -> None:
     """Every registration that was printed is there, once, and writing goes on."""
-    told: dict[str, int] = {}
+    acknowledged: dict[str, int] = {}
     for turn in range(6):
         writer = crew.python(_WRITER, where, f"k{turn}")
         assert writer.stdout is not None
         for _ in range(3 + 2 * turn):
-            told[f"k{turn}"] = int(writer.stdout.readline())
+            acknowledged[f"k{turn}"] = int(writer.stdout.readline())
         kill(writer)
         rest = writer.stdout.read().split("\n")
         numbers = [int(row) for row in rest[:-1] if row]  # a torn last line tells nothing
-        told[f"k{turn}"] = max([told[f"k{turn}"], *numbers])
+        acknowledged[f"k{turn}"] = max([acknowledged[f"k{turn}"], *numbers])
     with crewlog.open(where) as reg:
         reg.register("after")
         there = [event.sid for event in reg.history()]
         assert len(there) == len(set(there))
-        for name, last in told.items():
+        for name, last in acknowledged.items():
             assert {f"{name}-{n}" for n in range(last + 1)} <= set(there)
         assert seqs(reg) == list(range(1, reg.last_seq + 1))
         assert shown(reg) == refolded(reg)
@@ -471,9 +471,9 @@ def test_watch_resumes_after_every_seq(reg: Registry) -> None:
     every = [event.seq for event in reg.history()]
     for after in range(last + 1):
         with reg.watch(after=after) as items:
-            found = items.drain()
-        assert [item.seq for item in found[:-1]] == [seq for seq in every if seq > after], after
-        assert (found[-1].kind, found[-1].seq) == ("synced", last)
+            changes = items.drain()
+        assert [item.seq for item in changes[:-1]] == [seq for seq in every if seq > after], after
+        assert (changes[-1].kind, changes[-1].seq) == ("synced", last)
 
 
 def test_watch_wakes_for_what_another_process_writes(reg: Registry, where: str) -> None:
@@ -492,9 +492,9 @@ def test_watch_wakes_for_what_another_process_writes(reg: Registry, where: str) 
         assert first.state is not None
         assert list(first.state.workers) == ["a"]
         pid = forked(work)
-        found = [items.next(10) for _ in range(20)]
+        changes = [items.next(10) for _ in range(20)]
         joined(pid)
-    assert [item.seq for item in found if item is not None] == list(range(3, 23))
+    assert [item.seq for item in changes if item is not None] == list(range(3, 23))
     assert items.next(0) is None
 
 
@@ -546,13 +546,13 @@ def test_asyncio_shares_the_store(where: str) -> None:
             await reg.register("a")
             async with reg.watch(after="now") as items:
                 await asyncio.gather(*[reg.update("a", meta={f"k{n}": n}) for n in range(50)])
-                found: list[int] = []
-                while len(found) < 50:
+                seen: list[int] = []
+                while len(seen) < 50:
                     item = await items.next(10)
                     assert item is not None
                     if item.kind == "change":
-                        found.append(item.seq)
-                return found
+                        seen.append(item.seq)
+                return seen
 
     assert asyncio.run(work()) == list(range(3, 53))
 
@@ -626,8 +626,8 @@ def test_watcher_of_dropped_history_gets_a_reset_and_the_exact_loss(reg: Registr
         assert dict(item.state.workers) == dict(reg.at(oldest - 1).workers)
         kept = [event.seq for event in reg.history()]
         reg.register("later")
-        found = [i.seq for i in items.drain() if i.kind == "change"]
-        assert found == [*kept, reg.last_seq]
+        rest = [i.seq for i in items.drain() if i.kind == "change"]
+        assert rest == [*kept, reg.last_seq]
 
 
 def test_cursor_knows_the_line_it_stood_at(reg: Registry) -> None:
@@ -645,8 +645,8 @@ def test_cursor_knows_the_line_it_stood_at(reg: Registry) -> None:
         owned.set(last, digest)
         owned.close()
         with reg.watch(cursor="c") as items:
-            found = items.next(5)
-        return found.reason if isinstance(found, crewlog.Reset) else type(found).__name__
+            item = items.next(5)
+        return item.reason if isinstance(item, crewlog.Reset) else type(item).__name__
 
     state = reg.store().cursors.read("c")
     assert state is not None
@@ -698,21 +698,21 @@ def test_dry_run_foretells_a_compaction_and_changes_nothing(
     reg.register("doomed", pid=doomed.pid)
     kill(doomed)
     before = seqs(reg), shown(reg), reg.compacted(), contents(where)
-    told = compact(reg, keep_history=keep, dry_run=True)
+    report = compact(reg, keep_history=keep, dry_run=True)
     assert (seqs(reg), shown(reg), reg.compacted(), contents(where)) == before
     done = compact(reg, keep_history=keep)
-    assert told.collected is not None
+    assert report.collected is not None
     assert done.collected is not None
-    assert told.collected.lost == ("doomed",)
-    foreseen = replace(told, dry_run=False, collected=replace(told.collected, dry_run=False))
+    assert report.collected.lost == ("doomed",)
+    foreseen = replace(report, dry_run=False, collected=replace(report.collected, dry_run=False))
     assert foreseen == done
     assert verify(where).ok
 
 
 def contents(where: str) -> dict[str, bytes]:
     """Return every file of a store in a directory; elsewhere nothing."""
-    found = [path for path in Path(where).rglob("*") if path.is_file()]
-    return {str(path): path.read_bytes() for path in found}
+    paths = [path for path in Path(where).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths}
 
 
 def test_end_whose_history_was_dropped_is_told_from_the_state(reg: Registry) -> None:
@@ -808,7 +808,7 @@ def test_spawn_ensure_stop_go_the_whole_way(reg: Registry) -> None:
 
 def test_one_of_many_that_ensure_one_sid_starts_it(where: str) -> None:
     """All return the same worker."""
-    found = Crew()
+    children = Crew()
 
     def work() -> None:
         with crewlog.open(where) as mine:
@@ -820,7 +820,7 @@ def test_one_of_many_that_ensure_one_sid_starts_it(where: str) -> None:
             assert [e.type for e in reg.history(sid="e")] == ["worker.registered"]
             reg.stop("e", reason="test")
     finally:
-        found.end()
+        children.end()
 
 
 def test_lease_is_held_while_the_worker_lives_and_beats_flag_it(reg: Registry) -> None:

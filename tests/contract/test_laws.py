@@ -109,8 +109,8 @@ def test_fold_of_a_snapshot_and_its_rest_is_the_fold_of_the_whole(
             sessions=list(half.sessions()), ended=list(half.ended()), totals=half.totals,
         )
     )  # fmt: skip
-    found = decode_snapshot(data)
-    resumed = fold.restored(found.last_seq, found.sessions, found.ended, found.totals)
+    base = decode_snapshot(data)
+    resumed = fold.restored(base.last_seq, base.sessions, base.ended, base.totals)
     for line in lines[cut:]:
         resumed.apply(line)
     assert list(resumed.records.items()) == list(whole.records.items())
@@ -140,8 +140,8 @@ def test_two_writers_decide_upon_the_same_state(
         for number, (name, sid, wish) in enumerate(wishes):
             _act(writers[name], sid, wish, number, model)
         for reg in (*writers.values(), opened(Path(home) / "store")):
-            found = {w.sid: (w.state.value, w.labels.get("n")) for w in reg.workers(all=True)}
-            assert found == model
+            states = {w.sid: (w.state.value, w.labels.get("n")) for w in reg.workers(all=True)}
+            assert states == model
             reg.close()
 
 
@@ -169,8 +169,8 @@ def _act(
             assert living or state == "released"
             model[sid] = ("released", label)
         else:
-            found = reg.get(sid)
-            assert (None if found is None else found.state) == state
+            worker = reg.get(sid)
+            assert (None if worker is None else worker.state) == state
     except (InvalidTransition, WorkerExists, WorkerNotFound):
         assert (wish == "register") == living or (wish == "ready" and state != "starting")
 

@@ -225,12 +225,12 @@ def test_no_proof_is_claimed_beside_a_writer_that_stopped_at_any_step(
 
         def call(self: Disk, *given: object, **options: object) -> object:
             nonlocal looks
-            found = real(self, *given, **options)
+            result = real(self, *given, **options)
             if (place / layout.STORE).exists():
                 looks += 1
                 if look(place, 1):
                     claimed.append(name)
-            return found
+            return result
 
         return call
 
@@ -470,9 +470,9 @@ def test_successor_whose_predecessors_seal_is_not_durable_is_a_proof(place: Path
     with (place / HEAD).open("r+b") as file:
         file.write(place.with_name("head").read_bytes())
     at = layout.open_existing(place)
-    found = recovery.proof(Segments(at), States(at))
-    assert found is not None
-    assert "seal is not durable" in found
+    proof = recovery.proof(Segments(at), States(at))
+    assert proof is not None
+    assert "seal is not durable" in proof
     assert read(place) == 19
     assert verify(place).ok
 

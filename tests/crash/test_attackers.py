@@ -99,8 +99,8 @@ def use(place: Path) -> list[str]:
 
 def _is_ours(path: Path) -> bool:
     """Say whether the trick was replaced, not followed: a plain file of ours with one name."""
-    found = path.lstat()
-    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_mode & 0o077
+    inode = path.lstat()
+    return stat.S_ISREG(inode.st_mode) and inode.st_nlink == 1 and not inode.st_mode & 0o077
 
 
 @pytest.mark.parametrize("trick", TRICKS, ids=lambda t: t.__name__)

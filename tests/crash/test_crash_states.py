@@ -102,21 +102,21 @@ class Witness(RecordingDisk):
                 writer.register("probe")
                 after = [(e.type, e.sid) for e in writer.history()]
             assert after == [*before, ("worker.registered", "probe")]
-            found = verify(place).findings
-            assert found == (), found
+            findings = verify(place).findings
+            assert findings == (), findings
         with another_boot(2), opened(place) as again:
             assert [(e.type, e.sid) for e in again.history()] == after
 
-    def _compare(self, found: list[tuple[str, str]]) -> None:
+    def _compare(self, rows: list[tuple[str, str]]) -> None:
         if self.dropping:
             ends = range(len(self.acknowledged), len(self.asked) + 1)
-            kept = [self.asked[max(0, end - len(found)) : end] for end in ends]
-            assert found in kept, "more is gone than the oldest"
+            kept = [self.asked[max(0, end - len(rows)) : end] for end in ends]
+            assert rows in kept, "more is gone than the oldest"
             return
-        assert found[: len(self.acknowledged)] == self.acknowledged, "acknowledged events are lost"
-        assert found[: len(self.shown)] == self.shown, "what a reader was shown is taken back"
-        assert found == self.asked[: len(found)], "there is something that nobody asked for"
-        assert len(found) in self.units, "a batch is split"
+        assert rows[: len(self.acknowledged)] == self.acknowledged, "acknowledged events are lost"
+        assert rows[: len(self.shown)] == self.shown, "what a reader was shown is taken back"
+        assert rows == self.asked[: len(rows)], "there is something that nobody asked for"
+        assert len(rows) in self.units, "a batch is split"
 
 
 def _digest(place: Path) -> int:
@@ -281,8 +281,8 @@ class Mended(Witness):
                 writer.register("probe")
                 there = {e.sid for e in writer.history()}
             assert there >= {"a", "d", "probe"}, "what was whole is gone"
-            found = verify(place).findings
-            assert found == (), found
+            findings = verify(place).findings
+            assert findings == (), findings
 
 
 def test_every_crash_state_of_a_repair_is_repaired(

@@ -59,7 +59,7 @@ class Story:
             self.events = {event.seq: event.raw for event in reg.history()}
             self.workers = [(w.sid, w.state, w.rev) for w in reg.workers()]
 
-    def is_told(self, place: Path) -> None:
+    def holds_against(self, place: Path) -> None:
         """Hold what a damaged store shows against it: the same, a beginning of it, or an error."""
         try:
             with opened(place) as reg:
@@ -71,7 +71,7 @@ class Story:
         assert shown == self.workers or len(shown) < len(self.workers), "another state is shown"
 
 
-def found(place: Path) -> bool:
+def is_reported(place: Path) -> bool:
     """Say whether verify reports anything, in whatever way."""
     try:
         report = verify(place)
@@ -113,12 +113,12 @@ def each_byte(place: Path, values: Callable[[int], Iterator[int]]) -> int:
                 changed = data[:index] + bytes([value]) + data[index + 1 :]
                 path.write_bytes(changed)
                 if not _tolerated(path, place, data):
-                    assert found(place), (path, index, old, value)
+                    assert is_reported(place), (path, index, old, value)
                 cases += 1
                 if cases % 97 == 0:
-                    story.is_told(place)
+                    story.holds_against(place)
         path.write_bytes(data)
-    assert not found(place)
+    assert not is_reported(place)
     return cases
 
 
@@ -147,16 +147,16 @@ def test_every_truncation_and_zeroed_block_is_found(fast: Path) -> None:
         data = path.read_bytes()
         for length in range(len(data)):
             path.write_bytes(data[:length])
-            assert found(place) or _tolerated(path, place, data), (path, length)
+            assert is_reported(place) or _tolerated(path, place, data), (path, length)
         for at in range(0, len(data), 512):
             size = min(512, len(data) - at)
             if data[at : at + size] == b"\0" * size:
                 continue
             path.write_bytes(data[:at] + b"\0" * size + data[at + size :])
-            assert found(place) or _tolerated(path, place, data), (path, at)
-            story.is_told(place)
+            assert is_reported(place) or _tolerated(path, place, data), (path, at)
+            story.holds_against(place)
         path.write_bytes(data)
-    assert not found(place)
+    assert not is_reported(place)
 
 
 def rows_of(path: Path) -> list[bytes]:
@@ -188,16 +188,16 @@ def test_lines_swapped_dropped_and_doubled_are_found(fast: Path) -> None:
             swapped = rows.copy()
             swapped[one], swapped[other] = rows[other], rows[one]
             put_rows(path, swapped)
-            assert found(place), (path, one, other)
-            story.is_told(place)
+            assert is_reported(place), (path, one, other)
+            story.holds_against(place)
         for index in range(len(rows)):
             put_rows(path, rows[:index] + rows[index + 1 :])
-            assert found(place), (path, index)
-            story.is_told(place)
+            assert is_reported(place), (path, index)
+            story.holds_against(place)
             put_rows(path, rows[: index + 1] + rows[index:])
             tail = path == active_segment(place) and index == len(rows) - 1
-            assert found(place) or tail, "behind the durable end it is a tail, to be cut"
-            story.is_told(place)
+            assert is_reported(place) or tail, "behind the durable end it is a tail, to be cut"
+            story.holds_against(place)
         path.write_bytes(data)
 
 
@@ -216,23 +216,23 @@ def test_files_removed_swapped_and_taken_from_another_store_are_found(
             continue  # a cursor is its subscriber's, not the history's
         path.rename(fast / "aside")
         if path.name != layout.SNAPSHOT_PREV:  # before the second compaction there is none
-            assert found(place), path
-        story.is_told(place)
+            assert is_reported(place), path
+        story.holds_against(place)
         (fast / "aside").rename(path)  # the same file: head/durable tells where it was written
         for stranger in kept:
             if contents[stranger] != contents[path]:
                 path.write_bytes(contents[stranger])
                 # a compaction that is killed between its two renames leaves both the same
                 both = (path.name, stranger.name) == (layout.SNAPSHOT_PREV, layout.SNAPSHOT)
-                assert found(place) != both, (path, stranger)
-                story.is_told(place)
+                assert is_reported(place) != both, (path, stranger)
+                story.holds_against(place)
         theirs = other / path.relative_to(place)
         if theirs.exists() and theirs.read_bytes() != contents[path]:
             path.write_bytes(theirs.read_bytes())
-            assert found(place), path
-            story.is_told(place)
+            assert is_reported(place), path
+            story.holds_against(place)
         path.write_bytes(contents[path])
-    assert not found(place)
+    assert not is_reported(place)
 
 
 def test_snapshot_older_or_newer_than_the_log(fast: Path) -> None:
@@ -248,7 +248,7 @@ def test_snapshot_older_or_newer_than_the_log(fast: Path) -> None:
     newer.write_bytes(kept)
     for path in segments_of(place)[-2:]:
         path.unlink()
-    assert found(place)
+    assert is_reported(place)
     with opened(place) as reg, pytest.raises(DataDamaged):
         reg.register("after")
 
@@ -316,7 +316,7 @@ def test_line_with_a_right_crc_and_a_wrong_shape_is_damage_never_a_traceback(fas
         segment.write_bytes(rows[0] + forged + rows[2])
         with opened(place) as reg, pytest.raises(CrewlogError):
             reg.workers()
-        assert found(place), part[:200]
+        assert is_reported(place), part[:200]
 
 
 def test_compaction_tells_of_damage_that_it_was_about_to_archive(place: Path) -> None:

@@ -182,25 +182,25 @@ def _fail_once(place: Path, operation: Operation, fault: Counted) -> None:
             _goes_on(place, set())
             return
     disk.fault = fault
-    told: str | None = None
+    outcome: str | None = None
     try:
         operation.work(reg)
-        told = "durable"
+        outcome = "durable"
     except CrewlogError as error:
-        told = error.outcome
+        outcome = error.outcome
     finally:
         disk.fault = lambda _: None
     acknowledged = {"old"} if before is not None else set()
-    _held_against(place, operation, told, acknowledged)
+    _held_against(place, operation, outcome, acknowledged)
     if disk_poisoned(place):
         for registry in (reg, before, opened(place)):
             if registry is not None:
                 with pytest.raises(StorePoisoned):
                     registry.register("later")
         assert repair(place, yes=True).done
-    if told == "durable":
+    if outcome == "durable":
         acknowledged |= set(operation.asks)
-    _goes_on(place, acknowledged, maybe=operation.asks if told == "unknown" else ())
+    _goes_on(place, acknowledged, maybe=operation.asks if outcome == "unknown" else ())
     reg.close()
     if before is not None:
         before.close()
@@ -215,7 +215,7 @@ def disk_poisoned(place: Path) -> bool:
 
 
 def _held_against(
-    place: Path, operation: Operation, told: str | None, acknowledged: set[str]
+    place: Path, operation: Operation, outcome: str | None, acknowledged: set[str]
 ) -> None:
     """Compare what the caller was told with what everybody can read."""
     with opened(place) as fresh:
@@ -223,13 +223,13 @@ def _held_against(
     assert acknowledged <= there, "acknowledged before, and lost"
     asked = set(operation.asks)
     assert there & asked in (set(), asked), "a unit is split"
-    match told:
+    match outcome:
         case "durable":
             assert asked <= there
         case "not_written":
             assert not there & asked
         case _:
-            assert told == "unknown"
+            assert outcome == "unknown"
 
 
 def _goes_on(place: Path, acknowledged: set[str], *, maybe: tuple[str, ...] = ()) -> None:
@@ -349,8 +349,8 @@ def test_negative_control_a_tail_glued_to_the_next_line_is_caught(
     torn(place)
 
     def glued(_: object, source: segments.Segment, state: heads.AppendState) -> tuple[object, Scan]:
-        found = chain.scan(b"", offset=source.size(), seq=state.seq, prev=state.hash)
-        return state._replace(end=source.size()), found
+        scan = chain.scan(b"", offset=source.size(), seq=state.seq, prev=state.hash)
+        return state._replace(end=source.size()), scan
 
     monkeypatch.setattr(recovery, "adopt", glued)
     with opened(place) as reg, pytest.raises(CrewlogError):

@@ -162,8 +162,8 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         with opened(self.place) as fresh:
             for reg in (fresh, *self.writers):
-                found = {w.sid: (w.state.value, w.labels.get("n")) for w in reg.workers(all=True)}
-                assert found == self.model
+                states = {w.sid: (w.state.value, w.labels.get("n")) for w in reg.workers(all=True)}
+                assert states == self.model
 
     def teardown(self) -> None:
         """Verify, and clean up."""

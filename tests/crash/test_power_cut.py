@@ -186,7 +186,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     made.end()
 
 
-def _write(place: Path, told: int, turn: int, number: int, redo_bytes: int) -> None:
+def _write(place: Path, report: int, turn: int, number: int, redo_bytes: int) -> None:
     """Change things for ever, and tell of each change once it is acknowledged."""
     stores.limit(segment_bytes=20_000, redo_bytes=redo_bytes)
     with opened(place) as reg:
@@ -199,7 +199,7 @@ def _write(place: Path, told: int, turn: int, number: int, redo_bytes: int) -> N
                         batch.update(sid, meta={"n": change, "part": part})
             else:
                 reg.update(sid, meta={"n": change})
-            os.write(told, f"{sid} {change}\n".encode())
+            os.write(report, f"{sid} {change}\n".encode())
 
 
 def _compact(place: Path) -> None:
@@ -211,11 +211,11 @@ def _compact(place: Path) -> None:
                 time.sleep(0.01)
 
 
-def _watch(place: Path, told: int) -> None:
+def _watch(place: Path, report: int) -> None:
     with opened(place) as reg, reg.watch(after="now", backend="poll") as items:
         for item in items:
             if item.kind == "change":
-                os.write(told, item.event.raw + b"\n")
+                os.write(report, item.event.raw + b"\n")
 
 
 def _endless(work: Callable[[], None]) -> int:
@@ -252,7 +252,7 @@ def cuts(
         with another_boot(turn + 1 if rebooted else 1):
             with opened(machine.place) as reg:
                 reg.register(f"boot-{turn}")
-            (acks, told), (shown, seen) = os.pipe(), os.pipe()
+            (acks, reports), (shown, seen) = os.pipe(), os.pipe()
             for fd in (acks, shown):
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
             with pytest.MonkeyPatch.context() as patch:
@@ -260,14 +260,14 @@ def cuts(
                     patch.setattr(Disk, "sync", control.sync)
                     patch.setattr(Disk, "start", control.start)
                 pids = [
-                    _endless(partial(_write, machine.place, told, turn, n, redo_bytes))
+                    _endless(partial(_write, machine.place, reports, turn, n, redo_bytes))
                     for n in range(2)
                 ]
             pids += [
                 _endless(partial(_compact, machine.place)),
                 _endless(partial(_watch, machine.place, seen)),
             ]
-            os.close(told)
+            os.close(reports)
             os.close(seen)
             until(lambda fd=acks: _waiting(fd) > _ENOUGH_BYTES)  # type: ignore[misc]
             time.sleep(dice.uniform(0.05, 0.25))
@@ -326,12 +326,12 @@ def test_snapshots_opened_on_the_same_machine_are_whole_or_refused(machine: Mach
     from crewlog.process import identity
 
     boot = identity.boot_id()
-    (acks, told) = os.pipe()
+    (acks, report) = os.pipe()
     fcntl.fcntl(acks, fcntl.F_SETPIPE_SZ, 1 << 20)
     with opened(machine.place) as reg:
         reg.register("begin")
-    pids = [_endless(partial(_write, machine.place, told, 0, n, _REDO_BYTES)) for n in range(2)]
-    os.close(told)
+    pids = [_endless(partial(_write, machine.place, report, 0, n, _REDO_BYTES)) for n in range(2)]
+    os.close(report)
     seen, whole, refused = b"", 0, 0
     try:
         for turn in range(6):

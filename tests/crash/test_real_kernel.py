@@ -183,10 +183,10 @@ def test_children_forked_while_threads_write_go_on(place: Path) -> None:
         done.set()
         thread.join()
         for number in range(8):
-            found = [
+            notes = [
                 e.data["meta"] for e in reg.history(sid=f"c-{number}", types=["worker.updated"])
             ]
-            assert found == [{"n": n} for n in range(20)]
+            assert notes == [{"n": n} for n in range(20)]
         mine = [e.data["meta"] for e in reg.history(sid="p", types=["worker.updated"])]
         assert mine == [{"n": n} for n in range(counts["parent"])]
     assert verify(place).ok

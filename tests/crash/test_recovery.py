@@ -223,9 +223,9 @@ def test_rotation_interrupted_anywhere_is_finished_by_the_next_writer(place: Pat
         with opened(here) as other:
             other.update("a", state="ready")
             assert verify(here).findings == ()
-            found = other.get("a")
-            assert found is not None
-            assert found.state == "ready"
+            worker = other.get("a")
+            assert worker is not None
+            assert worker.state == "ready"
     else:
         pytest.fail("the rotation never ended")
     assert stages >= set(CALLS), "every kind of call was met"
@@ -318,10 +318,10 @@ def test_snapshot_of_another_history_is_refused(place: Path) -> None:
 
     snapshot = place / layout.SNAPSHOT
 
-    found = decode_snapshot(snapshot.read_bytes())
+    state = decode_snapshot(snapshot.read_bytes())
     import dataclasses
 
-    other = dataclasses.replace(found, last_hash="0" * 64)
+    other = dataclasses.replace(state, last_hash="0" * 64)
     snapshot.write_bytes(encode_snapshot(other))
     with crewlog.open(place) as reg, pytest.raises(HistoryDiverged):
         reg.workers()
@@ -391,11 +391,11 @@ def test_substituted_line_is_never_folded_into_a_snapshot(place: Path) -> None:
         files(reg).rotate()
     first = min((place / layout.LOG).iterdir())
     lines = first.read_bytes().split(b"\n")
-    told = codec.parse(lines[2])
+    line = codec.parse(lines[2])
     part = codec.draft("worker.updated", "a", b"{}", {"meta": {"number": 7}})
     lines[2] = codec.line(
-        part, seq=told["seq"], ts=told["ts"], synced=told["synced"],
-        prev=bytes.fromhex(told["prev"]), batch=None,
+        part, seq=line["seq"], ts=line["ts"], synced=line["synced"],
+        prev=bytes.fromhex(line["prev"]), batch=None,
     )[:-1]  # fmt: skip
     first.write_bytes(b"\n".join(lines))
     with crewlog.open(place) as reg, pytest.raises(CrewlogError) as caught:

@@ -46,14 +46,14 @@ def grown(place: Path, *, compactions: int = 2) -> None:
 
 def lines(place: Path) -> dict[int, bytes]:
     """Return every line of a store by its seq, read off the files."""
-    found: dict[int, bytes] = {}
+    by_seq: dict[int, bytes] = {}
     for folder in (layout.ARCHIVE, layout.LOG):
         for path in sorted((place / folder).iterdir()):
             data = path.read_bytes()
             for raw in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines():
                 line = codec.parse(raw)
-                found[line["seq"]] = raw
-    return found
+                by_seq[line["seq"]] = raw
+    return by_seq
 
 
 def damage(path: Path, at: int, *, size: int = 1) -> None:
@@ -81,8 +81,8 @@ def sound(place: Path, before: dict[int, bytes], losses: tuple[tuple[int, int], 
     assert {seq: raw for seq, raw in after.items() if seq in before and seq not in lost} == {
         seq: raw for seq, raw in before.items() if seq not in lost
     }
-    found = verify(place)
-    assert found.findings == (), found.findings
+    report = verify(place)
+    assert report.findings == (), report.findings
     with opened(place) as reg:
         seq = reg.register("after").rev
         compact(reg, gc=False)
@@ -91,9 +91,9 @@ def sound(place: Path, before: dict[int, bytes], losses: tuple[tuple[int, int], 
         seen = {event.seq for event in reg.history()}
         assert seq in seen
         assert not seen & lost
-    found = verify(place)
-    assert found.findings == (), found.findings
-    assert set(losses) <= {(f, la) for f, la in found.gaps} | set(_joined(found.gaps))
+    report = verify(place)
+    assert report.findings == (), report.findings
+    assert set(losses) <= {(f, la) for f, la in report.gaps} | set(_joined(report.gaps))
 
 
 def _joined(gaps: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
@@ -339,9 +339,9 @@ def test_watcher_hears_of_a_gap(place: Path) -> None:
     repaired(place)
     with opened(place) as reg:
         with reg.watch(after="oldest") as items:
-            found = [items.next(timeout_s=5), items.next(timeout_s=5)]
-            assert [item.kind for item in found if item is not None] == ["change", "reset"]
-            reset = found[1]
+            changes = [items.next(timeout_s=5), items.next(timeout_s=5)]
+            assert [item.kind for item in changes if item is not None] == ["change", "reset"]
+            reset = changes[1]
             assert reset is not None
             assert reset.kind == "reset"
             assert reset.reason == "lost"
@@ -496,14 +496,14 @@ def test_retention_goes_on_behind_a_gap_and_tells_no_false_state(place: Path) ->
             reg.update("b", meta={"n": number})
             compact(reg, gc=False)
         assert verify(place).ok
-        told = compact(reg, gc=False, keep_history=0, dry_run=True).dropped
-        assert compact(reg, gc=False, keep_history=0).dropped == told
-        assert told is not None
+        dropped = compact(reg, gc=False, keep_history=0, dry_run=True).dropped
+        assert compact(reg, gc=False, keep_history=0).dropped == dropped
+        assert dropped is not None
         assert verify(place).ok
         with reg.watch(after=1) as items:
             item = items.next(5)
             assert isinstance(item, Reset)
-            assert item.lost == (2, told[1])
+            assert item.lost == (2, dropped[1])
             assert sorted(item.state.workers) == ["a", "b"]
         reg.update("b", meta={"n": 9})
         compact(reg, gc=False, keep_history=0)

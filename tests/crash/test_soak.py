@@ -33,11 +33,11 @@ PAUSE_S = 0.001
 
 def _write(place: Path, sid: str, acks: Path) -> None:
     """Count up for ever, and note each count once it is acknowledged."""
-    with crewlog.open(place) as reg, acks.open("ab", buffering=0) as told:
+    with crewlog.open(place) as reg, acks.open("ab", buffering=0) as file:
         reg.register(sid)
         for number in range(1 << 60):
             reg.update(sid, meta={"n": number})
-            told.write(b"%d\n" % number)
+            file.write(b"%d\n" % number)
             time.sleep(PAUSE_S)
 
 
@@ -59,7 +59,7 @@ def _watch(place: Path, out: Path) -> None:
     with (
         crewlog.open(place) as reg,
         reg.watch(after=1, types=TYPES) as items,
-        out.open("w") as told,
+        out.open("w") as file,
     ):
         for item in items:
             if item.kind == "synced":
@@ -76,9 +76,9 @@ def _watch(place: Path, out: Path) -> None:
                 counts[event.sid] = int(str(meta["n"]))
             if last % EVERY == 0 or event.sid == "last":
                 row = {"seq": last, "hash": digest.hexdigest(), "rss": me.memory_info().rss}
-                told.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row) + "\n")
             if event.sid == "last":
-                told.write(json.dumps({"counts": counts}) + "\n")
+                file.write(json.dumps({"counts": counts}) + "\n")
                 return
 
 
@@ -122,15 +122,15 @@ def test_soak_has_no_gaps_duplicates_or_ghosts_and_flat_memory(place: Path) -> N
 
 
 def _judge(place: Path, outs: list[Path]) -> None:
-    told = [[json.loads(row) for row in out.read_text().splitlines()] for out in outs]
-    hashes = [{row["seq"]: row["hash"] for row in rows[:-1]} for rows in told]
+    watched = [[json.loads(row) for row in out.read_text().splitlines()] for out in outs]
+    hashes = [{row["seq"]: row["hash"] for row in rows[:-1]} for rows in watched]
     assert all(other == hashes[0] for other in hashes), "two watchers saw two histories"
-    counts = told[0][-1]["counts"]
+    counts = watched[0][-1]["counts"]
     for path in place.parent.glob("acks-*"):
         acknowledged = path.read_bytes().splitlines()
         if acknowledged:
             assert counts[path.name.removeprefix("acks-")] >= int(acknowledged[-1])
-    for rows in told:
+    for rows in watched:
         memory = [row["rss"] for row in rows[:-1]]
         early, late = memory[len(memory) // 5], memory[-1]
         assert late - early < 16 * 1024 * 1024, f"grown from {early} to {late}"

@@ -46,9 +46,9 @@ class Trace:
     def play(self, text: str) -> "Trace":
         """Read a whole trace."""
         for row in text.splitlines():
-            found = CALL.match(row)
-            if found is not None:
-                self._call(found[1], found[2])
+            match = CALL.match(row)
+            if match is not None:
+                self._call(match[1], match[2])
         return self
 
     def _call(self, name: str, arguments: str) -> None:

@@ -40,10 +40,10 @@ class Ledger:
         """Write to a file: writers are processes."""
         self.path = path
 
-    def note(self, writer: int, number: int, told: str) -> None:
+    def note(self, writer: int, number: int, what: str) -> None:
         """Add one row, with one write."""
         with self.path.open("a") as file:
-            file.write(json.dumps([writer, number, told]) + "\n")
+            file.write(json.dumps([writer, number, what]) + "\n")
 
     def rows(self) -> list[tuple[int, int, str]]:
         """Return all rows."""
@@ -59,12 +59,12 @@ def count(reg: Registry, sid: str, number: int) -> None:
 
 def numbers(reg: Registry, sid: str) -> list[int]:
     """Return the numbers of a worker's changes, in order."""
-    found = []
+    rows = []
     for event in reg.history(sid=sid, types=["worker.updated"]):
         meta = event.data["meta"]
         assert isinstance(meta, dict)
-        found += [int(meta["number"])] if "number" in meta else []
-    return found
+        rows += [int(meta["number"])] if "number" in meta else []
+    return rows
 
 
 def write_on(place: str, writer: int, ledger: Ledger, stop: Path, *, wait_s: float) -> None:
@@ -83,7 +83,7 @@ def write_on(place: str, writer: int, ledger: Ledger, stop: Path, *, wait_s: flo
                 ledger.note(writer, number, "done")
 
 
-def watch_on(place: str, stop: Path, found: Path) -> None:
+def watch_on(place: str, stop: Path, seen: Path) -> None:
     """Take every change until told to stop and nothing is left; write down the seqs."""
     seqs: list[int] = []
     with crewlog.open(place) as reg, reg.watch(after=0) as items:
@@ -98,13 +98,13 @@ def watch_on(place: str, stop: Path, found: Path) -> None:
             if item is not None and item.kind != "synced":
                 assert item.kind == "change", item
                 seqs.append(item.seq)
-    found.write_text(json.dumps(seqs))
+    seen.write_text(json.dumps(seqs))
 
 
 @contextmanager
 def writers(place: str, tmp_path: Path, *, count: int = 4, wait_s: float = 5.0) -> Iterator[Ledger]:
     """Let writers and a watcher run beside a block; check, at its end, what they were told."""
-    ledger, stop, found = Ledger(tmp_path / "ledger"), tmp_path / "stop", tmp_path / "watched"
+    ledger, stop, seen = Ledger(tmp_path / "ledger"), tmp_path / "stop", tmp_path / "watched"
     ledger.path.touch()
     with crewlog.open(place, lock_timeout_s=30) as reg:
         for writer in range(count):
@@ -114,7 +114,7 @@ def writers(place: str, tmp_path: Path, *, count: int = 4, wait_s: float = 5.0) 
         for n in range(count)
     ]
     ended = tmp_path / "ended"
-    watcher = forked(lambda: watch_on(place, ended, found))
+    watcher = forked(lambda: watch_on(place, ended, seen))
     try:
         yield ledger
         stop.touch()
@@ -128,7 +128,7 @@ def writers(place: str, tmp_path: Path, *, count: int = 4, wait_s: float = 5.0) 
     hold_against(place, ledger)
     with crewlog.open(place) as reg:
         there = [event.seq for event in reg.history()]
-    assert json.loads(found.read_text()) == there, "the watcher got each event once, in order"
+    assert json.loads(seen.read_text()) == there, "the watcher got each event once, in order"
 
 
 def hold_against(place: str, ledger: Ledger) -> None:
@@ -137,10 +137,10 @@ def hold_against(place: str, ledger: Ledger) -> None:
         sids = [worker.sid for worker in reg.workers(all=True)]
         made = Counter((sid, number) for sid in sids for number in numbers(reg, sid))
     assert [key for key, times in made.items() if times > 1] == [], "made twice"
-    told = {(f"w{writer}", number): what for writer, number, what in ledger.rows()}
-    lost = [key for key, what in told.items() if what == "done" and key not in made]
+    acknowledged = {(f"w{writer}", number): what for writer, number, what in ledger.rows()}
+    lost = [key for key, what in acknowledged.items() if what == "done" and key not in made]
     assert lost == [], "acknowledged and lost"
-    false = [key for key, what in told.items() if what == "not_written" and key in made]
+    false = [key for key, what in acknowledged.items() if what == "not_written" and key in made]
     assert false == [], "told not to be written, and written"
     assert verify(place).ok
 
@@ -197,9 +197,9 @@ def test_control_a_writer_that_does_not_know_its_own_attempt_writes_twice(
     with crewlog.open(behind(one_server, tmp_path, proxy)) as reg:
         reg.register("a")
         proxy.share = 0.33
-        found = count_on(reg, 150)
+        counted = count_on(reg, 150)
         proxy.share = 0.0
-    assert len(found) > 150
+    assert len(counted) > 150
     proxy.close()
 
 
@@ -330,8 +330,8 @@ def storm(cluster: Cluster, stop: threading.Event) -> None:
             f"http://127.0.0.1:{port}/v3/{path}", data=json.dumps(body).encode()
         )
         with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 (as above)
-            found: dict[str, dict[str, str]] = json.load(answer)
-            return found
+            members: dict[str, dict[str, str]] = json.load(answer)
+            return members
 
     while not stop.wait(0.005):
         try:
@@ -408,9 +408,9 @@ def test_watch_rides_out_servers_that_are_gone(tmp_path: Path) -> None:
                     await asyncio.to_thread(server.start)
                     await asyncio.to_thread(cluster.wait)
                     await asyncio.to_thread(reg.update, "a", meta={"n": 1})
-                    found = await asking
-                    assert found is not None
-                    return found.seq, latest
+                    answer = await asking
+                    assert answer is not None
+                    return answer.seq, latest
 
             seq, latest_s = asyncio.run(work())
             assert seq == 4
@@ -423,22 +423,22 @@ def test_task_that_is_cancelled_leaves_its_item_to_the_next(
     """Cancelled at any moment: each item once, in order."""
 
     async def work() -> list[int]:
-        found: list[int] = []
+        seqs: list[int] = []
         async with crewlog.aopen(one_server.url(f"test/{tmp_path.name}")) as reg:
             await reg.register("a")
             async with reg.watch(after="now") as items:
                 await items.next(1)
                 for number in range(60):
                     await reg.update("a", meta={"n": number})
-                while len(found) < 60:
+                while len(seqs) < 60:
                     try:
                         async with asyncio.timeout(0.0007):
                             item = await items.next(5)
                     except TimeoutError:
                         continue
                     if item is not None and item.kind == "change":
-                        found.append(item.seq)
-        return found
+                        seqs.append(item.seq)
+        return seqs
 
     assert asyncio.run(work()) == list(range(3, 63))
 
@@ -456,9 +456,9 @@ def test_cursor_is_not_moved_back_by_a_request_that_comes_late(
             owned.advance(seq)
             if seq % 3 == 0:
                 time.sleep(0.05)  # what comes late has come
-                found = reg.store().cursors.read("c")
-                assert found is not None
-                assert found.seq == seq
+                state = reg.store().cursors.read("c")
+                assert state is not None
+                assert state.seq == seq
         proxy.share = 0.0
         assert proxy.met["late"] > 5
         owned.close()

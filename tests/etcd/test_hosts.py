@@ -61,8 +61,8 @@ def keepers() -> list[int]:
 
 def cause(reg: Registry, sid: str) -> tuple[str, str]:
     """Return verdict and cause."""
-    found = reg.liveness(sid)
-    return found.verdict.value, found.cause
+    liveness = reg.liveness(sid)
+    return liveness.verdict.value, liveness.cause
 
 
 def test_lease_is_kept_for_as_long_as_the_worker_lives(
@@ -127,7 +127,7 @@ def test_worker_outlives_its_manager_and_keeps_its_lease(
 
     manager = forked(manage)
     with opened(url) as reg:
-        until(lambda: (found := reg.get("a")) is not None and _has_begun(found.pid))
+        until(lambda: (now := reg.get("a")) is not None and _has_begun(now.pid))
         slay(manager)
         began = datetime.now(UTC)
         with elsewhere(monkeypatch):
@@ -184,8 +184,8 @@ def test_keeper_that_is_killed_lets_the_lease_run_out_and_one_of_many_records_it
                     collect(mine)
 
             joined(*[forked(work) for _ in range(6)])
-            told = [(e.sid, e.data["cause"]) for e in reg.history(types=["worker.lost"])]
-            assert told == [("a", "lease_released")]
+            losses = [(e.sid, e.data["cause"]) for e in reg.history(types=["worker.lost"])]
+            assert losses == [("a", "lease_released")]
             assert [w.sid for w in reg.workers()] == ["kept"], "without a lease: left alone"
             assert cause(reg, "kept") == ("unknown", "foreign_host")
         os.kill(worker.pid, signal.SIGKILL)
@@ -331,9 +331,9 @@ class Host:
     def ask(self, code: str, *words: str) -> str:
         """Run Python there, and return what it printed."""
         process = self.start(code, *words)
-        told, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
-        return told.strip()
+        return output.strip()
 
     def cut(self, *, off: bool) -> None:
         """Take the wire away, or give it back."""
@@ -341,10 +341,10 @@ class Host:
 
     def end(self) -> None:
         """Remove it, with all that still runs there."""
-        found = subprocess.run(
+        listing = subprocess.run(
             ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False
         )
-        for pid in found.stdout.split():
+        for pid in listing.stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         for words in (("link", "del", self.wire), ("netns", "del", self.name)):

@@ -39,7 +39,7 @@ def lived(reg: Registry, crew: Crew, *, keep: int | None = None) -> None:
         items.next(1)
 
 
-def told(reg: Registry) -> list[bytes]:
+def lines_of(reg: Registry) -> list[bytes]:
     """Return the lines of the history, as they are."""
     return [raw for _, raw in reg.store().read(reg.store().first_seq() - 1)]
 
@@ -50,12 +50,12 @@ def test_there_and_back_is_byte_for_byte_the_same(
 ) -> None:
     """Lines, state, totals, past, cursors and anchors; and life goes on at every place."""
     lived(reg, crew, keep=keep)
-    kept, lines, before = anchor(reg), told(reg), reg.state()
+    kept, lines, before = anchor(reg), lines_of(reg), reg.state()
     report = migrate(reg.where, url)
     assert (report.last_seq, report.events) == (reg.last_seq, len(lines))
     assert (report.workers, report.cursors) == (len(before.workers), 1)
     with crewlog.open(url) as there:
-        assert told(there) == lines
+        assert lines_of(there) == lines
         assert there.state() == before
         assert there.totals() == reg.totals()
         assert [(c.name, c.seq) for c in there.store().cursors.every()] == [
@@ -69,18 +69,18 @@ def test_there_and_back_is_byte_for_byte_the_same(
         there.register("new")
         compact(there)
         there.register("newer")
-        lines, before = told(there), there.state()
+        lines, before = lines_of(there), there.state()
     back = tmp_path / "back"
     migrate(url, back)
     with crewlog.open(back) as again:
-        assert told(again) == lines
+        assert lines_of(again) == lines
         assert again.state() == before
         assert verify(back, anchor=kept).ok
         again.register("newest")
         compact(again)
         assert verify(back).ok
         assert again.store().id == reg.store().id
-    assert told(reg) != lines, "the source stays as it was"
+    assert lines_of(reg) != lines, "the source stays as it was"
 
 
 def test_target_that_is_not_empty_is_refused(reg: Registry, url: str, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_migration_that_is_interrupted_leaves_no_store_and_is_begun_anew(
     assert limit > 4
     assert verify(url).ok
     with crewlog.open(url) as there:
-        assert told(there) == told(reg)
+        assert lines_of(there) == lines_of(reg)
 
 
 def test_change_that_comes_between_is_noticed(

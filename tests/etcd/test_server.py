@@ -56,8 +56,8 @@ def ask(port: int, path: str, body: dict[str, object], token: str = "") -> dict[
         f"http://127.0.0.1:{port}/v3/{path}", data=json.dumps(body).encode(), headers=headers
     )
     with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 (as above)
-        found: dict[str, object] = json.load(answer)
-        return found
+        fields: dict[str, object] = json.load(answer)
+        return fields
 
 
 def text(word: str) -> str:
@@ -105,9 +105,9 @@ def test_bad_address_is_refused_with_its_reason(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why) as caught:
         crewlog.open(url)
     assert not any(word in str(caught.value) for word in ("geheim", "ge/", "heim"))
-    told = Cli(url)("ls", code=2).stderr
-    assert "geheim" not in told
-    assert "Traceback" not in told
+    output = Cli(url)("ls", code=2).stderr
+    assert "geheim" not in output
+    assert "Traceback" not in output
 
 
 def test_environment_names_a_cluster(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +203,9 @@ def test_user_with_a_password_works_and_others_are_told(
     with crewlog.open(place) as reg, pytest.raises(UnsafePermissions, match="chmod go="):
         reg.workers()
     monkeypatch.setenv("CREWLOG_ETCD_PASSWORD", "wrong")
-    told = Cli(place)("ls", code=77).stderr
-    assert "authentication failed" in told
-    assert "wrong" not in told
+    output = Cli(place)("ls", code=77).stderr
+    assert "authentication failed" in output
+    assert "wrong" not in output
 
 
 def _accepted(port: int, token: str) -> bool:
@@ -536,8 +536,8 @@ def test_old_version_is_warned_of_once_it_is_written_to(
     number = version.stdout.split()[2]
     with crewlog.open(url) as reg:
         reg.register("a")
-    told = [r.getMessage() for r in caplog.records if "is old" in r.getMessage()]
-    assert bool(told) == bool(outdated(number))
+    warnings = [r.getMessage() for r in caplog.records if "is old" in r.getMessage()]
+    assert bool(warnings) == bool(outdated(number))
     assert Cli(url)("ls").stderr == ""
     assert ("is old" in Cli(url)("doctor").stdout) == bool(outdated(number))
 
@@ -589,9 +589,9 @@ def test_store_that_went_back_in_time_is_noticed(tmp_path: Path) -> None:
         assert (item.reason, item.seq) == ("replaced", 2)
         with crewlog.open(place) as again:
             again.update("a", state="ready")
-            found = items.next(10)
-            assert found is not None
-            assert found.seq == 3
+            reset = items.next(10)
+            assert reset is not None
+            assert reset.seq == 3
         items.close()
         reg.close()
         assert verify(place).ok
@@ -764,8 +764,8 @@ def test_end_of_a_child_is_recorded_once_the_servers_are_back(tmp_path: Path, cr
             server.kill()
             gate.touch()
             assert runner.stderr is not None
-            told = iter(runner.stderr.readline, "")
-            assert any("exited with 7; that is not recorded yet" in row for row in told)
+            output = iter(runner.stderr.readline, "")
+            assert any("exited with 7; that is not recorded yet" in row for row in output)
             server.start()
             cluster.wait()
             assert runner.wait(60) == 7
@@ -823,9 +823,9 @@ def test_schedule_tells_what_a_job_needs_but_no_password(
 def test_doctor_names_each_server_when_none_answers() -> None:
     """What each of them said, and what to do."""
     cli = Cli("etcd://127.0.0.1:1,127.0.0.1:2/p")
-    told = cli.json("doctor", code=1)
-    found = [c["found"] for c in told["checks"] if c["name"] == "server"]  # type: ignore[attr-defined]
-    assert found == ["127.0.0.1:1: connection refused", "127.0.0.1:2: connection refused"]
+    answer = cli.json("doctor", code=1)
+    checks = [c["found"] for c in answer["checks"] if c["name"] == "server"]  # type: ignore[attr-defined]
+    assert checks == ["127.0.0.1:1: connection refused", "127.0.0.1:2: connection refused"]
     said = cli("ls", code=69).stderr
     assert "127.0.0.1:1: connection refused" in said
     assert "127.0.0.1:2: connection refused" in said
@@ -838,11 +838,11 @@ def test_part_is_sealed_once_whatever_comes_between(
     real, others = job._measure, [True]
 
     def measured(log: EtcdLog, parts: list[Part]) -> tuple[int, int, str, int]:
-        found = real(log, parts)
+        result = real(log, parts)
         if others and others.pop():
             with crewlog.open(url) as other:
                 compact(other)
-        return found
+        return result
 
     with crewlog.open(url) as reg:
         reg.register("a")

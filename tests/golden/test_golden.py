@@ -40,10 +40,10 @@ def test_the_files_of_a_scripted_store_are_the_same(written: Path) -> None:
 
 def test_every_answer_in_json_is_the_same(written: Path) -> None:
     """Forty commands with --json: stdout, stderr and exit code."""
-    found, golden = scripted.answers(written), _golden("answers.json")
+    actual, golden = scripted.answers(written), _golden("answers.json")
     assert isinstance(golden, dict)
-    assert {k: v for k, v in found.items() if golden.get(k) != v} == {}
-    assert found.keys() == golden.keys()
+    assert {k: v for k, v in actual.items() if golden.get(k) != v} == {}
+    assert actual.keys() == golden.keys()
 
 
 def test_every_help_page_is_the_same() -> None:

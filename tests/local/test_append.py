@@ -363,9 +363,9 @@ def test_snapshot_never_covers_more_than_durable_names(place: Path) -> None:
         lock = files(other).take_compact_lock()
         from crewlog_compactor.local.compact import _fold
 
-        _, found = _fold(files(other))
+        _, state = _fold(files(other))
         lock.close()
-    assert found.last_seq < int(lost.stem)
+    assert state.last_seq < int(lost.stem)
     lost.unlink()  # the power cut takes the name away
     for leftover in (place / layout.LOG).glob(".tmp-*"):
         leftover.unlink()
@@ -552,13 +552,13 @@ def test_leader_pauses_for_others_where_that_is_worth_it(
     reg.register("a")
     leader = files(reg)._appender.sync
     leader._sync_s, leader._shared = sync_s, False
-    told: list[float] = []
-    monkeypatch.setattr(time, "sleep", told.append)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     reg.update("a", meta={"n": 1})
-    assert told == [], "it served nobody else"
+    assert pauses == [], "it served nobody else"
     leader._sync_s, leader._shared = sync_s, True
     reg.update("a", meta={"n": 2})
-    assert told == ([] if pause_s is None else [pytest.approx(pause_s)])
+    assert pauses == ([] if pause_s is None else [pytest.approx(pause_s)])
 
 
 def test_state_file_that_is_replaced_is_waited_on_anew(reg: Registry) -> None:

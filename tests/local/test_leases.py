@@ -66,18 +66,18 @@ def test_worker_of_another_pid_namespace_is_judged(
     """Rows 8 to 11: by its lease; else by a scan, which proves death to root in the first one."""
     worker = boxed(place, kind)
     try:
-        found = reg.liveness("boxed")
-        assert (found.verdict, found.cause) == (Verdict.ALIVE, alive)
+        liveness = reg.liveness("boxed")
+        assert (liveness.verdict, liveness.cause) == (Verdict.ALIVE, alive)
         assert collect(reg).lost == ()
     finally:
         end(worker)
     until(lambda: not reg.liveness("boxed").alive)
-    found = reg.liveness("boxed")
+    liveness = reg.liveness("boxed")
     if kind == "none" and not identity.sees_every_process():
-        assert found.cause == "foreign_pid_namespace"
+        assert liveness.cause == "foreign_pid_namespace"
         return
-    assert found.verdict is Verdict.DEAD
-    assert found.cause in {dead, "exited"}, "exited: a zombie that is not reaped yet was found"
+    assert liveness.verdict is Verdict.DEAD
+    assert liveness.cause in {dead, "exited"}, "exited: a zombie that is not reaped yet was found"
     assert collect(reg).lost == ("boxed",)
 
 
@@ -168,12 +168,12 @@ def test_lease_survives_an_exec_of_its_worker(reg: Registry, place: Path, crew: 
     )
     worker = crew.python(code, place)
     until(lambda: b"sleep\0" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()[:6])
-    found = reg.get("a")
-    assert found is not None
-    assert found.lease is not None
-    assert leases.look(files(reg).directory, found.lease)[0] == "held"
+    now = reg.get("a")
+    assert now is not None
+    assert now.lease is not None
+    assert leases.look(files(reg).directory, now.lease)[0] == "held"
     kill(worker)
-    assert leases.look(files(reg).directory, found.lease)[0] == "free"
+    assert leases.look(files(reg).directory, now.lease)[0] == "free"
 
 
 def test_spawned_program_inherits_its_lease(reg: Registry) -> None:
@@ -184,7 +184,7 @@ def test_spawned_program_inherits_its_lease(reg: Registry) -> None:
     assert leases.look(at, worker.lease)[0] == "held"
     os.kill(worker.pid, 9)
     until(lambda: leases.look(at, str(worker.lease))[0] == "free")
-    until(lambda: (found := reg.get("a")) is not None and found.final)
+    until(lambda: (now := reg.get("a")) is not None and now.final)
 
 
 def test_lease_for_another_process_is_refused(reg: Registry, crew: Crew) -> None:
@@ -249,10 +249,10 @@ def test_torn_beat_is_no_beat_and_no_error(reg: Registry) -> None:
     worker = reg.register("a", heartbeat_s=0.1)
     assert worker.lease is not None
     (reg.path / layout.LEASES / worker.lease).write_bytes(b"\0" * 36)
-    found = reg.liveness("a")
-    assert found.alive
-    assert found.evidence.beat_age_s is None
-    assert found.flags == frozenset()
+    liveness = reg.liveness("a")
+    assert liveness.alive
+    assert liveness.evidence.beat_age_s is None
+    assert liveness.flags == frozenset()
 
 
 @pytest.mark.parametrize("silence", [0, -1, float("nan"), float("inf"), 1e9, True, "1"])
@@ -417,8 +417,8 @@ def test_beat_by_a_clock_of_another_namespace_tells_no_age(reg: Registry, place:
         pytest.skip("no time namespace can be made here")
     over = time.monotonic() + 0.8
     until(lambda: time.monotonic() > over)
-    found = reg.liveness("a")
-    assert found.evidence.beat_age_s is None
-    assert found.flags == frozenset()
+    liveness = reg.liveness("a")
+    assert liveness.evidence.beat_age_s is None
+    assert liveness.flags == frozenset()
     process.kill()
     process.communicate()

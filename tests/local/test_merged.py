@@ -49,9 +49,9 @@ def archived(place: Path) -> list[str]:
     return sorted(path.name for path in (place / layout.ARCHIVE).glob("*.jsonl.*"))
 
 
-def told(found: Iterator[Event]) -> list[tuple[int, bytes]]:
+def lines_of(history: Iterator[Event]) -> list[tuple[int, bytes]]:
     """Return events by seq, with their lines."""
-    return [(event.seq, event.raw) for event in found]
+    return [(event.seq, event.raw) for event in history]
 
 
 def test_the_history_is_the_same_and_the_files_are_few(place: Path) -> None:
@@ -62,11 +62,11 @@ def test_the_history_is_the_same_and_the_files_are_few(place: Path) -> None:
         compacted(reg, 20)
         last = reg.last_seq
         before = (
-            told(reg.history()),
-            told(reg.history(newest_first=True)),
+            lines_of(reg.history()),
+            lines_of(reg.history(newest_first=True)),
             {seq: dict(reg.at(seq).workers) for seq in range(1, last)},
             {event.seq: reg.at(event.ts).seq for event in reg.history()},
-            {seq: told(reg.history(after=seq))[:3] for seq in range(last - 3)},
+            {seq: lines_of(reg.history(after=seq))[:3] for seq in range(last - 3)},
         )
         assert len(archived(place)) == 19
     limit(archives_small=4)
@@ -76,11 +76,11 @@ def test_the_history_is_the_same_and_the_files_are_few(place: Path) -> None:
         assert len(names) < 8
         assert any(layout.merged_seqs_of(name) for name in names)
         assert before == (
-            [one for one in told(reg.history()) if one[0] <= last],
-            [one for one in told(reg.history(newest_first=True)) if one[0] <= last],
+            [one for one in lines_of(reg.history()) if one[0] <= last],
+            [one for one in lines_of(reg.history(newest_first=True)) if one[0] <= last],
             {seq: dict(reg.at(seq).workers) for seq in range(1, last)},
             {event.seq: reg.at(event.ts).seq for event in reg.history() if event.seq <= last},
-            {seq: told(reg.history(after=seq))[:3] for seq in range(last - 3)},
+            {seq: lines_of(reg.history(after=seq))[:3] for seq in range(last - 3)},
         )
         assert verify(place).findings == ()
         compacted(reg, 200)
@@ -101,7 +101,7 @@ def test_large_archives_stay_as_they_are(reg: Registry, place: Path) -> None:
     with opened(place) as other:
         compacted(other, 40)
         seqs = [layout.merged_seqs_of(path.name) for path in (place / layout.ARCHIVE).iterdir()]
-        newest = sorted(found for found in seqs if found)[-2:]
+        newest = sorted(order for order in seqs if order)[-2:]
         assert all(last - first < 20 for first, last in newest)
     assert verify(place).findings == ()
 
@@ -112,14 +112,14 @@ def test_readers_that_began_before_go_on(reg: Registry, place: Path) -> None:
     limit(archives_small=10_000)
     with opened(place) as other:
         compacted(other, 8)
-    length = len(told(reg.history()))
+    length = len(lines_of(reg.history()))
     for at in range(0, length, 3):
         limit(archives_small=10_000)
         with opened(place) as other:
             compacted(other, 5)
-        whole = told(reg.history())
+        whole = lines_of(reg.history())
         forwards, backwards = reg.history(), reg.history(newest_first=True)
-        begun = [list(itertools.islice(found, at)) for found in (forwards, backwards)]
+        begun = [list(itertools.islice(lines, at)) for lines in (forwards, backwards)]
         with reg.watch(after=whole[at][0] - 1) as items:
             assert items.next(0) is not None
             limit(archives_small=4)
@@ -128,8 +128,8 @@ def test_readers_that_began_before_go_on(reg: Registry, place: Path) -> None:
                 compact(other, gc=False)
                 assert archived(place) != names
             rest = [item.seq for item in items.drain() if item.kind == "change"]
-        assert told(iter([*begun[0], *forwards])) == whole
-        assert told(iter([*begun[1], *backwards])) == whole[::-1]
+        assert lines_of(iter([*begun[0], *forwards])) == whole
+        assert lines_of(iter([*begun[1], *backwards])) == whole[::-1]
         assert rest == [seq for seq, _ in whole[at + 1 :]]
 
 
@@ -163,10 +163,10 @@ def test_writers_look_through_what_was_merged_meanwhile(reg: Registry) -> None:
     head = log.head()
     whole = b"".join(segments.raw_between(log.segments, Position(1, 0, 0), head.position))
     parts = segments.raw_between(log.segments, Position(1, 0, 0), head.position)
-    found = [next(parts)]
+    lines = [next(parts)]
     compacted(reg, 4)
     assert any("-" in one.name for one in segments.archives(log.directory))
-    assert b"".join([*found, *parts]) == whole
+    assert b"".join([*lines, *parts]) == whole
 
 
 @pytest.mark.parametrize("call", ["unlink", "rename", "sync_directory"])
@@ -179,18 +179,18 @@ def test_a_merge_that_ends_in_the_middle_is_finished(place: Path, call: str) -> 
         compacted(reg, 8)
     limit(archives_small=4)
     reg = registry_on(place, disk)
-    whole = told(reg.history())
+    whole = lines_of(reg.history())
     log = files(reg)
     disk.fault = only(call, 5)
     with pytest.raises((StorageFailed, OSError)):
         archive.merge(log.segments, packing="gzip")
     disk.fault = lambda _: None
-    assert told(reg.history()) == whole
-    assert told(reg.history(newest_first=True)) == whole[::-1]
+    assert lines_of(reg.history()) == whole
+    assert lines_of(reg.history(newest_first=True)) == whole[::-1]
     assert verify(place).findings == ()
     compact(reg, gc=False)
     assert segments.covered_archives(log.directory) == []
-    assert [one for one in told(reg.history()) if one[0] <= whole[-1][0]] == whole
+    assert [one for one in lines_of(reg.history()) if one[0] <= whole[-1][0]] == whole
     assert verify(place).findings == ()
     reg.close()
 
@@ -219,7 +219,7 @@ def test_a_stray_one_makes_nothing_go(place: Path, tmp_path: Path) -> None:
         reg.register("a")
         compacted(reg, 12)
         before = archived(place)
-        whole = told(reg.history())
+        whole = lines_of(reg.history())
         shutil.copyfile(tmp_path / "other" / layout.ARCHIVE / stray, place / layout.ARCHIVE / stray)
         (place / layout.ARCHIVE / stray).chmod(0o600)
         codes = {finding.code for finding in verify(place).findings}
@@ -228,7 +228,7 @@ def test_a_stray_one_makes_nothing_go(place: Path, tmp_path: Path) -> None:
             compacted(reg, 1)
         (place / layout.ARCHIVE / stray).unlink()
         assert set(before) <= set(archived(place))
-        assert [one for one in told(reg.history()) if one[0] <= whole[-1][0]] == whole
+        assert [one for one in lines_of(reg.history()) if one[0] <= whole[-1][0]] == whole
     assert verify(place).findings == ()
 
 
@@ -240,11 +240,11 @@ def test_a_copy_that_took_nothing_away_loses_nothing(place: Path, tmp_path: Path
         for _ in range(12):
             compacted(reg, 1)
             shutil.copytree(place, copy, dirs_exist_ok=True)
-        whole = told(reg.history())
+        whole = lines_of(reg.history())
     assert verify(copy).findings == ()
     with opened(copy) as there:
         compacted(there, 2)
-        assert [one for one in told(there.history()) if one[0] <= whole[-1][0]] == whole
+        assert [one for one in lines_of(there.history()) if one[0] <= whole[-1][0]] == whole
     assert verify(copy).findings == ()
 
 
@@ -348,7 +348,7 @@ def test_files_of_strange_names_are_told_and_block_nothing(
     reg.register("a")
     with opened(place) as other:
         compacted(other, 6)
-        whole = told(other.history())
+        whole = lines_of(other.history())
     first, last = seqs
     name = layout.archive_name(first) if last is None else layout.merged_name(first, last, "gzip")
     stray = place / layout.ARCHIVE / name
@@ -371,7 +371,7 @@ def test_files_of_strange_names_are_told_and_block_nothing(
     with contextlib.suppress(FileNotFoundError):  # where repair has set it aside
         stray.rmdir() if kind == "directory" else stray.unlink()
     with opened(place) as other:
-        assert [one for one in told(other.history()) if one[0] <= whole[-1][0]] == whole
+        assert [one for one in lines_of(other.history()) if one[0] <= whole[-1][0]] == whole
     assert verify(place).findings == ()
 
 
@@ -389,7 +389,7 @@ def test_retention_goes_within_merged_ones(
             compacted(reg, 40)
             moment = datetime.now(UTC)
             compacted(reg, 15)
-            whole = told(reg.history())
+            whole = lines_of(reg.history())
             size = sum(path.stat().st_size for path in (where / layout.ARCHIVE).glob("*.jsonl.*"))
             asked_at = datetime.now(UTC)
             choices: dict[str, Keep] = {
@@ -403,7 +403,7 @@ def test_retention_goes_within_merged_ones(
             assert dropped is not None
             assert foretold == dropped
             assert reg.first_seq == dropped[1] + 1
-            left = told(reg.history())
+            left = lines_of(reg.history())
             assert left == [one for one in whole if one[0] > dropped[1]]
             assert set(reg.at(reg.first_seq).workers) == {"a"}
             assert verify(where).findings == ()
@@ -435,7 +435,7 @@ def test_repair_takes_no_archive_for_a_stray(reg: Registry, place: Path, lost: s
     """However little is known of how far the log came."""
     reg.register("a")
     compacted(reg, 12)
-    whole = told(reg.history())
+    whole = lines_of(reg.history())
     reg.close()
     if lost in {"head", "both"}:
         (place / layout.HEAD / layout.HEAD_DURABLE).unlink()
@@ -447,7 +447,7 @@ def test_repair_takes_no_archive_for_a_stray(reg: Registry, place: Path, lost: s
     assert (report.losses, report.aside) == ((), ())
     assert archived(place) == before
     with opened(place) as fresh:
-        assert told(fresh.history()) == whole
+        assert lines_of(fresh.history()) == whole
         compacted(fresh, 2)
     assert {finding.code for finding in verify(place).findings} <= {"snapshot_regressed"}
 
@@ -469,7 +469,7 @@ def test_without_zstd_a_compaction_goes_on(place: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     with opened(place) as reg:
         compact(reg, gc=False)
-        assert len(told(reg.history())) == 17
+        assert len(lines_of(reg.history())) == 17
         assert len(archived(place)) < 8
     assert verify(place).findings == ()
 
@@ -493,7 +493,7 @@ def test_a_drop_that_was_killed_is_finished(place: Path) -> None:
         with contextlib.suppress(CrewlogError):
             compact(reg, gc=False, keep_history=KeepEvents(60))
         disk.fault = lambda _: None
-        seqs = [seq for seq, _ in told(reg.history())]
+        seqs = [seq for seq, _ in lines_of(reg.history())]
         assert seqs == sorted(set(seqs))
         compact(reg, gc=False)
         assert verify(where).findings == ()
@@ -530,7 +530,7 @@ def test_many_archives_are_opened_without_a_look_at_all(
         return real(directory)
 
     monkeypatch.setattr(segments, "archives", counted)
-    assert len(told(reg.history())) == 31
+    assert len(lines_of(reg.history())) == 31
     assert len(listed) < 15
 
 

@@ -146,9 +146,9 @@ def test_a_bad_one_breaks_nothing(reg: Registry, place: Path, kind: str) -> None
 
 def rewrite(place: Path, seq: int, **changes: object) -> None:
     """Write a kept state anew, with a right hash of its own."""
-    found = snapshot.read_kept(states(place), seq)
-    assert found is not None
-    data = encode_snapshot(replace(found, **changes))  # type: ignore[arg-type] # a test's changes
+    state = snapshot.read_kept(states(place), seq)
+    assert state is not None
+    data = encode_snapshot(replace(state, **changes))  # type: ignore[arg-type] # a test's changes
     (place / layout.ARCHIVE / layout.state_name(seq)).write_bytes(archive.pack(data, "gzip"))
 
 

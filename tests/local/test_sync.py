@@ -89,8 +89,10 @@ def test_of_those_who_expect_one_rev_one_wins(reg: Registry, syncs: Counter[str]
     for round_ in range(10):
         sid = f"w{round_}"
         rev = reg.register(sid).rev
-        found = _threads(16, lambda n, sid=sid, rev=rev: reg.update(sid, meta={"n": n}, expect=rev))
-        assert sum(isinstance(result, StaleRevision) for result in found) == 15
+        results = _threads(
+            16, lambda n, sid=sid, rev=rev: reg.update(sid, meta={"n": n}, expect=rev)
+        )
+        assert sum(isinstance(result, StaleRevision) for result in results) == 15
     claimed = _threads(16, lambda _: reg.register("same"))
     assert sum(isinstance(result, WorkerExists) for result in claimed) == 15
 
@@ -143,8 +145,8 @@ def test_group_goes_on_behind_a_rotation(reg: Registry, syncs: Counter[str]) -> 
     """Segments of a few lines: every group meets their ends."""
     for number in range(16):
         reg.register(f"w{number}")
-    found = _threads(16, lambda n: [reg.update(f"w{n}", meta={"n": k}).rev for k in range(10)])
-    assert len({rev for own in found for rev in own}) == 160  # type: ignore[attr-defined]
+    results = _threads(16, lambda n: [reg.update(f"w{n}", meta={"n": k}).rev for k in range(10)])
+    assert len({rev for own in results for rev in own}) == 160  # type: ignore[attr-defined]
     assert verify(reg.path).ok
     assert len(list((reg.path / layout.LOG).iterdir())) > 5
 
@@ -267,9 +269,9 @@ def test_cancelled_task_disturbs_nobody(place: Path, syncs: Counter[str]) -> Non
             tasks = [asyncio.ensure_future(reg.update(f"w{n}", meta={"n": n})) for n in range(8)]
             await asyncio.sleep(0)
             tasks[3].cancel()
-            found = await asyncio.gather(*tasks, return_exceptions=True)
-            assert isinstance(found[3], asyncio.CancelledError)
-            assert sum(isinstance(result, crewlog.Worker) for result in found) == 7
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(results[3], asyncio.CancelledError)
+            assert sum(isinstance(result, crewlog.Worker) for result in results) == 7
             assert (await reg.update("w3", meta={"again": 1})).meta["again"] == 1
 
     asyncio.run(main())
@@ -286,8 +288,8 @@ def test_two_loops_one_after_the_other_use_one_registry(place: Path) -> None:
     asyncio.run(change("a"))
     asyncio.run(change("b"))
     asyncio.run(reg.aclose())
-    with crewlog.open(place) as found:
-        assert [worker.sid for worker in found.workers()] == ["a", "b"]
+    with crewlog.open(place) as opened:
+        assert [worker.sid for worker in opened.workers()] == ["a", "b"]
 
 
 def test_closed_registry_says_so_to_tasks(place: Path) -> None:
@@ -361,11 +363,11 @@ def test_lead_that_is_handed_to_a_closed_registry_goes_on(place: Path) -> None:
         await areg.register("a")
         log = files(areg.registry)
         areg._leaders.shutdown()
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             *(areg.update("a", meta={"n": n}) for n in range(3)), return_exceptions=True
         )
         assert log.commits._leader is None
         await areg.aclose()
-        return [one if isinstance(one, BaseException) else None for one in found]
+        return [one if isinstance(one, BaseException) else None for one in results]
 
     assert {type(error) for error in asyncio.run(main())} == {crewlog.errors.RegistryClosed}

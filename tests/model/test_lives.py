@@ -24,10 +24,10 @@ def _line(seq: int, kind: str, sid: str, *, by: int = 1, **data: object) -> Line
 
 
 def _lives(*lines: Line) -> list[Life]:
-    found = Lives()
+    sample = Lives()
     for line in lines:
-        found.add(line)
-    return found.every
+        sample.add(line)
+    return sample.every
 
 
 def test_lost_worker_is_proven_only_up_to_its_last_own_event() -> None:

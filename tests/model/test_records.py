@@ -68,9 +68,9 @@ def test_rows_are_merged_in_order_of_registration() -> None:
     assert [keys_of(row) for row in rows.rows] == [(5, "b"), (2, "ä-ö"), (9, "c")]
     living = [record("a", 7, state="ready"), record("d", 1, state="ready")]
     for given in (rows, ended):
-        found = merged(living, given)
-        assert list(found) == ["d", "ä-ö", "b", "a", "c"]
-        assert found == {one["sid"]: one for one in (*living, *ended)}
+        order = merged(living, given)
+        assert list(order) == ["d", "ä-ö", "b", "a", "c"]
+        assert order == {one["sid"]: one for one in (*living, *ended)}
 
 
 def test_a_row_of_another_layout_is_parsed() -> None:
@@ -94,7 +94,7 @@ GOOD = codec.dump(record("w", 4))
 
 
 @pytest.mark.parametrize(
-    ("rows", "found"),
+    ("rows", "outcome"),
     [
         ([GOOD, codec.dump(record("v", 9))], ["w", "v"]),
         ([GOOD + b"," + codec.dump(record("v", 9))], ["w", "v"]),  # two on one line
@@ -105,7 +105,7 @@ GOOD = codec.dump(record("w", 4))
         ([GOOD.replace(b'"exited"', b'"ready"')], ["w"]),
     ],
 )
-def test_a_snapshot_is_checked_as_it_is_read(rows: list[bytes], found: list[str] | str) -> None:
+def test_a_snapshot_is_checked_as_it_is_read(rows: list[bytes], outcome: list[str] | str) -> None:
     """What is not plainly a worker a line is parsed as a whole: nobody is lost by the short way."""
     whole = Snapshot(
         store="s",
@@ -117,12 +117,12 @@ def test_a_snapshot_is_checked_as_it_is_read(rows: list[bytes], found: list[str]
         totals={},
     )
     data = encode_snapshot(whole)
-    if isinstance(found, str):
-        with pytest.raises(codec.DocumentError, match=found):
+    if isinstance(outcome, str):
+        with pytest.raises(codec.DocumentError, match=outcome):
             decode_snapshot(data)
     else:
-        assert [one["sid"] for one in decode_snapshot(data).ended] == found
-        assert list(decode_snapshot(data).records()) == found
+        assert [one["sid"] for one in decode_snapshot(data).ended] == outcome
+        assert list(decode_snapshot(data).records()) == outcome
 
 
 def test_a_shape_that_was_checked_lets_no_other_pass() -> None:

@@ -55,14 +55,14 @@ def limit(made: Path, size: int) -> None:
     ):  # fmt: skip
         with contextlib.suppress(OSError):
             (made / name).write_text(str(value))
-    told = [made / "memory.max", made / "memory.limit_in_bytes"]
-    if not any(one.exists() and one.read_text().strip() == str(size) for one in told):
+    settings = [made / "memory.max", made / "memory.limit_in_bytes"]
+    if not any(one.exists() and one.read_text().strip() == str(size) for one in settings):
         pytest.skip("memory is not counted here")
 
 
 def ended(reg: Registry, sid: str) -> crewlog.Worker:
     """Return a worker once its end is on record."""
-    until(lambda: (found := reg.get(sid)) is not None and found.final)
+    until(lambda: (now := reg.get(sid)) is not None and now.final)
     worker = reg.get(sid)
     assert worker is not None
     return worker
@@ -89,14 +89,14 @@ def test_out_of_memory_is_told_as_evidence(reg: Registry, tmp_path: Path) -> Non
 
             until(lambda: REAPER.counts()[0] >= 2)
             gate.touch()
-            found = ended(reg, "hungry").exit
+            end = ended(reg, "hungry").exit
             worker.wait()
-    assert found is not None
-    assert found.signal == signal.SIGKILL
-    assert found.oom is not None
-    assert (found.oom.kills, found.oom.limit_bytes) == (1, LIMIT)
-    assert made.name in found.oom.cgroup
-    assert found.oom.proven
+    assert end is not None
+    assert end.signal == signal.SIGKILL
+    assert end.oom is not None
+    assert (end.oom.kills, end.oom.limit_bytes) == (1, LIMIT)
+    assert made.name in end.oom.cgroup
+    assert end.oom.proven
 
 
 def test_kill_beside_a_sibling_that_is_out_of_memory_is_not_called_that(
@@ -114,13 +114,13 @@ def test_kill_beside_a_sibling_that_is_out_of_memory_is_not_called_that(
             eater = subprocess.Popen([sys.executable, "-c", _EAT, made])
             assert eater.wait() == -signal.SIGKILL
             worker.kill()
-            found = ended(reg, "victim").exit
+            end = ended(reg, "victim").exit
             worker.wait()
-    assert found is not None
-    assert found.signal == signal.SIGKILL
-    assert found.oom is None or not found.oom.proven
-    told = [e.data.get("oom") for e in reg.history(sid="victim", types=["worker.exited"])]
-    assert all(one is None or one["proven"] is False for one in told)  # type: ignore[call-overload,index]
+    assert end is not None
+    assert end.signal == signal.SIGKILL
+    assert end.oom is None or not end.oom.proven
+    ooms = [e.data.get("oom") for e in reg.history(sid="victim", types=["worker.exited"])]
+    assert all(one is None or one["proven"] is False for one in ooms)  # type: ignore[call-overload,index]
 
 
 def test_count_that_rose_long_ago_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,28 +182,28 @@ def test_kill_counts_near_an_end_and_not_later(
 ) -> None:
     """As version 2 tells it, by the time of its word."""
     who = identity.capture()
-    told = tmp_path / "memory.events.local"
-    told.write_text("oom 0\noom_kill 0\n")
+    counts = tmp_path / "memory.events.local"
+    counts.write_text("oom 0\noom_kill 0\n")
     memory = Memory(cgroup.Place("/job", str(tmp_path), v2=True))
     try:
         assert memory.about(who) is None
-        told.write_text("oom 1\noom_kill 2\n")
+        counts.write_text("oom 1\noom_kill 2\n")
         memory.look()  # as the kernel bids
-        found = memory.about(who)
-        assert found is not None
-        assert (found.kills, found.proven) == (2, False)
+        evidence = memory.about(who)
+        assert evidence is not None
+        assert (evidence.kills, evidence.proven) == (2, False)
         now = time.monotonic
         monkeypatch.setattr(time, "monotonic", lambda: now() + 2 * cgroup.NEAR_S)
         assert memory.about(who) is None
         (tmp_path / "memory.oom.group").write_text("1\n")
     finally:
         memory.close()
-    told.write_text("oom 1\noom_kill 2\n")
+    counts.write_text("oom 1\noom_kill 2\n")
     memory = Memory(cgroup.Place("/job", str(tmp_path), v2=True))
     try:
-        told.write_text("oom 2\noom_kill 3\n")
-        found = memory.about(who)
-        assert found is not None
-        assert (found.kills, found.proven) == (1, True), "the whole group goes at once"
+        counts.write_text("oom 2\noom_kill 3\n")
+        evidence = memory.about(who)
+        assert evidence is not None
+        assert (evidence.kills, evidence.proven) == (1, True), "the whole group goes at once"
     finally:
         memory.close()

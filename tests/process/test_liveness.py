@@ -72,9 +72,9 @@ def test_living_sid_is_refused_and_a_dead_one_taken_over(reg: Registry, crew: Cr
 
 @LINUX
 @ROOT
-@pytest.mark.parametrize("told", ["pidfd", "stat", "kill"])
+@pytest.mark.parametrize("way", ["pidfd", "stat", "kill"])
 def test_process_of_another_user_is_alive(
-    place: Path, crew: Crew, told: str, monkeypatch: pytest.MonkeyPatch
+    place: Path, crew: Crew, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EPERM is not death: a living worker that we may not signal lives, by whatever tells.
 
@@ -83,9 +83,9 @@ def test_process_of_another_user_is_alive(
     worker = crew.sleeper()
     who = identity.capture(worker.pid)
     os.chmod(place.parent, 0o755)  # noqa: S103 (the child must get there)
-    if told != "pidfd":
+    if way != "pidfd":
         monkeypatch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
-    if told == "kill":
+    if way == "kill":
         monkeypatch.setattr(identity, "read_stat", lambda _: None)
 
     def look_as_nobody(pid: int) -> None:
@@ -97,7 +97,7 @@ def test_process_of_another_user_is_alive(
         asked = replace(who, pid=pid)
         seen = evidence.witness().look(asked, last_event_at=datetime.now(UTC))
         assert judge(asked, seen, final=False).dead == (pid == gone.pid)
-        if pid == worker.pid and told == "kill":
+        if pid == worker.pid and way == "kill":
             assert seen.killed == "exists"
 
     gone = crew.sleeper()
@@ -122,8 +122,8 @@ def _ticks() -> int:
 
 
 def _state(pid: int) -> str:
-    found = identity.read_stat(pid)
-    return "" if found is None else found.state
+    stat = identity.read_stat(pid)
+    return "" if stat is None else stat.state
 
 
 @LINUX
@@ -134,10 +134,10 @@ def test_zombie_is_dead_with_its_exit_status(reg: Registry, crew: Crew) -> None:
     assert worker.stdin is not None
     worker.stdin.close()
     until(lambda: _state(worker.pid) == "Z")
-    found = reg.liveness("a")
-    assert found.dead
-    assert found.cause == "exited"
-    assert found.evidence.exit_code == 7
+    liveness = reg.liveness("a")
+    assert liveness.dead
+    assert liveness.cause == "exited"
+    assert liveness.evidence.exit_code == 7
 
 
 @LINUX
@@ -179,8 +179,8 @@ def test_code_of_a_stranger_is_not_the_workers(
     os.kill(stranger, signal.SIGKILL)
     try:
         until(lambda: _state(stranger) == "Z")
-        found = reg.liveness("a")
-        assert (found.cause, found.evidence.task_state) == ("pid_reused", "Z")
+        liveness = reg.liveness("a")
+        assert (liveness.cause, liveness.evidence.task_state) == ("pid_reused", "Z")
         assert reg.observe("a").type == "worker.lost"
     finally:
         os.waitpid(stranger, 0)
@@ -265,9 +265,9 @@ def test_reused_pid_is_dead_and_the_stranger_untouched(reg: Registry, crew: Crew
     kill(worker)
     stranger = stranger_with(worker.pid)
     try:
-        found = reg.liveness("a")
-        assert found.dead
-        assert found.cause == "pid_reused"
+        liveness = reg.liveness("a")
+        assert liveness.dead
+        assert liveness.cause == "pid_reused"
         assert collect(reg).lost == ("a",)
         assert os.waitpid(stranger, os.WNOHANG) == (0, 0), "the stranger lives"
     finally:
@@ -299,10 +299,10 @@ time.sleep(300)
     worker = crew.python(code)
     assert worker.stdout is not None
     worker.stdout.readline()
-    found = identity.read_stat(worker.pid)
-    assert found is not None
-    assert found.state in {"R", "S"}
-    assert found.threads == 1
+    stat = identity.read_stat(worker.pid)
+    assert stat is not None
+    assert stat.state in {"R", "S"}
+    assert stat.threads == 1
 
 
 @LINUX
@@ -313,9 +313,9 @@ def test_without_pidfd_the_start_time_decides(
     worker = crew.sleeper()
     reg.register("a", pid=worker.pid)
     monkeypatch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
-    found = reg.liveness("a")
-    assert found.alive
-    assert found.cause == "start_time"
+    liveness = reg.liveness("a")
+    assert liveness.alive
+    assert liveness.cause == "start_time"
     kill(worker)
     assert reg.liveness("a").cause == "no_such_process" or reg.liveness("a").dead
 
@@ -354,10 +354,10 @@ def test_short_way_says_what_the_table_says(
     sleeper, zombie = crew.sleeper(), crew.sleeper()
     living, dead = identity.capture(sleeper.pid), identity.capture(zombie.pid)
     zombie.kill()
-    until(lambda: (found := identity.read_stat(zombie.pid)) is not None and found.state == "Z")
+    until(lambda: (answers := identity.read_stat(zombie.pid)) is not None and answers.state == "Z")
     another = replace(living, pidfd_id=dead.pidfd_id, start_ticks=1)
-    found = [identity.look_once(who) for who in (living, dead, another)]
-    assert found == [False, True, True]
+    answers = [identity.look_once(who) for who in (living, dead, another)]
+    assert answers == [False, True, True]
     with monkeypatch.context() as patch:
         patch.setattr(identity, "open_pidfd", lambda _: ("unsupported", -1))
         assert identity.look_once(living) is None

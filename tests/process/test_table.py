@@ -71,8 +71,8 @@ def test_row_gives_its_verdict(
     row: int, identity: Identity | None, seen: Evidence, verdict: Verdict, cause: str
 ) -> None:
     """Each row of the table."""
-    found = judge(identity, seen, final=False)
-    assert (found.verdict, found.cause) == (verdict, cause), f"row {row}"
+    answers = judge(identity, seen, final=False)
+    assert (answers.verdict, answers.cause) == (verdict, cause), f"row {row}"
 
 
 @pytest.mark.parametrize(("row", "identity", "seen", "verdict", "cause"), ROWS)

@@ -89,7 +89,7 @@ def test_gunicorn_hooks_register_workers_and_note_their_ends(kitchen: Path, reg:
         first = reg.workers()[0]
         assert first.owner is not None
         assert first.owner.pid == server.pid
-        assert all(found.alive for found in reg.judge(reg.workers()))
+        assert all(answers.alive for answers in reg.judge(reg.workers()))
         os.kill(first.pid, signal.SIGKILL)
         until(lambda: story(reg, first.sid)[-1] in {"exited", "lost"})
         assert list(reg.history(sid=first.sid))[-1].crashed
@@ -249,8 +249,8 @@ class Pool:
 
 def living(reg: Registry, prefix: str) -> dict[str, int]:
     """Return the pids of the living workers whose sid begins so."""
-    found = [w for w in reg.workers() if w.sid.startswith(prefix)]
-    return {w.sid: w.pid for w, j in zip(found, reg.judge(found), strict=True) if j.alive}
+    workers = [w for w in reg.workers() if w.sid.startswith(prefix)]
+    return {w.sid: w.pid for w, j in zip(workers, reg.judge(workers), strict=True) if j.alive}
 
 
 def catches(pid: int, number: int) -> bool:
@@ -322,8 +322,8 @@ def test_workers_of_a_pool_are_listed_and_their_ends_recorded(
     finally:
         pool.kill()
     until(lambda: all(w.final for w in reg.workers(all=True) if w.sid.startswith(name)))
-    told = {w.sid: w.state.value for w in reg.workers(all=True) if w.sid in crew}
-    assert told == dict.fromkeys(crew, "exited")
+    states = {w.sid: w.state.value for w in reg.workers(all=True) if w.sid in crew}
+    assert states == dict.fromkeys(crew, "exited")
 
 
 @needs("supervisor")
@@ -343,8 +343,8 @@ def test_programs_of_supervisord_are_workers(kitchen: Path, reg: Registry) -> No
             pool.end(signal.SIGTERM)
         finally:
             pool.kill()
-        found = [w for w in reg.workers(all=True) if w.sid.startswith("web-")]
-        assert [(w.state.value, w.generation) for w in found] == [("exited", life)] * 2
+        workers = [w for w in reg.workers(all=True) if w.sid.startswith("web-")]
+        assert [(w.state.value, w.generation) for w in workers] == [("exited", life)] * 2
 
 
 @needs("jupyter_client")
@@ -447,23 +447,23 @@ def test_service_tells_of_each_crash_once_across_restarts(
         crew.processes.append(one)
         return one
 
-    def told(one: subprocess.Popen[str]) -> list[str]:
+    def crashes(one: subprocess.Popen[str]) -> list[str]:
         assert one.stdout is not None
         return one.stdout.readline().split()[1:]
 
     first = service()
     with crewlog.open(place) as reg:
         reg.spawn("a", ["sh", "-c", "exit 3"])
-        assert told(first) == ["a", "code", "3"]
+        assert crashes(first) == ["a", "code", "3"]
         until(lambda: reg.cursors.read("crashes") is not None)
         reg.spawn("b", ["sh", "-c", "kill -SEGV $$"])
-        assert told(first) == ["b", "signal", "11"]
+        assert crashes(first) == ["b", "signal", "11"]
         first.terminate()
         assert first.wait(20) == 0
         reg.spawn("ok", ["true"])
         reg.spawn("c", ["sh", "-c", "exit 4"])
         until(lambda: (w := reg.get("c")) is not None and w.final)
     second = service()
-    assert told(second) == ["c", "code", "4"]
+    assert crashes(second) == ["c", "code", "4"]
     second.terminate()
     assert second.wait(20) == 0

@@ -52,7 +52,7 @@ def reads(reg: crewlog.Registry, when: datetime) -> None:
     assert_type(reg.lives(), list[crewlog.Life])
 
 
-def values(worker: crewlog.Worker, event: crewlog.Event, found: crewlog.Liveness) -> None:
+def values(worker: crewlog.Worker, event: crewlog.Event, liveness: crewlog.Liveness) -> None:
     """The fields that are promised."""
     assert_type(worker.sid, str)
     assert_type(worker.pid, int)
@@ -64,8 +64,8 @@ def values(worker: crewlog.Worker, event: crewlog.Event, found: crewlog.Liveness
     assert_type(worker.exit, crewlog.Exit | None)
     assert_type(event.seq, int)
     assert_type(event.raw, bytes)
-    assert_type(found.verdict, crewlog.Verdict)
-    assert_type(found.alive, bool)
+    assert_type(liveness.verdict, crewlog.Verdict)
+    assert_type(liveness.alive, bool)
 
 
 def follows(reg: crewlog.Registry) -> None:

@@ -60,22 +60,22 @@ def test_threads_create_the_same_cursor_at_once(reg: Registry) -> None:
     """One owns it, the others hear who; nothing else is raised."""
     reg.register("a")
     for number in range(10):
-        found: list[object] = []
+        results: list[object] = []
 
-        def own(name: str = f"c-{number}", found: list[object] = found) -> None:
+        def own(name: str = f"c-{number}", results: list[object] = results) -> None:
             try:
-                found.append(reg.watch(after="oldest", cursor=name))
+                results.append(reg.watch(after="oldest", cursor=name))
             except BaseException as error:
-                found.append(error)
+                results.append(error)
 
         threads = [threading.Thread(target=own) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        owners = [f for f in found if isinstance(f, crewlog.Watch)]
+        owners = [f for f in results if isinstance(f, crewlog.Watch)]
         assert len(owners) >= 1
-        assert all(isinstance(f, crewlog.Watch | CursorBusy) for f in found), found
+        assert all(isinstance(f, crewlog.Watch | CursorBusy) for f in results), results
         for owner in owners:
             owner.close()
 

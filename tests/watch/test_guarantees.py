@@ -54,12 +54,12 @@ def changes(items: list[Item]) -> list[int]:
 
 def take(watch: Watch, count: int, *, wait_s: float = 20) -> list[Item]:
     """Take so many changes."""
-    found: list[Item] = []
-    while len(changes(found)) < count:
+    taken: list[Item] = []
+    while len(changes(taken)) < count:
         item = watch.next(wait_s)
-        assert item is not None, f"only {len(changes(found))} of {count} came"
-        found.append(item)
-    return found
+        assert item is not None, f"only {len(changes(taken))} of {count} came"
+        taken.append(item)
+    return taken
 
 
 def write(place: Path, sid: str, count: int) -> None:
@@ -419,9 +419,9 @@ def test_cursor_torn_in_one_slot_keeps_the_other(reg: Registry, place: Path) -> 
         broken = bytearray(data)
         broken[index] ^= 1
         path.write_bytes(bytes(broken))
-        found = cursors.read(directory, "c")
-        assert found is not None
-        assert found.seq in {7, 8}
+        state = cursors.read(directory, "c")
+        assert state is not None
+        assert state.seq in {7, 8}
     path.write_bytes(b"\0" * len(data))
     with pytest.raises(crewlog.errors.CursorCorrupt):
         cursors.read(directory, "c")
@@ -652,8 +652,8 @@ def test_forked_child_watches_on_and_the_parent_is_not_deafened(
 
             def child() -> None:
                 reg.update("a", meta={"from": "child"})
-                found = take(items, 1)
-                assert changes(found) == [3]
+                first = take(items, 1)
+                assert changes(first) == [3]
                 items.close()
                 items.__exit__(None, None, None)
 

@@ -68,9 +68,9 @@ def test_store_removed_and_created_again_is_followed(place: Path) -> None:
         shutil.rmtree(place)
         with opened(place) as other:
             other.register("new")
-        found = items.next(10)
-        assert isinstance(found, Reset)
-        assert list(found.state.workers) == ["new"]
+        item = items.next(10)
+        assert isinstance(item, Reset)
+        assert list(item.state.workers) == ["new"]
 
 
 @pytest.mark.limits(safety_look_s=0.1)
@@ -84,7 +84,7 @@ def test_polling_consumer_hears_of_a_replaced_store(place: Path, tmp_path: Path)
         with reg.watch(after="oldest") as items:
             items.drain()
             replace_by(place, other)
-            until(lambda: bool(found := items.drain()) and isinstance(found[0], Reset))
+            until(lambda: bool(changes := items.drain()) and isinstance(changes[0], Reset))
 
 
 def test_store_restored_from_a_backup_is_no_silent_gap(place: Path, tmp_path: Path) -> None:
@@ -100,9 +100,9 @@ def test_store_restored_from_a_backup_is_no_silent_gap(place: Path, tmp_path: Pa
                 for number in range(9):
                     restored.update("a", meta={"other": number})
             replace_by(place, tmp_path / "backup")
-            found = items.next(5)
-            assert isinstance(found, Reset)
-            assert found.reason == "replaced"
+            item = items.next(5)
+            assert isinstance(item, Reset)
+            assert item.reason == "replaced"
         with reg.watch(after=500) as items:
             assert isinstance(items.next(5), Reset), "this store never was that far"
 
@@ -122,10 +122,10 @@ def test_cursor_is_newer_than_a_restored_store_that_has_grown(place: Path, tmp_p
             restored.update("a", meta={"other": number})
     shutil.copy(place / "cursors" / "c", tmp_path / "backup" / "cursors" / "c")
     with crewlog.open(tmp_path / "backup") as reg, reg.watch(cursor="c") as items:
-        found = items.next(5)
-        assert isinstance(found, Reset)
-        assert found.reason == "replaced"
-        assert found.state.workers["a"].meta["other"] == 8
+        item = items.next(5)
+        assert isinstance(item, Reset)
+        assert item.reason == "replaced"
+        assert item.state.workers["a"].meta["other"] == 8
 
 
 def reg_watch(reg: Registry) -> crewlog.Watch:

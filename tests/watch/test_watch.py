@@ -151,8 +151,8 @@ def test_filters_deliver_only_what_was_asked_and_move_on(reg: Registry) -> None:
         reg.register(sid)
         reg.update(sid, state="ready")
     with reg.watch(after="oldest", sids=["b"], types=["worker.ready"]) as items:
-        found = items.drain()
-        assert [(i.kind, i.seq) for i in found] == [("change", 5), ("synced", 5)]
+        changes = items.drain()
+        assert [(i.kind, i.seq) for i in changes] == [("change", 5), ("synced", 5)]
         assert items.position == reg.last_seq
         assert items.lag == 0
 
@@ -215,5 +215,5 @@ def test_mirror_returns_the_very_state_that_was_accepted(reg: Registry) -> None:
         return reg.state()
 
     with Mirror(reg.watch(after="now"), state) as now:
-        found = now.wait(lambda seen: seen.workers["a"].labels["look"] == "2", timeout_s=0)
-    assert found.workers["a"].labels["look"] == "2"
+        accepted = now.wait(lambda seen: seen.workers["a"].labels["look"] == "2", timeout_s=0)
+    assert accepted.workers["a"].labels["look"] == "2"

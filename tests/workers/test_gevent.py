@@ -60,6 +60,6 @@ def test_loop_goes_on_while_workers_start_and_end(place: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    starts, told = map(float, done.stdout.split())
+    starts, times = map(float, done.stdout.split())
     assert starts < 0.2
-    assert told < 0.2
+    assert times < 0.2

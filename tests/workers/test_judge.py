@@ -101,8 +101,8 @@ def test_host_that_reaps_our_children_makes_no_code_up(
     reg: Registry, place: Path, crew: Crew, host: str
 ) -> None:
     """wait(2) finds no child then, which is not the same as exit code 0."""
-    told, _ = crew.python(_HOST, place, _HOSTS[host]).communicate(timeout=60)
-    assert told.split() == ["7"] * 8
+    output, _ = crew.python(_HOST, place, _HOSTS[host]).communicate(timeout=60)
+    assert output.split() == ["7"] * 8
     assert {end for number in range(8) for end in ends(reg, str(number))} == {("worker.exited", 7)}
 
 
@@ -171,8 +171,8 @@ def test_run_keeps_the_exit_code_when_it_is_asked_to_end_behind_a_busy_lock(
         until(lambda: state_of(worker.pid) == "Z")
         until(lambda: not _is_pending(running.pid, signal.SIGCHLD))  # it knows
         running.send_signal(signal.SIGTERM)
-        _, told = running.communicate(timeout=30)
-    assert (running.returncode, "not recorded" in told) == (7, True)
+        _, output = running.communicate(timeout=30)
+    assert (running.returncode, "not recorded" in output) == (7, True)
 
 
 def _is_pending(pid: int, number: int) -> bool:
@@ -342,9 +342,9 @@ def test_end_is_found_behind_a_registration_that_is_no_longer_kept(
     with started_again(reg, monkeypatch):
         assert reg.stop("a", reason="r").data["signal"] == 15
     assert files(reg).first_seq() > worker.rev, "nor is what was read of it when it began"
-    found = stop._end_on_record(files(reg), worker)
-    assert found is not None
-    assert found.data["signal"] == 15
+    end = stop._end_on_record(files(reg), worker)
+    assert end is not None
+    assert end.data["signal"] == 15
     reg.stop("a", reason="done")
 
 
@@ -446,8 +446,8 @@ def test_many_that_end_at_once_do_not_keep_each_other_from_descriptors(place: Pa
             with few_descriptors(2):
                 gate.touch(mode=0o600)
                 until(lambda: threading.active_count() == 1)
-            told = {(w.exit.code, w.exit.source) for w in reg.workers(all=True) if w.exit}
-            assert told == {(7, "wait")}
+            exits = {(w.exit.code, w.exit.source) for w in reg.workers(all=True) if w.exit}
+            assert exits == {(7, "wait")}
 
     joined(forked(few))
 
@@ -536,5 +536,5 @@ def test_child_forked_while_a_thread_loads_a_module_can_load_it(
     place: Path, crew: Crew, module: str
 ) -> None:
     """The lock of that import has no owner in the child; so the fork waits for it."""
-    told, _ = crew.python(_FIRST_USE, place, module).communicate(timeout=60)
-    assert told == "0\n"
+    output, _ = crew.python(_FIRST_USE, place, module).communicate(timeout=60)
+    assert output == "0\n"

@@ -15,7 +15,7 @@ from procs import until
 
 def over(reg: Registry, sid: str) -> crewlog.Worker:
     """Return a worker once its end is on record."""
-    until(lambda: (found := reg.get(sid)) is not None and found.final)
+    until(lambda: (now := reg.get(sid)) is not None and now.final)
     worker = reg.get(sid)
     assert worker is not None
     return worker
@@ -23,11 +23,11 @@ def over(reg: Registry, sid: str) -> crewlog.Worker:
 
 def said(worker: crewlog.Worker, lines: int | None = None) -> str:
     """Return what a worker wrote, as it is found now."""
-    found = output.Follower(worker.log, lines=lines)
+    follower = output.Follower(worker.log, lines=lines)
     text = b""
-    while part := found.read():
+    while part := follower.read():
         text += part
-    found.close()
+    follower.close()
     return text.decode()
 
 
@@ -136,8 +136,8 @@ def test_without_a_log_nothing_inherits_our_streams(reg: Registry) -> None:
     worker = reg.get("a")
     assert worker is not None
     if sys.platform == "linux":
-        found = {os.readlink(f"/proc/{worker.pid}/fd/{n}") for n in (0, 2)}
-        assert found == {"/dev/null"}
+        places = {os.readlink(f"/proc/{worker.pid}/fd/{n}") for n in (0, 2)}
+        assert places == {"/dev/null"}
     reg.stop("a", reason="done")
 
 

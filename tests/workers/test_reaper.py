@@ -80,10 +80,10 @@ def test_busy_store_holds_up_no_ends_of_another(
         other.spawn("quick", wait)
         monkeypatch.setattr(Session, "append", slow)
         gate.touch()
-        until(lambda: (found := other.get("quick")) is not None and found.final)
+        until(lambda: (worker := other.get("quick")) is not None and worker.final)
         assert not reg.get("slow").final  # type: ignore[union-attr] # it is there
         go_on.set()
-        until(lambda: (found := reg.get("slow")) is not None and found.final)
+        until(lambda: (worker := reg.get("slow")) is not None and worker.final)
 
 
 @LINUX
@@ -124,10 +124,10 @@ def test_look_leaves_a_child_to_be_reaped(crew: Crew) -> None:
     """It tells how it ended as often as it is asked; of a stranger it says so."""
     child = subprocess.Popen(["sh", "-c", "exit 6"])
     pidfd = os.pidfd_open(child.pid)
-    found = look(child.pid, pidfd, wait=True)
-    assert found is not None
-    assert found.status is not None
-    assert (found.status.code, found.status.signal) == (6, None)
+    end = look(child.pid, pidfd, wait=True)
+    assert end is not None
+    assert end.status is not None
+    assert (end.status.code, end.status.signal) == (6, None)
     assert look(child.pid, -1) is not None
     assert child.wait() == 6
     with pytest.raises(ChildProcessError):
@@ -141,12 +141,12 @@ def test_core_that_was_dumped_is_told(tmp_path: Path) -> None:
     """Where the system lets it."""
     code = "import os, resource; resource.setrlimit(resource.RLIMIT_CORE, (1 << 20, 1 << 20))"
     child = subprocess.Popen([sys.executable, "-c", code + "; os.abort()"], cwd=tmp_path)
-    found = look(child.pid, -1, wait=True)
+    end = look(child.pid, -1, wait=True)
     dumped = os.WCOREDUMP(os.waitpid(child.pid, 0)[1])
     child.returncode = -6
-    assert found is not None
-    assert found.status is not None
-    assert (found.status.signal, found.status.core) == (6, dumped)
+    assert end is not None
+    assert end.status is not None
+    assert (end.status.signal, end.status.core) == (6, dumped)
 
 
 def test_program_that_never_began_is_told_by_its_error(reg: Registry) -> None:
@@ -166,7 +166,7 @@ def test_program_that_never_began_is_told_by_its_error(reg: Registry) -> None:
 def test_codes_that_are_no_crash(reg: Registry, how: str, state: str) -> None:
     """For this worker, by its registration; 128 + N is signal N."""
     reg.spawn("a", ["sh", "-c", how], ok_codes=(3, 143))
-    until(lambda: (found := reg.get("a")) is not None and found.final)
+    until(lambda: (now := reg.get("a")) is not None and now.final)
     worker = reg.get("a")
     assert worker is not None
     assert worker.exit is not None
@@ -211,7 +211,7 @@ def test_forked_child_has_a_reaper_of_its_own(reg: Registry) -> None:
         assert REAPER.counts() == (0, 0)
         with opened(reg.path) as mine:
             mine.spawn("childs", ["sh", "-c", "exit 2"])
-            until(lambda: (found := mine.get("childs")) is not None and found.final)
+            until(lambda: (worker := mine.get("childs")) is not None and worker.final)
 
     joined(forked(child))
     reg.stop("parents", reason="done")
@@ -262,7 +262,7 @@ def test_no_thread_to_be_had_is_said_and_stops_nothing(
     assert reg.liveness("a").alive
     slay(worker.pid)
     reg.spawn("b", ["true"])
-    until(lambda: (found := reg.get("b")) is not None and found.final)
+    until(lambda: (now := reg.get("b")) is not None and now.final)
 
 
 def test_launch_without_a_pidfd_is_looked_at(
@@ -272,7 +272,7 @@ def test_launch_without_a_pidfd_is_looked_at(
     monkeypatch.setattr("crewlog.process.launch._pidfd", lambda _: -1)
     monkeypatch.setattr(reaper, "_LOOK_S", 0.05)
     reg.spawn("a", ["sh", "-c", "exit 9"])
-    until(lambda: (found := reg.get("a")) is not None and found.final)
+    until(lambda: (now := reg.get("a")) is not None and now.final)
     worker = reg.get("a")
     assert worker is not None
     assert worker.exit is not None
@@ -309,7 +309,7 @@ def test_child_is_let_go_only_when_its_end_is_durable(
         return append(self, steps)
 
     monkeypatch.setattr(Session, "append", look_first)
-    until(lambda: (found := reg.get("a")) is not None and found.final)
+    until(lambda: (now := reg.get("a")) is not None and now.final)
     assert seen == ["Z"]
     until(lambda: state_of(worker.pid) == "")
 

@@ -79,8 +79,8 @@ def test_end_of_a_spawned_worker_is_recorded_by_its_spawner(reg: Registry) -> No
     for sid in ("code", "signal", "well"):
         until(lambda sid=sid: final(reg, sid))  # type: ignore[misc]
     ends = {worker.sid: worker.exit for worker in reg.workers(all=True)}
-    found = {sid: (end.code, end.signal, end.source) for sid, end in ends.items() if end}
-    assert found == {
+    kept = {sid: (end.code, end.signal, end.source) for sid, end in ends.items() if end}
+    assert kept == {
         "code": (7, None, "wait"),
         "signal": (None, 9, "wait"),
         "well": (0, None, "wait"),
@@ -352,7 +352,7 @@ def _waiting(place: Path) -> list[str]:
 
     One that the fork server has made has the server's words, and another stdin.
     """
-    found = []
+    waiting = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -360,8 +360,8 @@ def _waiting(place: Path) -> list[str]:
                 f"/proc/{pid}/fd/0"
             )
             if waits and os.readlink(f"/proc/{pid}/cwd") == str(place.parent):
-                found.append(pid)
-    return found
+                waiting.append(pid)
+    return waiting
 
 
 def test_kill_storm_of_spawners(place: Path) -> None:
@@ -384,7 +384,7 @@ for n in range(1000):
         assert len(marks(place)) >= 30
         assert set(marks(place)) <= listed
         end_all(reg)
-        until(lambda: all(found.dead for found in reg.judge(reg.workers())))
+        until(lambda: all(answers.dead for answers in reg.judge(reg.workers())))
 
 
 def test_negative_control_a_word_before_the_registration_is_caught(

@@ -266,9 +266,9 @@ def test_unkillable_worker_stays_listed(
     monkeypatch.setattr(Process, "send", lambda *_: True)
     with pytest.raises(WaitTimeout):
         reg.stop("a", reason="r", grace_s=0.01)
-    found = reg.get("a")
-    assert found is not None
-    assert found.state == "stopping"
+    now = reg.get("a")
+    assert now is not None
+    assert now.state == "stopping"
 
 
 def test_each_stop_is_on_record_even_of_one_that_is_stopping(
@@ -360,12 +360,12 @@ def test_parent_that_reaps_between_two_looks_hides_no_code(
     until(lambda: state_of(worker.pid) == "Z")
 
     def looks_then_reaps(session: Session, workers: list[crewlog.Worker]) -> list[Liveness]:
-        found = judge.judge(session, workers)
-        if found[0].evidence.exit_code is not None and len(shown) < 2:
-            shown.append(found)
+        answers = judge.judge(session, workers)
+        if answers[0].evidence.exit_code is not None and len(shown) < 2:
+            shown.append(answers)
             if len(shown) == 2:
                 worker.wait()
-        return found
+        return answers
 
     shown: list[list[Liveness]] = []
     monkeypatch.setattr("crewlog.workers.stop.judge", looks_then_reaps)

@@ -115,7 +115,7 @@ def test_signal_that_was_ignored_at_our_start_is_not_passed_on(
     words = [*CREWLOG, "--dir", str(place), "run", "j", "--", "sleep", "100"]
     running = subprocess.Popen(words, preexec_fn=ignoring)  # noqa: PLW1509 (no thread yet)
     with opened(place) as reg:
-        until(lambda: (found := reg.get("j")) is not None and found.state == "ready")
+        until(lambda: (worker := reg.get("j")) is not None and worker.state == "ready")
         running.send_signal(number)
         running.send_signal(signal.SIGWINCH)
         running.send_signal(signal.SIGTERM)
@@ -285,8 +285,8 @@ def test_zero_that_stands_for_hidden_is_no_exit_code(place: Path) -> None:
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
         fd = os.pidfd_open(pid)
-        found = identity.exit_status(pid, fd)
-        os._exit(0 if found is None or found.code == 3 else 1)
+        status = identity.exit_status(pid, fd)
+        os._exit(0 if status is None or status.code == 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(looker, 0)[1]) == 0
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     assert not place.exists()
