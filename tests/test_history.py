@@ -208,6 +208,57 @@ def test_clock_that_stepped_back_is_named(reg: Registry, clock: Clock) -> None:
     assert reg.at(BEGAN + timedelta(minutes=5)).disputed is None
 
 
+def _hold_against_each_line(reg: Registry, when: datetime) -> None:
+    """Hold the answer for a time against every line: the last one up to it, a later one before."""
+    stamps = {line["seq"]: line["ts"] for line, _ in reg.store().read(0)}
+    stamp = events.timestamp(when)
+    last = max((seq for seq, ts in stamps.items() if ts <= stamp), default=0)
+    later = {seq for seq, ts in stamps.items() if ts > stamp and seq < last}
+    past = reg.at(when)
+    assert past.seq == last
+    assert (past.disputed is not None) == bool(later)
+    if past.disputed is not None:
+        assert past.disputed[0] in later
+        assert past.disputed[1] == last
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 8])
+@pytest.mark.parametrize("before", ["part", "ahead"])
+def test_clock_that_steps_back_within_a_part_hides_nothing(
+    reg: Registry, clock: Clock, before: str, rounds: int
+) -> None:
+    """The part begins later than its lines, so its beginning does not tell of them."""
+    if before == "part":
+        reg.register("a")
+    for _ in range(rounds):
+        clock.at += timedelta(hours=1)
+        reg.register(f"ahead-{clock.at.hour}")
+        compact(reg, gc=False)
+    clock.at = BEGAN + timedelta(minutes=5)
+    reg.register("set-right")
+    for minutes in (20, 300):
+        clock.at = BEGAN + timedelta(minutes=minutes)
+        reg.register(f"at-{minutes}")
+        compact(reg, gc=False)
+    for minutes in (-10, 2, 10, 30, 70, 200, 400, 600):
+        _hold_against_each_line(reg, BEGAN + timedelta(minutes=minutes))
+
+
+def test_step_back_that_is_shorter_than_a_part_hides_nothing(reg: Registry, clock: Clock) -> None:
+    """No part begins before its predecessor: the one that follows the time is looked into."""
+    reg.register("a")
+    clock.at = BEGAN + timedelta(minutes=5)
+    compact(reg, gc=False)
+    clock.at = BEGAN + timedelta(minutes=5, seconds=-0.6)
+    reg.register("b")
+    clock.at = BEGAN + timedelta(minutes=10)
+    reg.register("c")
+    compact(reg, gc=False)
+    when = BEGAN + timedelta(minutes=5, seconds=-0.5)
+    assert "b" in reg.at(when).workers
+    _hold_against_each_line(reg, when)
+
+
 @pytest.mark.limits(segment_bytes=4096)
 def test_newest_first_is_the_history_backwards(reg: Registry) -> None:
     """Through segments and archive, with every filter."""

@@ -155,26 +155,24 @@ class _Place(NamedTuple):
 
 
 def _before(store: Store, ts: str) -> _Place:
-    """Return the last seq up to a time: the last part that begins by then, line by line."""
+    """Return the last seq up to a time: the parts that may hold it are read line by line."""
     firsts = store.firsts()
-    fitting, later = _begun_by(store, firsts, ts)
-    if not fitting and firsts[0] > 1:  # what was then is no longer known, only how it came out
-        last = firsts[0] - 1
-        raise CompactedError(requested=last, oldest=firsts[0])
-    if not fitting:
-        return _Place(0, None)
-    seq = firsts[fitting - 1] - 1
-    end = firsts[fitting] - 1 if fitting < len(firsts) else None
+    parts, later = _parts_at(store, firsts, ts)
+    seq = firsts[parts[0]] - 1 if firsts[parts[0]] == 1 else 0
     disputed: tuple[int, int] | None = None
-    for line, _ in store.read(seq):
-        if line["ts"] > ts:
-            later = later or line["seq"]
-        else:
-            seq = line["seq"]
-            if later:
-                disputed = (later, seq)
-        if line["seq"] == end:
-            break
+    for number in parts:
+        end = firsts[number + 1] - 1 if number + 1 < len(firsts) else None
+        for line, _ in store.read(firsts[number] - 1):
+            if line["ts"] > ts:
+                later = later or line["seq"]
+            else:
+                seq = line["seq"]
+                if later:
+                    disputed = (later, seq)
+            if line["seq"] == end:
+                break
+    if not seq and firsts[0] > 1:  # what was then is no longer known, only how it came out
+        raise CompactedError(requested=firsts[0] - 1, oldest=firsts[0])
     return _Place(seq, disputed)
 
 
@@ -182,18 +180,29 @@ def _before(store: Store, ts: str) -> _Place:
 _UNSORTED_MAX: Final = 64
 
 
-def _begun_by(store: Store, firsts: Sequence[int], ts: str) -> tuple[int, int]:
-    """Return how many parts begin by a time, up to the last one that does, and an exception.
+def _parts_at(store: Store, firsts: Sequence[int], ts: str) -> tuple[list[int], int]:
+    """Return which parts may hold the last line up to a time, and an exception.
 
-    Times are nearly sorted: a clock that was ahead leaves parts that begin late before others that
-    begin early. A bisection only says where to look. The exception is the first seq of a part that
-    begins later and stands before, 0 for none.
+    Times are nearly sorted, so a bisection says where to look: the last part that begins by then
+    holds it. But where a clock is set back, lines of an earlier time follow in a part that begins
+    later: in the next one, in one that begins later than its successor, or in the newest one. The
+    exception is the first seq of a part that begins later and stands before, 0 for none.
     """
-    fitting = bisect_right(firsts, ts, key=store.begins)
-    for number in range(min(len(firsts), fitting + _UNSORTED_MAX) - 1, fitting, -1):
-        if store.begins(firsts[number]) <= ts:
-            return number + 1, firsts[fitting]
-    return fitting, 0
+    sorted_ = bisect_right(firsts, ts, key=store.begins)
+    beyond = range(sorted_, min(len(firsts), sorted_ + _UNSORTED_MAX))
+    known = range(sorted_, min(len(firsts), beyond.stop + 1))  # of the last one's successor, too
+    begins = {n: store.begins(firsts[n]) for n in known}
+    last = max((n for n in beyond if begins[n] <= ts), default=sorted_ - 1)
+    newest = len(firsts) - 1
+    parts = [
+        n
+        for n in beyond
+        if n > last and (n in {last + 1, newest} or begins.get(n + 1, begins[n]) < begins[n])
+    ]
+    late = min(last, sorted_)
+    while last == sorted_ - 1 and late > 0 and store.begins(firsts[late - 1]) > ts:
+        late -= 1
+    return [last, *parts] if last >= 0 else parts, firsts[late] if 0 <= late < last else 0
 
 
 def _at(store: Store, place: _Place) -> Past:
