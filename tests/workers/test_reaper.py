@@ -13,6 +13,7 @@ import pytest
 
 import crewlog
 from crewlog.local.disk import Disk
+from crewlog.model.events import JsonObject
 from crewlog.model.steps import Appended, Step
 from crewlog.process.wait import look
 from crewlog.registry import Registry
@@ -84,6 +85,54 @@ def test_busy_store_holds_up_no_ends_of_another(
         assert not reg.get("slow").final  # type: ignore[union-attr] # it is there
         go_on.set()
         until(lambda: (worker := reg.get("slow")) is not None and worker.final)
+
+
+def _redact(_: str, given: JsonObject) -> JsonObject:
+    if "SECRET" in str(given.get("tail")):
+        message = "a secret"
+        raise RuntimeError(message)
+    return given
+
+
+@LINUX
+@pytest.mark.parametrize("words", ["SECRET", "\\033" * 16_000])
+def test_end_that_cannot_be_written_holds_up_no_other(
+    place: Path, tmp_path: Path, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller's own code raises for it; an output that is long as JSON is cut to what fits."""
+    gate = tmp_path / "gate"
+    wait = f"until [ -e {gate} ]; do sleep 0.02; done; exit 3"
+    with opened(place, redact=_redact) as reg:
+        argv = ["sh", "-c", f"printf '{words}'; {wait}"]
+        reg.spawn("speaks", argv, log=tmp_path / "log", keep_tail=16_384)
+        for number in range(10):
+            reg.spawn(f"w-{number}", ["sh", "-c", wait])
+        gate.touch()
+        until(lambda: sum(w.final for w in reg.workers(all=True)) >= 10 + (words != "SECRET"))
+        until(lambda: REAPER.counts() == (0, 0))
+        speaks = reg.get("speaks")
+        assert speaks is not None
+        assert speaks.final is (words != "SECRET")
+        assert ("the end of worker speaks is not recorded: a secret" in caplog.text) is (
+            words == "SECRET"
+        )
+        assert state_of(speaks.pid) == "", "it is reaped all the same"
+        if speaks.exit is not None:
+            assert 4000 < len(speaks.exit.tail or "") < 16_384
+
+
+@LINUX
+def test_ends_that_are_too_long_for_one_unit_are_written_in_several(
+    reg: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many tails at once."""
+    gate = tmp_path / "gate"
+    wait = ["sh", "-c", f"until [ -e {gate} ]; do sleep 0.02; done; exit 3"]
+    for number in range(20):
+        reg.spawn(f"w-{number}", wait)
+    monkeypatch.setattr("crewlog.model.steps.BATCH_BYTES_MAX", 3000)
+    gate.touch()
+    until(lambda: all(w.final for w in reg.workers(all=True)))
 
 
 @LINUX

@@ -14,12 +14,15 @@ from typing import Final, NamedTuple
 
 from crewlog.errors import StorageFailed
 from crewlog.local import disk
+from crewlog.model import codec
 from crewlog.model.events import JsonValue, LogFile
 from crewlog.model.steps import TAIL_BYTES_MAX
 from crewlog.process.launch import LaunchOptions
 
 _READ_BYTES: Final = 64 * 1024
 _SET_ASIDE: Final = ".1"
+# Of the 64 KiB of a line. As JSON a control character takes six bytes.
+_TAIL_JSON_BYTES_MAX: Final = 32 * 1024
 
 
 class Opened(NamedTuple):
@@ -115,6 +118,14 @@ def tail(log: LogFile, size: int) -> str:
         file.seek(max(lines.offset, end - size))
         return file.read(size).decode(errors="replace").replace("\0", "\ufffd")
     return ""
+
+
+def tail_of_event(log: LogFile, size: int) -> str:
+    """Return the last `size` bytes of a life's output, or as many as its event has room for."""
+    text = tail(log, size)
+    while (over := len(codec.dump(text)) - _TAIL_JSON_BYTES_MAX) > 0:
+        text = text[-(-over // 6) :]
+    return text
 
 
 def last_lines(log: LogFile, count: int) -> list[str]:

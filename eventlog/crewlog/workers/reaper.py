@@ -411,39 +411,46 @@ class Scribe:
                 charge.release()
             else:
                 steps[charge] = unless_changed(step)
+        todo = list(steps)
         try:
-            self._write(steps)
+            size = min(BATCH_EVENTS_MAX, self.session.make().unit_workers_max) if todo else 1
+            for first in range(0, len(todo), size):
+                self._write(todo[first : first + size], steps)
         except _PASSING as error:
             self._put_back([*steps], error)
-        except CrewlogError as error:  # one of them, maybe: the others must not suffer
-            if len(steps) == 1:
-                self._give_up([*steps], error)
-            for charge, step in steps.items() if len(steps) > 1 else ():
-                try:
-                    self._write({charge: step})
-                except _PASSING as passing:
-                    self._put_back([charge], passing)
-                except CrewlogError as lasting:
-                    self._give_up([charge], lasting)
+        except Exception as error:  # noqa: BLE001 (nobody is there to hear of it)
+            self._give_up([*steps], error)
 
     def _step(self, charge: Charge) -> Step | None:
         try:
             return charge.step(self.session)
-        except (CrewlogError, OSError) as error:  # no thread, no descriptor: the others go on
+        except Exception as error:  # noqa: BLE001 (no thread, no descriptor: the others go on)
             _logger.warning("the end of worker %s is not recorded: %s", charge.sid, error)
             return None
 
-    def _write(self, steps: dict[Charge, Step]) -> None:
-        if not steps:
+    def _write(self, charges: list[Charge], steps: dict[Charge, Step]) -> None:
+        """Write the ends of these as one unit, and take them out of `steps`.
+
+        Whatever is wrong with one of them (a `redact` that raises), or with all in one unit (they
+        are too long), the others must not suffer: then each half is written by itself.
+        Raises: what may pass; what is left in `steps` was not written.
+        """
+        try:
+            self.session.append([steps[charge] for charge in charges])
+        except _PASSING:
+            raise
+        except Exception as error:  # noqa: BLE001 (the caller's own code may be in it)
+            middle = len(charges) // 2
+            if not middle:
+                self._give_up(charges, error)
+                steps.pop(charges[0])
+                return
+            self._write(charges[:middle], steps)
+            self._write(charges[middle:], steps)
             return
-        todo = list(steps.items())
-        size = min(BATCH_EVENTS_MAX, self.session.make().unit_workers_max)
-        for first in range(0, len(todo), size):
-            chunk = todo[first : first + size]
-            self.session.append([step for _, step in chunk])
-            for charge, _ in chunk:
-                charge.release()
-                steps.pop(charge)
+        for charge in charges:
+            charge.release()
+            steps.pop(charge)
 
     def _put_back(self, charges: list[Charge], error: CrewlogError) -> None:
         """Try again later what may be written then; hold nothing that others need meanwhile."""
@@ -458,7 +465,7 @@ class Scribe:
         with self._lock:
             self._ended = [*(c for c in charges if c not in late), *self._ended]
 
-    def _give_up(self, charges: list[Charge], error: CrewlogError) -> None:
+    def _give_up(self, charges: list[Charge], error: Exception) -> None:
         for charge in charges:
             _logger.warning("the end of worker %s is not recorded: %s", charge.sid, error)
             charge.release()

@@ -208,7 +208,7 @@ class _Started(Charge):
         if self._oom is not None:
             details["oom"] = self._oom.as_json()
         if self._log is not None and self._keep_tail and (status.signal or status.code):
-            details["tail"] = output.tail(self._log, self._keep_tail)
+            details["tail"] = output.tail_of_event(self._log, self._keep_tail)
         return exit_of(session.author(), self.sid, status, of=self.of, details=details)
 
     def spare(self) -> None:
