@@ -1,6 +1,7 @@
 """The API keeps its word: arguments, batches, revisions, threads, forks, closing."""
 
 import asyncio
+import collections
 import gc
 import os
 import pickle
@@ -23,9 +24,11 @@ from crewlog.errors import (
     WorkerNotFound,
 )
 from crewlog.local import layout
+from crewlog.model.events import JsonValue
 from crewlog.registry import Registry
 from crewlog_compactor import verify
 from procs import Crew, files, forked, joined, tree
+from stores import opened
 
 
 @pytest.mark.parametrize(
@@ -425,3 +428,47 @@ def test_writer_of_a_moved_store_follows_it(place: Path, crew: Crew) -> None:
             assert worker is not None
             assert worker.state == "ready"
         assert (moved / layout.STORE).exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(0, False), (1, True), (1, 1.0), (0.0, -0.0), ([1, 2], [True, 2.0]), ({"n": 0}, {"n": False})],
+)
+def test_another_value_of_json_is_a_change(reg: Registry, old: JsonValue, new: JsonValue) -> None:
+    """Python takes them for the same; whoever reads the record does not."""
+    reg.register("a", meta={"k": old})
+    assert repr(reg.update("a", meta={"k": new}).meta["k"]) == repr(new)
+    assert repr(fresh(reg).meta["k"]) == repr(new)
+    last = reg.last_seq
+    reg.update("a", meta={"k": new})
+    assert reg.last_seq == last, "again, it changes nothing"
+
+
+def fresh(reg: Registry) -> crewlog.Worker:
+    with opened(reg.where) as other:
+        worker = other.get("a")
+        assert worker is not None
+        return worker
+
+
+def test_none_in_meta_stands_for_nothing_from_the_beginning(reg: Registry) -> None:
+    """So no other change takes it away, and nothing is there that cannot be removed."""
+    reg.register("a", meta={"keep": None, "other": 1, "deep": {"keep": None}})
+    assert dict(reg.update("a", meta={"other": None}).meta) == {"deep": {"keep": None}}
+
+
+class _Text(str):
+    __slots__ = ()
+
+
+def test_mappings_and_subclasses_are_written_as_what_they_hold(reg: Registry) -> None:
+    """Another worker's meta among them: it is a mapping that nobody can change."""
+    reg.register("b", meta={"n": {"m": 1}})
+    other = reg.get("b")
+    assert other is not None
+    counts = collections.Counter("aab")
+    reg.register("a", meta={"was": other.meta, "deep": {"counts": counts, "text": _Text("t")}})
+    assert dict(fresh(reg).meta) == {
+        "was": {"n": {"m": 1}},
+        "deep": {"counts": {"a": 2, "b": 1}, "text": "t"},
+    }

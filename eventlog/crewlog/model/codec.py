@@ -109,9 +109,22 @@ def _refuse(name: str, why: str) -> NoReturn:
     raise ValueError(message)
 
 
+def _plain(value: object) -> object:
+    """Return what orjson does not take as it is: mappings of other types, subclasses."""
+    if isinstance(value, Mapping):
+        return {str(key): inner for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return list(value)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    message = f"{type(value).__name__} is no JSON"
+    raise TypeError(message)
+
+
 def dump(value: object) -> bytes:
     """Serialise JSON compactly; the value was checked or is the library's own."""
-    return orjson.dumps(value, option=_STRICT)
+    return orjson.dumps(value, _plain, _STRICT)
 
 
 def load_object(data: bytes) -> JsonObject:
@@ -143,7 +156,7 @@ class Draft(NamedTuple):
 
 def draft(event_type: str, sid: str, actor: bytes, data: Mapping[str, JsonValue]) -> Draft:
     """Encode the part of a line that needs no lock; `actor` is JSON already."""
-    payload = orjson.dumps(data, option=_STRICT)
+    payload = orjson.dumps(data, _plain, _STRICT)
     words = event_type.encode(), orjson.dumps(sid), actor, payload
     body = b'"type":"%b","sid":%b,"actor":%b,"data":%b' % words
     if len(body) > LINE_BYTES_MAX:

@@ -101,11 +101,28 @@ def _differs(record: Record, patch: JsonObject) -> bool:
                 if not isinstance(value, dict):
                     return True
                 for name, inner in value.items():
-                    if old.get(name) != inner:
+                    if not (name in old and _is_same(old[name], inner)) and (
+                        inner is not None or name in old
+                    ):
                         return True
             case _:  # a reason changes nothing
                 continue
     return False
+
+
+def _is_same(old: object, new: object) -> bool:
+    """Say whether two values are the same JSON; Python takes 0 for False, and 1 for 1.0."""
+    if isinstance(new, Mapping):
+        return (
+            isinstance(old, Mapping)
+            and old.keys() == new.keys()
+            and all(_is_same(old[key], value) for key, value in new.items())
+        )
+    if isinstance(new, list | tuple):
+        return (
+            isinstance(old, list | tuple) and len(old) == len(new) and all(map(_is_same, old, new))
+        )
+    return type(old) is type(new) and old == new and (new != 0 or repr(old) == repr(new))
 
 
 # Signals that tell of a fault of the program: ILL, TRAP, ABRT, BUS, FPE, SEGV, SYS on Linux.

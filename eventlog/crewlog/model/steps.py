@@ -193,15 +193,16 @@ def register_step(
 
 
 def describe_worker(wish: Wish) -> JsonObject:
-    """Return what describes a worker, checked.
+    """Return what describes a worker, checked; a None in meta stands for nothing, as in an update.
 
     Raises: ValueError, TypeError.
     """
+    meta = arguments.check_mapping(wish.meta, name="meta")
     return {
         "sock": arguments.check_sock(wish.sock),
         "version": arguments.check_text(wish.version, name="version"),
         "labels": arguments.check_labels(wish.labels, removing=False),
-        "meta": arguments.check_mapping(wish.meta, name="meta"),
+        "meta": {key: value for key, value in meta.items() if value is not None},
     }
 
 
