@@ -194,8 +194,9 @@ class Registry(Closable):
         """Record that a worker ended, and return the event.
 
         The worker is then `exited`, or `failed` where nobody had asked it to end and the code is
-        not 0, nor one of its `ok_codes`, or a signal ended it. `message` is what it says itself
-        about its end.
+        not 0, nor one of its `ok_codes`, or a signal ended it. `code` may be what subprocess and
+        multiprocessing tell: -9 stands for `signal=9`. `message` is what it says itself about its
+        end.
         Raises: WorkerNotFound, InvalidTransition, StaleRevision.
         """
         return self._session.change(exit_step(self._session.author(), sid, options))

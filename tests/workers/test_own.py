@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,45 @@ def test_block_that_is_left_by_an_exception_failed(
     with pytest.raises(type(error)), crewlog.worker("a"):
         raise error
     assert ends(place)["a"] == ("failed" if code else "exited", code)
+
+
+@pytest.mark.parametrize("form", ["crewlog.worker('svc')", "with crewlog.worker('svc'):"])
+def test_process_that_ctrl_c_ends_was_ended_by_a_signal(place: Path, form: str) -> None:
+    """Python sends it to itself again, so that whoever waits for it sees that."""
+    code = f"import crewlog, os, signal\n{form}\n  os.kill(os.getpid(), signal.SIGINT)\n"
+    code = code if form[-1] == ":" else code.replace("  os", "os")
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGINT
+    with crewlog.open(place) as reg:
+        worker = reg.workers(all=True)[0]
+    assert worker.exit is not None
+    assert (worker.exit.code, worker.exit.signal) == (None, signal.SIGINT)
+
+
+def test_code_that_subprocess_tells_of_a_signal_is_that_signal(place: Path) -> None:
+    """-9 is no code that a process can end with."""
+    with crewlog.open(place) as reg:
+        reg.register("a")
+        reg.exited("a", code=-9, source="wait")
+        worker = reg.workers(all=True)[0]
+        assert worker.exit is not None
+        assert (worker.exit.code, worker.exit.signal) == (None, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["/x/pkg/__main__.py"], "pkg"), (["_priv.py"], "priv"), (["+x.py"], "x"),
+        (["a" * 300], "a" * 100), ([], "python"), ([""], "python"), (["-c"], "c"),
+    ],
+)  # fmt: skip
+def test_every_program_has_a_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], name: str
+) -> None:
+    """Whatever it is started as; a package that is run by `python -m` is named by that."""
+    monkeypatch.setattr(sys, "argv", argv)
+    with crewlog.worker() as me:
+        assert me.worker.sid == f"{name}-{os.getpid()}"
 
 
 def test_process_that_calls_it_once_ends_with_it(place: Path) -> None:

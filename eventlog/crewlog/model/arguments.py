@@ -135,16 +135,16 @@ def check_expect(expect: object) -> int | None:
 
 
 def check_small(value: object, *, name: str, low: int) -> int | None:
-    """Return an integer from `low` up to the largest pid, None for none."""
+    """Return an integer from `low` up to the largest pid, None for none; a signal is one, too."""
     if value is None:
         return None
-    if type(value) is not int:
+    if not isinstance(value, int) or isinstance(value, bool):
         message = f"{name} must be an integer, not {type(value).__name__}"
         raise TypeError(message)
     if not low <= value <= PID_MAX:
         message = f"{name} {value} is out of range"
         raise ValueError(message)
-    return value
+    return int(value)
 
 
 OK_CODES_MAX: Final = 256

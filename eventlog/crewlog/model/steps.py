@@ -109,6 +109,7 @@ def _redacted(redact: Redact, kind: str, data: JsonObject) -> JsonObject:
     return {**data, **{key: checks[key](kept[key]) for key in given}}
 
 
+SIGNAL_MAX: Final = 64
 TAIL_BYTES_MAX: Final = 16 * 1024  # of a crashed worker's output, in its event
 
 
@@ -330,6 +331,8 @@ def exit_step(
     """
     arguments.check_options(options, ExitOptions.__annotations__, of="exited")
     code, signal = options.get("code"), options.get("signal")
+    if isinstance(code, int) and -SIGNAL_MAX <= code < 0 and signal is None:
+        signal, code = -code, None  # as subprocess says it
     if code is not None and signal is not None:
         message = "a process ends with a code or by a signal, not both"
         raise ValueError(message)

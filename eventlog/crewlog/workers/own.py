@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -21,11 +22,14 @@ from crewlog.errors import CrewlogError
 from crewlog.model.events import Worker
 
 NAME: Final = "{program}-{pid}"
+_PROGRAM_CHARS_MAX: Final = 100  # so there is room for a pid
 
 
 def named(sid: str) -> str:
     """Put this process's own program and pid where a name asks for them."""
-    program = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.")
+    path = Path(sys.argv[0] if sys.argv else "")  # none where Python is embedded
+    name = path.parent.name if path.stem == "__main__" else path.stem  # python -m PACKAGE
+    program = re.sub(r"[^A-Za-z0-9._+-]", "-", name).strip("-._+")[:_PROGRAM_CHARS_MAX]
     return sid.replace("{pid}", str(os.getpid())).replace("{program}", program or "python")
 
 
@@ -36,7 +40,7 @@ class Recorder(Protocol):
         """Return a worker."""
         ...
 
-    def exited(self, sid: str, *, code: int | None) -> object:
+    def exited(self, sid: str, *, code: int | None, signal: int | None) -> object:
         """Record an end."""
         ...
 
@@ -75,8 +79,8 @@ class Own:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Record the end: 0, or 1 where an exception ends the block, or the code of sys.exit."""
-        self.end(_code_of(error))
+        """Record the end: 0, or 1 where an error ends the block, or sys.exit's code, or Ctrl-C."""
+        self._end_by(error)
 
     def _uncaught(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -86,7 +90,7 @@ class Own:
             self._hook(kind, error, trace)
         finally:
             if threading.current_thread() is threading.main_thread() and not _is_interactive():
-                self.end(_code_of(error))
+                self._end_by(error)
 
     def _end_unasked(self) -> None:
         """Record that the process ends; with which code, nothing tells any more."""
@@ -97,9 +101,19 @@ class Own:
         process = sys.modules.get("multiprocessing.process")
         is_child = process is not None and process.parent_process() is not None
         known = is_child and sys.version_info < (3, 13)
-        self.end(_code_of(sys.exc_info()[1]) if known else None)
+        if known:
+            self._end_by(sys.exc_info()[1])
+        else:
+            self.end(None)
 
-    def end(self, code: int | None = 0) -> None:
+    def _end_by(self, error: BaseException | None) -> None:
+        """Record the end of a process that an error ends, None: that ends by itself."""
+        if isinstance(error, KeyboardInterrupt):  # Python then ends itself by the signal
+            self.end(None, signal=signal.SIGINT)
+        else:
+            self.end(_code_of(error))
+
+    def end(self, code: int | None = 0, *, signal: int | None = None) -> None:
         """Record that this process ends, with this exit code, None for an unknown one; once.
 
         Interrupted by a signal's handler that raises, it is recorded before that goes on.
@@ -109,9 +123,9 @@ class Own:
         if sys.excepthook == self._uncaught:
             sys.excepthook = self._hook
         try:
-            self._record(code)
+            self._record(code, signal)
         except BaseException:
-            self._record(code)
+            self._record(code, signal)
             raise
         finally:
             if self in _mine:
@@ -119,21 +133,21 @@ class Own:
             atexit.unregister(self._end_unasked)
             self._registry.close()
 
-    def _record(self, code: int | None) -> None:
+    def _record(self, code: int | None, signal: int | None) -> None:
         """Record the end, if this is still the worker and it has not ended."""
         with contextlib.suppress(CrewlogError):  # a collector finds the end that cannot be written
             expect = self._registry.get(self.worker.sid)
             ours = expect is not None and expect.registered_seq == self.worker.registered_seq
             if expect is not None and ours and not expect.final:
                 known = None if code is None else code & _CODE_BITS  # as the kernel keeps it
-                self._registry.exited(self.worker.sid, code=known)
+                self._registry.exited(self.worker.sid, code=known, signal=signal)
 
 
 _CODE_BITS: Final = 0xFF
 
 
 def _code_of(error: BaseException | None) -> int:
-    """Return the exit code of a process that an error ends, None: that ends by itself."""
+    """Return the exit code of a process that an error ends."""
     if isinstance(error, SystemExit):
         if error.code is None:
             return 0
