@@ -20,7 +20,7 @@ import pytest
 
 import crewlog
 from crewlog import Registry
-from crewlog.errors import LockBusy, Unsupported
+from crewlog.errors import LockBusy, RegistryClosed, Unsupported
 from crewlog.local import leases
 from crewlog.process.launch import Launch
 from crewlog_compactor import collect
@@ -290,6 +290,29 @@ def test_cancelled_observation_does_not_hold_the_program_up(place: Path) -> None
         check=True, stdout=subprocess.PIPE, text=True, timeout=20,
     )  # fmt: skip
     os.kill(int(done.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "closed"])
+def test_observation_that_nobody_wants_ends_within_a_second(place: Path, ends: str) -> None:
+    """Its thread, too, and the descriptor of the process: the worker may live for ever."""
+    until(lambda: threading.active_count() == 1)
+    held = len(os.listdir("/proc/self/fd"))
+
+    async def main() -> None:
+        async with crewlog.aopen(place) as mine:
+            await mine.register("a", pid=os.getppid())
+            tasks = [asyncio.create_task(mine.observe("a")) for _ in range(10)]
+            await asyncio.sleep(0.3)
+            if ends == "cancelled":
+                for task in tasks:
+                    task.cancel()
+        raised = await asyncio.gather(*tasks, return_exceptions=True)
+        kind = asyncio.CancelledError if ends == "cancelled" else RegistryClosed
+        assert all(isinstance(one, kind) for one in raised)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    until(lambda: threading.active_count() == 1)
+    until(lambda: len(os.listdir("/proc/self/fd")) <= held, wait_s=10)
 
 
 def test_registry_of_tasks_goes_on_in_a_forked_child(place: Path) -> None:

@@ -526,6 +526,30 @@ def test_subscribers_do_not_affect_each_other(reg: Registry) -> None:
         slow_may_go_on.set()
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_callback_that_would_end_the_program_raises_an_error(
+    reg: Registry, raised: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sys.exit of a library in it: logged, skipped or kept, as every other error is."""
+    seen: list[int] = []
+
+    def callback(item: Item) -> None:
+        seen.append(item.seq)
+        if len(seen) == 1:
+            raise raised
+
+    reg.register("a")
+    with reg.subscribe(callback, after="oldest", on_error="skip"):
+        reg.register("b")
+        until(lambda: len(seen) > 1)
+    assert "a subscriber raised on seq" in caplog.text
+    seen.clear()
+    stopped = reg.subscribe(callback, after="oldest")
+    until(lambda: not stopped.alive)
+    with pytest.raises(RuntimeError, match=type(raised).__name__):
+        stopped.close()
+
+
 def test_subscriber_retries_until_it_works(reg: Registry) -> None:
     """The same item again, then the next, in order."""
     reg.register("a")

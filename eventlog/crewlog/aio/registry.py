@@ -46,7 +46,7 @@ from crewlog.session import Session, event_in, worker_in
 from crewlog.watch import follow
 from crewlog.watch.follow import WatchOptions
 from crewlog.watch.watch import Vigil
-from crewlog.workers import register
+from crewlog.workers import register, stop
 from crewlog.workers.batch import Batch
 from crewlog.workers.own import NAME, Own
 
@@ -67,39 +67,6 @@ def _threaded(
     @functools.wraps(method)
     async def call(self: "AsyncRegistry", /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self.call(functools.partial(method, self.registry, *args, **kwargs))
-
-    return call
-
-
-def _aside(
-    method: Callable[Concatenate[Registry, P], R],
-) -> Callable[Concatenate["AsyncRegistry", P], Awaitable[R]]:
-    """Make a verb that may take for ever a coroutine, in a thread of its own that nobody joins."""
-
-    @functools.wraps(method)
-    async def call(self: "AsyncRegistry", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-
-        def settle(result: R | None, error: Exception | None) -> None:
-            if future.done():  # its task was cancelled
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(cast("R", result))
-
-        def work() -> None:
-            result, failed = None, None
-            try:
-                result = method(self.registry, *args, **kwargs)
-            except Exception as error:  # noqa: BLE001 (the task raises it)
-                failed = error
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, result, failed)
-
-        host.start_thread(work, name="crewlog-aside")
-        return await future
 
     return call
 
@@ -206,9 +173,39 @@ class AsyncRegistry:
     spawn = _threaded(Registry.spawn)
     ensure = _threaded(Registry.ensure)
     stop = _threaded(Registry.stop)
-    observe = _aside(Registry.observe)
     beat = _threaded(Registry.beat)
     observe_all = _threaded(Registry.observe_all)
+
+    async def observe(self, sid: str, *, timeout_s: float | None = None) -> Event:
+        """Do as `Registry.observe` does, in a thread of its own: it may take for ever.
+
+        That ends within a second where the task is cancelled, or the registry closed.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Event] = loop.create_future()
+
+        def settle(event: Event | None, error: Exception | None) -> None:
+            if future.done():  # its task was cancelled
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(cast("Event", event))
+
+        def is_wanted() -> bool:
+            return not (future.done() or self._closed)
+
+        def work() -> None:
+            event, failed = None, None
+            try:
+                event = stop.observe(self._session, sid, timeout_s=timeout_s, is_wanted=is_wanted)
+            except Exception as error:  # noqa: BLE001 (the task raises it)
+                failed = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, event, failed)
+
+        host.start_thread(work, name="crewlog-observe")
+        return await future
 
     # -- read -------------------------------------------------------------------------------
 

@@ -29,6 +29,13 @@ def check_on_error(on_error: object) -> None:
         raise ValueError(message)
 
 
+def _error_of(raised: BaseException) -> Exception:
+    """Return what says that a callback wanted to end more than itself: a thread cannot."""
+    error = RuntimeError(f"the callback raised {raised!r}")
+    error.__cause__ = raised
+    return error
+
+
 class Subscription(Closable):
     """A thread that calls back for every item, in order, one at a time.
 
@@ -78,7 +85,8 @@ class Subscription(Closable):
         while not self._closing.is_set():
             try:
                 self._callback(item)
-            except Exception as error:
+            except BaseException as raised:
+                error = raised if isinstance(raised, Exception) else _error_of(raised)
                 _logger.exception("a subscriber raised on seq %d", item.seq)
                 if self._on_error == "stop":
                     self.error = error

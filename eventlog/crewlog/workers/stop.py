@@ -8,7 +8,7 @@ import logging
 import os
 import signal as signals
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final, Literal, TypeAlias
 
@@ -17,6 +17,7 @@ from crewlog.errors import (
     CrewlogError,
     IdentityMismatch,
     InvalidTransition,
+    RegistryClosed,
     StaleRevision,
     StopRefused,
     WaitTimeout,
@@ -229,8 +230,17 @@ def _end_from_owner(session: Session, worker: Worker, wait_s: float) -> tuple[Wo
         time.sleep(handle.REAP_LOOK_S)
 
 
-def observe(session: Session, sid: str, *, timeout_s: float | None = None) -> Event:
-    """Wait for the end of a worker and record it; see `Registry.observe`."""
+def observe(
+    session: Session,
+    sid: str,
+    *,
+    timeout_s: float | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Event:
+    """Wait for the end of a worker and record it; see `Registry.observe`.
+
+    Raises: RegistryClosed once nobody wants it any more.
+    """
     limit_s = None if timeout_s is None else arguments.check_wait(timeout_s)
     worker = session.known(sid)
     held = _hold_living(session, worker)
@@ -241,6 +251,8 @@ def observe(session: Session, sid: str, *, timeout_s: float | None = None) -> Ev
         while not held.wait(_step_s(deadline, session.limits.safety_look_s)):
             if deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimeout(f"the end of worker {sid!r}", waited_s=limit_s or 0.0)
+            if not is_wanted():
+                raise RegistryClosed(session.where)
         return _ended(session, worker, held.status(), proven=True)
 
 
