@@ -15,7 +15,7 @@ from crewlog.errors import LegacyCorrupt, ProcessNotFound, StorageFailed, from_o
 from crewlog.model import arguments, codec
 from crewlog.model.events import JsonObject, JsonValue, timestamp
 from crewlog.model.snapshot import SNAPSHOT_BYTES_MAX
-from crewlog.model.steps import Step, import_step, loss_step
+from crewlog.model.steps import Step, Wish, describe_worker, import_step, loss_step
 from crewlog.process import identity
 from crewlog.registry import Registry
 
@@ -41,11 +41,17 @@ class _Entry:
     created_at: datetime | None
 
 
+# A unit holds 10,000 events of 16 MiB: a dead worker takes two, and a character up to six bytes.
+_UNIT_WORKERS_MAX: Final = 5_000
+_UNIT_CHARS_MAX: Final = 2 * 1024 * 1024
+_PLAIN_CHARS: Final = 300
+
+
 def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport:
     """Register every worker of an older registry.json; durable on return.
 
-    In a directory it is one unit; on etcd units of a hundred workers, and where it is interrupted
-    it is run again.
+    In a directory thousands of workers are one unit, on etcd a hundred; where it is interrupted
+    between two of them it is run again.
 
     Of several entries with one sid the first counts, as it did there; sids that the registry holds
     already are skipped.
@@ -56,7 +62,9 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
     living: list[str] = []
     lost: list[str] = []
     skipped: list[tuple[str, str]] = []
-    steps: list[list[Step]] = []
+    units: list[list[list[Step]]] = []
+    parts: list[list[Step]] = []  # of the unit that is put together
+    size, most = 0, min(reg.unit_workers_max, _UNIT_WORKERS_MAX) if entries else 1
     seen: set[str] = set()
     for entry in entries:
         if entry.sid in seen:
@@ -66,12 +74,15 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
         else:
             seen.add(entry.sid)
             added, alive = _steps(reg, entry)
-            steps.append(added)
+            parts.append(added)
+            size = size + len(entry.sock) + len(entry.version) + _PLAIN_CHARS
+            if size > _UNIT_CHARS_MAX or len(parts) == most:
+                units.append(parts)
+                parts, size = [], 0
             (living if alive else lost).append(entry.sid)
     seq = reg.last_seq
-    size = reg.unit_workers_max if steps else 1
-    for first in range(0, len(steps), size):
-        seq = reg.commit([step for part in steps[first : first + size] for step in part]).seq
+    for unit in (*units, parts) if parts else units:
+        seq = reg.commit([step for part in unit for step in part]).seq
     return ImportReport(living=tuple(living), lost=tuple(lost), skipped=tuple(skipped), seq=seq)
 
 
@@ -84,7 +95,7 @@ def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:
     except ProcessNotFound:
         cause = "no_such_process"
     began = None if who is None else identity.started_at(who)
-    if began is not None and entry.created_at is not None and began > entry.created_at + _SLACK:
+    if began is not None and entry.created_at is not None and began - _SLACK > entry.created_at:
         who, cause = None, "pid_reused"
     register = import_step(
         author,
@@ -132,12 +143,14 @@ def _entry(where: str, number: int, value: JsonValue) -> _Entry:
         raise LegacyCorrupt(where, why=f"session {number} is not an object")
     sid, pid = value.get("sid"), value.get("pid")
     sock, version = value.get("sock", ""), value.get("version", "")
+    sock, version = (text if isinstance(text, str) else "" for text in (sock, version))
     try:
+        describe_worker(Wish(sock=sock, version=version))
         return _Entry(
             sid=arguments.check_sid(sid),
             pid=identity.check_pid(pid),
-            sock=sock if isinstance(sock, str) else "",
-            version=version if isinstance(version, str) else "",
+            sock=sock,
+            version=version,
             created_at=_time(value.get("created_at")),
         )
     except (TypeError, ValueError) as error:
@@ -157,7 +170,10 @@ def _time(value: object) -> datetime | None:
                 return None
             value = int(value)
         else:
-            return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+            try:
+                return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC)
+            except OverflowError:  # before the year 1 or after 9999
+                return None
     if isinstance(value, int | float) and 0 < value < 1e11:  # noqa: PLR2004 (the year 5138)
         return datetime.fromtimestamp(value, UTC)
     return None

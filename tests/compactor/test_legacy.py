@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,62 @@ def test_import_of_an_impossible_pid_writes_nothing(
     with pytest.raises(LegacyCorrupt, match="session 1"):
         import_legacy(reg, old)
     assert not place.exists()
+
+
+@pytest.mark.parametrize(("count", "version"), [(5_001, "1"), (1_200, "\x01" * 4_096)])
+def test_registry_of_any_size_is_taken_over(
+    reg: Registry, tmp_path: Path, count: int, version: str
+) -> None:
+    """In several units, where it is too much for one."""
+    old = tmp_path / "registry.json"
+    rows = [{"sid": f"s{n}", "pid": 4_194_303, "version": version} for n in range(count)]
+    old.write_text(json.dumps({"sessions": rows}))
+    report = import_legacy(reg, old)
+    assert (len(report.lost), report.living) == (count, ())
+    assert len(reg.workers(all=True)) == count
+    assert import_legacy(reg, old).lost == ()
+
+
+@pytest.mark.parametrize(
+    "created_at",
+    ["9999-12-31T23:59:59Z", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"],
+)
+@pytest.mark.parametrize("alive", [True, False])
+def test_times_at_the_ends_of_the_calendar_are_taken_or_left(
+    reg: Registry, tmp_path: Path, created_at: str, *, alive: bool
+) -> None:
+    """Whether its process lives or not."""
+    old = tmp_path / "registry.json"
+    pid = os.getpid() if alive else 4_194_303
+    old.write_text(json.dumps({"sessions": [{"sid": "a", "pid": pid, "created_at": created_at}]}))
+    report = import_legacy(reg, old)
+    assert (report.living, report.lost) == ((("a",), ()) if alive else ((), ("a",)))
+
+
+@pytest.mark.parametrize("wrong", [{"version": "v" * 5_000}, {"sock": "s" * 5_000}, {"sock": "\0"}])
+def test_entry_that_cannot_be_written_is_named(
+    reg: Registry, place: Path, tmp_path: Path, wrong: dict[str, str]
+) -> None:
+    """And nothing of the file is written."""
+    old = tmp_path / "registry.json"
+    old.write_text(
+        json.dumps({"sessions": [{"sid": "a", "pid": 1}, {"sid": "b", "pid": 1, **wrong}]})
+    )
+    with pytest.raises(LegacyCorrupt, match="session 1"):
+        import_legacy(reg, old)
+    assert not place.exists()
+
+
+def test_one_that_was_dead_when_it_was_taken_over_is_not_proven_to_have_lived(
+    reg: Registry, tmp_path: Path
+) -> None:
+    """Nobody saw it live, for all that the older registry says when it began."""
+    old = tmp_path / "registry.json"
+    entry = {"sid": "gone", "pid": 4_194_303, "created_at": "2020-01-01T00:00:00Z"}
+    old.write_text(json.dumps({"sessions": [entry]}))
+    import_legacy(reg, old)
+    (life,) = reg.lives()
+    assert (life.end, life.proven) == ("lost", timedelta(0))
 
 
 def test_damaged_snapshot_without_anything_to_rebuild_from_is_an_error(

@@ -122,6 +122,7 @@ class Lives:
         generation = self._generations.get(sid, 0) + 1
         self._generations[sid] = generation
         created = data.get("created_at")
+        began = utc(created) if isinstance(created, str) else when
         self._begin(
             Life(
                 sid=sid,
@@ -129,8 +130,9 @@ class Lives:
                 pid=cast("int", data["pid"]),
                 version=str(data.get("version") or ""),
                 seq=line["seq"],
-                began_at=utc(created) if isinstance(created, str) else when,
-                seen_at=when,
+                began_at=began,
+                # of one that was taken over when it was dead nobody saw more than that it began
+                seen_at=when if data.get("identity") is not None else began,
             )
         )
 
