@@ -113,8 +113,11 @@ def flush() -> None:
 def require_place(path: Path, *, option: str) -> None:
     """Refuse, before anything is done, a path at which no file can be put.
 
-    Raises: UsageError.
+    Raises: UsageError; NotAStore within a registry.
     """
+    from crewlog_compactor.files import require_outside  # noqa: PLC0415 (as below)
+
+    require_outside(path)
     parent, why = path.absolute().parent, ""
     if path.is_dir():
         why = "it is a directory"

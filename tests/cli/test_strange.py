@@ -12,6 +12,7 @@ import pytest
 from commands import CREWLOG, Cli
 from crewlog.local import layout
 from crewlog.registry import Registry
+from crewlog_compactor import verify
 from faults import empty_redo
 from procs import Crew, files, until
 
@@ -278,3 +279,25 @@ def test_place_that_no_shell_has_made_whole_is_warned_of(tmp_path: Path) -> None
         done = Cli(place)("ls", code=66)
         assert "that no shell has replaced" in done.stderr
     assert "no shell" not in Cli(tmp_path / "plain")("ls", code=66).stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("timeline", "--html", "{}/store.json"), ("timeline", "--html", "{}/page.html"),
+        ("stats", "--prometheus", "{}/m.prom"), ("compact", "--prometheus", "{}/log/m.prom"),
+        ("gc", "--plan", "{}/plan.json"), ("backup", "{}/copy"), ("backup", "{}/archive/copy"),
+        ("migrate", "{}", "{}/copy"), ("run", "x", "--log", "{}/x.log", "--", "true"),
+        ("start", "x", "--log", "{}/x.log", "--", "true"),
+    ],
+)  # fmt: skip
+def test_nothing_else_is_written_into_a_registry(
+    cli: Cli, reg: Registry, place: Path, argv: tuple[str, ...]
+) -> None:
+    """Not over one of its files, and not beside them: verify would call it a stranger."""
+    reg.register("a")
+    identity = (place / layout.STORE).read_bytes()
+    done = cli(*(word.format(place) for word in argv), code=66)
+    assert f"it lies within the registry {place}" in done.stderr
+    assert (place / layout.STORE).read_bytes() == identity
+    assert verify(place).ok, "it reports strangers"

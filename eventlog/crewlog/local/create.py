@@ -115,6 +115,7 @@ def _created(path: Path, via: Disk, fill: Fill, *, wait_s: float, limits: Limits
 def _create(blank: Blank, fill: Fill, *, wait_s: float) -> None:
     path, opened, via = blank.path, blank.opened, blank.via
     real = disk.resolved(path)
+    layout.require_outside(real)
     _make_directories(real, via)
     try:
         root = disk.open_directory(str(real), where=str(path))

@@ -297,6 +297,21 @@ _NEWBORN: Final = {
 }
 
 
+def require_outside(path: Path) -> None:
+    """Refuse a place within the directory of a registry: what lies there is its own.
+
+    Raises: NotAStore.
+    """
+    for parent in Path(os.path.realpath(path)).parents:
+        if all(os.path.lexists(parent / name) for name in (STORE, LOCKS, HEAD, LOG)):
+            raise NotAStore(
+                "this is no place for other files",
+                where=str(path),
+                why=f"it lies within the registry {parent}",
+                remedy="Choose a path outside of it",
+            )
+
+
 def require_newborn(root: int, path: Path) -> None:
     """Refuse a directory that holds anything but what an interrupted creation leaves."""
     names = disk.names(root, where=str(path))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from crewlog.errors import StorageFailed
-from crewlog.local import disk
+from crewlog.local import disk, layout
 from crewlog.model import codec
 from crewlog.model.events import JsonValue, LogFile
 from crewlog.model.steps import TAIL_BYTES_MAX
@@ -59,12 +59,13 @@ def opened(
     """Open a file for the output of a life that begins; None without a path.
 
     A file of more than `bytes_max` bytes is set aside first.
-    Raises: UnsafePermissions, StorageFailed.
+    Raises: UnsafePermissions, StorageFailed; NotAStore within a registry.
     """
     if path is None:
         yield None
         return
     where = os.path.abspath(path)
+    layout.require_outside(Path(where))
     try:
         with disk.failures("cannot open the log", where=where):
             fd = disk.open_log(Path(where), bytes_max=bytes_max, aside=_SET_ASIDE)
