@@ -3,9 +3,13 @@
 What is loaded stays until the end. To look through it for garbage, fifty times while it grows and
 once more at the end, takes a fifth of the time of a short command: so the collector comes seldom,
 and not at the end.
+
+Ctrl-C ends the program at once while it is loaded: there is nothing to give back yet, and a module
+of C that is interrupted as it is loaded may crash.
 """
 
 import gc
+import signal
 import sys
 from typing import Final
 
@@ -18,9 +22,15 @@ def main() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]) and _tells_version():
         return
     gc.set_threshold(_COLLECT_AFTER)
+    interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interrupts:  # else it is ignored, as in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        import crewlog.model.codec  # noqa: F401, PLC0415 (the module of C, which most need)
         from crewlog_cli.main import main as run  # noqa: PLC0415 (slow to load)
 
+        if interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except KeyboardInterrupt as error:  # before there was anything to interrupt
         raise SystemExit(_INTERRUPTED) from error

@@ -287,7 +287,7 @@ def test_place_that_no_shell_has_made_whole_is_warned_of(tmp_path: Path) -> None
         ("timeline", "--html", "{}/store.json"), ("timeline", "--html", "{}/page.html"),
         ("stats", "--prometheus", "{}/m.prom"), ("compact", "--prometheus", "{}/log/m.prom"),
         ("gc", "--plan", "{}/plan.json"), ("backup", "{}/copy"), ("backup", "{}/archive/copy"),
-        ("migrate", "{}", "{}/copy"), ("run", "x", "--log", "{}/x.log", "--", "true"),
+        ("run", "x", "--log", "{}/x.log", "--", "true"),
         ("start", "x", "--log", "{}/x.log", "--", "true"),
     ],
 )  # fmt: skip
@@ -301,3 +301,30 @@ def test_nothing_else_is_written_into_a_registry(
     assert f"it lies within the registry {place}" in done.stderr
     assert (place / layout.STORE).read_bytes() == identity
     assert verify(place).ok, "it reports strangers"
+
+
+_LOOKS = """
+import signal, sys
+class Look:
+    def find_spec(self, name, *_):
+        if name in ("orjson", "crewlog_cli.commands.ls"):
+            print(name, signal.getsignal(signal.SIGINT) is signal.SIG_DFL)
+sys.meta_path.insert(0, Look())
+sys.argv[1:] = ["ls"]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from crewlog_cli.entry import main
+main()
+"""
+
+
+def test_ctrl_c_as_a_command_is_loaded_ends_it_at_once(cli: Cli, place: Path) -> None:
+    """A module of C that is interrupted as it is loaded may crash."""
+    cli("init")
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOKS],
+        env={**os.environ, "CREWLOG_DIR": str(place)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[:2] == ["orjson True", "crewlog_cli.commands.ls False"]
