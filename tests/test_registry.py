@@ -2,12 +2,15 @@
 
 import asyncio
 import collections
+import contextlib
 import gc
 import os
 import pickle
+import signal
+import socket
 import threading
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -472,3 +475,87 @@ def test_mappings_and_subclasses_are_written_as_what_they_hold(reg: Registry) ->
         "was": {"n": {"m": 1}},
         "deep": {"counts": {"a": 2, "b": 1}, "text": "t"},
     }
+
+
+@pytest.mark.parametrize("edge", [timedelta.max, timedelta.min])
+def test_span_beyond_the_calendar_means_its_end(reg: Registry, edge: timedelta) -> None:
+    """Whoever says "ever" means the beginning, or never."""
+    reg.register("a")
+    since = [event.sid for event in reg.history(since=edge)]
+    assert since == (["a"] if edge > timedelta(0) else [])
+    assert len(reg.at(edge).workers) == (edge < timedelta(0))
+
+
+def test_time_that_utc_does_not_have_is_refused(reg: Registry) -> None:
+    """With the error of a wrong argument."""
+    late = datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))
+    with pytest.raises(ValueError, match="out of range in UTC"):
+        reg.history(until=late)
+
+
+def test_waits_of_any_length_are_taken(place: Path) -> None:
+    """The system counts no further than 292 years."""
+    with crewlog.open(place, lock_timeout_s=1e12) as reg:
+        reg.register("a")
+        reg.subscribe(lambda _: None).close(timeout_s=1e12)
+        assert reg.wait("a", state="starting", timeout_s=1e300).sid == "a"
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda reg: reg.history(sids=[1]), TypeError, "are strings, not int"),
+        (lambda reg: reg.history(types=[1]), TypeError, "are strings, not int"),
+        (lambda reg: reg.stop("a", reason="x", signal=99), ValueError, "not a signal"),
+        (lambda reg: crewlog.open(reg.where, actor=""), ValueError, "actor must say"),
+        (lambda reg: crewlog.open(reg.where, actor=5), TypeError, "actor must be a string"),  # type: ignore[arg-type] # the test
+    ],
+)
+def test_wrong_argument_is_named(
+    reg: Registry, call: Callable[[Registry], object], kind: type[Exception], words: str
+) -> None:
+    """By the name that the caller gave it."""
+    reg.register("a")
+    with pytest.raises(kind, match=words):
+        call(reg)
+
+
+def test_signals_of_real_time_can_be_sent(reg: Registry) -> None:
+    """Though Python names two of them only."""
+    worker = reg.spawn("a", ["sleep", "300"])
+    assert reg.stop("a", reason="x", signal=signal.SIGRTMIN + 3).signal == signal.SIGRTMIN + 3
+    assert worker.pid > 0
+
+
+def test_socket_of_a_batch_is_the_one_that_it_registers(reg: Registry, tmp_path: Path) -> None:
+    """Not that of the worker which had the sid before."""
+    paths = [str(tmp_path / name) for name in ("old", "new")]
+    with contextlib.ExitStack() as kept:
+        for path in paths:
+            listener = kept.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(path)
+        reg.register("a", sock=paths[0])
+        reg.exited("a", code=0)
+        with reg.batch() as batch:
+            batch.register("a", sock=paths[1])
+            batch.update("a", state="ready")
+        worker = reg.get("a")
+        assert worker is not None
+        inode = os.lstat(paths[1])
+        assert (worker.sock_id or "").split(":")[1] == str(inode.st_ino)
+
+
+def test_ready_again_changes_nothing_whatever_became_of_the_socket(
+    reg: Registry, tmp_path: Path
+) -> None:
+    """It was bound anew, or is gone."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        reg.register("a", sock=path)
+        ready = reg.update("a", state="ready")
+    os.unlink(path)
+    assert reg.update("a", state="ready").rev == ready.rev
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        assert reg.update("a", state="ready").rev == ready.rev

@@ -21,7 +21,7 @@ from typing import Final
 from crewlog import host
 from crewlog.errors import CrewlogError, LockBusy, ProcessNotFound
 from crewlog.host import Closable
-from crewlog.model import events
+from crewlog.model import arguments, events
 from crewlog.model.events import Identity, JsonObject, Oom, Status, Worker
 from crewlog.model.items import Item
 from crewlog.model.steps import Step, unless_changed
@@ -69,7 +69,7 @@ class Observer(Closable):
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until it leads, and holds every worker that lives by then; False if it does not."""
-        return self._leads.wait(timeout_s)
+        return self._leads.wait(None if timeout_s is None else arguments.check_wait(timeout_s))
 
     def close(self) -> None:
         """Hand the lead on, and give everything back; idempotent."""

@@ -46,7 +46,7 @@ class Session:
         self.place = place
         self.limits = limits
         self._wait_s = arguments.check_wait(wait_s)
-        self._name = None if actor is None else arguments.check_reason(actor)
+        self._name = None if actor is None else arguments.check_reason(actor, name="actor")
         self._redact = redact
         self._via: Via = via
         self._authors: dict[tuple[int, Via], Author] = {}

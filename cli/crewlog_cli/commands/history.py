@@ -375,7 +375,7 @@ def _print(sh: Shell, reg: Registry, ends: _Ends) -> None:
             ["started", str(ends.started)],
             ["ended", str(ends.ended)],
             *([["removed", str(ends.removed)]] if ends.removed else []),
-            ["crashed", "0" if not ratio else f"{ends.crashed} ({ratio:.1%} of the ended)"],
+            ["crashed", f"{ends.crashed}" + (f" ({ratio:.1%} of the ended)" if ratio else "")],
         ],
         "how they ended": [[what, str(count)] for what, count in ends.causes.most_common(_SHOWN)],
         "started again": [[sid, str(n)] for sid, n in ends.restarts.most_common(_SHOWN)],

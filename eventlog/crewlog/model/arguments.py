@@ -66,11 +66,11 @@ def check_text(value: object, *, name: str, limit: int = TEXT_CHARS_MAX) -> str:
     return str(value)
 
 
-def check_reason(reason: object) -> str:
-    """Return a reason that says something."""
-    text = check_text(reason, name="reason")
+def check_reason(reason: object, *, name: str = "reason") -> str:
+    """Return a reason, or a name, that says something."""
+    text = check_text(reason, name=name)
     if not text.strip():
-        message = "reason must say why"
+        message = f"{name} must say something"
         raise ValueError(message)
     return text
 
@@ -194,12 +194,15 @@ def check_heartbeat(heartbeat_s: float | None) -> float | None:
     return every_s
 
 
+_WAIT_MAX_S: Final = 1e9  # the system takes no more than nine of these
+
+
 def check_wait(wait_s: float) -> float:
-    """Return a wait in seconds that can be waited."""
+    """Return a wait in seconds that can be waited; what is longer than 30 years is as good."""
     if not isinstance(wait_s, int | float) or isinstance(wait_s, bool):
         message = f"a wait must be a number of seconds, not {type(wait_s).__name__}"
         raise TypeError(message)
     if not math.isfinite(wait_s) or wait_s < 0:
         message = f"{wait_s} s cannot be waited"
         raise ValueError(message)
-    return float(wait_s)
+    return min(float(wait_s), _WAIT_MAX_S)

@@ -73,7 +73,9 @@ def is_repeat(event_type: str, record: Record | None, data: JsonObject) -> bool:
         case events.READY | events.DRAINING | events.STOP_REQUESTED:
             if "signal" in data:  # a signal follows, and must not go out unrecorded
                 return False
-            return record["state"] == _NEXT[event_type] and not _differs(record, data)
+            # a socket that was looked at again makes no second change of state of it
+            patch = {key: value for key, value in data.items() if key != "sock_id"}
+            return record["state"] == _NEXT[event_type] and not _differs(record, patch)
         case events.UPDATED:
             return record["state"] in LIVING and not _differs(record, data)
         case events.LOST | events.RELEASED:

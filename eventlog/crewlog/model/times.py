@@ -119,12 +119,18 @@ def _at(when: datetime, zone: tzinfo | None, fold: int) -> datetime:
 def moment(when: object, *, now: datetime, name: str) -> datetime | None:
     """Return the aware time that a caller means: a time, a span before now, or words; None: none.
 
+    A span that is longer than the calendar means its beginning, or its end.
     Raises: TypeError, ValueError.
     """
     if when is None:
         return None
     if isinstance(when, timedelta):
-        return now - when
+        try:
+            return now - when
+        except OverflowError:
+            if when > timedelta(0):
+                return datetime.min.replace(tzinfo=UTC)
+            return datetime.max.replace(tzinfo=UTC)
     if isinstance(when, str):
         return read_time(when, now=now)[0]
     if not isinstance(when, datetime):
@@ -133,4 +139,8 @@ def moment(when: object, *, now: datetime, name: str) -> datetime | None:
     if when.tzinfo is None:
         message = f"{name} must be an aware time: {name}.astimezone() takes it for a local one"
         raise ValueError(message)
-    return when
+    try:
+        return when.astimezone(UTC)
+    except OverflowError as error:
+        message = f"{name} {when} is out of range in UTC"
+        raise ValueError(message) from error

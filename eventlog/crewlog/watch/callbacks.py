@@ -117,6 +117,8 @@ class Subscription(Closable):
             raise self.error
 
     def _end(self, timeout_s: float | None = None) -> None:
+        if timeout_s is not None:
+            timeout_s = arguments.check_wait(timeout_s)
         self._closing.set()
         self._watch.end()  # not closed: what the callback does just now is still acknowledged
         if threading.current_thread() is not self._thread:

@@ -51,6 +51,10 @@ def filter_of(sids: Collection[str] | None, types: Collection[str] | None) -> Fi
     if isinstance(sids, str) or isinstance(types, str):
         message = "sids and types are collections of strings: give a list"
         raise TypeError(message)
+    for one in (*(sids or ()), *(types or ())):
+        if not isinstance(one, str):
+            message = f"sids and types are strings, not {type(one).__name__}: {one!r}"
+            raise TypeError(message)
     return Filter(
         sids=None if sids is None else frozenset(sids),
         types=None if types is None else frozenset(types),

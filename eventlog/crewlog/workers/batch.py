@@ -33,7 +33,8 @@ class Batch:
         """Begin empty; `commit` writes steps as one unit, `sock_of` tells a worker's socket."""
         self._author = author
         self._commit = commit
-        self._sock_of = sock_of
+        self._outer_sock_of = sock_of
+        self._socks: dict[str, str] = {}  # as the changes so far leave them, by sid
         self._steps: list[Step] = []
         self.last_seq: int | None = None
 
@@ -46,11 +47,17 @@ class Batch:
             message = "a batch makes no lease: register that worker by itself"
             raise ValueError(message)
         self._add(captured(self._author, sid, pid, wish))
+        self._socks[sid] = wish.sock
 
     def update(self, sid: str, **options: Unpack[UpdateOptions]) -> None:
         """Add an update; see `Registry.update`."""
         seen = seen_socket(sid, options, self._sock_of)
         self._add(update_step(self._author, sid, options, seen=seen))
+        if (sock := options.get("sock")) is not None:
+            self._socks[sid] = sock
+
+    def _sock_of(self, sid: str) -> str | None:
+        return self._socks[sid] or None if sid in self._socks else self._outer_sock_of(sid)
 
     def exited(self, sid: str, **options: Unpack[ExitOptions]) -> None:
         """Add an end; see `Registry.exited`."""

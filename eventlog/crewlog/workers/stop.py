@@ -54,7 +54,10 @@ def stop(
 ) -> Event:
     """End a worker and record how it ended; see `Registry.stop`."""
     grace_s, reason = arguments.check_wait(grace_s), arguments.check_reason(reason)
-    number = signals.Signals(signal)
+    number = int(signal)
+    if number not in signals.valid_signals():
+        message = f"{number} is not a signal of this system"
+        raise ValueError(message)
     worker = session.known(sid)
     known = tree.members([worker]).get(sid, ()) if with_tree else ()
     try:
