@@ -55,7 +55,8 @@ def test_observe_wants_a_worker_or_all(cli: Cli) -> None:
     """Not both, not neither; time that is up is 124."""
     assert "name a worker, or --all" in cli("observe", code=2).stderr
     assert "name a worker, or --all" in cli("observe", "a", "--all", code=2).stderr
-    cli("observe", "--all", "--timeout", "0.3s", code=124)
+    waits = cli("observe", "--all", "--timeout", "0.3s", code=124)
+    assert "there is no registry in" in waits.stderr, "the place may be misspelt"
 
 
 def test_start_leaves_it_running_and_finds_it_again(cli: Cli, reg: Registry) -> None:

@@ -668,6 +668,8 @@ def _observe_all(sh: Shell, wait_s: float | None) -> None:
         signal.signal(number, lambda *_: ended.set())
     reg = sh.registry()
     before = reg.last_seq  # what the observer records at once is printed, too
+    if not reg.exists:
+        sh.note(f"crewlog: there is no registry in {reg.where} yet; waiting")
     with reg.observe_all():
         while not reg.exists and not ended.wait(_STORE_LOOK_S):
             if deadline is not None and time.monotonic() >= deadline:
