@@ -402,12 +402,8 @@ def _listens(reg: Registry, worker: Worker) -> bool:
     """
     now = reg.get(worker.sid)
     liveness = None if now is None else reg.liveness(worker.sid)
-    if (
-        now is None
-        or liveness is None
-        or now.registered_seq != worker.registered_seq
-        or liveness.dead
-    ):
+    same = now is not None and now.registered_seq == worker.registered_seq
+    if now is None or not same or liveness is None or liveness.dead:
         raise WorkerEnded(worker.sid, state="ended" if now is None else now.state.value,
                           wanted="ready")  # fmt: skip
     if liveness.evidence.sock != "answers":
