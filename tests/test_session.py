@@ -385,3 +385,20 @@ def test_forks_beside_spawns_wait_for_each_other(reg: Registry) -> None:
         thread.join()
         for child in children:
             slay(child)
+
+
+def test_registry_that_nobody_closed_says_nothing_at_the_end(place: Path) -> None:
+    """Whatever of its modules is gone by then: here another module holds it until the last."""
+    code = (
+        "import sys, crewlog\n"
+        "from crewlog import host\n"
+        "reg = crewlog.open(sys.argv[1])\n"
+        "reg.register('a')\n"
+        "host.now = lambda now=host.now: now()\n"
+        "host.held = sys.modules['time'].held = reg\n"
+        "reg.spawn('b', ['true'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(place)], check=True, capture_output=True, text=True
+    )
+    assert done.stderr == ""

@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from types import BuiltinFunctionType, TracebackType
-from typing import Final, NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self, TypeAlias
 
 # Who holds a lock that a signal handler asks for.
 INTERRUPTED: Final = "this very thread, which a signal handler has interrupted"
@@ -35,6 +36,12 @@ LOCKS: Final = 2
 STORES: Final = 3
 SESSIONS: Final = 4
 READERS: Final = 5
+
+
+IsEnding: TypeAlias = Callable[[], bool]
+# At the end of the interpreter modules lose their names, one by one: a `__del__` takes this one as
+# its default, and does nothing then. The kernel gives back what a process held.
+is_ending: Final[IsEnding] = sys.is_finalizing
 
 
 class Renewed(Protocol):

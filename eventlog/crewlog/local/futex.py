@@ -110,6 +110,7 @@ class Word:
         if address:
             _calls.unmap(address - self._offset, _PAGE)
 
-    def __del__(self) -> None:
+    def __del__(self, is_ending: host.IsEnding = host.is_ending) -> None:
         """Unmap it."""
-        self.close()
+        if not is_ending():
+            self.close()

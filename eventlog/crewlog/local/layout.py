@@ -198,8 +198,10 @@ class Descriptors:
         """Say whether the store's own number still names it; the others go the same way."""
         return host.is_still(self.fds[""], self.files[""])
 
-    def __del__(self) -> None:
+    def __del__(self, is_ending: host.IsEnding = host.is_ending) -> None:
         """Close them."""
+        if is_ending():
+            return
         for name, fd in self.fds.items():
             host.close_own(fd, self.files[name])
 

@@ -169,8 +169,10 @@ class Lock(Closable):
         """Leave the lock to the parent: a child that kept it open would hold it for ever."""
         self.abandon()
 
-    def __del__(self) -> None:
+    def __del__(self, is_ending: host.IsEnding = host.is_ending) -> None:
         """Close: who is interrupted between taking a lock and keeping it must not hold it on."""
+        if is_ending():
+            return
         with suppress(AttributeError):  # interrupted while it was made
             self.abandon()  # which forgets it, too: others of a cycle may come after this one
 

@@ -391,8 +391,10 @@ class Log:
             one.close()
             self._heads.close()
 
-    def __del__(self) -> None:
+    def __del__(self, is_ending: host.IsEnding = host.is_ending) -> None:
         """Close: who forgets a registry gives its descriptors back all the same."""
+        if is_ending():
+            return
         with suppress(AttributeError):  # interrupted while it was made
             self.close()
 

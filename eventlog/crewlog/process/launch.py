@@ -230,10 +230,11 @@ class Launch:
             return os.read(self._report, 64)
         return b""
 
-    def __del__(self) -> None:
+    def __del__(self, is_ending: host.IsEnding = host.is_ending) -> None:
         """Let a waiting process end that was forgotten, by an interrupt at the wrong moment."""
-        self._close()
-        self.let_go()
+        if not is_ending():
+            self._close()
+            self.let_go()
 
     def give_up(self) -> None:
         """End the waiting process before it starts the program."""
