@@ -142,6 +142,6 @@ def _cluster(url: str) -> Place:
             "etcd needs a package that is not installed",
             where=url,
             why=str(error),
-            remedy="pip install urllib3 (the extra [etcd] of crewlog)",
+            remedy="Run: pip install urllib3 (the extra [etcd] of crewlog)",
         ) from error
     return EtcdPlace(address)

@@ -44,7 +44,7 @@ def mcp(sh: Shell) -> None:
             "mcp needs the MCP SDK",
             where="crewlog mcp",
             why="it is not installed",
-            remedy="Run: pip install 'crewlog[mcp]'",
+            remedy="Run: pip install 'mcp>=2.0' (the extra [mcp] of crewlog)",
         ) from error
     if sys.stdin is None or sys.stdin.closed:
         message = "mcp is spoken on stdin and stdout: an agent starts this command"

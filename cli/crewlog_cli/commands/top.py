@@ -159,7 +159,7 @@ def _require_rich() -> None:
             "top needs rich",
             where="crewlog top",
             why="it is not installed",
-            remedy="Run: pip install 'crewlog[tui]'",
+            remedy="Run: pip install rich (the extra [tui] of crewlog)",
         ) from error
 
 

@@ -96,5 +96,5 @@ def _zstandard(where: str) -> ModuleType:
             "zstd is not installed",
             where=where,
             why="it is packed by zstd",
-            remedy="Run: pip install 'crewlog[zstd]'",
+            remedy="Run: pip install zstandard (the extra [zstd] of crewlog)",
         ) from error
