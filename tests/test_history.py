@@ -334,7 +334,7 @@ def test_zstd_without_its_library_is_a_clear_refusal(
         _grown(reg, 20)
         compact(reg, gc=False, packing="zstd")
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with pytest.raises(Unsupported, match=r"crewlog\[zstd\]"):
+    with pytest.raises(Unsupported, match="pip install zstandard"):
         list(reg.history())
     with pytest.raises(Unsupported):
         compact(reg, gc=False, packing="zstd")

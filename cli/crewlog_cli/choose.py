@@ -115,7 +115,7 @@ class Chosen(NamedTuple):
             else:  # the labels may have left out whom it means
                 known = any(map(matcher((name,)), sids or ())) or bool(Chosen((name,)).sids(reg))
             if not known:
-                raise render.not_found(reg, name)
+                raise render.not_found(reg, name, in_history=True)
         return sids
 
     def _sids(self, reg: Registry) -> list[str] | None:

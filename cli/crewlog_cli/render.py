@@ -143,15 +143,19 @@ def no_such_labels(tests: Iterable[LabelTest]) -> WorkerNotFound:
     return error
 
 
-def not_found(reg: Registry, sid: str) -> WorkerNotFound:
-    """Return the error of an unknown sid, with the nearest names as the hint."""
+def not_found(reg: Registry, sid: str, *, in_history: bool = False) -> WorkerNotFound:
+    """Return the error of an unknown sid, with the nearest names as the hint.
+
+    `in_history`: it was looked for there, too.
+    """
     from difflib import get_close_matches  # noqa: PLC0415 (start-up)
 
     error = WorkerNotFound(sid)
     near = get_close_matches(sid, [worker.sid for worker in reg.workers(all=True)], n=3)
     lead = f"Did you mean {', '.join(near)}? Else see" if near else "See"
-    history = f"`crewlog history --sid {sid}`"
-    error.remedy = f"{lead} `crewlog ls --all`; what is no longer listed may be in {history}"
+    error.remedy = f"{lead} `crewlog ls --all`"
+    if not in_history:
+        error.remedy += f"; what is no longer listed may be in `crewlog history --sid {sid}`"
     return error
 
 

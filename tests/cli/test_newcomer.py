@@ -205,6 +205,7 @@ def test_worker_that_was_registered_later_is_not_guessed_at(cli: Cli, reg: Regis
     reg.register("live")
     assert "not listed then" in cli("show", "live", "--at", "2", code=1).stderr
     assert f"crewlog -d {cli.place} history --sid" in cli("show", "gone", code=1).stderr
+    assert "history" not in cli("history", "gone", code=1).stderr, "it was looked for there"
 
 
 def test_timeline_shows_the_newest_workers(cli: Cli, reg: Registry) -> None:
