@@ -333,7 +333,7 @@ def test_fault_of_one_that_survived_a_request_to_end_is_a_crash(
     reg: Registry, number: int, state: str
 ) -> None:
     """A TERM that it lived through is no reason of a SEGV later; what was asked for is none."""
-    reg.spawn("a", ["sh", "-c", "trap '' TERM; sleep 300"])
+    reg.spawn("a", ["sh", "-c", "trap '' TERM; exec sleep 300"])
     reg.update("a", state="stopping", reason="SIGTERM passed on")
     reg.exited("a", signal=number, source="wait")
     assert reg.get("a").state.value == state  # type: ignore[union-attr] # it is there
