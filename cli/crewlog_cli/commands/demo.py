@@ -32,7 +32,8 @@ import crewlog
 
 with crewlog.open(sys.argv[1], actor="first manager") as reg:
     for sid in sys.argv[2:]:
-        reg.spawn(sid, ["sleep", "120"], labels={"app": sid.split("-")[0]}, ready=True)
+        labels = {"app": sid.split("-")[0]}
+        reg.spawn(sid, ["sleep", "120"], labels=labels, ready=True)
 print("started", flush=True)
 time.sleep(120)
 """

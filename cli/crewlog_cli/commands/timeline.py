@@ -23,7 +23,7 @@ from crewlog_cli.pages.stories import stories
 from crewlog_cli.shell import Shell, command
 from crewlog_cli.story import Story
 
-_COLUMNS: Final = 100  # where there is no terminal
+_COLUMNS: Final = 72  # where there is no terminal
 _ROWS: Final = 40
 _SURE, _SOMEWHERE, _NOTHING = "█", "░", " "
 _MARKS: Final = {
@@ -34,7 +34,7 @@ _MARKS: Final = {
     WorkerState.RELEASED: "|",
 }
 _LEGEND: Final = (
-    "█ lived  ░ died somewhere in here, or not known  > alive  | ended  x crashed  ? lost"
+    "█ lived  ░ died in here, or not known  > alive  | ended  x crashed  ? lost"
 )
 
 
