@@ -33,9 +33,7 @@ _MARKS: Final = {
     WorkerState.LOST: "?",
     WorkerState.RELEASED: "|",
 }
-_LEGEND: Final = (
-    "█ lived  ░ died in here, or not known  > alive  | ended  x crashed  ? lost"
-)
+_LEGEND: Final = "█ lived  ░ died in here, or not known  > alive  | ended  x crashed  ? lost"
 
 
 @command(

@@ -222,11 +222,14 @@ def read_small(path: str) -> bytes:
         os.close(fd)
 
 
-def taken(pid: int) -> tuple[int, float]:
+_BEFORE_EXEC_KIB: Final = 8 * 1024
+
+
+def taken(pid: int, *, had_ours: bool) -> tuple[int, float]:
     """Return the most memory in bytes and the processor seconds of a child until now; 0 unknown.
 
-    The kernel counts what a child had of our memory before its exec as its own: so the memory is
-    never less than ours.
+    `had_ours`: it was forked from us, and the kernel counts what a child has of its parent's memory
+    before its exec as its own. So the memory is then never less than ours.
     Source: proc_pid_status(5), VmHWM; Documentation/scheduler/sched-stats.rst, schedstat.
     """
     peak, cpu_s = 0, 0.0
@@ -235,7 +238,8 @@ def taken(pid: int) -> tuple[int, float]:
             rows = file.read().splitlines()
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = next((int(row.split()[1]) for row in rows if row.startswith(b"VmHWM:")), 0)
-        peak = max(peak, own) * 1024
+        # what it takes between here and its exec is not the program's either
+        peak = max(peak + _BEFORE_EXEC_KIB, own if had_ours else 0) * 1024
         with open(f"/proc/{pid}/schedstat", "rb") as file:
             cpu_s = int(file.read().split()[0]) / 1e9
     except OSError:  # gone, or not Linux, or not counted

@@ -196,7 +196,7 @@ class Launch:
         Returns once the program is in place of the waiting process, or after LAUNCH_WAIT_S if that
         hangs; it is listed by then.
         """
-        self._before = identity.taken(self.pid)
+        self._before = identity.taken(self.pid, had_ours=not isinstance(self._child, _Born))
         try:
             with contextlib.suppress(BrokenPipeError):  # killed meanwhile: told by how it ended
                 os.write(self._go, b".")
