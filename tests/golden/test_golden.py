@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from commands import CREWLOG, Cli
 from crewlog.errors import DataDamaged
 from crewlog_cli.main import COMMANDS
 from crewlog_compactor import compact, repair, verify
+from procs import until
 from stores import opened
 
 HERE = Path(__file__).parent
@@ -23,7 +25,8 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """Write the scripted store."""
+    """Write the scripted store, once no thread of another test may look at its clock."""
+    until(lambda: not any(t.name.startswith("crewlog-") for t in threading.enumerate()))
     place = tmp_path / "scripted"
     scripted.write(place)
     return place

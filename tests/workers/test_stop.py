@@ -17,10 +17,13 @@ from crewlog.errors import (
     IdentityMismatch,
     StaleRevision,
     StopRefused,
+    StorageFull,
     StoreMissing,
     WaitTimeout,
     WorkerNotFound,
 )
+from crewlog.model.events import Event
+from crewlog.model.steps import Step
 from crewlog.process import identity
 from crewlog.process.handle import Process
 from crewlog.process.liveness import Liveness
@@ -388,3 +391,20 @@ def test_no_store_is_said_and_none_created(reg: Registry, place: Path) -> None:
         with pytest.raises((WorkerNotFound, StoreMissing)):
             act()
     assert not place.exists()
+
+
+def test_end_that_finds_no_room_is_said(reg: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was signalled and is gone: nobody else sees how it ended."""
+    worker = reg.spawn("a", ["sleep", "300"], owner=None)
+    real = Session.change
+
+    def full(self: Session, step: Step) -> Event:
+        monkeypatch.setattr(Session, "change", real)
+        raise StorageFull("here", why="no space left")
+
+    monkeypatch.setattr(Session, "change", full)
+    with pytest.raises(StorageFull) as caught:
+        reg.stop("a", reason="x")
+    assert str(caught.value).startswith("worker 'a' has ended by signal 15, and that is not rec")
+    assert state_of(worker.pid) in {"", "Z"}
+    until(lambda: (now := reg.get("a")) is not None and now.final)  # we started it

@@ -163,7 +163,7 @@ def remove(sh: Shell, *, sid: str, reason: str, expect: int | None) -> None:
 )
 @click.argument("source", metavar="OLD.json", type=click.Path(exists=True, dir_okay=False))
 def import_(sh: Shell, *, source: str) -> None:
-    """Take over an older registry.json, `{"sessions": […]}`, all of it or nothing."""
+    """Take over an older registry.json, `{"sessions": […]}`; whom there is already it skips."""
     from crewlog_compactor import import_legacy  # noqa: PLC0415 (only this command needs it)
 
     with sh.registry() as reg:

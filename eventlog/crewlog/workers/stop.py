@@ -79,7 +79,20 @@ def _stop(session: Session, worker: Worker, number: int, *, grace_s: float, reas
             status = held.status()
         else:  # handed off meanwhile
             return session.last_event(same(session, worker))
-        return _ended(session, worker, status, proven=True)
+        try:
+            return _ended(session, worker, status, proven=True)
+        except CrewlogError as error:
+            raise _unrecorded(error, worker, status) from error.__cause__
+
+
+def _unrecorded(error: CrewlogError, worker: Worker, status: Status | None) -> CrewlogError:
+    """Return the error of an end that came, and is not on record: nobody sees again how it was."""
+    how = ""
+    if status is not None:
+        how = f" by code {status.code}" if status.signal is None else f" by signal {status.signal}"
+    error.what = f"worker {worker.sid!r} has ended{how}, and that is not recorded: {error.what}"
+    error.__post_init__()
+    return error
 
 
 Outlook: TypeAlias = Literal["signal", "record its end", "nothing"]
