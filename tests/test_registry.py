@@ -508,6 +508,9 @@ def test_waits_of_any_length_are_taken(place: Path) -> None:
         (lambda reg: reg.history(types=[1]), TypeError, "are strings, not int"),
         (lambda reg: reg.stop("a", reason="x", signal=99), ValueError, "not a signal"),
         (lambda reg: crewlog.open(reg.where, actor=""), ValueError, "actor must say"),
+        (lambda reg: crewlog.open(os.fsencode(reg.where)), TypeError, "by text, not bytes"),  # type: ignore[arg-type] # the test
+        (lambda reg: reg.workers(states=["rdy"]), ValueError, "starting, ready, draining"),
+        (lambda reg: reg.spawn("b", ["true"], log="here/\udcff"), ValueError, "is not UTF-8"),
         (lambda reg: crewlog.open(reg.where, actor=5), TypeError, "actor must be a string"),  # type: ignore[arg-type] # the test
     ],
 )

@@ -60,6 +60,9 @@ def locate(where: str | os.PathLike[str] | None = None) -> Place:
     Unsupported where the extra that it needs is not installed.
     """
     named = os.fspath(where) if where is not None else os.environ.get(ENVIRONMENT, "")
+    if not isinstance(named, str):
+        message = f"a registry is named by text, not {type(named).__name__}: os.fsdecode makes it"
+        raise TypeError(message)
     if named.lower().startswith(("etcd:", "etcds:")):
         return _cluster(named)
     if where is not None and not named:

@@ -243,7 +243,7 @@ class Registry(Closable):
         worker ends.
         Args: `owner` is a pid, by default ours; a `lease` is inherited by the program, which must
         then not close descriptors that it does not know.
-        Raises: WorkerExists; SpawnFailed, and the worker is then recorded as ended.
+        Raises: WorkerExists; SpawnFailed, and a worker that was registered is recorded as ended.
         """
         return start.spawn(self._session, sid, argv, **options)
 

@@ -90,9 +90,17 @@ def choice_of(
     """
     wanted: frozenset[str] | None = None if all else LIVING
     if states is not None:
-        wanted = frozenset(WorkerState(state) for state in _several(states, name="states"))
+        wanted = frozenset(map(_state, _several(states, name="states")))
     matches = None if sids is None else matcher(_several(sids, name="sids"))
     return Choice(wanted, arguments.check_wanted(labels), matches)
+
+
+def _state(name: str) -> WorkerState:
+    try:
+        return WorkerState(name)
+    except ValueError as error:
+        message = f"{name!r} is no state of a worker: {', '.join(WorkerState)}"
+        raise ValueError(message) from error
 
 
 def matcher(sids: Collection[str]) -> Callable[[str], object]:

@@ -41,6 +41,11 @@ def check(path: object, *, bytes_max: object, keep_tail: object) -> None:
     if path is not None and (not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path)):
         message = f"log must be the path of a file, not {path!r}"
         raise TypeError(message)
+    try:
+        os.fspath(path or "").encode()
+    except UnicodeEncodeError as error:
+        message = f"log {path!r} is not UTF-8, and could not be written down"
+        raise ValueError(message) from error
     if bytes_max is not None and (type(bytes_max) is not int or bytes_max < 1):
         message = f"log_bytes_max must be a number of bytes, not {bytes_max!r}"
         raise ValueError(message)
