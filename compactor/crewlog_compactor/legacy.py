@@ -6,6 +6,7 @@ stranger; the entry is then recorded as registered and lost, like one whose proc
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -62,9 +63,7 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
     living: list[str] = []
     lost: list[str] = []
     skipped: list[tuple[str, str]] = []
-    units: list[list[list[Step]]] = []
-    parts: list[list[Step]] = []  # of the unit that is put together
-    size, most = 0, min(reg.unit_workers_max, _UNIT_WORKERS_MAX) if entries else 1
+    parts: list[tuple[_Entry, list[Step]]] = []
     seen: set[str] = set()
     for entry in entries:
         if entry.sid in seen:
@@ -74,16 +73,27 @@ def import_legacy(reg: Registry, source: str | os.PathLike[str]) -> ImportReport
         else:
             seen.add(entry.sid)
             added, alive = _steps(reg, entry)
-            parts.append(added)
-            size = size + len(entry.sock) + len(entry.version) + _PLAIN_CHARS
-            if size > _UNIT_CHARS_MAX or len(parts) == most:
-                units.append(parts)
-                parts, size = [], 0
+            parts.append((entry, added))
             (living if alive else lost).append(entry.sid)
     seq = reg.last_seq
-    for unit in (*units, parts) if parts else units:
-        seq = reg.commit([step for part in unit for step in part]).seq
+    for unit in _units(parts, min(reg.unit_workers_max, _UNIT_WORKERS_MAX) if parts else 1):
+        seq = reg.commit(unit).seq
     return ImportReport(living=tuple(living), lost=tuple(lost), skipped=tuple(skipped), seq=seq)
+
+
+def _units(parts: Sequence[tuple[_Entry, list[Step]]], most: int) -> Iterator[list[Step]]:
+    """Put the steps of at most so many workers together, and no more than a unit holds."""
+    unit: list[Step] = []
+    workers = size = 0
+    for entry, steps in parts:
+        more = len(entry.sock) + len(entry.version) + _PLAIN_CHARS
+        if workers == most or size + more > _UNIT_CHARS_MAX:
+            yield unit
+            unit, workers, size = [], 0, 0
+        unit += steps
+        workers, size = workers + 1, size + more
+    if unit:
+        yield unit
 
 
 def _steps(reg: Registry, entry: _Entry) -> tuple[list[Step], bool]:

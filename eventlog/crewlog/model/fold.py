@@ -103,9 +103,10 @@ def _differs(record: Record, patch: JsonObject) -> bool:
                 if not isinstance(value, dict):
                     return True
                 for name, inner in value.items():
-                    if not (name in old and _is_same(old[name], inner)) and (
-                        inner is not None or name in old
-                    ):
+                    if inner is None:
+                        if name in old:
+                            return True
+                    elif name not in old or not _is_same(old[name], inner):
                         return True
             case _:  # a reason changes nothing
                 continue
