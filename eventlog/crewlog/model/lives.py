@@ -26,9 +26,11 @@ _RELEVANT: Final = events.ENDING | {
 class Life:
     """One worker from its registration to its end; times aware and UTC.
 
-    `seq` is that of the registration, kept or not. `seen_at` is the last proof of
-    life. `ended_at` and `end` are None while it has not ended as far as the registry knows; `end`
-    is exited, failed, lost or released. `cause` is why it counts as lost, or was released.
+    `seq` is that of the registration, kept or not. `generation` counts the lives of a sid, also
+    where a record was pruned between two: that of `Worker` then begins anew. `seen_at` is the last
+    proof of life. `ended_at` and `end` are None while it has not ended as far as the registry
+    knows; `end` is exited, failed, lost or released. `cause` is why it counts as lost, or was
+    released.
     """
 
     sid: str
