@@ -158,7 +158,7 @@ def _before(store: Store, ts: str) -> _Place:
     """Return the last seq up to a time: the parts that may hold it are read line by line."""
     firsts = store.firsts()
     parts, later = _parts_at(store, firsts, ts)
-    seq = firsts[parts[0]] - 1 if firsts[parts[0]] == 1 else 0
+    seq = 0
     disputed: tuple[int, int] | None = None
     for number in parts:
         end = firsts[number + 1] - 1 if number + 1 < len(firsts) else None
@@ -188,21 +188,23 @@ def _parts_at(store: Store, firsts: Sequence[int], ts: str) -> tuple[list[int], 
     later: in the next one, in one that begins later than its successor, or in the newest one. The
     exception is the first seq of a part that begins later and stands before, 0 for none.
     """
-    sorted_ = bisect_right(firsts, ts, key=store.begins)
-    beyond = range(sorted_, min(len(firsts), sorted_ + _UNSORTED_MAX))
-    known = range(sorted_, min(len(firsts), beyond.stop + 1))  # of the last one's successor, too
+    begun = bisect_right(firsts, ts, key=store.begins)
+    beyond = range(begun, min(len(firsts), begun + _UNSORTED_MAX))
+    known = range(begun, min(len(firsts), beyond.stop + 1))  # of the last one's successor, too
     begins = {n: store.begins(firsts[n]) for n in known}
-    last = max((n for n in beyond if begins[n] <= ts), default=sorted_ - 1)
+    last = max((n for n in beyond if begins[n] <= ts), default=begun - 1)
     newest = len(firsts) - 1
     parts = [
         n
         for n in beyond
         if n > last and (n in {last + 1, newest} or begins.get(n + 1, begins[n]) < begins[n])
     ]
-    late = min(last, sorted_)
-    while last == sorted_ - 1 and late > 0 and store.begins(firsts[late - 1]) > ts:
-        late -= 1
-    return [last, *parts] if last >= 0 else parts, firsts[late] if 0 <= late < last else 0
+    later = 0
+    if last > begun:
+        later = firsts[begun]
+    elif last > 0 and store.begins(firsts[last - 1]) > ts:
+        later = firsts[last - 1]
+    return [last, *parts] if last >= 0 else parts, later
 
 
 def _at(store: Store, place: _Place) -> Past:

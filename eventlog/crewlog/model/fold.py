@@ -73,9 +73,10 @@ def is_repeat(event_type: str, record: Record | None, data: JsonObject) -> bool:
         case events.READY | events.DRAINING | events.STOP_REQUESTED:
             if "signal" in data:  # a signal follows, and must not go out unrecorded
                 return False
-            # a socket that was looked at again makes no second change of state of it
-            patch = {key: value for key, value in data.items() if key != "sock_id"}
-            return record["state"] == _NEXT[event_type] and not _differs(record, patch)
+            if record["state"] != _NEXT[event_type]:
+                return False
+            # that its socket is another by now is no reason to move it to the state it is in
+            return not _differs(record, {k: v for k, v in data.items() if k != "sock_id"})
         case events.UPDATED:
             return record["state"] in LIVING and not _differs(record, data)
         case events.LOST | events.RELEASED:

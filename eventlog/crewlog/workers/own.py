@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import os
 import re
-import signal
+import signal as signals
 import sys
 import threading
 from pathlib import Path
@@ -109,7 +109,7 @@ class Own:
     def _end_by(self, error: BaseException | None) -> None:
         """Record the end of a process that an error ends, None: that ends by itself."""
         if isinstance(error, KeyboardInterrupt):  # Python then ends itself by the signal
-            self.end(None, signal=signal.SIGINT)
+            self.end(None, signal=signals.SIGINT)
         else:
             self.end(_code_of(error))
 
