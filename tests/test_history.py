@@ -244,6 +244,21 @@ def test_clock_that_steps_back_within_a_part_hides_nothing(
         _hold_against_each_line(reg, BEGAN + timedelta(minutes=minutes))
 
 
+def test_clock_that_steps_back_within_the_newest_part_hides_nothing(
+    reg: Registry, clock: Clock
+) -> None:
+    """Nothing follows it yet that would begin earlier."""
+    reg.register("a")
+    for hour in (1, 2, 3):
+        clock.at = BEGAN + timedelta(hours=hour)
+        reg.register(f"ahead-{hour}")
+        compact(reg, gc=False)
+    clock.at = BEGAN + timedelta(minutes=5)
+    reg.register("set-right")
+    for minutes in (2, 10, 70, 200):
+        _hold_against_each_line(reg, BEGAN + timedelta(minutes=minutes))
+
+
 def test_step_back_that_is_shorter_than_a_part_hides_nothing(reg: Registry, clock: Clock) -> None:
     """No part begins before its predecessor: the one that follows the time is looked into."""
     reg.register("a")

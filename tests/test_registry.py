@@ -456,7 +456,8 @@ def fresh(reg: Registry) -> crewlog.Worker:
 
 def test_none_in_meta_stands_for_nothing_from_the_beginning(reg: Registry) -> None:
     """So no other change takes it away, and nothing is there that cannot be removed."""
-    reg.register("a", meta={"keep": None, "other": 1, "deep": {"keep": None}})
+    worker = reg.register("a", meta={"keep": None, "other": 1, "deep": {"keep": None}})
+    assert dict(worker.meta) == {"other": 1, "deep": {"keep": None}}
     assert dict(reg.update("a", meta={"other": None}).meta) == {"deep": {"keep": None}}
 
 
